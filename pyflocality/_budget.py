@@ -1,0 +1,43 @@
+"""The memory budget: how much working memory an operation may take."""
+
+from __future__ import annotations
+
+import numbers
+import os
+import re
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_DEFAULT = "1GB"
+
+
+def memory_budget_bytes(budget: int | str | None) -> int:
+    """Bytes of working memory an operation may take beyond its inputs and its result.
+
+    Args:
+        budget: Bytes, a string such as `"2GB"` or `"512M"` (powers of 1024), or None for the
+            environment variable `PYFLOCALITY_MEMORY_BUDGET` and, without it, 1 GB.
+
+    Raises:
+        TypeError: `budget` is neither a whole number nor a string.
+        ValueError: `budget` is not positive or cannot be read.
+    """
+    source = "`memory_budget`"
+    if budget is None:
+        budget = os.environ.get("PYFLOCALITY_MEMORY_BUDGET", _DEFAULT)
+        source = "the environment variable PYFLOCALITY_MEMORY_BUDGET"
+    if isinstance(budget, bool) or not isinstance(budget, (numbers.Integral, str)):
+        raise TypeError(f"{source} must be bytes or a string like '2GB', got {budget!r}")
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", budget, re.IGNORECASE)
+        if match is None:
+            raise ValueError(f"{source} must be bytes or a string like '2GB', got {budget!r}")
+        budget = int(float(match[1]) * _UNITS[match[2].upper()])
+    if budget <= 0:
+        raise ValueError(f"{source} must be positive, got {budget!r}")
+    return int(budget)
+
+
+def images_per_chunk(budget: int | str | None, bytes_per_image: int, num_images: int) -> int:
+    """How many training images fit the budget at once: at least one, at most all."""
+    fitting = memory_budget_bytes(budget) // max(bytes_per_image, 1)
+    return max(1, min(fitting, num_images))

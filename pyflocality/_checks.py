@@ -1,0 +1,109 @@
+"""Argument checks shared by every public entry point.
+
+Each function either returns the argument in its canonical form or raises `ValueError` /
+`TypeError` naming the argument, what was expected and what came. They run before any work.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def describe(value: object) -> str:
+    """Short description of a value for an error message."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"a {type(value).__name__}"
+
+
+def check_float_tensor(value: object, name: str) -> Tensor:
+    """A floating-point tensor without NaN or infinities."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a torch.Tensor, got {describe(value)}")
+    if not value.is_floating_point():
+        raise TypeError(
+            f"`{name}` must have a floating-point dtype (values in [-1, 1]), got {describe(value)}"
+        )
+    if not torch.isfinite(value).all():
+        raise ValueError(f"`{name}` holds NaN or infinite values")
+    return value
+
+
+def check_batch(x: object, image_shape: Sequence[int], device: torch.device, name: str) -> Tensor:
+    """A batch of finite images of the given shape: [B, C, H, W], on the given device."""
+    expected = tuple(image_shape)
+    if isinstance(x, Tensor) and (x.ndim != len(expected) + 1 or tuple(x.shape[1:]) != expected):
+        shape = ", ".join(["B", *map(str, expected)])
+        raise ValueError(f"`{name}` must have shape [{shape}], got {describe(x)}")
+    if isinstance(x, Tensor) and x.device != device:
+        raise ValueError(f"`{name}` must be on {device} like the training set, got {describe(x)}")
+    return check_float_tensor(x, name)
+
+
+def check_level(
+    value: float | Tensor, batch: int, device: torch.device, name: str, *, allow_zero: bool
+) -> Tensor:
+    """A noise-schedule coefficient as a float64 tensor [B].
+
+    Args:
+        value: A number, a tensor without dimensions or a tensor [B].
+        batch: Number of images B it must match.
+        device: Where the result lives.
+        name: Name of the argument in error messages.
+        allow_zero: Whether 0 is allowed (it is for sigma: the limit of no noise).
+    """
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Tensor)):
+        raise TypeError(f"`{name}` must be a number or a tensor [B], got {describe(value)}")
+    if isinstance(value, Tensor) and (value.is_complex() or value.dtype == torch.bool):
+        raise TypeError(f"`{name}` must be real, got {describe(value)}")
+    level = torch.as_tensor(value, dtype=torch.float64, device=device)
+    if level.ndim > 1 or (level.ndim == 1 and level.shape[0] != batch):
+        raise ValueError(
+            f"`{name}` must be a number or a tensor of shape [{batch}], got {describe(value)}"
+        )
+    valid = torch.isfinite(level) & ((level >= 0) if allow_zero else (level > 0))
+    if not valid.all():
+        bound = "not negative" if allow_zero else "positive"
+        raise ValueError(f"`{name}` must be finite and {bound}, got {describe(value)}")
+    return level.expand(batch)
+
+
+def check_positive(value: object, name: str) -> float:
+    """A finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a number, got {describe(value)}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"`{name}` must be finite and positive, got {describe(value)}")
+    return float(value)
+
+
+def check_count(value: object, name: str, *, minimum: int = 1) -> int:
+    """A whole number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` must be a whole number, got {describe(value)}")
+    if value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, got {value}")
+    return int(value)
+
+
+def check_choice(value: object, name: str, choices: Sequence[str]) -> str:
+    """One of a few strings."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"`{name}` must be one of {listed}, got {describe(value)}")
+    return str(value)
+
+
+def check_compute_dtype(dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
+    """The dtype to compute in: `dtype`, or x's own (float32 for half-precision x)."""
+    if dtype is None:
+        return torch.float64 if x.dtype == torch.float64 else torch.float32
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"`dtype` must be torch.float32 or torch.float64, got {dtype}")
+    return dtype

@@ -1,0 +1,84 @@
+"""What is installed, which backends can run and which settings are in force."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+from pyflocality._backends import BACKENDS, OPERATIONS, machine_reason, requested_backend
+from pyflocality._budget import memory_budget_bytes
+from pyflocality._version import __version__
+
+# Distributions a package may have been installed from: CuPy has one per CUDA version.
+_PACKAGES = {
+    "torch": ("torch",),
+    "numpy": ("numpy",),
+    "triton": ("triton",),
+    "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
+    "scikit-learn": ("scikit-learn",),
+    "matplotlib": ("matplotlib",),
+    "diffusers": ("diffusers",),
+}
+
+
+def _installed(distributions: tuple[str, ...]) -> str | None:
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def configuration() -> dict[str, Any]:
+    """The configuration as plain values: versions, backends, operations, settings."""
+    gpus = [
+        torch.cuda.get_device_name(index)
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    ]
+    return {
+        "pyflocality": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _installed(names) for name, names in _PACKAGES.items()},
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "backends": {name: machine_reason(name) for name in BACKENDS if name != "auto"},
+        "operations": {op: list(table) for op, table in sorted(OPERATIONS.items())},
+        "backend": requested_backend(None),
+        "memory_budget": memory_budget_bytes(None),
+        "environment": {
+            name: value for name, value in os.environ.items() if name.startswith("PYFLOCALITY_")
+        },
+    }
+
+
+def format_configuration(config: dict[str, Any]) -> str:
+    """The configuration as text for a person."""
+    packages = ", ".join(
+        f"{name} {version or '(not installed)'}" for name, version in config["packages"].items()
+    )
+    lines = [
+        f"pyflocality {config['pyflocality']}, Python {config['python']}, {config['platform']}",
+        f"packages: {packages}",
+        f"CPU threads: {config['threads']}; GPUs: {', '.join(config['gpus']) or 'none'}",
+        f"backend: {config['backend']}; memory budget: {config['memory_budget'] / 2**30:g} GB",
+        "backends:",
+    ]
+    for name, reason in config["backends"].items():
+        lines.append(f"  {name:<10} {'ready' if reason is None else 'unavailable: ' + reason}")
+    lines.append("operations, and the backends that implement them in order of preference:")
+    for op, backends in config["operations"].items():
+        lines.append(f"  {op:<18} {', '.join(backends)}")
+    for name, value in config["environment"].items():
+        lines.append(f"{name}={value}")
+    return "\n".join(lines)
+
+
+def show_config() -> None:
+    """Print versions, the backends that can run here (or why not) and the settings in force."""
+    print(format_configuration(configuration()))

@@ -1,0 +1,330 @@
+"""The training set: images in memory or memory-mapped, with their labels.
+
+Every denoiser is a function of a set of images v_1 .. v_N with values in [-1, 1]. `TrainingSet`
+holds them as they are stored, N x C x H x W: 8-bit images stay 8-bit and mean
+v = u / 127.5 - 1, so a set takes a quarter of the memory of its values, and products with it can
+be exact. Sets on disk stay there, mapped into memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import numbers
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflocality._checks import describe
+from pyflocality.sources.base import MappedImages, Request
+from pyflocality.sources.validation import (
+    as_image_tensor,
+    as_labels,
+    as_positions,
+    blocks,
+    check_range,
+    checked_names,
+    checked_shape,
+)
+
+
+class TrainingSet:
+    """Training images [N, C, H, W] with values in [-1, 1], and their labels.
+
+    A set is immutable by convention: nothing in the library writes to its images, and it shares
+    memory with what it was made from wherever it can. `copy.deepcopy` shares the images, too. A
+    memory-mapped set is pickled as the path of its file and maps it again when unpickled.
+
+    Args:
+        images: A NumPy array, a torch tensor or any object with `__dlpack__`, [N, C, H, W] or,
+            for grey images, [N, H, W]. Either uint8, where u means u / 127.5 - 1, or float32 or
+            float64 in [-1, 1].
+        labels: Class of each image, whole numbers [N].
+        name: What to call the set in messages.
+        label_names: Names of the classes 0, 1, ...
+
+    Attributes:
+        images: The images as stored, uint8, float32 or float64, [N, C, H, W].
+        labels: Classes, int64 [N] on the device of the images, or None.
+        name: What to call the set.
+        label_names: Names of the classes, or None.
+
+    Raises:
+        TypeError: `images` or `labels` is of the wrong type or dtype.
+        ValueError: `images` is empty, has a wrong shape, holds NaN or leaves [-1, 1], or
+            `labels` does not match it.
+
+    Warns:
+        UserWarning: Float images lie in [0, 1], with nothing negative.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    name: str
+    label_names: tuple[str, ...] | None
+
+    def __init__(
+        self,
+        images: object,
+        labels: object = None,
+        *,
+        name: str = "array",
+        label_names: Sequence[str] | None = None,
+    ) -> None:
+        tensor = checked_shape(as_image_tensor(images))
+        classes = None if labels is None else as_labels(labels, tensor)
+        names = None if label_names is None else checked_names(label_names, classes)
+        if tensor.is_floating_point():
+            check_range(tensor, name)
+        self._assign(tensor, name, classes, names)
+
+    def _assign(
+        self,
+        images: Tensor,
+        name: str,
+        labels: Tensor | None = None,
+        label_names: tuple[str, ...] | None = None,
+        mapped: MappedImages | None = None,
+    ) -> None:
+        self.images, self.labels = images, labels
+        self.name, self.label_names = name, label_names
+        self._mapped = mapped
+        self._content_key: str | None = None
+
+    @classmethod
+    def _of_valid(cls, *arguments: Any) -> TrainingSet:  # noqa: ANN401
+        """A set of images that are known to be valid; arguments as for `_assign`."""
+        data = cls.__new__(cls)
+        data._assign(*arguments)
+        return data
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        resolution: int | Sequence[int] | None = None,
+        channels: int | None = None,
+        split: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> TrainingSet:
+        """Load a builtin set, or images on disk.
+
+        | source | what is read |
+        |---|---|
+        | `"digits"` | scikit-learn's 1,797 handwritten digits, 8x8 grey, labelled |
+        | `"photos"` | 4,906 patches of scikit-learn's two photographs, 32x32 RGB, labelled |
+        | `"disks"`, `"c_alpha"` | 4,096 synthetic images, 32x32 grey, float32 |
+        | folder, .zip | image files; class folders or `dataset.json` (EDM) give labels |
+        | .npy | [N, H, W], [N, C, H, W] or [N, H, W, C], uint8 or float, memory-mapped |
+        | .npz | the same under `images`, `x` or `arr_0`; labels under `labels` or `y` |
+        | MNIST idx, idx.gz | a file of images, labels beside it; or the folder of four files |
+        | CIFAR | `cifar-10-batches-py`, `cifar-10-batches-bin`, `cifar-100-python` (fine labels) |
+
+        A builtin name wins over a folder of that name, which is `"./digits"`. The modules of
+        `pyflocality.sources` describe each format, `pyflocality.sources.images` what happens
+        to grey, transparent, 16-bit and rotated images.
+
+        Decoded folders and archives of at least 1,000 images or 32 MiB, and converted .npy files
+        of at least 1,000 images, are kept as memory-mapped files in `cache_dir`, under a key made
+        of the source's content (a zip's names, checksums and sizes; a folder's place, names,
+        sizes and times) and of the arguments below. A damaged entry is decoded again, with a
+        warning. Entries may be deleted at any time.
+
+        Args:
+            source: Name of a builtin set, or a path.
+            resolution: Height and width, or one number for both, to bring every image to: the
+                largest centred rectangle of that aspect ratio is cut out; shrinking by a whole
+                factor averages blocks, other factors use Lanczos resampling. Synthetic sets are
+                rendered at the size instead. None keeps the size, which must be one for all.
+            channels: 1 for grey (ITU-R BT.601 luma), 3 for RGB; None keeps what is there.
+            split: `"train"`, `"test"` or another part of a source that has parts: a folder or
+                archive with such folders at its top, MNIST's and CIFAR's folders. None is
+                `"train"` there.
+            cache_dir: Folder of decoded sets; None is the environment variable
+                `PYFLOCALITY_CACHE_DIR` or `pyflocality` in the user's cache folder
+                (`XDG_CACHE_HOME`, `~/.cache`).
+            progress: Whether to show progress on standard error.
+
+        Raises:
+            TypeError: An argument is of the wrong type.
+            ValueError: There is no such source, it is damaged, empty or of mixed sizes (the
+                message names the file), or an argument does not fit it.
+            ImportError: The source needs a package that is not installed.
+        """
+        # Sources make training sets themselves.
+        from pyflocality.sources.registry import open_source
+
+        request = Request.checked(resolution, channels, split, cache_dir, progress)
+        loaded = open_source(source, request)
+        try:
+            data = cls(
+                loaded.images, loaded.labels, name=loaded.name, label_names=loaded.label_names
+            )
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{os.fspath(source)}: {error}") from error
+        data._mapped = loaded.mapped
+        return data
+
+    def __len__(self) -> int:
+        """Number of images N."""
+        return self.images.shape[0]
+
+    def __repr__(self) -> str:
+        """Name, number, shape, dtype, labels and place of the images."""
+        shape = "x".join(map(str, self.image_shape))
+        parts = [f"{len(self)} images {shape}", str(self.dtype).removeprefix("torch.")]
+        if self.labels is not None:
+            parts.append(f"{len(self.labels.unique())} labels")
+        parts.append("memory-mapped" if self._mapped else str(self.device))
+        return f"TrainingSet({self.name!r}: {', '.join(parts)})"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width (C, H, W)."""
+        return tuple(self.images.shape[1:])
+
+    @property
+    def num_values(self) -> int:
+        """Values of one image, D = C * H * W."""
+        return self.images[0].numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.images.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the images as stored."""
+        return self.images.dtype
+
+    def values(
+        self, start: int = 0, stop: int | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Values of the images start..stop-1 in [-1, 1]: [n, C, H, W] on the set's device.
+
+        Args:
+            start: First image; counts like a slice.
+            stop: One past the last image; None for all.
+            dtype: Floating-point dtype of the result. Images stored in it are not copied: do
+                not write to the result.
+
+        Raises:
+            TypeError: `dtype` is not a floating-point dtype.
+        """
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"`dtype` must be a floating-point dtype, got {describe(dtype)}")
+        part = self.images[start:stop]
+        if part.dtype == torch.uint8:
+            return part.to(dtype).div_(127.5).sub_(1.0).contiguous()
+        return part.to(dtype).contiguous()
+
+    def subset(self, indices: object) -> TrainingSet:
+        """The images at some positions, in that order, with their labels.
+
+        Args:
+            indices: A slice, a range, a sequence, array or tensor of whole numbers (negative
+                ones count from the end), or a mask [N] of booleans. Positions in a row share
+                the memory of this set, any others are copied.
+
+        Raises:
+            TypeError: `indices` is none of these.
+            ValueError: `indices` selects nothing, or leaves the set.
+        """
+        positions = as_positions(indices, len(self))
+        start, stop = int(positions[0]), int(positions[-1]) + 1
+        row = len(positions) == stop - start and bool((positions.diff() == 1).all())
+        mapped = None
+        if row:
+            images = self.images[start:stop]
+            mapped = None if self._mapped is None else self._mapped.part(start, stop)
+        else:
+            images = self.images[positions.to(self.device)]
+        labels = None if self.labels is None else self.labels[positions.to(self.device)]
+        return self._of_valid(images, self.name, labels, self.label_names, mapped)
+
+    def with_label(self, label: int | str) -> TrainingSet:
+        """The images of one class.
+
+        Args:
+            label: Number of the class, or its name where the set has `label_names`.
+
+        Raises:
+            TypeError: `label` is neither a whole number nor a string.
+            ValueError: The set has no labels, or no image of that class.
+        """
+        if isinstance(label, bool) or not isinstance(label, (numbers.Integral, str)):
+            raise TypeError(f"`label` must be a whole number or a name, got {describe(label)}")
+        if self.labels is None:
+            raise ValueError(f"`label` cannot be {label!r}: {self.name} has no labels")
+        number = label
+        if isinstance(label, str):
+            names = self.label_names or ()
+            number = names.index(label) if label in names else -1
+        positions = (self.labels == int(number)).nonzero()[:, 0]
+        unknown_name = isinstance(label, str) and number == -1
+        if unknown_name or len(positions) == 0:
+            raise ValueError(
+                f"`label` must be one of {self._available_labels()}, the labels of {self.name}, "
+                f"got {label!r}"
+            )
+        return self.subset(positions)
+
+    def _available_labels(self) -> str:
+        present = self.labels.unique().tolist()
+        if self.label_names is not None:
+            present = [f"{number} ({self.label_names[number]!r})" for number in present]
+        shown = ", ".join(map(str, present[:20]))
+        return shown if len(present) <= 20 else f"{shown}, .. ({len(present)} labels)"
+
+    def to(self, device: torch.device | str) -> TrainingSet:
+        """This set with its images and labels on a device; itself if they are there already."""
+        images = self.images.to(device)
+        if images is self.images:
+            return self
+        labels = None if self.labels is None else self.labels.to(device)
+        return self._of_valid(images, self.name, labels, self.label_names)
+
+    def content_key(self) -> str:
+        """SHA-256 of the shape, the dtype and the bytes of the images, in hexadecimal.
+
+        Computed once, reading the images in pieces. Labels and names do not enter.
+        """
+        if self._content_key is None:
+            digest = hashlib.sha256(f"{tuple(self.images.shape)} {self.dtype}".encode())
+            for _, block in blocks(self.images):
+                digest.update(block.contiguous().cpu().numpy())
+            self._content_key = digest.hexdigest()
+        return self._content_key
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainingSet:
+        """A set that shares the images: they are immutable by convention."""
+        return copy.copy(self)
+
+    def __copy__(self) -> TrainingSet:
+        """A set that shares the images."""
+        twin = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the path of a memory-mapped set, the images of any other."""
+        state = dict(self.__dict__)
+        if self._mapped is not None:
+            # The file may be another one by then, of the same size.
+            del state["images"], state["_content_key"]
+        elif self.images.untyped_storage().nbytes() > self.images.nbytes:
+            # A tensor is pickled with all of the memory that it is a view of.
+            state["images"] = self.images.clone()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled set; raises ValueError if the file it maps is no longer the same."""
+        self.__dict__.update({"_content_key": None} | state)
+        if self._mapped is not None:
+            self.images = checked_shape(as_image_tensor(self._mapped.open()))

@@ -1,0 +1,39 @@
+"""The nearest training image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyflocality.data import TrainingSet
+from pyflocality.denoisers.base import PosteriorDenoiser
+from pyflocality.ops import nearest_images
+
+
+class NearestDenoiser(PosteriorDenoiser):
+    r"""The training image nearest to the input: what the optimal denoiser recites.
+
+    .. math:: \hat x_0(x) = v_{i^*}, \qquad i^* = \arg\min_i \lVert x - \alpha v_i \rVert^2
+
+    Among equal distances the earlier image wins. The noise level sigma does not matter.
+
+    Args:
+        data: The training set.
+        backend: Backend of its operations; None follows `pyflocality.use_backend`.
+        dtype: float32 or float64 to compute in; None computes in the input's own dtype.
+        memory_budget: Working memory, bytes or a string such as "2GB".
+    """
+
+    def __init__(
+        self,
+        data: TrainingSet,
+        *,
+        backend: str | None = None,
+        dtype: torch.dtype | None = None,
+        memory_budget: int | str | None = None,
+    ) -> None:
+        super().__init__(data, backend=backend, dtype=dtype, memory_budget=memory_budget)
+
+    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        found = nearest_images(x, self.data.images, alpha, **self._options).indices[:, 0]
+        return self.data.subset(found).values(dtype=x.dtype) if len(x) else torch.zeros_like(x)

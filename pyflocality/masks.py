@@ -1,0 +1,82 @@
+"""Which inputs each output listens to: the PCA-locality rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyflocality._checks import check_level, describe
+from pyflocality.moments import Moments
+from pyflocality.weights import QueryWeights
+
+
+def wiener_gain(eigenvalues: Tensor, sigma: float, alpha: float) -> Tensor:
+    r"""Share of each principal component that the Wiener filter keeps, [D] in [0, 1].
+
+    .. math:: g_k = \frac{\alpha^2 \lambda_k}{\alpha^2 \lambda_k + \sigma^2}
+
+    Components without variance keep nothing, also at sigma = 0.
+    """
+    signal = alpha**2 * eigenvalues
+    return torch.where(signal > 0, signal / (signal + sigma**2), 0.0)
+
+
+def pca_locality_weights(
+    moments: Moments, sigma: float, alpha: float = 1.0, threshold: float = 0.02
+) -> QueryWeights:
+    r"""Query weights of the PCA-locality model at one noise level.
+
+    With the covariance :math:`S = U \operatorname{diag}(\lambda) U^\top` the Wiener filter's
+    projector is
+
+    .. math::
+        M = U \operatorname{diag}\left(
+            \frac{\alpha^2 \lambda}{\alpha^2 \lambda + \sigma^2} \right) U^\top .
+
+    Row n is divided by :math:`M[n,n]` (by 1 where :math:`|M[n,n]| < 10^{-6}`); output m weighs
+    input n by column m of the result. A threshold h > 0 keeps 1 where the entry's magnitude
+    reaches h times the largest magnitude of the whole matrix and 0 elsewhere; h = 0 keeps the
+    signed values.
+
+    Where the training images are fewer than their values the covariance has a null space.
+    Its eigenvalues are exactly zero here (see `Moments.eigh`), so the projector's rows lie in
+    the span of the data at every noise level; single-precision codes fill that null space with
+    rounding noise at low noise levels and their masks differ there.
+
+    Args:
+        moments: Moments of the training set over D = C H W values.
+        sigma: Noise level, not negative.
+        alpha: Signal coefficient, positive.
+        threshold: h, in [0, 1).
+
+    Returns:
+        Weights with the output value in the row and the input value in the column, [D, D].
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    References:
+        Lukoianov, Yuan, Solomon and Sitzmann, Locality in image diffusion models emerges from
+        data statistics, 2025.
+    """
+    check_threshold(threshold, "threshold")
+    eigenvalues, vectors = moments.eigh()
+    device = vectors.device
+    sigma = float(check_level(sigma, 1, device, "sigma", allow_zero=True))
+    alpha = float(check_level(alpha, 1, device, "alpha", allow_zero=False))
+    projector = (vectors * wiener_gain(eigenvalues, sigma, alpha)) @ vectors.T
+    diagonal = projector.diagonal().clone()
+    projector /= torch.where(diagonal.abs() < 1e-6, 1.0, diagonal)[:, None]
+    if threshold == 0:
+        return QueryWeights(projector.T.contiguous(), signed=True)
+    magnitude = projector.abs_().T
+    return QueryWeights(magnitude >= threshold * magnitude.max())
+
+
+def check_threshold(threshold: object, name: str) -> float:
+    """A mask threshold in [0, 1)."""
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise TypeError(f"`{name}` must be a number, got {describe(threshold)}")
+    if not 0 <= threshold < 1:
+        raise ValueError(f"`{name}` must be in [0, 1), got {threshold}")
+    return float(threshold)

@@ -1,0 +1,90 @@
+"""Distances between images, one number per image.
+
+For images a and b of D values each: `mse` = sum (a - b)^2 / D, `psnr` = 10 log10(range^2 / mse),
+and `r2` = 1 - sum (u - y)^2 / (D var(y)), the share of a target's variance that a prediction
+explains. All are computed and returned in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyflocality._checks import check_float_tensor, check_positive, describe
+
+
+def mse(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared error of each image: sum (a - b)^2 / D.
+
+    Args:
+        a: Images [n, ...].
+        b: Images [n, ...].
+
+    Returns:
+        Float64 [n], at least 0.
+
+    Raises:
+        TypeError: An argument is not a floating-point tensor.
+        ValueError: The shapes or devices differ, or a value is NaN or infinite.
+    """
+    return (_values(a, "a") - _values(b, "b", a)).square().mean(dim=1)
+
+
+def psnr(a: Tensor, b: Tensor, data_range: float = 2.0) -> Tensor:
+    """Peak signal-to-noise ratio of each image in decibels: 10 log10(data_range^2 / mse).
+
+    Args:
+        a: Images [n, ...].
+        b: Images [n, ...].
+        data_range: Width of the range of the values: 2 for [-1, 1].
+
+    Returns:
+        Float64 [n]; infinite where two images are equal.
+
+    Raises:
+        TypeError: An image argument is not a floating-point tensor, or `data_range` not a number.
+        ValueError: The shapes or devices differ, a value is NaN or infinite, or `data_range` is
+            not positive.
+    """
+    data_range = check_positive(data_range, "data_range")
+    return 10.0 * torch.log10(data_range**2 / mse(a, b))
+
+
+def r2(prediction: Tensor, target: Tensor) -> Tensor:
+    """Share of the target's variance that the prediction explains, of each image.
+
+    r2 = 1 - sum (u - y)^2 / (D var(y)) for a prediction u and a target y of D values, with the
+    unbiased variance (divisor D - 1) of the target's own values: the definition behind the
+    figures of Lukoianov et al. (2025). 1 is perfect; a constant prediction at the target's mean
+    gives 1 / D; it has no lower bound.
+
+    Args:
+        prediction: Images u [n, ...].
+        target: Images y [n, ...], at least two values each.
+
+    Returns:
+        Float64 [n]. Where a target is constant: minus infinity, or NaN for an equal prediction.
+
+    Raises:
+        TypeError: An argument is not a floating-point tensor.
+        ValueError: The shapes or devices differ, a value is NaN or infinite, or an image has
+            fewer than two values.
+    """
+    u = _values(prediction, "prediction")
+    y = _values(target, "target", prediction)
+    if y.shape[1] < 2:
+        raise ValueError(f"`target` must have two or more values an image, got {describe(target)}")
+    return 1.0 - (u - y).square().mean(dim=1) / y.var(dim=1, correction=1)
+
+
+def _values(images: Tensor, name: str, like: Tensor | None = None) -> Tensor:
+    """Images as float64 rows [n, D], checked, and against the shape and device of `like`."""
+    images = check_float_tensor(images, name)
+    if images.ndim < 2 or images.numel() == 0:
+        raise ValueError(f"`{name}` must have shape [n, ...] without a 0, got {describe(images)}")
+    if like is not None and (images.shape, images.device) != (like.shape, like.device):
+        raise ValueError(
+            f"`{name}` must have the shape and device of the other images, "
+            f"{describe(like)}, got {describe(images)}"
+        )
+    return images.to(torch.float64).flatten(start_dim=1)

@@ -1,0 +1,346 @@
+r"""Mean and covariance of a training set, streaming and exact for 8-bit images.
+
+Over the D = C H W values v of N images, in [-1, 1],
+
+.. math::
+    \mu = \frac1N \sum_i v_i, \qquad
+    S = \frac1{N-1} \sum_i (v_i - \mu)(v_i - \mu)^\top .
+
+8-bit images are summed as integers: with c = u - 128, so that v = (c + 1/2) / 127.5, the totals
+:math:`s = \sum c` and :math:`G = \sum c c^\top` are exact in int64. Mean and covariance are then a
+fixed function of integers, bit-identical for every order, split and merge of the same images, and
+on every backend and device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyflocality._backends import BackendUnavailableError
+from pyflocality._checks import check_float_tensor, describe
+from pyflocality._moment_sums import BLOCK_BYTES, ByteSums, FloatSums, kind_of_sums
+from pyflocality._progress import progress_bar
+
+if TYPE_CHECKING:
+    from pyflocality.data import TrainingSet
+
+_FORMAT, _FORMAT_VERSION = "pyflocality-moments", 1
+
+
+class Eigen(NamedTuple):
+    """Eigendecomposition S = vectors diag(values) vectors^T.
+
+    Attributes:
+        values: Eigenvalues, float64, descending, [D].
+        vectors: Eigenvectors in columns, float64, [D, D].
+    """
+
+    values: Tensor
+    vectors: Tensor
+
+
+class Moments:
+    """Streaming mean and covariance of images.
+
+    Start empty and call `update` with batches, or use `from_data` or `load`. All batches of one
+    object are either uint8 or floating-point.
+
+    uint8 (u means u / 127.5 - 1) is exact: `mean` is correctly rounded, `covariance` is
+    bit-identical for any order, chunking and merging of the same images, and exactly 0 for
+    values that are the same in every image. Floating-point batches are combined in float64 with
+    the pairwise update of Chan, Golub and LeVeque: results for other orders or splits agree to
+    rounding, not to the bit.
+
+    The totals live on the device of the first batch and take 8 D^2 bytes; the covariance and
+    its eigenvectors take as much again each, from their first use on.
+
+    References:
+        Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample
+        variances, 1979.
+    """
+
+    def __init__(self) -> None:
+        self._sums: ByteSums | FloatSums | None = None
+        self._image_shape: tuple[int, ...] | None = None
+        self._interrupted = False
+        self._covariance: Tensor | None = None
+        self._eigen: Eigen | None = None
+
+    @classmethod
+    def from_data(
+        cls, data: TrainingSet | Tensor, *, progress: bool = False, backend: str | None = None
+    ) -> Moments:
+        """Moments of a training set.
+
+        Args:
+            data: A `TrainingSet`, or images as `update` takes them, [N, C, H, W]. Memory-mapped
+                images are read block by block.
+            progress: Whether to show a progress bar.
+            backend: Backend of the exact sums; None follows `pyflocality.use_backend`.
+
+        Raises:
+            TypeError: `data` is neither.
+            ValueError: There are no images, or they hold NaN or infinite values.
+        """
+        images = data if isinstance(data, Tensor) else getattr(data, "images", None)
+        if not isinstance(images, Tensor):
+            raise TypeError(f"`data` must be a TrainingSet or a torch.Tensor, got {describe(data)}")
+        _check_images(images, "data")
+        moments = cls()
+        blocks = _blocks(images)
+        for block in progress_bar(blocks, description="moments", enabled=progress):
+            moments._take(block, backend)
+        return moments
+
+    @property
+    def count(self) -> int:
+        """Number of images N so far."""
+        return 0 if self._sums is None else self._whole().count
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape (C, H, W) of an image; ValueError before the first batch."""
+        self._whole()
+        return self._image_shape
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean image in [-1, 1], float64, [C, H, W]."""
+        return self._whole().mean().reshape(self.image_shape)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance S (N - 1 in the denominator), float64, [D, D]. Zero where N = 1.
+
+        It is kept until the next `update`: do not change it in place.
+        """
+        sums = self._whole()
+        if self._covariance is None:
+            self._covariance = sums.covariance()
+        return self._covariance
+
+    def eigh(self) -> Eigen:
+        """Eigenvalues and eigenvectors of the covariance, kept until the next `update`.
+
+        Eigenvalues below D eps max(eigenvalues) are rounding errors of zero and set to exactly
+        0. Fewer images than values (N <= D) always give such zeros: the covariance has rank at
+        most N - 1, and the eigenvectors of the null space are an arbitrary basis of it.
+
+        Returns:
+            `values` [D] descending and `vectors` [D, D] in columns, float64.
+        """
+        if self._eigen is None:
+            values, vectors = torch.linalg.eigh(self.covariance)
+            values, vectors = values.flip(0), vectors.flip(1)
+            floor = len(values) * torch.finfo(torch.float64).eps * values[0]
+            self._eigen = Eigen(torch.where(values > floor, values, 0.0), vectors)
+        return self._eigen
+
+    def update(self, batch: Tensor, *, backend: str | None = None) -> None:
+        """Take in a batch of images.
+
+        Large batches cost less: each call reads and writes the D x D totals.
+
+        Args:
+            batch: uint8 (u means u / 127.5 - 1) or floating-point images in [-1, 1],
+                [n, C, H, W] with n >= 1.
+            backend: Backend of the exact sums of uint8 images; None follows
+                `pyflocality.use_backend`. Floating-point sums are plain torch.
+
+        Raises:
+            TypeError: `batch` is not a tensor, or neither uint8 nor floating-point.
+            ValueError: The shape, device or kind of dtype differs from the first batch's, there
+                are no images, or they hold NaN or infinite values.
+            BackendUnavailableError: The backend that was asked for cannot run here.
+        """
+        _check_images(batch, "batch")
+        if self._sums is not None:
+            self._check_fits(batch, self._whole())
+        self._take(batch, backend)
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of the images of both, as a new object.
+
+        Raises:
+            TypeError: `other` is not `Moments`.
+            ValueError: The image shapes, devices or kinds of dtype differ.
+        """
+        if not isinstance(other, Moments):
+            raise TypeError(f"`other` must be Moments, got {describe(other)}")
+        merged = Moments()
+        if self._sums is None and other._sums is None:
+            return merged
+        if self._sums is None or other._sums is None:
+            source = other if self._sums is None else self
+            merged._sums, merged._image_shape = source._whole().copy(), source._image_shape
+            return merged
+        mine, theirs = self._whole(), other._whole()
+        for name, expected, got in (
+            ("image shape", self._image_shape, other._image_shape),
+            ("kind of dtype", mine.kind, theirs.kind),
+            ("device", mine.device, theirs.device),
+        ):
+            if expected != got:
+                raise ValueError(f"`other` must have {name} {expected}, got {got}")
+        merged._sums, merged._image_shape = mine.merged(theirs), self._image_shape
+        return merged
+
+    def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
+        """Write the totals to a safetensors file, from which `load` goes on exactly.
+
+        Args:
+            path: The file; its folder must exist. It appears whole or not at all.
+            force: Whether to replace a file that is there.
+
+        Raises:
+            FileExistsError: `path` exists and `force` is False.
+            FileNotFoundError: The folder of `path` does not exist.
+            ValueError: There are no images yet.
+        """
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        sums = self._whole()
+        if path.exists() and not force:
+            raise FileExistsError(f"{path} exists: pass force=True to replace it")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path.parent} is not a folder to save {path.name} in")
+        header = {"kind": sums.kind, "count": sums.count, "image_shape": list(self.image_shape)}
+        tensors = {name: tensor.cpu() for name, tensor in sums.tensors().items()}
+        metadata = {
+            "format": _FORMAT,
+            "version": str(_FORMAT_VERSION),
+            "moments": json.dumps(header),
+            "sha256": _checksum(json.dumps(header), tensors),
+        }
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            save_file(tensors, temporary, metadata)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Moments:
+        """Read what `save` wrote; the totals are on the CPU.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged, or not a file of moments of this version.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file")
+        metadata, tensors = _read(path)
+        header = json.loads(metadata["moments"])
+        kind = {sums.kind: sums for sums in (ByteSums, FloatSums)}[header["kind"]]
+        moments = cls()
+        moments._image_shape = tuple(header["image_shape"])
+        moments._sums = kind(header["count"], **tensors)
+        return moments
+
+    def __repr__(self) -> str:
+        if self._sums is None:
+            return "Moments(count=0)"
+        sums = self._whole()
+        return f"Moments(count={sums.count}, image_shape={self._image_shape}, {sums.kind})"
+
+    def _check_fits(self, batch: Tensor, sums: ByteSums | FloatSums) -> None:
+        for name, expected, got in (
+            ("shape [n, C, H, W] with (C, H, W) =", self._image_shape, tuple(batch.shape[1:])),
+            ("kind of dtype", sums.kind, kind_of_sums(batch).kind),
+            ("device", sums.device, batch.device),
+        ):
+            if expected != got:
+                raise ValueError(
+                    f"`batch` must have {name} {expected} like the batches before it, got "
+                    f"{describe(batch)}"
+                )
+
+    @torch.no_grad()
+    def _take(self, batch: Tensor, backend: str | None) -> None:
+        """Take in a batch that has been checked."""
+        fresh = self._sums is None
+        sums = kind_of_sums(batch).empty(batch[0].numel(), batch.device) if fresh else self._whole()
+        self._covariance = self._eigen = None
+        # Whatever stops the loop midway leaves some images counted.
+        self._interrupted = not fresh
+        try:
+            for block in _blocks(batch):
+                sums.add(block.reshape(len(block), -1), backend)
+        except BackendUnavailableError:
+            # Refused before any work: what was counted before still holds.
+            self._interrupted = False
+            raise
+        self._sums, self._image_shape = sums, tuple(batch.shape[1:])
+        self._interrupted = False
+
+    def _whole(self) -> ByteSums | FloatSums:
+        """The totals, where they are of use."""
+        if self._sums is None:
+            raise ValueError("these moments hold no images yet: call `update` first")
+        if self._interrupted:
+            raise RuntimeError(
+                "an update of these moments was interrupted, so some of its images are counted: "
+                "start again from a new object or a saved file"
+            )
+        return self._sums
+
+
+def _check_images(images: object, name: str) -> None:
+    """Images [n, C, H, W], at least one, uint8 or finite floating-point."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"`{name}` must be a torch.Tensor, got {describe(images)}")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise TypeError(f"`{name}` must be uint8 or floating-point, got {describe(images)}")
+    if images.ndim != 4:
+        raise ValueError(f"`{name}` must have shape [n, C, H, W], got {describe(images)}")
+    if images.numel() == 0:
+        raise ValueError(f"`{name}` holds no images: {describe(images)}")
+    if images.is_floating_point():
+        for block in _blocks(images):
+            check_float_tensor(block, name)
+
+
+def _blocks(images: Tensor) -> tuple[Tensor, ...]:
+    """Views of a few images each, of bounded size also where they are cast to float64."""
+    per_value = 1 if images.dtype == torch.uint8 else 8
+    return images.split(max(1, BLOCK_BYTES // (per_value * images[0].numel())))
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file of moments whose contents are as they were written."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{path} does not hold moments saved by pyflocality")
+    if metadata.get("version") != str(_FORMAT_VERSION):
+        raise ValueError(
+            f"{path} has version {metadata.get('version')} of the format; this release reads "
+            f"version {_FORMAT_VERSION}"
+        )
+    if metadata.get("sha256") != _checksum(metadata.get("moments", ""), tensors):
+        raise ValueError(f"{path} is damaged: its contents do not match their checksum")
+    return metadata, tensors
+
+
+def _checksum(header: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy())
+    return digest.hexdigest()

@@ -1,0 +1,74 @@
+"""Posterior mean over whole images: the optimal denoiser of a finite training set."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyflocality._backends import Implementation, register, select
+from pyflocality._problem import posterior_problem
+from pyflocality.reference.state import finalize
+
+register(
+    "global_posterior",
+    {
+        "reference": Implementation(
+            "pyflocality.reference.global_posterior", "global_posterior_state"
+        ),
+    },
+)
+
+
+def global_posterior_mean(
+    x: Tensor,
+    images: Tensor,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    temperature: float = 1.0,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""Posterior mean of the clean image given a noisy one.
+
+    .. math::
+        \hat x_0 = \sum_i p_i v_i, \qquad
+        p = \operatorname{softmax}_i \left(
+            -\frac{\lVert x - \alpha v_i \rVert^2}{2 \sigma^2 \tau} \right)
+
+    Args:
+        x: Noisy images x = alpha x0 + sigma noise, [B, C, H, W].
+        images: Training images, uint8 (u means u / 127.5 - 1) or float in [-1, 1],
+            [N, C, H, W].
+        sigma: Noise level, a number or [B]; 0 gives the nearest image (ties share weight).
+        alpha: Signal coefficient, a number or [B], positive.
+        temperature: Divides the logits.
+        backend: Backend to run on; None follows `pyflocality.use_backend`.
+        dtype: float32 or float64 to compute in; None computes in x's own (half precision
+            computes in float32).
+        memory_budget: Working memory, bytes or a string such as "2GB".
+        chunk_size: Training images at a time; None derives it from the budget. The result does
+            not depend on it beyond rounding.
+
+    Returns:
+        Posterior means in [-1, 1], dtype of x, [B, C, H, W].
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or range.
+        BackendUnavailableError: The backend asked for cannot serve this call.
+    """
+    problem = posterior_problem(
+        x,
+        images,
+        sigma,
+        alpha,
+        temperature=temperature,
+        dtype=dtype,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+    )
+    run = select("global_posterior", problem.call, backend)
+    return finalize(run(problem)).reshape(x.shape).to(x.dtype)

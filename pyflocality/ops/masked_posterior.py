@@ -1,0 +1,92 @@
+"""Posterior mean of each value over its own weighted set of inputs: PCA locality."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyflocality._backends import Implementation, register, select
+from pyflocality._problem import posterior_problem
+from pyflocality.reference.state import finalize
+from pyflocality.weights import QueryWeights
+
+register(
+    "masked_posterior",
+    {
+        "reference": Implementation(
+            "pyflocality.reference.masked_posterior", "masked_posterior_state"
+        ),
+    },
+)
+
+
+def masked_posterior_mean(
+    x: Tensor,
+    images: Tensor,
+    weights: Tensor | QueryWeights,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    temperature: float = 1.0,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""One posterior per output value, over its own weighting of the inputs.
+
+    .. math::
+        \hat x_0[m] = \sum_i p_{m,i} \, v_i[m], \qquad
+        p_m = \operatorname{softmax}_i \left( -\frac{1}{2 \sigma^2 \tau}
+            \sum_d w_m[d] (x[d] - \alpha v_i[d])^2 \right)
+
+    A row of weights without any entry gives a uniform posterior: the plain mean.
+
+    Args:
+        x: Noisy images x = alpha x0 + sigma noise, [B, C, H, W].
+        images: Training images, uint8 (u means u / 127.5 - 1) or float in [-1, 1],
+            [N, C, H, W].
+        weights: Weights of the D = C H W inputs (columns) for each of the D outputs (rows):
+            bool or float [D, D], or a `QueryWeights` that is used again and again.
+        sigma: Noise level, a number or [B]; 0 gives the nearest image per output value.
+        alpha: Signal coefficient, a number or [B], positive.
+        temperature: Divides the logits.
+        backend: Backend to run on; None follows `pyflocality.use_backend`.
+        dtype: float32 or float64 to compute in; None computes in x's own (half precision
+            computes in float32).
+        memory_budget: Working memory, bytes or a string such as "2GB".
+        chunk_size: Training images at a time; None derives it from the budget. The result does
+            not depend on it beyond rounding.
+
+    Returns:
+        Posterior means in [-1, 1], dtype of x, [B, C, H, W].
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or range.
+        BackendUnavailableError: The backend asked for cannot serve this call.
+
+    References:
+        Lukoianov, Yuan, Solomon and Sitzmann, Locality in image diffusion models emerges from
+        data statistics, 2025, proposition A.7.
+    """
+    problem = posterior_problem(
+        x,
+        images,
+        sigma,
+        alpha,
+        temperature=temperature,
+        dtype=dtype,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+    )
+    if not isinstance(weights, QueryWeights):
+        weights = QueryWeights(weights)
+    values = problem.images[0].numel()
+    if weights.shape != (values, values):
+        raise ValueError(
+            f"`weights` must have shape [{values}, {values}] for images of {values} values, got "
+            f"{list(weights.shape)}"
+        )
+    run = select("masked_posterior", problem.call, backend)
+    return finalize(run(problem, weights)).reshape(x.shape).to(x.dtype)

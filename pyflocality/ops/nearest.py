@@ -1,0 +1,76 @@
+"""The training images nearest to a query."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyflocality._backends import Implementation, register, select
+from pyflocality._checks import check_count
+from pyflocality._problem import posterior_problem
+
+register(
+    "nearest",
+    {"reference": Implementation("pyflocality.reference.nearest", "nearest_images")},
+)
+
+
+class Neighbours(NamedTuple):
+    """Nearest training images, nearest first.
+
+    Attributes:
+        indices: Positions in the training set, int64 [B, k].
+        distances: Squared distances |x - alpha v|^2, [B, k].
+    """
+
+    indices: Tensor
+    distances: Tensor
+
+
+def nearest_images(
+    x: Tensor,
+    images: Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    k: int = 1,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+) -> Neighbours:
+    """The k training images nearest to each query, in squared distance |x - alpha v|^2.
+
+    Args:
+        x: Queries, [B, C, H, W].
+        images: Training images, uint8 (u means u / 127.5 - 1) or float in [-1, 1],
+            [N, C, H, W].
+        alpha: Signal coefficient, a number or [B], positive.
+        k: Number of neighbours, at most N.
+        backend: Backend to run on; None follows `pyflocality.use_backend`.
+        dtype: float32 or float64 to compute in; None computes in x's own.
+        memory_budget: Working memory, bytes or a string such as "2GB".
+        chunk_size: Training images at a time; None derives it from the budget.
+
+    Returns:
+        Indices and squared distances; among equal distances the earlier image comes first.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or range.
+        BackendUnavailableError: The backend asked for cannot serve this call.
+    """
+    problem = posterior_problem(
+        x,
+        images,
+        0.0,
+        alpha,
+        dtype=dtype,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+    )
+    if check_count(k, "k") > len(images):
+        raise ValueError(f"`k` must be at most the number of images {len(images)}, got {k}")
+    run = select("nearest", problem.call, backend)
+    return Neighbours(*run(problem, k))

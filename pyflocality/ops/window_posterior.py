@@ -1,0 +1,100 @@
+"""Posterior mean over a square window around each pixel: the local score model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyflocality._backends import Implementation, register, select
+from pyflocality._checks import check_count
+from pyflocality._problem import posterior_problem
+from pyflocality.reference.state import finalize
+
+register(
+    "window_posterior",
+    {
+        "reference": Implementation(
+            "pyflocality.reference.window_posterior", "window_posterior_state"
+        ),
+    },
+)
+
+
+def check_window(window: object, height: int, width: int, name: str = "window") -> int:
+    """An odd window no larger than what already covers the image from every pixel."""
+    size = check_count(window, name)
+    largest = 2 * max(height, width) - 1
+    if size % 2 == 0:
+        raise ValueError(f"`{name}` must be odd so that it has a centre pixel, got {size}")
+    if size > largest:
+        raise ValueError(
+            f"`{name}` must be at most {largest}, which covers a {height}x{width} image from "
+            f"every pixel, got {size}"
+        )
+    return size
+
+
+def window_posterior_mean(
+    x: Tensor,
+    images: Tensor,
+    window: int,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    temperature: float = 1.0,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""One posterior per pixel, over the window around it, at the same place of every image.
+
+    .. math::
+        \hat x_0[c, q] = \sum_i p_{q,i} \, v_i[c, q], \qquad
+        p_q = \operatorname{softmax}_i \left( -\frac{1}{2 \sigma^2 \tau}
+            \sum_{d \in \Omega_q} (x[d] - \alpha v_i[d])^2 \right)
+
+    with :math:`\Omega_q` the window x window pixels around pixel q in all channels, cut at the
+    border.
+
+    Args:
+        x: Noisy images x = alpha x0 + sigma noise, [B, C, H, W].
+        images: Training images, uint8 (u means u / 127.5 - 1) or float in [-1, 1],
+            [N, C, H, W].
+        window: Side of the window in pixels, odd, at most 2 max(H, W) - 1.
+        sigma: Noise level, a number or [B]; 0 gives the nearest image per window.
+        alpha: Signal coefficient, a number or [B], positive.
+        temperature: Divides the logits.
+        backend: Backend to run on; None follows `pyflocality.use_backend`.
+        dtype: float32 or float64 to compute in; None computes in x's own (half precision
+            computes in float32).
+        memory_budget: Working memory, bytes or a string such as "2GB".
+        chunk_size: Training images at a time; None derives it from the budget. The result does
+            not depend on it beyond rounding.
+
+    Returns:
+        Posterior means in [-1, 1], dtype of x, [B, C, H, W].
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or range.
+        BackendUnavailableError: The backend asked for cannot serve this call.
+
+    References:
+        Kamb and Ganguli, An analytic theory of creativity in convolutional diffusion models,
+        2025 (the local score model, LS).
+    """
+    problem = posterior_problem(
+        x,
+        images,
+        sigma,
+        alpha,
+        temperature=temperature,
+        dtype=dtype,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+    )
+    window = check_window(window, *x.shape[-2:])
+    run = select("window_posterior", problem.call, backend)
+    # [B, H W, C] -> [B, C, H, W]
+    return finalize(run(problem, window)).transpose(1, 2).reshape(x.shape).to(x.dtype)

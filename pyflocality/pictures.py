@@ -1,0 +1,192 @@
+"""Pictures of images: grids, captioned rows and the way a sample came about, by Pillow.
+
+Values in [-1, 1] become bytes round((v + 1) * 127.5), the inverse of the 8-bit convention of the
+library, so a training image is drawn exactly. Values outside are clipped here, for display only.
+Small images are enlarged by a whole factor, every value a square of equal pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyflocality._checks import check_count, check_float_tensor, describe
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Height of a line of text in pixels, and what a picture shows where there is no image.
+CAPTION_HEIGHT = 14
+_PAPER = 255
+# Images are enlarged until their longer side comes as near to this as a whole factor allows.
+_TILE = 96
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Values as bytes, round((v + 1) * 127.5) with v clipped to [-1, 1].
+
+    Args:
+        images: Finite floating-point values, any shape [...].
+
+    Returns:
+        uint8 [...], on the CPU.
+
+    Raises:
+        TypeError: `images` is not a floating-point tensor.
+        ValueError: A value is NaN or infinite.
+    """
+    images = check_float_tensor(images, "images").detach().cpu().double()
+    return ((images.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+
+
+def default_scale(height: int, width: int) -> int:
+    """The whole factor that brings an image of this size to about 96 pixels, at least 1."""
+    return max(1, _TILE // max(height, width))
+
+
+def image_grid(
+    images: Tensor, columns: int | None = None, pad: int = 2, scale: int | None = None
+) -> Image.Image:
+    """Images side by side, row by row.
+
+    Image i has its upper left corner at x = pad + (i % columns) (scale W + pad),
+    y = pad + (i // columns) (scale H + pad).
+
+    Args:
+        images: Values in [-1, 1], [n, C, H, W] with n >= 1. One channel is drawn grey, three are
+            drawn in colour, and any other number as grey images side by side.
+        columns: Images in a row; None draws up to eight.
+        pad: Pixels between images and around them, at least 0.
+        scale: Whole factor of enlargement; None takes `default_scale`.
+
+    Returns:
+        A picture of mode "L" or "RGB".
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument has the wrong shape or range, or a value is NaN or infinite.
+    """
+    from PIL import Image
+
+    tiles = _tiles(images)
+    scale = default_scale(*tiles.shape[1:3]) if scale is None else check_count(scale, "scale")
+    columns = min(len(tiles), 8) if columns is None else check_count(columns, "columns")
+    pad = check_count(pad, "pad", minimum=0)
+    tiles = tiles.repeat(scale, axis=1).repeat(scale, axis=2)
+    height, width, channels = tiles.shape[1:]
+    rows = -(-len(tiles) // columns)
+    canvas = np.full(
+        (pad + rows * (height + pad), pad + columns * (width + pad), channels), _PAPER, np.uint8
+    )
+    for index, tile in enumerate(tiles):
+        top = pad + index // columns * (height + pad)
+        left = pad + index % columns * (width + pad)
+        canvas[top : top + height, left : left + width] = tile
+    return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
+
+
+def captioned_rows(
+    rows: Sequence[tuple[str, Tensor]], pad: int = 2, scale: int | None = None
+) -> Image.Image:
+    """Rows of images, each below a line of text.
+
+    Row r starts at y = r (14 + 2 pad + scale H): 14 pixels of text, then its images as
+    `image_grid` lays them out.
+
+    Args:
+        rows: Pairs of a caption and images in [-1, 1], [n, C, H, W], of one shape (C, H, W).
+        pad: Pixels between images and around them, at least 0.
+        scale: Whole factor of enlargement; None takes `default_scale`.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: There are no rows, or an argument has the wrong shape or range.
+    """
+    from PIL import Image, ImageDraw
+
+    if len(rows) == 0:
+        raise ValueError("`rows` must hold at least one row, got none")
+    grids = [image_grid(images, max(len(images), 1), pad, scale) for _, images in rows]
+    width = max(grid.width for grid in grids)
+    height = sum(grid.height + CAPTION_HEIGHT for grid in grids)
+    sheet = Image.new(grids[0].mode, (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for (caption, _), grid in zip(rows, grids, strict=True):
+        draw.text((max(pad, 1), top + 1), caption, fill="black")
+        sheet.paste(grid, (0, top + CAPTION_HEIGHT))
+        top += CAPTION_HEIGHT + grid.height
+    return sheet
+
+
+def sample_sheet(samples: Tensor, nearest: Tensor | None = None, columns: int = 8) -> Image.Image:
+    """Samples, each above the training image nearest to it.
+
+    Args:
+        samples: Images in [-1, 1], [n, C, H, W].
+        nearest: For each sample a training image, [n, C, H, W], or None to draw samples alone.
+        columns: Images in a row.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: The shapes differ, or a value is NaN or infinite.
+    """
+    if nearest is None:
+        return image_grid(samples, min(columns, len(samples)))
+    if nearest.shape != samples.shape:
+        raise ValueError(
+            f"`nearest` must have the shape of `samples`, {list(samples.shape)}, got "
+            f"{describe(nearest)}"
+        )
+    rows = []
+    for start in range(0, len(samples), columns):
+        part = slice(start, start + columns)
+        rows.append(("samples", samples[part]))
+        rows.append(("nearest training images", nearest[part]))
+    return captioned_rows(rows)
+
+
+def trajectory_strip(
+    x_t: Tensor, x0: Tensor, timesteps: Tensor, samples: int = 3, columns: int = 10
+) -> Image.Image:
+    """The way from noise to image: for each sample a row of states above a row of answers.
+
+    Args:
+        x_t: States, [steps, n, C, H, W].
+        x0: The denoiser's answers to them, [steps, n, C, H, W].
+        timesteps: Times of the steps, [steps].
+        samples: How many samples to draw, the first ones.
+        columns: How many steps to draw at most; of more, some evenly spaced ones from the first
+            to the last.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: The shapes differ, or a value is NaN or infinite.
+    """
+    if x_t.ndim != 5 or x_t.shape != x0.shape or len(timesteps) != len(x_t):
+        raise ValueError(
+            "`x_t` and `x0` must have one shape [steps, n, C, H, W] and `timesteps` its length, "
+            f"got {list(x_t.shape)}, {list(x0.shape)} and {list(timesteps.shape)}"
+        )
+    steps, number = x_t.shape[:2]
+    shown = torch.linspace(0, steps - 1, min(steps, columns)).round().long()
+    times = ", ".join(f"{time:g}" for time in timesteps[shown].tolist())
+    rows = []
+    for index in range(min(samples, number)):
+        rows.append((f"sample {index}: noisy images x_t at t = {times}", x_t[shown, index]))
+        rows.append(("denoised images x0", x0[shown, index]))
+    return captioned_rows(rows)
+
+
+def _tiles(images: Tensor) -> np.ndarray:
+    """Checked images as bytes: uint8 [n, H, W, 1] or [n, H, W, 3]."""
+    values = to_bytes(images)
+    if values.ndim != 4 or values.numel() == 0:
+        raise ValueError(f"`images` must have shape [n, C, H, W], got {describe(images)}")
+    if values.shape[1] not in (1, 3):
+        values = values.permute(0, 2, 1, 3).flatten(2)[:, None]
+    return values.permute(0, 2, 3, 1).numpy()

@@ -1,0 +1,102 @@
+r"""The state of a posterior scan: init, update, merge, finalize.
+
+A scan visits the training images :math:`v_i` in any order and grouping. With :math:`e_i` the
+weighted squared distance of a query to image :math:`i` and :math:`\kappa = 1 / (2 \sigma^2 \tau)`
+the posterior weights are :math:`p_i \propto \exp(-\kappa e_i)`. The state keeps, per batch
+element and query, the smallest distance seen :math:`m`, :math:`s = \sum_i \exp(-\kappa (e_i - m))`
+and :math:`y = \sum_i \exp(-\kappa (e_i - m)) v_i`.
+
+It counts in distances, not in logits: the difference :math:`e_i - m` is taken before the factor
+:math:`\kappa`, so the rounding of large logits at small noise cancels, and the limit
+:math:`\sigma = 0` (:math:`\kappa` the largest float) is the mean of the nearest images without
+any special case. Merging is associative: it joins chunks, threads, devices and machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PosteriorState(NamedTuple):
+    """Partial sums of a scan.
+
+    Attributes:
+        minimum: Smallest distance m, [B, Q]; infinity before the first image.
+        total: Sum s of the unnormalised weights, [B, Q].
+        weighted: Sums y of the weighted values, [B, Q, V] for V values a query answers.
+    """
+
+    minimum: Tensor
+    total: Tensor
+    weighted: Tensor
+
+
+def posterior_scale(sigma: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    r"""The factor :math:`\kappa = 1 / (2 \sigma^2 \tau)`, [B], the largest float at sigma = 0."""
+    exact = 1.0 / (2.0 * sigma.double() ** 2 * temperature)
+    return exact.clamp(max=torch.finfo(dtype).max).to(dtype)
+
+
+def init(batch: int, queries: int, values: int, like: Tensor) -> PosteriorState:
+    """The state before the first image, in the dtype and on the device of `like`."""
+    return PosteriorState(
+        like.new_full((batch, queries), torch.inf),
+        like.new_zeros(batch, queries),
+        like.new_zeros(batch, queries, values),
+    )
+
+
+def _decay(minimum: Tensor, new_minimum: Tensor, scale: Tensor) -> Tensor:
+    # A state without images has an infinite minimum: its sums are 0 and must stay 0, where the
+    # difference or its product with a scale of 0 may be NaN.
+    decay = torch.exp(-(minimum - new_minimum) * scale[:, None])
+    return torch.where(torch.isinf(minimum), 0.0, decay)
+
+
+def update(
+    state: PosteriorState,
+    distance: Tensor,
+    scale: Tensor,
+    weigh: Callable[[Tensor], Tensor],
+) -> PosteriorState:
+    """Take in a chunk of n images.
+
+    Args:
+        state: The state so far.
+        distance: Weighted squared distances of the chunk, [B, n, Q].
+        scale: Factor of the distances in the exponent, [B].
+        weigh: Maps unnormalised weights [B, n, Q] to the weighted sums of values [B, Q, V].
+    """
+    minimum = torch.minimum(state.minimum, distance.amin(1))
+    weights = torch.exp(-(distance - minimum[:, None]) * scale[:, None, None])
+    decay = _decay(state.minimum, minimum, scale)
+    return PosteriorState(
+        minimum,
+        state.total * decay + weights.sum(1),
+        state.weighted * decay[..., None] + weigh(weights),
+    )
+
+
+def merge(first: PosteriorState, second: PosteriorState, scale: Tensor) -> PosteriorState:
+    """The state after both sets of images."""
+    minimum = torch.minimum(first.minimum, second.minimum)
+    one, two = (_decay(state.minimum, minimum, scale) for state in (first, second))
+    return PosteriorState(
+        minimum,
+        first.total * one + second.total * two,
+        first.weighted * one[..., None] + second.weighted * two[..., None],
+    )
+
+
+def finalize(state: PosteriorState) -> Tensor:
+    """The posterior means [B, Q, V]."""
+    return state.weighted / state.total[..., None]
+
+
+def log_sum_exp(state: PosteriorState, scale: Tensor) -> Tensor:
+    """Log of the sum of exp(-scale * distance), [B, Q]: the log-density up to a constant."""
+    return state.total.log() - state.minimum * scale[:, None]

@@ -1,0 +1,384 @@
+"""Samplers: from noise to images by repeated denoising.
+
+A denoiser gives x0 = denoiser(x, sigma, alpha), its estimate of the clean image in
+x = alpha x0 + sigma noise. A sampler moves x from one noise level (alpha, sigma) to the next,
+cleaner one (alpha', sigma'), along the schedule's times down to the clean end (1, 0). With
+
+    eps = (x - alpha x0) / sigma
+
+the noise that x0 implies, all samplers are variations of x' = alpha' x0 + sigma' eps:
+
+| sampler | step | source |
+|---|---|---|
+| `DDIM` | part of eps replaced by fresh noise (eta); keeps eps of the unclipped x0 | Song 2021 |
+| `Euler` | one Euler step of the probability-flow equation | Song 2021, Karras 2022 |
+| `Heun` | the same with a second-order correction: two denoiser calls | Karras 2022 |
+
+In the scaled state y = x / alpha and the scaled noise level s = sigma / alpha the
+probability-flow equation is dy/ds = (y - x0) / s = eps for every schedule.
+"""
+
+from __future__ import annotations
+
+import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyflocality._checks import check_batch, check_choice, check_count, check_float_tensor, describe
+from pyflocality._progress import progress_bar
+from pyflocality.noise import DDPMSchedule, NoiseSchedule
+
+DenoiserFunction = Callable[[Tensor, float, float], Tensor]
+Level = tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SampleResult:
+    """Images made by `sample`, and the way there.
+
+    Attributes:
+        images: Final images [n, C, H, W].
+        x_t: States [steps, n, C, H, W]: the x at the start of each step.
+        x0: The denoiser's answers to them [steps, n, C, H, W], never clipped.
+        timesteps: Time of each step [steps], from noise to data.
+    """
+
+    images: Tensor
+    x_t: Tensor
+    x0: Tensor
+    timesteps: Tensor
+
+    def __repr__(self) -> str:
+        """Shapes instead of values."""
+        return f"SampleResult(images={list(self.images.shape)}, steps={len(self.timesteps)})"
+
+
+class Sampler(ABC):
+    """One step from a noise level to the next, cleaner one."""
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether `step` needs fresh noise."""
+        return False
+
+    @abstractmethod
+    def step(
+        self,
+        denoiser: DenoiserFunction,
+        x: Tensor,
+        level: Level,
+        next_level: Level,
+        *,
+        clip: bool = True,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Move x from `level` to `next_level`.
+
+        Args:
+            denoiser: Function (x, sigma, alpha) -> x0.
+            x: State [B, C, H, W] at `level`.
+            level: (alpha, sigma) of x, alpha above 0.
+            next_level: (alpha', sigma') to go to, with sigma' / alpha' at most sigma / alpha.
+            clip: Clip the denoiser's answers to [-1, 1] before they are used.
+            noise: Standard normal noise [B, C, H, W]; needed where the sampler is `stochastic`.
+
+        Returns:
+            The state at `next_level` [B, C, H, W], and the denoiser's answer at x as it came.
+
+        Raises:
+            TypeError: The denoiser returned no tensor.
+            ValueError: The denoiser returned another shape than that of x.
+        """
+
+
+@dataclass(frozen=True)
+class DDIM(Sampler):
+    """Denoising diffusion implicit models (Song, Meng & Ermon 2021), as in diffusers.
+
+        x' = alpha' x0 + sqrt(sigma'^2 - s^2) eps + s noise
+        s  = eta sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2)
+
+    With `clip`, x0 is clipped to [-1, 1] but eps stays that of the unclipped x0. The general s
+    is that of variance-preserving schedules in the paper and holds for all others: s^2 / eta^2
+    is the variance of x' given x and x0. With eta = 0 and without clipping a step is that of
+    `Euler`.
+
+    Attributes:
+        eta: Share of fresh noise in [0, 1]: 0 deterministic, 1 ancestral sampling (DDPM).
+
+    Raises:
+        TypeError: `eta` is not a number.
+        ValueError: `eta` is not in [0, 1].
+    """
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the field."""
+        if isinstance(self.eta, bool) or not isinstance(self.eta, numbers.Real):
+            raise TypeError(f"`eta` must be a number, got {describe(self.eta)}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"`eta` must lie in [0, 1], got {self.eta!r}")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether `step` needs fresh noise: eta above 0."""
+        return self.eta > 0
+
+    def step(
+        self,
+        denoiser: DenoiserFunction,
+        x: Tensor,
+        level: Level,
+        next_level: Level,
+        *,
+        clip: bool = True,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One step; see `Sampler.step`. Without noise eta must be 0."""
+        if self.stochastic and noise is None:
+            raise ValueError(f"`noise` must be given for eta {self.eta!r}, got None")
+        (alpha, sigma), (next_alpha, next_sigma) = level, next_level
+        x0 = _predict(denoiser, x, level)
+        eps = _implied_noise(x, x0, level)
+        mean = next_alpha * _clipped(x0, clip)
+        if not self.stochastic or next_sigma == 0:
+            return mean + next_sigma * eps, x0
+        # Levels a rounding error apart must not give a negative share.
+        fresh = self.eta**2 * max(0.0, 1 - (alpha * next_sigma / (next_alpha * sigma)) ** 2)
+        return mean + next_sigma * ((1 - fresh) ** 0.5 * eps + fresh**0.5 * noise), x0
+
+
+@dataclass(frozen=True)
+class Euler(Sampler):
+    """Euler steps of the probability-flow equation dy/ds = (y - x0) / s.
+
+    y' = y + (s' - s) (y - x0) / s with y = x / alpha and s = sigma / alpha, which is
+    x' = alpha' x0 + sigma' eps. With `clip`, the clipped x0 stands in eps as well: that is where
+    it differs from `DDIM` with eta = 0.
+    """
+
+    def step(
+        self,
+        denoiser: DenoiserFunction,
+        x: Tensor,
+        level: Level,
+        next_level: Level,
+        *,
+        clip: bool = True,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One step; see `Sampler.step`. `noise` is not used."""
+        x0 = _predict(denoiser, x, level)
+        used = _clipped(x0, clip)
+        next_alpha, next_sigma = next_level
+        return next_alpha * used + next_sigma * _implied_noise(x, used, level), x0
+
+
+@dataclass(frozen=True)
+class Heun(Sampler):
+    """Heun steps of the probability-flow equation (Karras et al. 2022, algorithm 1).
+
+    An Euler step to x', then y' = y + (s' - s) (eps + eps') / 2 with eps' the slope found at x'
+    by a second denoiser call. The step to sigma' = 0 stays an Euler step, so `steps` steps cost
+    2 * steps - 1 denoiser calls. With `clip`, both answers are clipped wherever they are used.
+    The error of a run falls with the square of the step size.
+    """
+
+    def step(
+        self,
+        denoiser: DenoiserFunction,
+        x: Tensor,
+        level: Level,
+        next_level: Level,
+        *,
+        clip: bool = True,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One step; see `Sampler.step`. `noise` is not used."""
+        x0 = _predict(denoiser, x, level)
+        used = _clipped(x0, clip)
+        eps = _implied_noise(x, used, level)
+        (alpha, sigma), (next_alpha, next_sigma) = level, next_level
+        euler = next_alpha * used + next_sigma * eps
+        if next_sigma == 0:
+            return euler, x0
+        next_used = _clipped(_predict(denoiser, euler, next_level), clip)
+        next_eps = _implied_noise(euler, next_used, next_level)
+        # alpha' (s' - s), the factor of a slope of y in x'.
+        stride = next_sigma - next_alpha * sigma / alpha
+        return euler + 0.5 * stride * (next_eps - eps), x0
+
+
+SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIM, "euler": Euler, "heun": Heun}
+
+
+def sample(
+    denoiser: DenoiserFunction,
+    n: int | None = None,
+    *,
+    schedule: NoiseSchedule | None = None,
+    steps: int = 10,
+    sampler: str | Sampler = "ddim",
+    x_T: Tensor | None = None,  # noqa: N803  (the field's name for the starting noise)
+    generator: torch.Generator | None = None,
+    clip: bool = True,
+    progress: bool = True,
+    batch_size: int | None = None,
+) -> SampleResult:
+    """Generate images from noise.
+
+    The last step goes to the clean end (1, 0), where DDIM and Euler give the last x0 itself
+    (clipped if `clip`). The result does not depend on `batch_size` as far as the denoiser's
+    answers do not. No gradients are recorded.
+
+    Args:
+        denoiser: Any function (x, sigma, alpha) -> x0 of x [B, C, H, W] and two numbers, such as
+            the denoisers of this library. Its attributes `image_shape` (C, H, W) and `device`
+            are needed where `x_T` is not given.
+        n: Number of images: by default those of `x_T`, or 8.
+        schedule: Noise schedule; by default `DDPMSchedule()`.
+        steps: Number of steps; each calls the denoiser once (`Heun` twice, but for the last).
+        sampler: `"ddim"`, `"euler"`, `"heun"` or an instance such as `DDIM(eta=1.0)`.
+        x_T: State [n, C, H, W] at the schedule's first time. By default
+            `schedule.init_noise_sigma` times standard normal noise in float32.
+        generator: Source of all randomness; drawn on its own device, in float32 whatever the
+            dtype, so that a seed means the same noise everywhere. By default torch's global
+            generator of the denoiser's device.
+        clip: Clip x0 to [-1, 1] where a step uses it; see the samplers.
+        progress: Show a progress bar on standard error.
+        batch_size: Images per denoiser call; by default all n.
+
+    Returns:
+        Images, states, answers and times; float64 if `x_T` or the denoiser's answers are, else
+        float32.
+
+    Raises:
+        TypeError: An argument has the wrong type, or the denoiser returned no tensor.
+        ValueError: An argument has a wrong shape or value, `steps` is more than the schedule
+            has, or the denoiser returned a wrong shape.
+    """
+    schedule, sampler = _check_method(denoiser, schedule, sampler, generator)
+    timesteps, levels = _check_levels(schedule, steps)
+    if batch_size is not None:
+        check_count(batch_size, "batch_size")
+    state = _starting_state(denoiser, n, schedule, x_T, generator)
+    n = len(state)
+    batch_size = n if batch_size is None else batch_size
+
+    # State i + 1 is written batch by batch while state i is read.
+    states = state.new_empty((steps + 1, *state.shape))
+    states[0] = state
+    answers = torch.empty_like(states[1:])
+    visits = [(i, slice(k, k + batch_size)) for i in range(steps) for k in range(0, n, batch_size)]
+    noise = None
+    with torch.no_grad():
+        for i, rows in progress_bar(visits, description="sampling", enabled=progress):
+            if rows.start == 0 and sampler.stochastic:
+                # For all images at once: the batches must not change it.
+                noise = _normal(state.shape, generator, state.device)
+            result, x0 = sampler.step(
+                denoiser,
+                states[i, rows],
+                levels[i],
+                levels[i + 1],
+                clip=clip,
+                noise=None if noise is None else noise[rows],
+            )
+            # A denoiser that answers in float64 makes it a float64 run.
+            states, answers = states.to(result.dtype), answers.to(result.dtype)
+            states[i + 1, rows], answers[i, rows] = result, x0
+    return SampleResult(states[-1], states[:-1], answers, timesteps)
+
+
+def _check_method(
+    denoiser: object, schedule: object, sampler: object, generator: object
+) -> tuple[NoiseSchedule, Sampler]:
+    """Check who does the work; the schedule and the sampler, with defaults filled in."""
+    if not callable(denoiser):
+        raise TypeError(f"`denoiser` must be callable, got {describe(denoiser)}")
+    schedule = DDPMSchedule() if schedule is None else schedule
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"`schedule` must be a NoiseSchedule, got {describe(schedule)}")
+    if isinstance(sampler, str):
+        sampler = SAMPLERS[check_choice(sampler, "sampler", tuple(SAMPLERS))]()
+    if not isinstance(sampler, Sampler):
+        raise TypeError(f"`sampler` must be a name or a Sampler, got {describe(sampler)}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"`generator` must be a torch.Generator, got {describe(generator)}")
+    return schedule, sampler
+
+
+def _check_levels(schedule: NoiseSchedule, steps: int) -> tuple[Tensor, list[Level]]:
+    """Times [steps] and the steps + 1 levels from the first time to the clean end."""
+    timesteps = schedule.timesteps(steps)
+    alpha, sigma = schedule(timesteps)
+    if not (alpha > 0).all():
+        raise ValueError(f"`schedule` must have alpha above 0 at its timesteps, got {alpha}")
+    return timesteps, [*zip(alpha.tolist(), sigma.tolist(), strict=True), schedule.final]
+
+
+def _starting_state(
+    denoiser: DenoiserFunction,
+    n: int | None,
+    schedule: NoiseSchedule,
+    x_T: Tensor | None,  # noqa: N803
+    generator: torch.Generator | None,
+) -> Tensor:
+    """The state at the first time [n, C, H, W]: x_T checked, or drawn."""
+    if n is not None:
+        n = check_count(n, "n")
+    shape, device = getattr(denoiser, "image_shape", None), getattr(denoiser, "device", None)
+    if x_T is None:
+        if shape is None or device is None:
+            raise ValueError(
+                "`x_T` must be given for a denoiser without the attributes `image_shape` and "
+                f"`device`, got None with {describe(denoiser)}"
+            )
+        noise = _normal((8 if n is None else n, *shape), generator, device)
+        return schedule.init_noise_sigma * noise
+    if isinstance(x_T, Tensor) and (x_T.ndim != 4 or len(x_T) == 0):
+        raise ValueError(f"`x_T` must have shape [n, C, H, W] with n >= 1, got {describe(x_T)}")
+    x_T = check_float_tensor(x_T, "x_T")  # noqa: N806
+    if shape is not None:
+        check_batch(x_T, shape, x_T.device if device is None else torch.device(device), "x_T")
+    if n is not None and n != len(x_T):
+        raise ValueError(f"`n` must be the number of images in `x_T`, {len(x_T)}, got {n}")
+    return x_T.to(torch.promote_types(x_T.dtype, torch.float32))
+
+
+def _normal(
+    shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str
+) -> Tensor:
+    """Standard normal noise in float32 on `device`, drawn where the generator lives."""
+    source = device if generator is None else generator.device
+    noise = torch.randn(shape, generator=generator, device=source, dtype=torch.float32)
+    return noise.to(device)
+
+
+def _predict(denoiser: DenoiserFunction, x: Tensor, level: Level) -> Tensor:
+    """The denoiser's answer at x, of x's shape."""
+    alpha, sigma = level
+    x0 = denoiser(x, sigma, alpha)
+    if not isinstance(x0, Tensor):
+        raise TypeError(f"`denoiser` must return a tensor, got {describe(x0)}")
+    if x0.shape != x.shape:
+        raise ValueError(
+            f"`denoiser` must return images of shape {list(x.shape)}, got {describe(x0)}"
+        )
+    return x0
+
+
+def _clipped(x0: Tensor, clip: bool) -> Tensor:
+    return x0.clamp(-1.0, 1.0) if clip else x0
+
+
+def _implied_noise(x: Tensor, x0: Tensor, level: Level) -> Tensor:
+    """(x - alpha x0) / sigma; none where x is clean already."""
+    alpha, sigma = level
+    difference = x - alpha * x0
+    return difference / sigma if sigma > 0 else torch.zeros_like(difference)

@@ -1,0 +1,228 @@
+"""Folders and zip archives of image files.
+
+Layouts that are understood, in a folder as in an archive:
+
+- images at any depth, without labels;
+- one subfolder per class: its name is the class, in sorted order;
+- `dataset.json` with `{"labels": [[file name, class], ...]}` beside the images (the EDM and
+  StyleGAN layout); `"labels": null` means none;
+- `train`, `test`, `val`, .. at the top, each in one of the layouts above: `split` chooses;
+- any of these inside one enclosing folder.
+
+Hidden files and files without an image suffix are passed over. The images are ordered by their
+paths, so those of one class lie together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyflocality.sources import cache
+from pyflocality.sources.base import Loaded, Request, choose_split
+from pyflocality.sources.images import ColourFoundError, ImageFiles, decode_job
+
+SUFFIXES = frozenset(
+    ".png .jpg .jpeg .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .tga".split()
+)
+SPLITS = frozenset("train training test testing val valid validation dev".split())
+_DESCRIPTION = "dataset.json"
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The files below a folder, or inside an archive.
+
+    Attributes:
+        where: Path of the folder or archive, for messages.
+        separator: What stands between it and a file's name in messages.
+        files: For each name relative to it, the size in bytes and a mark of the content.
+        read: Reads one file.
+        fingerprint: What identifies the tree beyond its files.
+    """
+
+    where: str
+    separator: str
+    files: dict[str, tuple[int, int]]
+    read: Callable[[str], bytes]
+    fingerprint: tuple[Any, ...]
+
+    def path(self, name: str) -> str:
+        """How messages name one of the files."""
+        return f"{self.where}{self.separator}{name}"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The images of a tree that make up a set, in order, and where `dataset.json` would lie."""
+
+    names: list[str]
+    root: str
+
+    def below(self, name: str) -> str:
+        """The name relative to the root of the selection."""
+        return name[len(self.root) :]
+
+
+def load_folder(path: Path, request: Request) -> Loaded:
+    """Load the images below a folder."""
+    return _load(_folder_tree(path), path.resolve().name, request)
+
+
+def load_zip(path: Path, request: Request) -> Loaded:
+    """Load the images inside a zip archive."""
+    with _zip_tree(path) as tree:
+        return _load(tree, path.name, request)
+
+
+def _load(tree: Tree, name: str, request: Request) -> Loaded:
+    total_bytes = sum(size for size, _ in tree.files.values())
+    fingerprint = None
+    if len(tree.files) >= cache.MIN_IMAGES or total_bytes >= cache.MIN_SOURCE_BYTES:
+        fingerprint = {"tree": tree.fingerprint, "files": sorted(tree.files.items())}
+    source = Loaded(None, name, fingerprint=fingerprint)
+    cached = cache.find(source, request)
+    if cached is not None:
+        return cached
+    selection = _select(tree, request.split)
+    labels, label_names = _labels(tree, selection)
+    source = replace(source, labels=labels, label_names=label_names)
+    files = ImageFiles(selection.names, tree.read, tree.path)
+    try:
+        return cache.run_job(decode_job(files, request), source, request)
+    except ColourFoundError:
+        return cache.run_job(decode_job(files, request, colour=True), source, request)
+
+
+def _is_image(name: str) -> bool:
+    hidden = name.startswith((".", "__MACOSX/")) or "/." in name or "/__MACOSX/" in name
+    return not hidden and os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _base_name(name: str) -> str:
+    return name.rsplit("/", 1)[-1]
+
+
+def _folder_tree(folder: Path) -> Tree:
+    files: dict[str, tuple[int, int]] = {}
+    try:
+        for directory, subdirectories, names in os.walk(folder, onerror=_reraise, followlinks=True):
+            if _leads_back(directory):
+                subdirectories.clear()
+                continue
+            for name in names:
+                path = Path(directory, name)
+                relative = path.relative_to(folder).as_posix()
+                if _is_image(relative) or name == _DESCRIPTION:
+                    status = path.stat()
+                    files[relative] = (status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise ValueError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    # Copies that keep the times of their files differ in the folder's place at least.
+    place = (str(folder.resolve()),)
+    return Tree(str(folder), os.sep, files, lambda name: (folder / name).read_bytes(), place)
+
+
+def _reraise(error: OSError) -> None:
+    raise error
+
+
+def _leads_back(directory: str) -> bool:
+    """Whether a directory is a link to one of the directories above it."""
+    if not os.path.islink(directory):
+        return False
+    above = os.path.join(os.path.realpath(os.path.dirname(directory)), "")
+    return above.startswith(os.path.join(os.path.realpath(directory), ""))
+
+
+@contextmanager
+def _zip_tree(path: Path) -> Iterator[Tree]:
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a readable zip archive: {error}") from error
+    with archive:
+        members = {
+            info.filename: info
+            for info in archive.infolist()
+            if _is_image(info.filename) or _base_name(info.filename) == _DESCRIPTION
+        }
+        yield Tree(
+            str(path),
+            ": ",
+            {name: (info.file_size, info.CRC) for name, info in members.items()},
+            lambda name: archive.read(members[name]),
+            (path.stat().st_size,),
+        )
+
+
+def _select(tree: Tree, split: str | None) -> Selection:
+    """Strip enclosing folders and choose the split."""
+    names = [name for name in tree.files if _is_image(name)]
+    if not names:
+        raise ValueError(f"{tree.where}: holds no images ({', '.join(sorted(SUFFIXES))})")
+    root, split_found = "", False
+    while True:
+        parts = [name[len(root) :].split("/") for name in names]
+        tops = sorted({part[0] for part in parts})
+        nested = all(len(part) > 1 for part in parts)
+        if nested and not split_found and all(top.lower() in SPLITS for top in tops):
+            chosen = choose_split(split, tops, tree.where)
+            names = [name for name in names if name.startswith(f"{root}{chosen}/")]
+            split_found = True
+        elif len(tops) == 1 and all(len(part) > 2 for part in parts):
+            chosen = tops[0]
+        else:
+            break
+        root = f"{root}{chosen}/"
+    if split is not None and not split_found:
+        found = ", ".join(tops[:8]) if nested else "images"
+        raise ValueError(
+            f"`split` asks for {split!r}, but the top of {tree.where} holds no folders named "
+            f"train, test or val; it holds {found}"
+        )
+    return Selection(sorted(names, key=lambda name: name.split("/")), root)
+
+
+def _labels(tree: Tree, selection: Selection) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    description = f"{selection.root}{_DESCRIPTION}"
+    if description in tree.files:
+        return _described_labels(tree, description, selection), None
+    parts = [selection.below(name).split("/") for name in selection.names]
+    if not all(len(part) > 1 for part in parts):
+        return None, None
+    classes = sorted({part[0] for part in parts})
+    number = {name: index for index, name in enumerate(classes)}
+    return np.array([number[part[0]] for part in parts], np.int64), tuple(classes)
+
+
+def _described_labels(tree: Tree, description: str, selection: Selection) -> np.ndarray | None:
+    """The labels of the selected images by `dataset.json`."""
+    where = tree.path(description)
+    try:
+        entries = json.loads(tree.read(description))["labels"]
+        table = None if entries is None else {str(name): label for name, label in entries}
+    except Exception as error:
+        raise ValueError(
+            f'{where}: cannot be read as {{"labels": [[file name, class], ...]}}: {error!r}'
+        ) from error
+    if table is None:
+        return None
+    labels = []
+    for name in selection.names:
+        label = table.get(selection.below(name))
+        if isinstance(label, bool) or not isinstance(label, int):
+            raise ValueError(
+                f"{where}: expected a whole number as the class of "
+                f"{selection.below(name)!r}, got {label!r}"
+            )
+        labels.append(label)
+    return np.array(labels, np.int64)

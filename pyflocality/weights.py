@@ -1,0 +1,63 @@
+"""Weights of the inputs for a set of queries."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyflocality._checks import describe
+
+
+class QueryWeights:
+    """Weights of D inputs for Q queries, kept small and expanded on demand.
+
+    Boolean weights (masks) are kept as bits, float weights as they are.
+
+    Args:
+        weights: bool or float [Q, D]; float weights must be finite.
+        signed: Whether negative weights are taken. The published PCA-locality rule has them at
+            threshold 0; for anything else they are a mistake.
+
+    Attributes:
+        shape: (Q, D).
+        is_mask: Whether the weights are boolean.
+        density: Share of weights that are not zero.
+
+    Raises:
+        TypeError: The weights are neither a bool nor a float tensor.
+        ValueError: They are not a matrix, or hold NaN, infinities or unwanted negatives.
+    """
+
+    def __init__(self, weights: Tensor, *, signed: bool = False) -> None:
+        if not isinstance(weights, Tensor) or not (
+            weights.dtype == torch.bool or weights.is_floating_point()
+        ):
+            raise TypeError(
+                f"`weights` must be a bool or float tensor [Q, D], got {describe(weights)}"
+            )
+        if weights.ndim != 2 or weights.numel() == 0:
+            raise ValueError(f"`weights` must have shape [Q, D], got {describe(weights)}")
+        self.shape: tuple[int, int] = (weights.shape[0], weights.shape[1])
+        self.is_mask = weights.dtype == torch.bool
+        self.density = float((weights != 0).double().mean())
+        if self.is_mask:
+            self._bits = np.packbits(weights.cpu().numpy(), axis=1)
+        else:
+            if not torch.isfinite(weights).all():
+                raise ValueError("`weights` holds NaN or infinite values")
+            if not signed and (weights < 0).any():
+                raise ValueError("`weights` holds negative values")
+            self._values = weights.detach()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept."""
+        return self._bits.nbytes if self.is_mask else self._values.nbytes
+
+    def dense(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """The weights as a matrix [Q, D] of the given dtype (torch.bool for a mask as it is)."""
+        if self.is_mask:
+            mask = np.unpackbits(self._bits, axis=1, count=self.shape[1])
+            return torch.from_numpy(mask).to(device=device, dtype=dtype)
+        return self._values.to(device=device, dtype=dtype)

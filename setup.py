@@ -1,0 +1,98 @@
+"""Build of pyflocality: the packages, and the native extension `pyflocality._C`.
+
+The metadata is in pyproject.toml. The extension is plain C++17 bound by pybind11 and knows
+nothing of torch, so one build serves every torch release. Where it cannot be built the
+installation still succeeds, on the reference backend: the reason is printed, and kept for
+`pyflocality doctor` in `pyflocality/_native_build_failure.txt`. The environment variable
+PYFLOCALITY_REQUIRE_NATIVE=1 makes such a failure an error.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError
+
+COMPILE_ARGS = {
+    "unix": ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"],
+    "mingw32": ["-std=c++17", "-O3", "-Wall", "-Wextra"],
+    "msvc": ["/std:c++17", "/O2", "/EHsc"],
+}
+LINK_ARGS = {"unix": ["-pthread"]}
+REQUIRE_NATIVE = os.environ.get("PYFLOCALITY_REQUIRE_NATIVE") == "1"
+
+
+class BuildNative(build_ext):
+    """Build the extension, or record why it cannot be built."""
+
+    failure: str | None = None
+
+    def run(self) -> None:
+        """Build; afterwards exactly one of extension and failure report is in place."""
+        super().run()
+        for extension in self.extensions:
+            target = Path(self.get_ext_fullpath(extension.name))
+            report = target.with_name("_native_build_failure.txt")
+            if self.failure is None:
+                report.unlink(missing_ok=True)
+                continue
+            # What an earlier build left would not match the Python sources of this one.
+            target.unlink(missing_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(self.failure + "\n", encoding="utf-8")
+            self._warn()
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one extension, keeping the reason of a failure unless it is an error."""
+        try:
+            import pybind11
+
+            ext.include_dirs.append(pybind11.get_include())
+            ext.extra_compile_args = COMPILE_ARGS.get(self.compiler.compiler_type, [])
+            ext.extra_link_args = LINK_ARGS.get(self.compiler.compiler_type, [])
+            super().build_extension(ext)
+        except (BaseError, CCompilerError, ImportError, OSError) as error:
+            if REQUIRE_NATIVE:
+                raise
+            self.failure = f"{type(error).__name__}: {error}"
+
+    def _warn(self) -> None:
+        line = "*" * 88
+        print(
+            f"\n{line}\nWARNING: the native extension of pyflocality was NOT built:\n"
+            f"  {self.failure}\n"
+            "pyflocality is installed and works on the reference backend, more slowly.\n"
+            "Install a C++17 compiler and reinstall to get the native kernels; "
+            f"`pyflocality doctor` shows this again.\n{line}\n",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+setup(
+    packages=[
+        *find_packages(include=["pyflocality", "pyflocality.*"]),
+        "pyflocality.kernels",
+        "pyflocality.csrc",
+    ],
+    package_dir={"pyflocality.kernels": "kernels", "pyflocality.csrc": "csrc"},
+    package_data={
+        "pyflocality": ["py.typed"],
+        "pyflocality.csrc": ["cuda/*.cu", "include/**/*.h"],
+    },
+    ext_modules=[
+        Extension(
+            "pyflocality._C",
+            sources=sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
+            depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+            include_dirs=["csrc/include"],
+            language="c++",
+            optional=not REQUIRE_NATIVE,
+        )
+    ],
+    cmdclass={"build_ext": BuildNative},
+)

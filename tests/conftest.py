@@ -1,0 +1,57 @@
+"""Fixtures shared by the tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def _shared_file(*parts: str) -> Path:
+    """A file of the shared folder beside the checkout; it must be there in CI."""
+    path = SHARED.joinpath(*parts)
+    if not path.is_file():
+        message = f"{path} is missing: it lies beside the checkout where parity is tested"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
+
+
+@pytest.fixture
+def golden() -> Callable[[str], dict[str, np.ndarray]]:
+    """Load a file of the published codes' answers: name -> arrays by key."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        with np.load(_shared_file("golden", name)) as archive:
+            return dict(archive)
+
+    return load
+
+
+@pytest.fixture
+def shared_data() -> Callable[[str], Path]:
+    """Path of an image set of the shared folder."""
+    return lambda name: _shared_file("data", name)
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    """A seeded generator."""
+    return torch.Generator().manual_seed(20250911)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Keep the user's settings and cache out of the tests."""
+    for name in [key for key in os.environ if key.startswith("PYFLOCALITY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PYFLOCALITY_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))

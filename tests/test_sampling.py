@@ -1,0 +1,678 @@
+"""Samplers against closed forms, diffusers and the published codes' runs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from pyflocality import sampling
+from pyflocality.noise import (
+    CosineSchedule,
+    DDPMSchedule,
+    FlowSchedule,
+    KarrasSchedule,
+    NoiseSchedule,
+)
+from pyflocality.sampling import DDIM, Euler, Heun, SampleResult, sample
+
+SCHEDULES = [DDPMSchedule(), CosineSchedule(), KarrasSchedule(), FlowSchedule()]
+LEVELS = [
+    ((0.3, math.sqrt(1 - 0.09)), (0.8, 0.6)),
+    ((1.0, 7.0), (1.0, 2.5)),
+    ((0.2, 0.8), (0.7, 0.3)),
+]
+
+
+class Gaussian:
+    """The exact denoiser of the Gaussian data set N(mean, V diag(variance) V^T)."""
+
+    def __init__(self, image_shape=(1, 2, 3), dtype=torch.float64, seed=1):
+        generator = torch.Generator().manual_seed(seed)
+        self.image_shape, self.device = image_shape, torch.device("cpu")
+        size = math.prod(image_shape)
+        self.mean = 0.3 * torch.randn(size, generator=generator, dtype=dtype)
+        self.variance = torch.logspace(-2, 0, size, dtype=dtype)
+        square = torch.randn(size, size, generator=generator, dtype=dtype)
+        self.vectors = torch.linalg.qr(square).Q
+
+    def in_eigenbasis(self, x, alpha, factor):
+        """alpha * mean + V diag(factor) V^T (x - alpha mean)."""
+        centred = (x.flatten(1) - alpha * self.mean) @ self.vectors
+        return (centred * factor) @ self.vectors.T
+
+    def __call__(self, x, sigma, alpha):
+        gain = alpha * self.variance / (alpha**2 * self.variance + sigma**2)
+        return (self.mean + self.in_eigenbasis(x, alpha, gain)).reshape(x.shape)
+
+    def transport(self, x, level, next_level):
+        """The probability-flow map between two levels: deviations scale with the state's."""
+        (alpha, sigma), (next_alpha, next_sigma) = level, next_level
+        here = alpha**2 * self.variance + sigma**2
+        there = next_alpha**2 * self.variance + next_sigma**2
+        moved = next_alpha * self.mean + self.in_eigenbasis(x, alpha, (there / here).sqrt())
+        return moved.reshape(x.shape)
+
+
+class Replay:
+    """Answers with a recorded sequence and checks that it is asked the recorded questions."""
+
+    def __init__(self, states, answers, levels=None, atol=1e-5, rtol=0.0):
+        self.states, self.answers, self.levels = states, answers, levels
+        self.close = {"atol": atol, "rtol": rtol}
+        self.calls = 0
+
+    def __call__(self, x, sigma, alpha):
+        np.testing.assert_allclose(x, self.states[self.calls], **self.close)
+        if self.levels is not None:
+            assert (alpha, sigma) == pytest.approx(self.levels[self.calls], rel=1e-6)
+        self.calls += 1
+        return torch.from_numpy(self.answers[self.calls - 1])
+
+
+def optimal(images):
+    """Posterior mean over a few images, in the plainest torch."""
+
+    def denoise(x, sigma, alpha):
+        differences = x[:, None] - alpha * images.to(x)
+        logits = -differences.square().flatten(2).sum(2) / (2 * sigma**2)
+        return torch.einsum("bn,nchw->bchw", torch.softmax(logits, 1), images.to(x))
+
+    return denoise
+
+
+def local(images, windows):
+    """Posterior mean per pixel over its window, with one window size per call."""
+    sizes = iter(windows)
+
+    def denoise(x, sigma, alpha):
+        k = next(sizes)
+        differences = (x[:, None] - alpha * images.to(x)).square().sum(2)
+        sums = F.conv2d(
+            differences.flatten(0, 1)[:, None], torch.ones(1, 1, k, k).to(x), padding=k // 2
+        )
+        logits = -sums.reshape(differences.shape) / (2 * sigma**2)
+        return torch.einsum("bnhw,nchw->bchw", torch.softmax(logits, 1), images.to(x))
+
+    return denoise
+
+
+def as_images(array):
+    return torch.from_numpy(array).double() / 127.5 - 1
+
+
+# Single steps --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def step_inputs(rng):
+    """State, answer (well outside [-1, 1] at places) and noise [4, 1, 3, 3]."""
+    x, x0, noise = torch.randn(3, 4, 1, 3, 3, generator=rng, dtype=torch.float64)
+    return x, 1.5 * x0, noise
+
+
+def _step(sampler, x, x0, level, next_level, **options):
+    moved, answer = sampler.step(lambda *_: x0, x, level, next_level, **options)
+    assert answer is x0
+    return moved
+
+
+@pytest.mark.parametrize(("level", "next_level"), LEVELS)
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_ddim_noise_is_the_posterior_variance(level, next_level, eta, step_inputs):
+    """Bayes' rule for x' between x0 and x gives both the mean and the noise at eta = 1."""
+    x, x0, noise = step_inputs
+    (alpha, sigma), (next_alpha, next_sigma) = level, next_level
+    # x = ratio x' + N(0, transition), and x' = next_alpha x0 + N(0, next_sigma^2).
+    ratio = alpha / next_alpha
+    transition = sigma**2 - ratio**2 * next_sigma**2
+    variance = 1 / (1 / next_sigma**2 + ratio**2 / transition)
+    found = _step(DDIM(eta), x, x0, level, next_level, clip=False, noise=noise)
+    eps = (x - alpha * x0) / sigma
+    expected = (
+        next_alpha * x0
+        + math.sqrt(next_sigma**2 - eta**2 * variance) * eps
+        + eta * math.sqrt(variance) * noise
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    if eta == 1:
+        mean = variance * (next_alpha * x0 / next_sigma**2 + ratio * x / transition)
+        torch.testing.assert_close(found, mean + math.sqrt(variance) * noise, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("level", "next_level"), LEVELS)
+def test_euler_step_is_eulers_rule_in_scaled_state(level, next_level, step_inputs):
+    x, x0, _ = step_inputs
+    (alpha, sigma), (next_alpha, next_sigma) = level, next_level
+    for clip in (False, True):
+        used = x0.clamp(-1, 1) if clip else x0
+        y, s, next_s = x / alpha, sigma / alpha, next_sigma / next_alpha
+        expected = next_alpha * (y + (next_s - s) * (y - used) / s)
+        found = _step(Euler(), x, x0, level, next_level, clip=clip)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("level", "next_level"), LEVELS)
+@pytest.mark.parametrize("clip", [False, True])
+def test_heun_step_is_the_trapezoidal_rule_in_scaled_state(level, next_level, clip, step_inputs):
+    x, x0, other = step_inputs
+    (alpha, sigma), (next_alpha, next_sigma) = level, next_level
+    answers = {sigma: x0, next_sigma: 2 * other}
+    asked = []
+
+    def denoise(state, level_sigma, level_alpha):
+        asked.append((state, level_alpha, level_sigma))
+        return answers[level_sigma]
+
+    found, answer = Heun().step(denoise, x, level, next_level, clip=clip)
+    assert answer is x0
+    first, second = (v.clamp(-1, 1) if clip else v for v in answers.values())
+    y, s, next_s = x / alpha, sigma / alpha, next_sigma / next_alpha
+    slope = (y - first) / s
+    predicted = y + (next_s - s) * slope
+    next_slope = (predicted - second) / next_s
+    expected = next_alpha * (y + (next_s - s) * (slope + next_slope) / 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    assert [pair[1:] for pair in asked] == [level, next_level]
+    torch.testing.assert_close(asked[1][0], next_alpha * predicted, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("sampler", [DDIM(), DDIM(0.5), Euler(), Heun()])
+@pytest.mark.parametrize("clip", [False, True])
+def test_the_last_step_gives_x0(sampler, clip, step_inputs):
+    x, x0, noise = step_inputs
+    found = _step(sampler, x, x0, (0.6, 0.8), (1.0, 0.0), clip=clip, noise=noise)
+    torch.testing.assert_close(found, x0.clamp(-1, 1) if clip else x0, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sampler", [DDIM(), DDIM(0.5), Euler(), Heun()])
+def test_a_clean_state_steps_without_nan(sampler, step_inputs):
+    x, x0, noise = step_inputs
+    found = _step(sampler, x, x0, (1.0, 0.0), (1.0, 0.0), clip=False, noise=noise)
+    assert torch.equal(found, x0)
+
+
+def test_ddim_keeps_the_noise_direction_of_the_unclipped_answer():
+    x, x0 = torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), 3.0)
+    level, next_level = (0.6, 0.8), (0.8, 0.6)
+    moved = _step(DDIM(), x, x0, level, next_level)
+    assert moved.item() == pytest.approx(0.8 * 1.0 + 0.6 * (0.5 - 0.6 * 3.0) / 0.8, rel=1e-6)
+    moved = _step(Euler(), x, x0, level, next_level)
+    assert moved.item() == pytest.approx(0.8 * 1.0 + 0.6 * (0.5 - 0.6 * 1.0) / 0.8, rel=1e-6)
+
+
+def test_ddim_between_equal_levels_stays_real():
+    """The share of fresh noise is a difference of equal numbers, negative after rounding."""
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    for level in ((0.1, 0.7), (0.3, 0.9), (0.7, 0.1), (1.0, 3.0)):
+        for factor in (1.0, 3.0, 7.0):
+            scaled = (level[0] * factor, level[1] * factor)
+            moved = _step(DDIM(1.0), x, 0 * x, level, scaled, clip=False, noise=x)
+            assert moved.dtype == torch.float64
+            assert moved.item() == pytest.approx(factor, rel=1e-6)
+
+
+# Parity with diffusers -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    return pytest.importorskip("diffusers", reason="diffusers comes with the extra [test]")
+
+
+def _their_scheduler(diffusers, steps, clip, *, double=False):
+    scheduler = diffusers.DDIMScheduler(prediction_type="sample", clip_sample=clip)
+    scheduler.set_timesteps(steps)
+    if double:
+        betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+        scheduler.alphas_cumprod = torch.cumprod(1 - betas, 0)
+        scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
+    return scheduler
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("steps", [1, 7, 10])
+def test_every_ddim_step_is_diffusers(diffusers, clip, eta, steps, step_inputs):
+    """Given their formula in float64, ours agrees to rounding at every step."""
+    x, x0, noise = step_inputs
+    scheduler = _their_scheduler(diffusers, steps, clip, double=True)
+    schedule = DDPMSchedule()
+    levels = [schedule(t) for t in schedule.timesteps(steps).tolist()] + [schedule.final]
+    for i, t in enumerate(scheduler.timesteps):
+        theirs = scheduler.step(x0, t, x, eta=eta, variance_noise=noise).prev_sample
+        ours = _step(DDIM(eta), x, x0, levels[i], levels[i + 1], clip=clip, noise=noise)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_a_run_with_a_seed_is_diffusers(diffusers, clip, eta):
+    """Their float32 loop and our `sample` see the same noise from the same generator."""
+    gaussian = Gaussian((3, 4, 4), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    scheduler = _their_scheduler(diffusers, 10, clip)
+    state = torch.randn(6, 3, 4, 4, generator=generator)
+    states = []
+    for t in scheduler.timesteps:
+        states.append(state)
+        alpha = scheduler.alphas_cumprod[t].item() ** 0.5
+        x0 = gaussian(state, (1 - alpha**2) ** 0.5, alpha)
+        state = scheduler.step(x0, t, state, eta=eta, generator=generator).prev_sample
+    out = sample(
+        gaussian,
+        6,
+        sampler=DDIM(eta),
+        clip=clip,
+        generator=torch.Generator().manual_seed(5),
+        progress=False,
+    )
+    assert out.images.dtype == torch.float32
+    assert out.x0.abs().max() > 1.2
+    torch.testing.assert_close(out.x_t, torch.stack(states), rtol=0, atol=2e-5)
+    torch.testing.assert_close(out.images, state, rtol=0, atol=2e-5)
+
+
+# Parity with the published runs ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["locality_public_mnist10.npz", "locality_public_cifar8.npz"])
+@pytest.mark.parametrize("model", ["optimal", "wiener", "pca_locality", "pca_signed", "nearest"])
+def test_published_ddim_runs(golden, name, model):
+    """Every state of the ten-step runs, given the recorded answers.
+
+    Their noise direction takes sqrt(1 - alpha^2 + 1e-8), which is 3e-6 from ours at most. They
+    publish the last answer before it is clipped: our `x0[-1]`.
+    """
+    arrays = golden(name)
+    states, answers = arrays[f"{model}_traj_xt"], arrays[f"{model}_traj_x0"]
+    replay = Replay(states, answers)
+    out = sample(replay, x_T=torch.from_numpy(arrays["x_T"]), progress=False)
+    assert replay.calls == 10
+    np.testing.assert_allclose(out.x_t, states, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(out.x0, answers)
+    np.testing.assert_array_equal(out.timesteps, arrays["timesteps"])
+    np.testing.assert_array_equal(out.x0[-1], arrays[f"{model}_sample"])
+    np.testing.assert_allclose(out.images, arrays[f"{model}_sample"].clip(-1, 1), rtol=0, atol=1e-6)
+
+
+def test_the_published_wiener_run_leaves_the_range(golden):
+    """Otherwise the runs above would not see what clipping does."""
+    assert np.abs(golden("locality_public_mnist10.npz")["wiener_traj_x0"]).max() > 1.3
+
+
+@pytest.mark.parametrize(("sampler", "theirs"), [("euler", "euler"), ("heun", "huen")])
+def test_published_karras_runs(golden, sampler, theirs):
+    """Every denoiser call of the Euler and Heun runs, given the recorded answers."""
+    arrays = golden("pspc_public_sampler_cifar16.npz")
+    levels = [(1.0, float(t)) for t in arrays[f"{theirs}_call_t"]]
+    states, answers = arrays[f"{theirs}_call_z"], arrays[f"{theirs}_call_x0"]
+    replay = Replay(states, answers, levels, atol=1e-5, rtol=1e-6)
+    out = sample(
+        replay,
+        schedule=KarrasSchedule(),
+        steps=6,
+        sampler=sampler,
+        x_T=torch.from_numpy(arrays["z_T"]),
+        clip=False,
+        progress=False,
+    )
+    assert replay.calls == len(levels) == (6 if sampler == "euler" else 11)
+    np.testing.assert_allclose(out.images, arrays[f"{theirs}_final"], rtol=0, atol=1e-5)
+    # The correction of a Heun step is the call between the starts of two steps.
+    np.testing.assert_array_equal(out.x0, answers[:: 1 if sampler == "euler" else 2])
+
+
+@pytest.mark.parametrize(("sampler", "theirs"), [("euler", "euler"), ("heun", "huen")])
+def test_published_karras_runs_of_the_optimal_denoiser(golden, sampler, theirs):
+    arrays = golden("pspc_public_sampler_cifar16.npz")
+    out = sample(
+        optimal(as_images(arrays["images_u8"])),
+        schedule=KarrasSchedule(),
+        steps=6,
+        sampler=sampler,
+        x_T=torch.from_numpy(arrays["z_T"]).double(),
+        clip=False,
+        progress=False,
+    )
+    np.testing.assert_allclose(out.images, arrays[f"empirical_{theirs}_final"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["ideal", "ls"])
+def test_published_cosine_runs(golden, model):
+    """The published 20-step runs visit 19 times; their float32 noise is up to 1e-3."""
+    arrays = golden("kamb_public_machine_mnist60.npz")
+    images = as_images(arrays["images_u8"])
+    windows = arrays["scales"][:0:-1].tolist()
+    denoiser = optimal(images) if model == "ideal" else local(images, windows)
+    out = sample(
+        denoiser,
+        schedule=CosineSchedule(),
+        steps=19,
+        x_T=torch.from_numpy(arrays["x_T"]).double(),
+        progress=False,
+    )
+    np.testing.assert_allclose(out.timesteps, arrays["t_visited"], rtol=1e-6)
+    np.testing.assert_allclose(out.x_t[:, 0], arrays[f"{model}_traj_xt"][0], rtol=0, atol=1e-3)
+    np.testing.assert_allclose(out.images, arrays[f"{model}_final"], rtol=0, atol=1e-3)
+
+
+# Whole runs against closed forms -----------------------------------------------------------------
+
+
+def _error_of_flow(sampler, schedule, steps):
+    """Distance of the last state from the exact probability-flow map of a Gaussian data set."""
+    gaussian = Gaussian()
+    x_T = torch.randn(5, 1, 2, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x_T = schedule.init_noise_sigma * x_T
+    out = sample(
+        gaussian,
+        schedule=schedule,
+        steps=steps,
+        sampler=sampler,
+        x_T=x_T,
+        clip=False,
+        progress=False,
+    )
+    first, last = (schedule(out.timesteps[i].item()) for i in (0, -1))
+    return (out.x_t[-1] - gaussian.transport(x_T, first, last)).abs().max().item()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_heun_converges_to_the_flow_with_the_square_of_the_step(schedule):
+    coarse, fine = (_error_of_flow("heun", schedule, steps) for steps in (125, 250))
+    assert fine < 2e-3
+    assert fine < coarse / 3
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_euler_converges_to_the_flow_with_the_step(schedule):
+    coarse, fine = (_error_of_flow("euler", schedule, steps) for steps in (125, 250))
+    assert coarse / 2.6 < fine < coarse / 1.6
+    assert _error_of_flow("heun", schedule, 250) < fine / 4
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ancestral_runs_reach_the_data_distribution(schedule):
+    """With eta = 1 and many steps the samples of a Gaussian have its mean and variances."""
+    gaussian = Gaussian()
+    out = sample(
+        gaussian,
+        4000,
+        schedule=schedule,
+        steps=800,
+        sampler=DDIM(1.0),
+        clip=False,
+        generator=torch.Generator().manual_seed(3),
+        progress=False,
+    )
+    flat = out.images.flatten(1) - gaussian.mean
+    along = flat @ gaussian.vectors
+    # Four standard errors of a mean and of a variance, and the bias of the discretisation.
+    assert (along.mean(0).abs() < 4 * (gaussian.variance / 4000).sqrt() + 0.02).all()
+    assert ((along.var(0) / gaussian.variance).log().abs() < 4 * (2 / 4000) ** 0.5 + 0.04).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_euler_equals_ddim_without_noise_and_clipping(schedule):
+    gaussian = Gaussian()
+    runs = [
+        sample(
+            gaussian,
+            3,
+            schedule=schedule,
+            sampler=sampler,
+            clip=False,
+            generator=torch.Generator().manual_seed(1),
+            progress=False,
+        )
+        for sampler in ("euler", "ddim", DDIM(eta=0.0))
+    ]
+    for other in runs[1:]:
+        assert torch.equal(runs[0].x_t, other.x_t)
+        assert torch.equal(runs[0].images, other.images)
+
+
+# The contract of `sample` -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["ddim", DDIM(0.7), "euler", "heun"])
+def test_batch_size_does_not_change_results(sampler):
+    gaussian = Gaussian((2, 3, 3))
+
+    def elementwise(x, sigma, alpha):
+        # Matrix products may round differently for other numbers of rows; this cannot.
+        return torch.tanh(alpha * x / (alpha**2 + sigma**2)) * 1.3
+
+    elementwise.image_shape, elementwise.device = gaussian.image_shape, gaussian.device
+    runs = [
+        sample(
+            elementwise,
+            7,
+            steps=4,
+            sampler=sampler,
+            batch_size=batch_size,
+            generator=torch.Generator().manual_seed(8),
+            progress=False,
+        )
+        for batch_size in (None, 1, 2, 3, 7, 100)
+    ]
+    for run in runs[1:]:
+        assert torch.equal(runs[0].x_t, run.x_t)
+        assert torch.equal(runs[0].x0, run.x0)
+        assert torch.equal(runs[0].images, run.images)
+
+
+def test_batches_have_the_size_asked_for():
+    sizes = []
+
+    def denoise(x, sigma, alpha):
+        sizes.append(len(x))
+        return 0 * x
+
+    sample(denoise, x_T=torch.ones(7, 1, 2, 2), steps=2, batch_size=3, progress=False)
+    assert sizes == [3, 3, 1, 3, 3, 1]
+
+
+def test_the_denoiser_gets_plain_numbers_and_no_gradients():
+    calls = []
+
+    def denoise(x, sigma, alpha):
+        calls.append((type(sigma), type(alpha), torch.is_grad_enabled(), x.dtype))
+        return torch.nn.functional.silu(x * weight)
+
+    weight = torch.ones((), requires_grad=True)
+    out = sample(denoise, x_T=torch.ones(1, 1, 2, 2), steps=2, progress=False)
+    assert calls == [(float, float, False, torch.float32)] * 2
+    assert not out.images.requires_grad and not out.x0.requires_grad
+
+
+def test_trajectories_hold_every_call(rng):
+    """x_t and x0 are what the denoiser was given and what it said, also where it was clipped."""
+    calls = []
+
+    def denoise(x, sigma, alpha):
+        calls.append((x.clone(), 2 * x))
+        return calls[-1][1]
+
+    x_T = torch.randn(2, 1, 3, 3, generator=rng)
+    before = x_T.clone()
+    out = sample(denoise, x_T=x_T, steps=4, progress=False)
+    assert isinstance(out, SampleResult)
+    assert torch.equal(out.x_t, torch.stack([x for x, _ in calls]))
+    assert torch.equal(out.x0, torch.stack([x0 for _, x0 in calls]))
+    assert torch.equal(out.x_t[0], before) and torch.equal(x_T, before)
+    assert torch.equal(out.images, out.x0[-1].clamp(-1, 1))
+    assert out.timesteps.tolist() == [750, 500, 250, 0]
+    assert repr(out) == "SampleResult(images=[2, 1, 3, 3], steps=4)"
+    out.images.zero_()
+    assert torch.equal(out.x_t[-1], calls[-1][0])
+
+
+def test_defaults_are_eight_images_in_ten_ddim_steps():
+    torch.manual_seed(0)
+    out = sample(Gaussian(), progress=False)
+    assert out.images.shape == (8, 1, 2, 3)
+    assert out.timesteps.tolist() == list(range(900, -1, -100))
+    torch.manual_seed(0)
+    assert torch.equal(out.x_t[0].float(), torch.randn(8, 1, 2, 3))
+
+
+def test_starting_noise_comes_from_the_generator():
+    schedule = KarrasSchedule(sigma_max=10.0)
+    out = sample(
+        Gaussian(), 3, schedule=schedule, generator=torch.Generator().manual_seed(4), progress=False
+    )
+    expected = 10.0 * torch.randn(3, 1, 2, 3, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(out.x_t[0].float(), expected)
+    torch.manual_seed(0)
+    untouched = torch.random.get_rng_state()
+    sample(
+        Gaussian(), 3, sampler=DDIM(1.0), generator=torch.Generator().manual_seed(4), progress=False
+    )
+    assert torch.equal(torch.random.get_rng_state(), untouched)
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "answer_dtype", "expected"),
+    [
+        (torch.float32, torch.float32, torch.float32),
+        (torch.float64, torch.float64, torch.float64),
+        (torch.float64, torch.float32, torch.float64),
+        (torch.float32, torch.float64, torch.float64),
+        (torch.float16, torch.float16, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float32),
+    ],
+)
+@pytest.mark.parametrize("sampler", ["ddim", DDIM(0.5), "euler", "heun"])
+def test_dtype_of_a_run(x_dtype, answer_dtype, expected, sampler):
+    x_T = torch.linspace(-1, 1, 8).reshape(2, 1, 2, 2).to(x_dtype)
+    out = sample(
+        lambda x, sigma, alpha: (0.5 * x).to(answer_dtype),
+        x_T=x_T,
+        steps=3,
+        sampler=sampler,
+        batch_size=1,
+        progress=False,
+    )
+    assert {out.images.dtype, out.x_t.dtype, out.x0.dtype} == {expected}
+    assert torch.equal(out.x_t[0], x_T.to(expected))
+
+
+def test_fresh_noise_is_the_same_in_both_precisions():
+    def denoise(x, sigma, alpha):
+        return alpha * x
+
+    x_T = torch.linspace(-1, 1, 12).reshape(3, 1, 2, 2)
+    runs = [
+        sample(
+            denoise,
+            x_T=x_T.to(dtype),
+            sampler=DDIM(1.0),
+            generator=torch.Generator().manual_seed(6),
+            progress=False,
+        )
+        for dtype in (torch.float32, torch.float64)
+    ]
+    torch.testing.assert_close(runs[0].images.double(), runs[1].images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("enabled", "batch_size", "total"), [(True, 2, 12), (False, None, 4)])
+def test_progress_counts_steps_times_batches(monkeypatch, enabled, batch_size, total):
+    bars = []
+
+    def bar(items, *, description, enabled):
+        bars.append((len(items), enabled))
+        return iter(items)
+
+    monkeypatch.setattr(sampling, "progress_bar", bar)
+    sample(Gaussian(), 5, steps=4, batch_size=batch_size, progress=enabled)
+    assert bars == [(total, enabled)]
+
+
+class Backwards(NoiseSchedule):
+    """A schedule that starts where there is no signal."""
+
+    def timesteps(self, steps):
+        return torch.zeros(steps, dtype=torch.float64)
+
+    def _levels(self, t):
+        return torch.zeros_like(t), torch.ones_like(t)
+
+
+ELSEWHERE = Gaussian()
+ELSEWHERE.device = torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"denoiser": 3}, TypeError, "`denoiser` must be callable"),
+        ({"denoiser": lambda *_: None}, ValueError, "`x_T` must be given"),
+        ({"n": 0}, ValueError, "`n` must be at least 1"),
+        ({"n": 2.0}, TypeError, "`n` must be a whole number"),
+        ({"n": 3, "x_T": torch.zeros(2, 1, 2, 3)}, ValueError, "`n` must be .* 2, got 3"),
+        ({"schedule": "ddpm"}, TypeError, "`schedule` must be a NoiseSchedule"),
+        ({"schedule": KarrasSchedule}, TypeError, "`schedule` must be a NoiseSchedule"),
+        ({"schedule": Backwards()}, ValueError, "`schedule` must have alpha above 0"),
+        ({"steps": 0}, ValueError, "`steps` must be at least 1"),
+        ({"steps": 1001}, ValueError, "`steps` must be at most"),
+        ({"steps": "10"}, TypeError, "`steps` must be a whole number"),
+        ({"sampler": "huen"}, ValueError, "`sampler` must be one of 'ddim', 'euler', 'heun'"),
+        ({"sampler": DDIM}, TypeError, "`sampler` must be a name or a Sampler"),
+        ({"x_T": torch.zeros(2, 1, 3, 2)}, ValueError, r"`x_T` must have shape \[B, 1, 2, 3\]"),
+        ({"x_T": torch.zeros(1, 2, 3)}, ValueError, r"`x_T` must have shape \[n, C, H, W\]"),
+        ({"x_T": torch.zeros(0, 1, 2, 3)}, ValueError, r"`x_T` must have shape \[n, C, H, W\]"),
+        ({"x_T": torch.full((2, 1, 2, 3), math.nan)}, ValueError, "`x_T` holds NaN"),
+        ({"x_T": torch.zeros(2, 1, 2, 3, dtype=torch.uint8)}, TypeError, "`x_T` must have a float"),
+        ({"x_T": np.zeros((2, 1, 2, 3))}, TypeError, "`x_T` must be a torch.Tensor"),
+        (
+            {"denoiser": ELSEWHERE, "x_T": torch.zeros(2, 1, 2, 3)},
+            ValueError,
+            "`x_T` must be on meta",
+        ),
+        ({"generator": 0}, TypeError, "`generator` must be a torch.Generator"),
+        ({"batch_size": 0}, ValueError, "`batch_size` must be at least 1"),
+        ({"batch_size": 2.5}, TypeError, "`batch_size` must be a whole number"),
+    ],
+)
+def test_wrong_arguments_fail_before_any_work(arguments, error, words):
+    denoiser = Gaussian()
+    denoiser.mean = None
+    generator = torch.Generator().manual_seed(0)
+    untouched = generator.get_state()
+    given = {"denoiser": denoiser, "generator": generator} | arguments
+    with pytest.raises(error, match=words):
+        sample(given.pop("denoiser"), progress=False, **given)
+    assert torch.equal(generator.get_state(), untouched)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "heun"])
+@pytest.mark.parametrize(
+    ("answer", "error", "words"),
+    [
+        (torch.zeros(2, 3, 2, 2), ValueError, r"`denoiser` must return .* \[2, 1, 2, 2\]"),
+        (torch.zeros(1, 1, 2, 2), ValueError, r"`denoiser` must return .* \[2, 1, 2, 2\]"),
+        ((torch.zeros(2, 1, 2, 2),), TypeError, "`denoiser` must return a tensor"),
+    ],
+)
+def test_wrong_answers_of_the_denoiser(sampler, answer, error, words):
+    with pytest.raises(error, match=words):
+        sample(lambda *_: answer, x_T=torch.zeros(2, 1, 2, 2), sampler=sampler, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("eta", "error"),
+    [(-0.1, ValueError), (1.1, ValueError), (math.nan, ValueError), ("1", TypeError)],
+)
+def test_wrong_eta(eta, error):
+    with pytest.raises(error, match="`eta`"):
+        DDIM(eta)
+
+
+def test_a_stochastic_step_needs_noise():
+    with pytest.raises(ValueError, match="`noise` must be given for eta 0.5"):
+        DDIM(0.5).step(Gaussian(), torch.zeros(1, 1, 2, 3), (0.6, 0.8), (0.8, 0.6))

@@ -1,0 +1,62 @@
+"""Independent float64 truth: the formulas of the documentation, written out in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def values_of(images: Tensor) -> np.ndarray:
+    """Training values in [-1, 1], float64 [N, C, H, W]."""
+    array = images.numpy().astype(np.float64)
+    return array / 127.5 - 1 if images.dtype == torch.uint8 else array
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Softmax over the first axis."""
+    weights = np.exp(logits - logits.max(0))
+    return weights / weights.sum(0)
+
+
+def filtered_posterior_mean(
+    x: Tensor,
+    images: Tensor,
+    weights: np.ndarray,
+    answers: list[np.ndarray],
+    sigma: np.ndarray,
+    alpha: np.ndarray,
+    temperature: float = 1.0,
+) -> np.ndarray:
+    """Query q weighs the inputs by weights[q] and answers the values answers[q]: [B, D]."""
+    values = values_of(images).reshape(len(images), -1)
+    noisy = x.double().numpy().reshape(len(x), -1)
+    result = np.zeros_like(noisy)
+    for b in range(len(x)):
+        squares = (noisy[b] - alpha[b] * values) ** 2
+        for q, answered in enumerate(answers):
+            posterior = softmax(-(squares @ weights[q]) / (2 * sigma[b] ** 2 * temperature))
+            result[b, answered] = posterior @ values[:, answered]
+    return result.reshape(x.shape)
+
+
+def window_weights(shape: tuple[int, int, int], window: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Weights [H W, D] of square windows and the values that each pixel answers."""
+    channels, height, width = shape
+    rows, columns = np.divmod(np.arange(height * width), width)
+    half = window // 2
+    near = (np.abs(rows[:, None] - rows) <= half) & (np.abs(columns[:, None] - columns) <= half)
+    answers = [np.arange(channels) * height * width + q for q in range(height * width)]
+    return np.tile(near, (1, channels)).astype(np.float64), answers
+
+
+def random_images(
+    generator: torch.Generator, count: int, shape: tuple[int, int, int], dtype: torch.dtype
+) -> Tensor:
+    """Smooth random images: neighbours alike, like photographs."""
+    noise = torch.randn(count, *shape, generator=generator)
+    smooth = torch.nn.functional.avg_pool2d(noise, 3, 1, 1)
+    values = (smooth / smooth.abs().max()).clamp(-1, 1)
+    if dtype == torch.uint8:
+        return ((values + 1) * 127.5).round().to(torch.uint8)
+    return values.to(dtype)
