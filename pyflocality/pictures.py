@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 # Height of a line of text in pixels, and what a picture shows where there is no image.
 CAPTION_HEIGHT = 14
 _PAPER = 255
-# Images are enlarged until their longer side comes as near to this as a whole factor allows.
-_TILE = 96
+# Images are enlarged by the largest factor that keeps their longer side within this.
+_TILE = 64
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def default_scale(height: int, width: int) -> int:
-    """The whole factor that brings an image of this size to about 96 pixels, at least 1."""
+    """The whole factor that brings an image of this size to at most 64 pixels, at least 1."""
     return max(1, _TILE // max(height, width))
 
 

@@ -182,7 +182,9 @@ def test_a_signal_stops_a_long_call_between_blocks():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert not np.array_equal(total.numpy(), truth(images[:, :1])[1])
+    # Some images are counted, but not all.
+    assert total.any()
+    assert total[0] != truth(images[:, :1])[1].item()
 
 
 WRONG = {

@@ -84,9 +84,7 @@ def test_values_of_8_bit_images():
     assert data.values().dtype == torch.float32
     # One rounding of the quotient and one of the difference, of numbers up to 2.
     np.testing.assert_allclose(data.values().numpy(), truth, rtol=0, atol=2.4e-7)
-    np.testing.assert_array_equal(
-        data.values(2, 5, dtype=torch.float64).numpy(), truth[2:5]
-    )
+    np.testing.assert_array_equal(data.values(2, 5, dtype=torch.float64).numpy(), truth[2:5])
     assert data.values()[IMAGES == 255].eq(1.0).all()
     extremes = TrainingSet(np.array([[[0, 255]]], np.uint8)).values()
     assert extremes.flatten().tolist() == [-1.0, 1.0]

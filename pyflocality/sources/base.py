@@ -47,6 +47,8 @@ class Request:
                 raise ValueError(f"`channels` must be 1 (grey) or 3 (RGB), got {channels}")
         if split is not None and not isinstance(split, str):
             raise TypeError(f"`split` must be a name such as 'train', got {describe(split)}")
+        if cache_dir is not None and not isinstance(cache_dir, (str, os.PathLike)):
+            raise TypeError(f"`cache_dir` must be a path, got {describe(cache_dir)}")
         folder = None if cache_dir is None else Path(cache_dir).expanduser()
         return cls(_checked_resolution(resolution), channels, split, folder, bool(progress))
 

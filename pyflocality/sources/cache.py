@@ -77,7 +77,7 @@ def find(loaded: Loaded, request: Request) -> Loaded | None:
         images = np.lib.format.open_memmap(array_path, mode="c")
     except (OSError, ValueError, KeyError, TypeError) as error:
         warnings.warn(
-            f"{entry_path}: the cached images are damaged ({error}); decoding again", stacklevel=5
+            f"{entry_path}: the cached images are damaged ({error}); decoding again", stacklevel=6
         )
         return None
     labels = None if entry["labels"] is None else np.array(entry["labels"], np.int64)
@@ -97,7 +97,7 @@ def run_job(job: DecodeJob, source: Loaded, request: Request) -> Loaded:
             warnings.warn(
                 f"the decoded images of {source.name} cannot be cached ({error}); they stay in "
                 "memory. Name a writable folder with cache_dir= or PYFLOCALITY_CACHE_DIR",
-                stacklevel=5,
+                stacklevel=6,
             )
     images = np.empty(job.shape, job.dtype)
     with closing(job.images()) as decoded:

@@ -95,7 +95,8 @@ def _load(tree: Tree, name: str, request: Request) -> Loaded:
     selection = _select(tree, request.split)
     labels, label_names = _labels(tree, selection)
     source = replace(source, labels=labels, label_names=label_names)
-    files = ImageFiles(selection.names, tree.read, tree.path)
+    chosen_bytes = sum(tree.files[name][0] for name in selection.names)
+    files = ImageFiles(selection.names, tree.read, tree.path, chosen_bytes)
     try:
         return cache.run_job(decode_job(files, request), source, request)
     except ColourFoundError:

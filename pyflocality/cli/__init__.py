@@ -1,0 +1,63 @@
+"""The command line: `pyflocality generate | moments | doctor`.
+
+Every command answers a mistake with one line on standard error. Exit codes: 0 done, 1 this
+machine cannot do it (missing package, backend, memory, disk), 2 wrong arguments or inputs,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from pyflocality.cli.doctor import doctor
+from pyflocality.cli.generate import generate
+from pyflocality.cli.moments import moments
+
+app = typer.Typer(
+    name="pyflocality",
+    help="Exact, training-free diffusion models straight from a set of images.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command in (generate, moments, doctor):
+    app.command()(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from pyflocality._version import __version__
+
+        typer.echo(f"pyflocality {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    del version
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: The words after `pyflocality`; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="pyflocality")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0

@@ -1,0 +1,132 @@
+"""The denoisers that `generate` offers.
+
+A new denoiser is one entry of `DENOISERS`; an option of its own is one more parameter of
+`pyflocality.cli.generate.generate`, named in the entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyflocality import Moments, TrainingSet
+    from pyflocality.denoisers import Denoiser
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A denoiser of the command line.
+
+    Attributes:
+        class_name: Its class in `pyflocality.denoisers`.
+        summary: What it is, for the help.
+        options: Options it takes: the name on the command line and its argument.
+        operations: Operations it runs, where the backend can be chosen.
+        needs_moments: Whether it is made of moments: "no", "also" beside the images, or "only".
+    """
+
+    class_name: str
+    summary: str
+    options: Mapping[str, str]
+    operations: tuple[str, ...]
+    needs_moments: str = "no"
+
+
+_SCAN = {"backend": "backend", "memory_budget": "memory_budget"}
+
+DENOISERS: dict[str, Entry] = {
+    "pca-locality": Entry(
+        "PCALocalityDenoiser",
+        "one posterior per value, over inputs chosen by the covariance",
+        {
+            "threshold": "mask_threshold",
+            "temperature": "temperature",
+            "aggregation": "aggregation",
+            "loader_batch": "batch_size",
+            **_SCAN,
+        },
+        ("masked_posterior",),
+        needs_moments="also",
+    ),
+    "local": Entry(
+        "LocalDenoiser",
+        "one posterior per pixel, over a square window",
+        {"window": "window", "temperature": "temperature", **_SCAN},
+        ("window_posterior",),
+    ),
+    "optimal": Entry(
+        "OptimalDenoiser",
+        "one posterior per image: recites the training set",
+        {"temperature": "temperature", **_SCAN},
+        ("global_posterior",),
+    ),
+    "wiener": Entry("WienerDenoiser", "the best linear one", {}, (), needs_moments="only"),
+    "nearest": Entry("NearestDenoiser", "the nearest training image", _SCAN, ("nearest",)),
+}
+
+
+@dataclass(frozen=True)
+class DenoiserOptions:
+    """A denoiser as it is asked for.
+
+    Attributes:
+        name: Key of `DENOISERS`.
+        given: Values of the options that were given, by their names on the command line.
+    """
+
+    name: str
+    given: Mapping[str, Any]
+
+    @property
+    def entry(self) -> Entry:
+        """The denoiser's entry."""
+        return DENOISERS[self.name]
+
+    def check(self, device: str) -> None:
+        """Refuse wrong values, foreign options and backends that cannot run, before any work."""
+        import torch
+
+        from pyflocality._backends import Call, select
+        from pyflocality._budget import memory_budget_bytes
+        from pyflocality._checks import check_count, check_positive
+        from pyflocality.masks import check_threshold
+
+        for option in self.given:
+            if option not in self.entry.options:
+                takers = [name for name, entry in DENOISERS.items() if option in entry.options]
+                raise ValueError(
+                    f"`{option}` belongs to the denoisers {', '.join(takers)}, not to {self.name}"
+                )
+        checks = {
+            "threshold": lambda value: check_threshold(value, "threshold"),
+            "temperature": lambda value: check_positive(value, "temperature"),
+            "loader_batch": lambda value: check_count(value, "loader_batch"),
+            "memory_budget": memory_budget_bytes,
+        }
+        for option, check in checks.items():
+            if option in self.given:
+                check(self.given[option])
+        if "loader_batch" in self.given and self.given.get("aggregation") != "batch_mean":
+            raise ValueError("`loader_batch` belongs to --aggregation batch-mean")
+        for operation in self.entry.operations:
+            select(operation, Call(torch.device(device)), self.given.get("backend"))
+
+    def build(self, data: TrainingSet, moments: Moments | None) -> Denoiser:
+        """The denoiser itself."""
+        from pyflocality import denoisers
+
+        make = getattr(denoisers, self.entry.class_name)
+        if self.entry.needs_moments == "only":
+            return make(moments).to(data.device)
+        arguments = {self.entry.options[name]: value for name, value in self.given.items()}
+        if self.entry.needs_moments == "also":
+            arguments["moments"] = moments
+        return make(data, **arguments)
+
+    def in_force(self, denoiser: Denoiser) -> dict[str, Any]:
+        """The value of every option that the denoiser takes, defaults included."""
+        return {
+            option: getattr(denoiser, argument) for option, argument in self.entry.options.items()
+        }

@@ -1,0 +1,95 @@
+"""One line on standard error where Python would print a traceback."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from typing import ParamSpec
+
+import typer
+
+P = ParamSpec("P")
+
+# Wrong arguments and inputs; everything else that is foreseen is the machine's fault.
+_INPUT_ERRORS = (
+    ValueError,
+    TypeError,
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
+
+
+def reported(**aliases: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Decorate a command: foreseen errors become one line and an exit code.
+
+    Messages of the library name its arguments; the line names the command's options instead.
+
+    Args:
+        **aliases: Parameter of the command for each library argument of another name.
+    """
+
+    def decorate(command: Callable[P, None]) -> Callable[P, None]:
+        parameters = {name: name for name in inspect.signature(command).parameters}
+        options = {
+            argument: "SOURCE" if name == "source" else f"--{name.replace('_', '-')}"
+            for argument, name in (parameters | aliases).items()
+        }
+
+        @functools.wraps(command)
+        def run(*args: P.args, **kwargs: P.kwargs) -> None:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                try:
+                    command(*args, **kwargs)
+                except KeyboardInterrupt:
+                    typer.echo("pyflocality: interrupted", err=True)
+                    raise typer.Exit(130) from None
+                except Exception as error:
+                    code = _exit_code(error)
+                    if code is None:
+                        raise
+                    line = _one_line(error, options)
+                    typer.echo(f"pyflocality: error: {line}", err=True)
+                    raise typer.Exit(code) from None
+
+        return run
+
+    return decorate
+
+
+def _exit_code(error: Exception) -> int | None:
+    """2 for a user's mistake, 1 for what the machine lacks, None for a fault of the library."""
+    import torch
+
+    from pyflocality import BackendUnavailableError
+
+    machine = (BackendUnavailableError, ImportError, OSError, MemoryError, torch.OutOfMemoryError)
+    if isinstance(error, _INPUT_ERRORS):
+        return 2
+    # torch's own word for a failed allocation in main memory.
+    if isinstance(error, machine) or "DefaultCPUAllocator" in str(error):
+        return 1
+    return None
+
+
+def _one_line(error: Exception, options: Mapping[str, str]) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).splitlines()) or type(error).__name__
+    names = "|".join(map(re.escape, options))
+    text = re.sub(rf"`({names})`", lambda match: f"`{options[match[1]]}`", text)
+    # "pass resolution= to ..." and "pass channels=1 ..." advise a caller in Python.
+    return re.sub(
+        rf"(?<=pass )({names})=(\S*)",
+        lambda match: options[match[1]] + (f" {match[2]}" if match[2] else ""),
+        text,
+    )
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    typer.echo(f"pyflocality: warning: {message}", err=True)

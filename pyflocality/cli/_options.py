@@ -1,0 +1,162 @@
+"""Options that several commands share, their checks, and the training set they describe."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from pyflocality import TrainingSet
+
+# Headings of the options in the help.
+IMAGES, OUTPUT = "Training images", "Results"
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Training images: digits, photos, disks or c_alpha (builtin sets), a folder or .zip "
+        "of images, a .npy or .npz file, MNIST idx files, a folder of CIFAR batches.",
+        show_default=False,
+    ),
+]
+Resolution = Annotated[
+    str | None,
+    typer.Option(
+        help="Bring all images to this size: 32, or 32x48 for height x width.",
+        rich_help_panel=IMAGES,
+    ),
+]
+Channels = Annotated[
+    int | None, typer.Option(help="1 for grey, 3 for RGB.", rich_help_panel=IMAGES)
+]
+Split = Annotated[
+    str | None,
+    typer.Option(help="Part of a set that has parts: train, test, ...", rich_help_panel=IMAGES),
+]
+Label = Annotated[
+    str | None,
+    typer.Option(
+        help="Use the images of one class alone: its name or number.", rich_help_panel=IMAGES
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu, or cuda with or without a number.")]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Replace files that are there already.", rich_help_panel=OUTPUT),
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print the record of the run as JSON on standard output.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Progress = Annotated[
+    bool,
+    typer.Option(
+        help="Say on standard error what is being done, with progress bars.", rich_help_panel=OUTPUT
+    ),
+]
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """A training set as it is asked for.
+
+    Attributes:
+        source: Builtin name or path.
+        resolution: Size as typed, "32" or "32x48", or None.
+        channels: 1, 3 or None.
+        split: Name of a part, or None.
+        label: Name or number of a class, or None.
+        device: Name of a torch device.
+    """
+
+    source: str
+    resolution: str | None = None
+    channels: int | None = None
+    split: str | None = None
+    label: str | None = None
+    device: str = "cpu"
+
+    def check(self) -> None:
+        """Raise ValueError for what can be told without the images."""
+        parse_resolution(self.resolution)
+        parse_device(self.device)
+
+    def load(self, *, progress: bool) -> TrainingSet:
+        """The training set, on its device."""
+        from pyflocality import TrainingSet
+
+        data = TrainingSet.load(
+            self.source,
+            resolution=parse_resolution(self.resolution),
+            channels=self.channels,
+            split=self.split,
+            progress=progress,
+        )
+        if self.label is not None:
+            named = self.label in (data.label_names or ())
+            number = re.fullmatch(r"-?\d+", self.label) is not None and not named
+            data = data.with_label(int(self.label) if number else self.label)
+        return data.to(parse_device(self.device))
+
+
+def parse_resolution(text: str | None) -> int | tuple[int, int] | None:
+    """A size: "32" for a square, "32x48" for height x width."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise ValueError(f"`resolution` must be a size such as 32 or 32x48, got {text!r}")
+    return int(match[1]) if match[2] is None else (int(match[1]), int(match[2]))
+
+
+def parse_device(text: str) -> torch.device:
+    """A device that torch knows and this machine has."""
+    import torch
+
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise ValueError(f"`device` must be cpu or cuda[:number], got {text!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"`device` must be cpu or cuda[:number], got {text!r}")
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= available:
+        raise ValueError(f"`device` must be one of {available} CUDA devices, got {text!r}")
+    return device
+
+
+def parse_window(text: str) -> int | tuple[tuple[float, int], ...]:
+    """A window: "7", or pairs of noise level sigma / alpha and size such as "10:15,1:7"."""
+    if re.fullmatch(r"\d+", text):
+        return _odd(int(text), text)
+    table = []
+    for pair in text.split(","):
+        ratio, _, size = pair.partition(":")
+        try:
+            level = float(ratio)
+        except ValueError:
+            level = math.nan
+        if not (math.isfinite(level) and level > 0) or not re.fullmatch(r"\s*\d+\s*", size):
+            raise ValueError(
+                "`window` must be an odd number, or pairs of a positive noise level "
+                f"(sigma / alpha) and an odd number such as 10:15,1:7, got {text!r}"
+            )
+        table.append((level, _odd(int(size), text)))
+    return tuple(table)
+
+
+def _odd(size: int, text: str) -> int:
+    if size % 2 == 0:
+        raise ValueError(f"`window` must be odd so that it has a centre pixel, got {text!r}")
+    return size

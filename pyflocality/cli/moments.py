@@ -1,0 +1,132 @@
+"""`pyflocality moments`: mean and covariance of a set of images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pyflocality.cli._errors import reported
+from pyflocality.cli._files import Outputs
+from pyflocality.cli._options import (
+    Channels,
+    Force,
+    Json,
+    Label,
+    Progress,
+    Resolution,
+    Source,
+    SourceOptions,
+    Split,
+)
+from pyflocality.cli._record import Stages, peak_memory_bytes, software
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from pyflocality import Moments
+
+_LEADING = (1, 10, 100)
+_DRAWN = 15
+
+
+@reported()
+def moments(
+    source: Source,
+    out: Annotated[
+        Path, typer.Option(help="File to write, in safetensors format.", show_default=False)
+    ],
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Also draw the mean and the leading eigenvectors into this PNG file."),
+    ] = None,
+    resolution: Resolution = None,
+    channels: Channels = None,
+    split: Split = None,
+    label: Label = None,
+    as_json: Json = False,
+    force: Force = False,
+    progress: Progress = True,
+) -> None:
+    """Compute mean and covariance of a set, once, for `generate --moments`.
+
+    Exact for 8-bit images: the same for every order of the images.
+    """
+    from pyflocality import Moments, trace_backends
+
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise ValueError(f"`picture` must end in .png, got {str(picture)!r}")
+    options = SourceOptions(source, resolution, channels, split, label)
+    options.check()
+    stages = Stages(announce=progress)
+    files = [out] if picture is None else [out, picture]
+    with Outputs(files, force=force) as outputs, trace_backends() as backends:
+        with stages("load", f"loading {source}"):
+            data = options.load(progress=progress)
+        with stages("moments", f"covariance of {len(data):,} images"):
+            found = Moments.from_data(data, progress=progress)
+        size = data.num_values
+        with stages("eigenvectors", f"eigenvectors of the covariance ({size:,} x {size:,})"):
+            found.eigh()
+        found.save(outputs.temporary[out], force=True)
+        if picture is not None:
+            draw_moments(found).save(outputs.temporary[picture])
+        outputs.commit()
+    record = summary(found) | {
+        "source": source,
+        "backends": sorted({backend for _, backend in backends}),
+        "seconds": stages.seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "software": software(),
+        "files": [str(path) for path in files],
+    }
+    typer.echo(json.dumps(record, indent=2) if as_json else _table(record))
+
+
+def summary(moments: Moments) -> dict[str, Any]:
+    """Number and shape of the images, total variance and the share of the leading components."""
+    values = moments.eigh().values
+    total = float(values.sum())
+    leading = [count for count in _LEADING if count <= len(values)]
+    return {
+        "images": moments.count,
+        "image_shape": list(moments.image_shape),
+        "mean": float(moments.mean.mean()),
+        "total_variance": total,
+        "rank": int((values > 0).sum()),
+        # Images that are all alike have no variance to share.
+        "variance_share": {
+            str(count): float(values[:count].sum()) / total if total > 0 else None
+            for count in leading
+        },
+    }
+
+
+def draw_moments(moments: Moments) -> Image.Image:
+    """The mean image, and the leading eigenvectors, each scaled to fill [-1, 1] around grey."""
+    from pyflocality import pictures
+
+    vectors = moments.eigh().vectors[:, :_DRAWN].T
+    vectors = vectors / vectors.abs().amax(1, keepdim=True)
+    mean, vectors = moments.mean[None], vectors.reshape(-1, *moments.image_shape)
+    rows = [("mean", mean)]
+    for start in range(0, len(vectors), 5):
+        part = vectors[start : start + 5]
+        rows.append((f"eigenvectors {start + 1} to {start + len(part)}", part))
+    return pictures.captioned_rows(rows)
+
+
+def _table(record: dict[str, Any]) -> str:
+    shape = "x".join(map(str, record["image_shape"]))
+    lines = [
+        f"images          {record['images']:,} of {shape}",
+        f"mean value      {record['mean']:.4f}",
+        f"total variance  {record['total_variance']:.4f} (rank {record['rank']:,})",
+    ]
+    for count, share in record["variance_share"].items():
+        told = "-" if share is None else f"{share:.2%}"
+        lines.append(f"  leading {count:>3}   {told}")
+    lines.append(f"written to {', '.join(record['files'])}")
+    return "\n".join(lines)
