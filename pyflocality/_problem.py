@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyflocality._backends import Call
 from pyflocality._checks import (
@@ -16,7 +17,6 @@ from pyflocality._checks import (
     check_positive,
     describe,
 )
-from pyflocality.reference import state as posterior
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class PosteriorProblem:
     Attributes:
         x: Noisy images in the dtype of the computation, [B, C, H, W].
         images: Training images as stored, uint8 or float, [N, C, H, W].
-        alpha: Signal coefficients in the dtype of the computation, [B].
-        scale: Factors 1 / (2 sigma^2 temperature) of the squared distances, [B].
+        alpha: Signal coefficients, float64 [B].
+        scale: Factors 1 / (2 sigma^2 temperature) of the squared distances, float64 [B];
+            infinite at sigma = 0.
         memory_budget: Working memory, as `pyflocality._budget.memory_budget_bytes` takes it.
         chunk_size: Training images at a time; None derives it from the budget.
     """
@@ -39,15 +40,10 @@ class PosteriorProblem:
     memory_budget: int | str | None = None
     chunk_size: int | None = None
 
-    @property
-    def call(self) -> Call:
-        """The call as a backend's predicate sees it."""
-        return Call(
-            self.x.device,
-            self.x.dtype,
-            torch.is_grad_enabled() and self.x.requires_grad,
-            {"images_dtype": self.images.dtype, "image_shape": tuple(self.images.shape[1:])},
-        )
+    def call(self, **facts: object) -> Call:
+        """The call as a backend's predicate sees it, with further facts of the operation."""
+        facts |= {"images_dtype": self.images.dtype}
+        return Call(self.x.device, self.x.dtype, _is_differentiated(self.x), facts)
 
     def chunks(self, chunk_size: int) -> Iterator[Tensor]:
         """The training values in [-1, 1], `chunk_size` images at a time: [n, C, H, W]."""
@@ -55,10 +51,30 @@ class PosteriorProblem:
             yield training_values(self.images[start : start + chunk_size], self.x.dtype)
 
 
+def _is_differentiated(x: Tensor) -> bool:
+    """Whether a derivative with respect to x may be asked for, in any of torch's ways."""
+    return (
+        (torch.is_grad_enabled() and x.requires_grad)
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or forward_ad.unpack_dual(x).tangent is not None
+    )
+
+
 def training_values(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Stored images as values in [-1, 1]: 8-bit u means u / 127.5 - 1."""
     values = images.to(dtype)
     return values / 127.5 - 1.0 if images.dtype == torch.uint8 else values
+
+
+def float32_limits(call: Call) -> str | None:
+    """Reason why a float32 kernel without derivatives cannot serve a call, or None if it can."""
+    if call.dtype != torch.float32:
+        return f"it computes in float32, {call.dtype} was asked for"
+    if call.requires_grad:
+        return "it has no derivative, and one may be asked of this call"
+    if call.facts["images_dtype"] not in (torch.uint8, torch.float32):
+        return f"it reads uint8 or float32 images, these are {call.facts['images_dtype']}"
+    return None
 
 
 def check_images(images: object) -> Tensor:
@@ -95,8 +111,8 @@ def posterior_problem(
     return PosteriorProblem(
         x.to(compute),
         images,
-        alpha.to(compute),
-        posterior.posterior_scale(sigma, temperature, compute),
+        alpha,
+        1.0 / (2.0 * sigma.square() * temperature),
         memory_budget,
         chunk_size,
     )

@@ -23,6 +23,7 @@ class QueryWeights:
         shape: (Q, D).
         is_mask: Whether the weights are boolean.
         density: Share of weights that are not zero.
+        bits: The rows of a mask, eight inputs a byte, the first in the highest bit.
 
     Raises:
         TypeError: The weights are neither a bool nor a float tensor.
@@ -42,7 +43,7 @@ class QueryWeights:
         self.is_mask = weights.dtype == torch.bool
         self.density = float((weights != 0).double().mean())
         if self.is_mask:
-            self._bits = np.packbits(weights.cpu().numpy(), axis=1)
+            self.bits = np.packbits(weights.cpu().contiguous().numpy(), axis=1)
         else:
             if not torch.isfinite(weights).all():
                 raise ValueError("`weights` holds NaN or infinite values")
@@ -53,11 +54,11 @@ class QueryWeights:
     @property
     def nbytes(self) -> int:
         """Bytes kept."""
-        return self._bits.nbytes if self.is_mask else self._values.nbytes
+        return self.bits.nbytes if self.is_mask else self._values.nbytes
 
     def dense(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         """The weights as a matrix [Q, D] of the given dtype (torch.bool for a mask as it is)."""
         if self.is_mask:
-            mask = np.unpackbits(self._bits, axis=1, count=self.shape[1])
+            mask = np.unpackbits(self.bits, axis=1, count=self.shape[1])
             return torch.from_numpy(mask).to(device=device, dtype=dtype)
         return self._values.to(device=device, dtype=dtype)

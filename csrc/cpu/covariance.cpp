@@ -239,7 +239,7 @@ class Accumulator {
   }
 
   void pack(const std::uint8_t* images, std::size_t count, std::size_t first, std::size_t last) {
-    // Missing images and columns are the byte that centring takes to zero: they add nothing.
+    // Missing images hold the byte that centring takes to zero: they add nothing.
     alignas(64) std::uint8_t rows[Isa::kUnit][Isa::kPanel];
     std::memset(rows, kByteCentre, sizeof(rows));
     std::fill(&block_totals_[first * Isa::kPanel], &block_totals_[last * Isa::kPanel - 1] + 1, 0);
@@ -264,7 +264,7 @@ class Accumulator {
       }
       return;
     }
-    std::memset(rows, kByteCentre, Isa::kUnit * Isa::kPanel);
+    // The columns past the last keep any bytes: nobody reads their sums.
     for (std::size_t i = 0; i < present; ++i) std::memcpy(rows[i], source + i * dim_, columns);
   }
 

@@ -1,76 +1,15 @@
-// Python bindings: pyflocality._C. Arrays come as NumPy arrays and are never copied or converted.
+// The extension module pyflocality._C.
 
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <string>
-
-#include "covariance.h"
+#include "bindings.h"
 #include "cpu_features.h"
-
-namespace py = pybind11;
-
-namespace pyflocality {
-namespace {
-
-template <typename T>
-using Array = py::array_t<T, py::array::c_style>;
-
-std::string shape_text(const py::array& array) {
-  return py::str(array.attr("shape")).cast<std::string>();
-}
-
-// Raises KeyboardInterrupt in the middle of a long call.
-void check_signals() {
-  const py::gil_scoped_acquire acquire;
-  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-}
-
-std::size_t checked_threads(py::ssize_t threads) {
-  if (threads < 1) {
-    throw py::value_error("`threads` must be at least 1, got " + std::to_string(threads));
-  }
-  return static_cast<std::size_t>(threads);
-}
-
-void bind_accumulate_covariance(const Array<std::uint8_t>& images, Array<std::int64_t>& gram,
-                                Array<std::int64_t>& total, py::ssize_t threads,
-                                const std::string& isa) {
-  if (images.ndim() != 2) {
-    throw py::value_error("`images` must have shape [n, D], got " + shape_text(images));
-  }
-  const py::ssize_t count = images.shape(0), dim = images.shape(1);
-  if (gram.ndim() != 2 || gram.shape(0) != dim || gram.shape(1) != dim) {
-    throw py::value_error("`gram` must have shape [D, D] with D = " + std::to_string(dim) +
-                          ", got " + shape_text(gram));
-  }
-  if (total.ndim() != 1 || total.shape(0) != dim) {
-    throw py::value_error("`total` must have shape [D] with D = " + std::to_string(dim) + ", got " +
-                          shape_text(total));
-  }
-  const std::size_t workers = checked_threads(threads);
-  const InstructionSet instructions = choose_instruction_set(isa);
-  if (count == 0 || dim == 0) return;
-
-  const std::uint8_t* images_data = images.data();
-  std::int64_t* gram_data = gram.mutable_data();
-  std::int64_t* total_data = total.mutable_data();
-  const py::gil_scoped_release release;
-  accumulate_covariance(images_data, static_cast<std::size_t>(count), static_cast<std::size_t>(dim),
-                        gram_data, total_data, workers, instructions, check_signals);
-}
-
-}  // namespace
-}  // namespace pyflocality
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native CPU kernels of pyflocality.";
   module.def("instruction_sets", &pyflocality::available_instruction_sets,
              "Instruction sets this machine can run kernels for, best first.");
-  module.def("accumulate_covariance", &pyflocality::bind_accumulate_covariance,
-             py::arg("images").noconvert(), py::arg("gram").noconvert(),
-             py::arg("total").noconvert(), py::kw_only(), py::arg("threads"), py::arg("isa") = "",
-             "Add the sums of uint8 images [n, D], centred by 128, to int64 totals.\n\n"
-             "gram [D, D] gains sum_i c_i c_i^T in its upper triangle, total [D] gains sum_i c_i.");
+  pyflocality::bind_covariance(module);
+  pyflocality::bind_posterior(module);
 }

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from pyflocality._backends import Implementation, register, select
-from pyflocality._problem import posterior_problem
+from pyflocality._problem import float32_limits, posterior_problem
 from pyflocality.reference.state import finalize
 
 register(
     "global_posterior",
     {
+        "cpu": Implementation(
+            "pyflocality.native.posterior", "global_posterior_state", float32_limits
+        ),
         "reference": Implementation(
             "pyflocality.reference.global_posterior", "global_posterior_state"
         ),
@@ -70,5 +73,5 @@ def global_posterior_mean(
         memory_budget=memory_budget,
         chunk_size=chunk_size,
     )
-    run = select("global_posterior", problem.call, backend)
+    run = select("global_posterior", problem.call(), backend)
     return finalize(run(problem)).reshape(x.shape).to(x.dtype)

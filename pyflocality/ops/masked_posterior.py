@@ -5,14 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyflocality._backends import Implementation, register, select
-from pyflocality._problem import posterior_problem
+from pyflocality._backends import Call, Implementation, register, select
+from pyflocality._problem import float32_limits, posterior_problem
 from pyflocality.reference.state import finalize
 from pyflocality.weights import QueryWeights
+
+
+def mask_limits(call: Call) -> str | None:
+    """Reason why a kernel for masks cannot serve a call, or None if it can."""
+    if not call.facts["is_mask"]:
+        return "it serves masks (weights of 0 and 1), these weights are not boolean"
+    return float32_limits(call)
+
 
 register(
     "masked_posterior",
     {
+        "cpu": Implementation(
+            "pyflocality.native.posterior", "masked_posterior_state", mask_limits
+        ),
         "reference": Implementation(
             "pyflocality.reference.masked_posterior", "masked_posterior_state"
         ),
@@ -88,5 +99,5 @@ def masked_posterior_mean(
             f"`weights` must have shape [{values}, {values}] for images of {values} values, got "
             f"{list(weights.shape)}"
         )
-    run = select("masked_posterior", problem.call, backend)
+    run = select("masked_posterior", problem.call(is_mask=weights.is_mask), backend)
     return finalize(run(problem, weights)).reshape(x.shape).to(x.dtype)

@@ -72,5 +72,5 @@ def nearest_images(
     )
     if check_count(k, "k") > len(images):
         raise ValueError(f"`k` must be at most the number of images {len(images)}, got {k}")
-    run = select("nearest", problem.call, backend)
+    run = select("nearest", problem.call(), backend)
     return Neighbours(*run(problem, k))

@@ -7,12 +7,15 @@ from torch import Tensor
 
 from pyflocality._backends import Implementation, register, select
 from pyflocality._checks import check_count
-from pyflocality._problem import posterior_problem
+from pyflocality._problem import float32_limits, posterior_problem
 from pyflocality.reference.state import finalize
 
 register(
     "window_posterior",
     {
+        "cpu": Implementation(
+            "pyflocality.native.posterior", "window_posterior_state", float32_limits
+        ),
         "reference": Implementation(
             "pyflocality.reference.window_posterior", "window_posterior_state"
         ),
@@ -95,6 +98,6 @@ def window_posterior_mean(
         chunk_size=chunk_size,
     )
     window = check_window(window, *x.shape[-2:])
-    run = select("window_posterior", problem.call, backend)
+    run = select("window_posterior", problem.call(), backend)
     # [B, H W, C] -> [B, C, H, W]
     return finalize(run(problem, window)).transpose(1, 2).reshape(x.shape).to(x.dtype)

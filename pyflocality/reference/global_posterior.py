@@ -20,15 +20,17 @@ def global_posterior_state(problem: PosteriorProblem) -> PosteriorState:
     chunk = problem.chunk_size or images_per_chunk(
         problem.memory_budget, per_image, len(problem.images)
     )
+    alpha = problem.alpha.to(x.dtype)
+    scale = posterior.finite_factor(problem.scale, x.dtype)
     state = posterior.init(batch, 1, values, x)
     for images in problem.chunks(chunk):
         flat = images.flatten(1)
-        distance = squared_distances(x, flat, problem.alpha)[..., None]
+        distance = squared_distances(x, flat, alpha)[..., None]
 
         def weigh(weights: Tensor, flat: Tensor = flat) -> Tensor:
             return torch.matmul(weights[:, None, :, 0], flat)
 
-        state = posterior.update(state, distance, problem.scale, weigh)
+        state = posterior.update(state, distance, scale, weigh)
     return state
 
 

@@ -23,15 +23,17 @@ def masked_posterior_state(problem: PosteriorProblem, weights: QueryWeights) -> 
     chunk = problem.chunk_size or images_per_chunk(
         problem.memory_budget, per_image, len(problem.images)
     )
+    alpha = problem.alpha.to(x.dtype)
+    scale = posterior.finite_factor(problem.scale, x.dtype)
     state = posterior.init(batch, queries, 1, x)
     for images in problem.chunks(chunk):
         flat = images.flatten(1)
-        distance = weighted_distances(x, flat, problem.alpha, by_input)
+        distance = weighted_distances(x, flat, alpha, by_input)
 
         def weigh(posterior_weights: Tensor, flat: Tensor = flat) -> Tensor:
             return (posterior_weights * flat).sum(1)[..., None]
 
-        state = posterior.update(state, distance, problem.scale, weigh)
+        state = posterior.update(state, distance, scale, weigh)
     return state
 
 

@@ -22,7 +22,7 @@ def nearest_images(problem: PosteriorProblem, k: int) -> tuple[Tensor, Tensor]:
     start = 0
     for images in problem.chunks(chunk):
         stop = start + len(images)
-        found = squared_distances(x, images.flatten(1), problem.alpha)
+        found = squared_distances(x, images.flatten(1), problem.alpha.to(x.dtype))
         here = torch.arange(start, stop, device=x.device).expand(batch, -1)
         # A stable sort keeps the earlier image first among equals, whatever the chunk size.
         distances, order = torch.cat([distances, found], 1).sort(stable=True, dim=1)

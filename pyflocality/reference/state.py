@@ -6,8 +6,8 @@ the posterior weights are :math:`p_i \propto \exp(-\kappa e_i)`. The state keeps
 element and query, the smallest distance seen :math:`m`, :math:`s = \sum_i \exp(-\kappa (e_i - m))`
 and :math:`y = \sum_i \exp(-\kappa (e_i - m)) v_i`.
 
-It counts in distances, not in logits: the difference :math:`e_i - m` is taken before the factor
-:math:`\kappa`, so the rounding of large logits at small noise cancels, and the limit
+The scan counts in distances, not in logits: the difference :math:`e_i - m` is taken before the
+factor :math:`\kappa`, so the rounding of large logits at small noise cancels, and the limit
 :math:`\sigma = 0` (:math:`\kappa` the largest float) is the mean of the nearest images without
 any special case. Merging is associative: it joins chunks, threads, devices and machines.
 """
@@ -35,10 +35,9 @@ class PosteriorState(NamedTuple):
     weighted: Tensor
 
 
-def posterior_scale(sigma: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    r"""The factor :math:`\kappa = 1 / (2 \sigma^2 \tau)`, [B], the largest float at sigma = 0."""
-    exact = 1.0 / (2.0 * sigma.double() ** 2 * temperature)
-    return exact.clamp(max=torch.finfo(dtype).max).to(dtype)
+def finite_factor(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factor of the distances in a dtype: its largest number where it overflows."""
+    return scale.clamp(max=torch.finfo(dtype).max).to(dtype)
 
 
 def init(batch: int, queries: int, values: int, like: Tensor) -> PosteriorState:

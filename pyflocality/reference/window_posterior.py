@@ -14,14 +14,15 @@ from pyflocality.reference.state import PosteriorState
 
 def window_posterior_state(problem: PosteriorProblem, window: int) -> PosteriorState:
     """Scan of all images with a query per pixel, Q = H W, that answers its C values."""
-    x, alpha = problem.x, problem.alpha[:, None, None, None, None]
-    batch = len(x)
+    x, batch = problem.x, len(problem.x)
     channels, height, width = problem.images.shape[1:]
     # One chunk holds its values, differences and their squares, and four planes per query.
     planes = batch * (2 * channels + 4) + 2 * channels
     chunk = problem.chunk_size or images_per_chunk(
         problem.memory_budget, planes * height * width * x.element_size(), len(problem.images)
     )
+    alpha = problem.alpha.to(x.dtype)[:, None, None, None, None]
+    scale = posterior.finite_factor(problem.scale, x.dtype)
     state = posterior.init(batch, height * width, channels, x)
     for values in problem.chunks(chunk):
         difference = x[:, None] - alpha * values
@@ -33,7 +34,7 @@ def window_posterior_state(problem: PosteriorProblem, window: int) -> PosteriorS
                 [(weights * flat[:, c]).sum(1) for c in range(flat.shape[1])], dim=-1
             )
 
-        state = posterior.update(state, distance, problem.scale, weigh)
+        state = posterior.update(state, distance, scale, weigh)
     return state
 
 

@@ -1,0 +1,27 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#include "cpu_features.h"
+#include "difference_tree.h"
+#include "posterior.h"
+
+namespace pyflocality {
+
+// Posterior over the images for every output value m and noisy image b, from the squared
+// distances over the inputs of m's mask:
+//
+//   e[b, m, i] = sum_{d in M_m} (noisy[b, d] - image[i, d])^2
+//
+// gives minimum = min_i e, total = sum_i 2^(-scale (e - minimum)) and
+// weighted = sum_i 2^(-scale (e - minimum)) image[i, m].
+//
+// A noisy image's results do not depend on the others of its batch, nor on the number of threads.
+// checkpoint is called on the calling thread now and then and may throw.
+void masked_posterior(const DifferenceTree& tree, const StoredImages& images,
+                      const NoisyBatch& batch, const ScanResult& result, std::size_t threads,
+                      InstructionSet isa, const std::function<void()>& checkpoint);
+
+}  // namespace pyflocality

@@ -1,0 +1,128 @@
+"""Posterior scans on the CPU.
+
+The kernels work in the units in which the images are stored: for bytes u the noisy image becomes
+127.5 (x / alpha + 1) and its squared distances to u are (127.5 / alpha)^2 times those of x to
+alpha v. Results come back in the units of the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from pyflocality._backends import native_module
+from pyflocality._budget import memory_budget_bytes
+from pyflocality._problem import PosteriorProblem
+from pyflocality.reference.state import PosteriorState, merge
+from pyflocality.weights import QueryWeights
+
+# Images copied at a time where their memory is not contiguous.
+_COPIED_IMAGES = 4096
+# Distances count in powers of two; the factor must stay positive and finite in float32.
+_SMALLEST_FACTOR, _LARGEST_FACTOR = 2.0**-126, 2.0**120
+
+_trees: WeakKeyDictionary[QueryWeights, Any] = WeakKeyDictionary()
+
+Scan = Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def global_posterior_state(
+    problem: PosteriorProblem, *, instruction_set: str | None = None
+) -> PosteriorState:
+    """Scan with one query per batch element, as the reference of this name."""
+    values = problem.images[0].numel()
+    return _scan(problem, native_module().global_posterior, 24 * values, instruction_set)
+
+
+def window_posterior_state(
+    problem: PosteriorProblem, window: int, *, instruction_set: str | None = None
+) -> PosteriorState:
+    """Scan with a query per pixel, as the reference of this name."""
+    channels, height, width = problem.images.shape[1:]
+    # Per query and thread: lanes of the sums, and a state in double precision.
+    per_query = (channels + 1) * 64 + 20 + 8 * channels
+    return _scan(
+        problem,
+        native_module().window_posterior,
+        height * width * per_query,
+        instruction_set,
+        channels=channels,
+        height=height,
+        width=width,
+        window=window,
+    )
+
+
+def masked_posterior_state(
+    problem: PosteriorProblem, weights: QueryWeights, *, instruction_set: str | None = None
+) -> PosteriorState:
+    """Scan with a query per output value, as the reference of this name."""
+    tree = difference_tree(weights, problem.images.shape[1:])
+    values = problem.images[0].numel()
+
+    def scan(*args: object, **options: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return native_module().masked_posterior(tree, *args, **options)
+
+    return _scan(problem, scan, values * 160, instruction_set)
+
+
+def difference_tree(weights: QueryWeights, image_shape: torch.Size) -> Any:  # noqa: ANN401
+    """The schedule of a set of masks (`pyflocality._C.DifferenceTree`), built once."""
+    if weights not in _trees:
+        _trees[weights] = native_module().DifferenceTree(weights.bits, *image_shape)
+    return _trees[weights]
+
+
+def _scan(
+    problem: PosteriorProblem,
+    scan: Scan,
+    bytes_per_query: int,
+    instruction_set: str | None,
+    **geometry: int,
+) -> PosteriorState:
+    """Run a kernel over all images, for as many noisy images at a time as the budget allows."""
+    batch, values = len(problem.x), problem.images[0].numel()
+    stored_as_bytes = problem.images.dtype == torch.uint8
+    unit = problem.alpha / 127.5 if stored_as_bytes else problem.alpha
+    noisy = problem.x.detach().double().reshape(batch, values) / problem.alpha[:, None]
+    if stored_as_bytes:
+        noisy = (noisy + 1.0) * 127.5
+    factor = problem.scale * unit.square() * math.log2(math.e)
+    noisy, factor = noisy.float(), factor.clamp(_SMALLEST_FACTOR, _LARGEST_FACTOR).float()
+
+    threads = torch.get_num_threads()
+    budget = memory_budget_bytes(problem.memory_budget)
+    at_a_time = max(1, budget // (bytes_per_query * (threads + 1)))
+    options = {"threads": threads, "isa": instruction_set or "", **geometry}
+    parts = []
+    for x, scale in zip(noisy.split(at_a_time), factor.split(at_a_time), strict=True):
+        states = [
+            _as_state(scan(images, x.numpy(), scale.numpy(), **options))
+            for images in _image_blocks(problem, values)
+        ]
+        state = states[0]
+        for other in states[1:]:
+            state = merge(state, other, scale.double() * math.log(2.0))
+        parts.append(state)
+    minimum, total, weighted = (torch.cat(part) for part in zip(*parts, strict=True))
+    if stored_as_bytes:
+        weighted = weighted / 127.5 - total[..., None]
+    return PosteriorState(minimum * unit.square()[:, None], total, weighted)
+
+
+def _image_blocks(problem: PosteriorProblem, values: int) -> Iterator[np.ndarray]:
+    images = problem.images
+    if problem.chunk_size is None and images.is_contiguous():
+        yield images.reshape(-1, values).numpy()
+        return
+    for part in images.split(problem.chunk_size or _COPIED_IMAGES):
+        yield part.contiguous().reshape(-1, values).numpy()
+
+
+def _as_state(arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -> PosteriorState:
+    return PosteriorState(*map(torch.from_numpy, arrays))
