@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from pyflocality._cache import default_cache_dir, read_blob, write_blob
 from pyflocality._checks import check_level, describe
 from pyflocality.moments import Moments
 from pyflocality.weights import QueryWeights
+
+# Masks over fewer inputs are built in less time than a file takes.
+_CACHED_INPUTS = 1024
+# Part of the key of cached masks: changes with the rule.
+_RULE_VERSION = 1
 
 
 def wiener_gain(eigenvalues: Tensor, sigma: float, alpha: float) -> Tensor:
@@ -71,6 +82,31 @@ def pca_locality_weights(
         return QueryWeights(projector.T.contiguous(), signed=True)
     magnitude = projector.abs_().T
     return QueryWeights(magnitude >= threshold * magnitude.max())
+
+
+def cached_pca_locality_weights(
+    moments: Moments, sigma: float, alpha: float = 1.0, threshold: float = 0.02
+) -> QueryWeights:
+    """As `pca_locality_weights`, with large masks kept as files in the user's cache folder.
+
+    A file is named by a hash of the moments, the noise level, the threshold and the version of
+    the rule; it carries a checksum, and a damaged one is made anew with a warning. Masks that
+    take a moment (D < 1,024 values) and signed weights are not kept.
+    """
+    inputs = math.prod(moments.image_shape)
+    if inputs < _CACHED_INPUTS or threshold == 0:
+        return pca_locality_weights(moments, sigma, alpha, threshold)
+    level = [_RULE_VERSION, moments.content_key(), float(sigma), float(alpha), float(threshold)]
+    key = hashlib.sha256(json.dumps(level).encode()).hexdigest()[:32]
+    path = default_cache_dir() / "masks" / f"{key}.bits"
+    row = (inputs + 7) // 8
+    payload = read_blob(path, inputs * row)
+    if payload is not None:
+        bits = np.frombuffer(payload, np.uint8).reshape(inputs, row)
+        return QueryWeights.from_bits(bits, inputs)
+    weights = pca_locality_weights(moments, sigma, alpha, threshold)
+    write_blob(path, weights.bits.tobytes())
+    return weights
 
 
 def check_threshold(threshold: object, name: str) -> float:

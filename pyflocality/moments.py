@@ -247,6 +247,12 @@ class Moments:
         moments._sums = kind(header["count"], **tensors)
         return moments
 
+    def content_key(self) -> str:
+        """Hash of the moments, the same for the same images in any order (8-bit images)."""
+        sums = self._whole()
+        header = f"{sums.kind} {sums.count} {list(self.image_shape)}"
+        return _checksum(header, {name: tensor.cpu() for name, tensor in sums.tensors().items()})
+
     def __repr__(self) -> str:
         if self._sums is None:
             return "Moments(count=0)"

@@ -51,6 +51,12 @@ class QueryWeights:
                 raise ValueError("`weights` holds negative values")
             self._values = weights.detach()
 
+    @classmethod
+    def from_bits(cls, bits: np.ndarray, inputs: int) -> QueryWeights:
+        """Masks from their `bits`, uint8 [Q, ceil(D / 8)], for D inputs."""
+        mask = np.unpackbits(bits, axis=1, count=inputs)
+        return cls(torch.from_numpy(mask).bool())
+
     @property
     def nbytes(self) -> int:
         """Bytes kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from typing import Literal
 
@@ -12,7 +13,7 @@ from pyflocality._budget import memory_budget_bytes
 from pyflocality._checks import check_choice, check_count, describe
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import PosteriorDenoiser, by_level
-from pyflocality.masks import check_threshold, pca_locality_weights
+from pyflocality.masks import cached_pca_locality_weights, check_threshold
 from pyflocality.moments import Moments
 from pyflocality.ops import masked_posterior_mean
 from pyflocality.weights import QueryWeights
@@ -38,8 +39,8 @@ class PCALocalityDenoiser(PosteriorDenoiser):
     order of the images, it is a different estimator, and it is here to reproduce published
     numbers.
 
-    The weights of a noise level are built at its first use (2 D^3 multiply-adds) and kept as
-    bits while they fit the memory budget.
+    The weights of a noise level are built at its first use (D^3 multiply-adds) and kept as bits
+    while they fit the memory budget; large masks are also kept in the user's cache folder.
 
     Args:
         data: The training set.
@@ -52,6 +53,9 @@ class PCALocalityDenoiser(PosteriorDenoiser):
         backend: Backend of its operations; None follows `pyflocality.use_backend`.
         dtype: float32 or float64 to compute in; None computes in the input's own dtype.
         memory_budget: Working memory, bytes or a string such as "2GB".
+
+    Attributes:
+        weights_seconds: Time spent on building the weights of noise levels so far.
 
     Raises:
         TypeError: An option has the wrong type.
@@ -92,6 +96,7 @@ class PCALocalityDenoiser(PosteriorDenoiser):
                 f"`moments` must be of images of shape {self.image_shape}, got "
                 f"{tuple(moments.image_shape)}"
             )
+        self.weights_seconds = 0.0
         self._moments = moments
         self._weights: OrderedDict[tuple[float, float], QueryWeights] = OrderedDict()
 
@@ -108,7 +113,9 @@ class PCALocalityDenoiser(PosteriorDenoiser):
         if level in self._weights:
             self._weights.move_to_end(level)
             return self._weights[level]
-        weights = pca_locality_weights(self.moments, sigma, alpha, self.mask_threshold)
+        start = time.perf_counter()
+        weights = cached_pca_locality_weights(self.moments, sigma, alpha, self.mask_threshold)
+        self.weights_seconds += time.perf_counter() - start
         self._weights[level] = weights
         budget = memory_budget_bytes(self.memory_budget)
         while len(self._weights) > 1 and sum(w.nbytes for w in self._weights.values()) > budget:

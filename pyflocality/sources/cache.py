@@ -26,6 +26,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from pyflocality._cache import default_cache_dir
 from pyflocality._progress import progress_bar
 from pyflocality.sources.base import DecodeJob, Loaded, MappedImages, Request
 
@@ -36,15 +37,6 @@ MIN_SOURCE_BYTES = 32 * 2**20
 
 _BLOCK = 64 * 2**10
 _MAX_BLOCKS = 4096
-
-
-def default_cache_dir() -> Path:
-    """`PYFLOCALITY_CACHE_DIR`, else `pyflocality` in `XDG_CACHE_HOME` or in `~/.cache`."""
-    own = os.environ.get("PYFLOCALITY_CACHE_DIR")
-    if own:
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "pyflocality"
 
 
 def cache_key(fingerprint: dict[str, Any], request: Request) -> str:
