@@ -22,8 +22,8 @@
 
 namespace pyflocality {
 
-void global_posterior(const StoredImages& images, const NoisyBatch& batch,
-                      const ScanResult& result, std::size_t threads, InstructionSet isa,
+void global_posterior(const StoredImages& images, const NoisyBatch& batch, const ScanResult& result,
+                      std::size_t threads, InstructionSet isa,
                       const std::function<void()>& checkpoint) {
   const Checkpoint check(checkpoint);
   if (images.bytes != nullptr) {

@@ -18,11 +18,7 @@ class GlobalScan {
  public:
   GlobalScan(const Stored* images, std::size_t dim, const Segments& segments,
              const NoisyBatch& batch, const Checkpoint& checkpoint)
-      : images_(images),
-        dim_(dim),
-        segments_(segments),
-        batch_(batch),
-        checkpoint_(checkpoint) {}
+      : images_(images), dim_(dim), segments_(segments), batch_(batch), checkpoint_(checkpoint) {}
 
   ScanState run(std::size_t threads) const {
     return scan_segments<Scratch>(

@@ -78,13 +78,15 @@ inline void copy_state(const ScanState& state, const ScanResult& result) {
 }
 
 // A split that depends on the number of images alone, so that results do not depend on the
-// number of threads: whole tiles, at most kMaxSegments pieces, none too small to be worth it.
+// number of threads: whole tiles, at most kMaxSegments pieces, none of less than min_images but
+// for the last, where less would not be worth a piece of its own.
 struct Segments {
   static constexpr std::size_t kMaxSegments = 64, kMinImages = 768;
 
-  Segments(std::size_t count, std::size_t tile) : count(count) {
+  Segments(std::size_t count, std::size_t tile, std::size_t min_images = kMinImages)
+      : count(count) {
     const std::size_t pieces =
-        std::clamp<std::size_t>((count + kMinImages - 1) / kMinImages, 1, kMaxSegments);
+        std::clamp<std::size_t>((count + min_images - 1) / min_images, 1, kMaxSegments);
     const std::size_t tiles = (count + tile - 1) / tile;
     length = (tiles + pieces - 1) / pieces * tile;
     number = (count + length - 1) / length;

@@ -23,9 +23,9 @@
 
 namespace pyflocality {
 
-void window_posterior(const WindowShape& shape, const StoredImages& images,
-                      const NoisyBatch& batch, const ScanResult& result, std::size_t threads,
-                      InstructionSet isa, const std::function<void()>& checkpoint) {
+void window_posterior(const WindowShape& shape, const StoredImages& images, const NoisyBatch& batch,
+                      const ScanResult& result, std::size_t threads, InstructionSet isa,
+                      const std::function<void()>& checkpoint) {
   const Checkpoint check(checkpoint);
   if (images.bytes != nullptr) {
     PYFLOCALITY_DISPATCH(isa, window_posterior, shape, images.bytes, images.count, batch, result,

@@ -1,53 +1,7 @@
 // One compilation of the window posterior, for the instruction set around it.
 
 #include "simd/posterior.h"
-
-// Sums of every `window` neighbours in a line of `length` tiles, zero beyond its ends, whatever
-// the window at three additions an element: the line, with half a window of zeros before and
-// behind, is cut into blocks of one window. A window then is the tail of a block and the head of
-// the next one. All terms are added, none subtracted, so small sums keep their digits beside
-// large ones.
-//
-//   line     values; element x at line + x * stride
-//   scratch  room for 2 (length + window - 1) tiles
-//   visit    visit(x, sum) for every x
-template <typename Visit>
-inline void window_sums(const float* line, std::size_t stride, std::size_t length,
-                        std::size_t window, float* scratch, const Visit& visit) {
-  const std::size_t half = window / 2, padded = length + window - 1;
-  float* head = scratch;
-  float* tail = scratch + padded * kTileImages;
-  const auto value = [&](std::size_t place, int i) {
-    const bool inside = place >= half && place < half + length;
-    return inside ? load(line + (place - half) * stride + i * kLanes) : zero();
-  };
-  for (std::size_t block = 0; block < padded; block += window) {
-    const std::size_t end = std::min(block + window, padded);
-    for (int i = 0; i < kTileVectors; ++i) {
-      Vec sum = zero();
-      for (std::size_t place = block; place < end; ++place) {
-        sum = add(sum, value(place, i));
-        store(head + place * kTileImages + i * kLanes, sum);
-      }
-      sum = zero();
-      for (std::size_t place = end; place-- > block;) {
-        sum = add(sum, value(place, i));
-        store(tail + place * kTileImages + i * kLanes, sum);
-      }
-    }
-  }
-  for (std::size_t x = 0; x < length; ++x) {
-    Vec sum[kTileVectors];
-    for (int i = 0; i < kTileVectors; ++i) {
-      sum[i] = load(tail + x * kTileImages + i * kLanes);
-      // A window that is a block of its own has no head in the next one.
-      if (x % window != 0) {
-        sum[i] = add(sum[i], load(head + (x + window - 1) * kTileImages + i * kLanes));
-      }
-    }
-    visit(x, sum);
-  }
-}
+#include "simd/windows.h"
 
 template <typename Stored>
 class WindowScan {
@@ -95,16 +49,7 @@ class WindowScan {
       load_tile(images_ + image * dim, count, dim, scratch.tile.data());
       for (std::size_t b = 0; b < batch_.batch; ++b) scan_query(b, count, scratch);
     }
-    for (std::size_t q = 0; q < queries; ++q) {
-      const float* sums = scratch.sums.data() + q * sums_of_query();
-      state.minimum[q] = scratch.minimum.data()[q];
-      for (int k = 0; k < kLanes; ++k) {
-        state.total[q] += sums[k];
-        for (std::size_t c = 0; c < shape_.channels; ++c) {
-          state.weighted[q * shape_.channels + c] += sums[(c + 1) * kLanes + k];
-        }
-      }
-    }
+    collect_lanes(scratch.minimum.data(), scratch.sums.data(), shape_.channels, state);
   }
 
   void scan_query(std::size_t b, std::size_t count, Scratch& scratch) const {
@@ -115,23 +60,21 @@ class WindowScan {
       float* row = plane + y * width * kTileImages;
       squared_differences(b, tile, y, row);
       // A sum is written behind what is still to be read: the line is in `scratch` by then.
-      window_sums(row, kTileImages, width, window, scratch.line.data(),
+      window_sums(row, kTileImages, width, window, 0, width, scratch.line.data(),
                   [&](std::size_t x, const Vec(&sum)[kTileVectors]) {
-                    for (int i = 0; i < kTileVectors; ++i) {
-                      store(row + x * kTileImages + i * kLanes, sum[i]);
-                    }
+                    store_tile(row + x * kTileImages, sum);
                   });
     }
     Vec floor[kTileVectors];
     missing_images(count, floor);
     const float scale = batch_.scale[b], reach = negligible_power(segments_.count) / scale;
     for (std::size_t x = 0; x < width; ++x) {
-      window_sums(plane + x * kTileImages, width * kTileImages, height, window,
+      window_sums(plane + x * kTileImages, width * kTileImages, height, window, 0, height,
                   scratch.line.data(), [&](std::size_t y, Vec(&sum)[kTileVectors]) {
                     for (int i = 0; i < kTileVectors; ++i) sum[i] = max(sum[i], floor[i]);
                     const std::size_t pixel = y * width + x, q = b * pixels_ + pixel;
-                    take_in(sum, scale, reach, tile + pixel * kTileImages,
-                            pixels_ * kTileImages, shape_.channels, scratch.minimum.data() + q,
+                    take_in(sum, scale, reach, tile + pixel * kTileImages, pixels_ * kTileImages,
+                            shape_.channels, scratch.minimum.data() + q,
                             scratch.sums.data() + q * sums_of_query());
                   });
     }
@@ -150,7 +93,7 @@ class WindowScan {
           sum[i] = multiply_add(gap, gap, sum[i]);
         }
       }
-      for (int i = 0; i < kTileVectors; ++i) store(row + x * kTileImages + i * kLanes, sum[i]);
+      store_tile(row + x * kTileImages, sum);
     }
   }
 

@@ -90,6 +90,15 @@ def by_level(
     return result
 
 
+def check_set(data: object) -> TrainingSet:
+    """A training set."""
+    if not isinstance(data, TrainingSet):
+        raise TypeError(
+            f"`data` must be a TrainingSet (TrainingSet(images) makes one), got {describe(data)}"
+        )
+    return data
+
+
 class PosteriorDenoiser(Denoiser):
     """Base class of the denoisers that scan a training set.
 
@@ -116,12 +125,7 @@ class PosteriorDenoiser(Denoiser):
         dtype: torch.dtype | None = None,
         memory_budget: int | str | None = None,
     ) -> None:
-        if not isinstance(data, TrainingSet):
-            raise TypeError(
-                f"`data` must be a TrainingSet (TrainingSet(images) makes one), got "
-                f"{describe(data)}"
-            )
-        super().__init__(data.image_shape)
+        super().__init__(check_set(data).image_shape)
         if backend is not None:
             check_choice(backend, "backend", BACKENDS)
         if dtype not in (None, torch.float32, torch.float64):

@@ -2,66 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import functools
 
 import torch
 from torch import Tensor
 
-from pyflocality._checks import describe
 from pyflocality.data import TrainingSet
-from pyflocality.denoisers.base import PosteriorDenoiser, by_level
+from pyflocality.denoisers.base import check_set
+from pyflocality.denoisers.window import Window, WindowDenoiser
 from pyflocality.ops import window_posterior_mean
 from pyflocality.ops.window_posterior import check_window
 
-Window = int | Callable[[float, float], int] | Sequence[tuple[float, int]]
 
-
-def window_rule(window: Window, height: int, width: int) -> Callable[[float, float], int]:
-    """A window given in any form, as a function (alpha, sigma) -> size.
-
-    Args:
-        window: An odd size; a function (alpha, sigma) -> size; or a table of pairs
-            (sigma / alpha, size), of which the nearest in log(sigma / alpha) counts.
-        height: Height of the images; sizes reach at most 2 max(H, W) - 1.
-        width: Width of the images.
-
-    Raises:
-        TypeError: `window` has none of these forms.
-        ValueError: A size is even or out of range, or the table is empty or holds a noise level
-            that is not positive.
-    """
-    if callable(window):
-        return lambda alpha, sigma: check_window(window(alpha, sigma), height, width)
-    if isinstance(window, int):
-        size = check_window(window, height, width)
-        return lambda alpha, sigma: size
-    if not isinstance(window, Sequence) or isinstance(window, str):
-        raise TypeError(
-            "`window` must be an odd integer, a function (alpha, sigma) -> integer or a table "
-            f"of (sigma / alpha, integer) pairs, got {describe(window)}"
-        )
-    if len(window) == 0:
-        raise ValueError("`window` must be a table of at least one pair, got none")
-    table = []
-    for row in window:
-        if not isinstance(row, Sequence) or len(row) != 2:
-            raise TypeError(f"`window` must hold pairs (sigma / alpha, integer), got {row!r}")
-        ratio, size = row
-        if not (math.isfinite(ratio) and ratio > 0):
-            raise ValueError(f"`window` must hold positive noise levels, got {row!r}")
-        table.append((math.log(ratio), check_window(size, height, width)))
-
-    def nearest(alpha: float, sigma: float) -> int:
-        if sigma == 0:
-            return min(table)[1]
-        level = math.log(sigma / alpha)
-        return min(table, key=lambda entry: abs(entry[0] - level))[1]
-
-    return nearest
-
-
-class LocalDenoiser(PosteriorDenoiser):
+class LocalDenoiser(WindowDenoiser):
     r"""Local score model (LS): every pixel has a posterior over the window around it.
 
     .. math::
@@ -101,35 +54,24 @@ class LocalDenoiser(PosteriorDenoiser):
         dtype: torch.dtype | None = None,
         memory_budget: int | str | None = None,
     ) -> None:
+        _, height, width = check_set(data).image_shape
         super().__init__(
             data,
+            window,
+            functools.partial(check_window, height=height, width=width),
             temperature=temperature,
             backend=backend,
             dtype=dtype,
             memory_budget=memory_budget,
         )
-        self.window = window
-        self._window_rule()
 
-    def _window_rule(self) -> Callable[[float, float], int]:
-        return window_rule(self.window, *self.image_shape[1:])
-
-    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        window_at = self._window_rule()
-
-        def denoise(part: Tensor, level_sigma: float, level_alpha: float) -> Tensor:
-            return window_posterior_mean(
-                part,
-                self.data.images,
-                window_at(level_alpha, level_sigma),
-                level_sigma,
-                level_alpha,
-                temperature=self.temperature,
-                **self._options,
-            )
-
-        return by_level(denoise, x, sigma, alpha)
-
-    def extra_repr(self) -> str:
-        """What `repr` shows."""
-        return f"{super().extra_repr()}, window={self.window}"
+    def _mean(self, x: Tensor, window: int, sigma: float, alpha: float) -> Tensor:
+        return window_posterior_mean(
+            x,
+            self.data.images,
+            window,
+            sigma,
+            alpha,
+            temperature=self.temperature,
+            **self._options,
+        )

@@ -36,8 +36,11 @@ class PosteriorState(NamedTuple):
 
 
 def finite_factor(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The factor of the distances in a dtype: its largest number where it overflows."""
-    return scale.clamp(max=torch.finfo(dtype).max).to(dtype)
+    """The factor of the distances in a dtype, where it overflows its largest number.
+
+    Where it underflows it is the smallest, so that infinite distances still weigh nothing.
+    """
+    return scale.clamp(torch.finfo(dtype).tiny, torch.finfo(dtype).max).to(dtype)
 
 
 def init(batch: int, queries: int, values: int, like: Tensor) -> PosteriorState:
@@ -66,12 +69,16 @@ def update(
 
     Args:
         state: The state so far.
-        distance: Weighted squared distances of the chunk, [B, n, Q].
+        distance: Weighted squared distances of the chunk, [B, n, Q]; infinite where a query is
+            not compared with an image.
         scale: Factor of the distances in the exponent, [B].
         weigh: Maps unnormalised weights [B, n, Q] to the weighted sums of values [B, Q, V].
     """
     minimum = torch.minimum(state.minimum, distance.amin(1))
-    weights = torch.exp(-(distance - minimum[:, None]) * scale[:, None, None])
+    # Infinite distances stand for images that a query is not compared with: without any other
+    # so far, the difference to the minimum would be NaN.
+    base = torch.where(torch.isinf(minimum), 0.0, minimum)
+    weights = torch.exp(-(distance - base[:, None]) * scale[:, None, None])
     decay = _decay(state.minimum, minimum, scale)
     return PosteriorState(
         minimum,

@@ -25,9 +25,7 @@ inline Vec multiply_sub(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline bool any_less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ) != 0; }
-inline bool any_at_most(Vec a, Vec b) {
-  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ) != 0;
-}
+inline bool any_at_most(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ) != 0; }
 inline float smallest(Vec a) { return _mm512_reduce_min_ps(a.v); }
 
 // As the scalar function of this name, lane by lane.

@@ -6,8 +6,8 @@
 namespace pyflocality {
 
 // 2^f on [-1/2, 1/2], the polynomial of least largest relative error (1.9e-9) of degree 6.
-constexpr float kExp2Coefficients[7] = {1.00000000055f,   0.693147205737f,   0.240226468906f,
-                                        0.05550328777f,   0.00961848895652f, 0.00133999312095f,
+constexpr float kExp2Coefficients[7] = {1.00000000055f,    0.693147205737f,   0.240226468906f,
+                                        0.05550328777f,    0.00961848895652f, 0.00133999312095f,
                                         0.000153458121587f};
 // Smaller powers of two are not normal floats and count as 0.
 constexpr float kExp2Smallest = -126.0f;

@@ -7,8 +7,8 @@ struct Vec {
   float v[kLanes];
 };
 
-#define PYFLOCALITY_LANES(expression)                  \
-  Vec result;                                          \
+#define PYFLOCALITY_LANES(expression)                          \
+  Vec result;                                                  \
   for (int k = 0; k < kLanes; ++k) result.v[k] = (expression); \
   return result
 

@@ -72,8 +72,8 @@ inline void missing_images(std::size_t count, Vec (&floor)[kTileVectors]) {
   alignas(64) float lanes[kTileImages];
   for (int i = 0; i < kTileImages; ++i) {
     const bool present = static_cast<std::size_t>(i) < count;
-    lanes[i] = present ? -std::numeric_limits<float>::infinity()
-                       : std::numeric_limits<float>::infinity();
+    lanes[i] =
+        present ? -std::numeric_limits<float>::infinity() : std::numeric_limits<float>::infinity();
   }
   for (int i = 0; i < kTileVectors; ++i) floor[i] = load(lanes + i * kLanes);
 }

@@ -1,0 +1,32 @@
+#pragma once
+
+#include <cstddef>
+#include <functional>
+
+#include "cpu_features.h"
+#include "posterior.h"
+#include "window_posterior.h"
+
+namespace pyflocality {
+
+// Posterior over the patches of all images for every pixel q and noisy image b. With k the window
+// and h = k / 2, a pixel is interior where it lies at least h from every border. From the squared
+// distances over all channels of the windows around q in the noisy image and around p in the
+// training image,
+//
+//   e[b, q, (i, p)] = sum_{c, |delta| <= h} (noisy[b, c, q + delta] - image[i, c, p + delta])^2
+//
+// it gives minimum, total and, for every channel, weighted = sum 2^(-scale (e - minimum))
+// image[i, c, p], laid out as those of window_posterior.
+//
+// circular: q is any pixel, the noisy image goes on periodically, p is any interior pixel; the
+// window must fit inside the image. Otherwise: windows are cut at the borders, and p may differ
+// from q in a coordinate only where both are interior in that coordinate.
+//
+// A noisy image's results do not depend on the others of its batch, nor on the number of threads.
+// checkpoint is called on the calling thread now and then and may throw.
+void equivariant_posterior(const WindowShape& shape, bool circular, const StoredImages& images,
+                           const NoisyBatch& batch, const ScanResult& result, std::size_t threads,
+                           InstructionSet isa, const std::function<void()>& checkpoint);
+
+}  // namespace pyflocality

@@ -1,0 +1,450 @@
+// Runs every native kernel at awkward sizes and compares it with plain loops in double precision.
+//
+// tests/test_sanitizers.py builds it with AddressSanitizer and UndefinedBehaviorSanitizer, and
+// with ThreadSanitizer. Inputs lie in memory of exactly their size, so that reading one element
+// too many is seen.
+//
+//   sanitize all      every size, instruction set, storage type and thread count
+//   sanitize threads  few sizes, several pieces of work per thread
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "covariance.h"
+#include "cpu_features.h"
+#include "difference_tree.h"
+#include "global_posterior.h"
+#include "masked_posterior.h"
+#include "window_posterior.h"
+
+namespace {
+
+using namespace pyflocality;
+
+std::size_t comparisons = 0;
+
+void expect(bool holds, const std::string& what) {
+  ++comparisons;
+  if (holds) return;
+  std::fprintf(stderr, "WRONG: %s\n", what.c_str());
+  std::exit(1);
+}
+
+// The same numbers everywhere: the distributions of the standard library are not.
+class Random {
+ public:
+  explicit Random(std::uint32_t seed) : engine_(seed) {}
+  std::uint32_t below(std::uint32_t bound) { return engine_() % bound; }
+  double uniform() { return engine_() / 4294967296.0; }
+
+ private:
+  std::mt19937 engine_;
+};
+
+struct Shape {
+  std::size_t channels, height, width;
+  std::size_t pixels() const { return height * width; }
+  std::size_t values() const { return channels * pixels(); }
+};
+
+std::string text(const Shape& shape) {
+  return std::to_string(shape.channels) + "x" + std::to_string(shape.height) + "x" +
+         std::to_string(shape.width);
+}
+
+// Images, noisy images near some of them, and a factor of the distances for each of those.
+template <typename Stored>
+struct Problem {
+  static constexpr bool kBytes = std::is_same<Stored, std::uint8_t>::value;
+  static constexpr double kRange = kBytes ? 255.0 : 2.0;
+  static constexpr float kLargestScale = 0x1p120f, kSmallestScale = 0x1p-126f;
+
+  Problem(const Shape& size, std::size_t count_, std::size_t batch_, std::uint32_t seed)
+      : shape(size),
+        count(count_),
+        batch(batch_),
+        dim(size.values()),
+        images(count_ * dim),
+        noisy(batch_ * dim),
+        scale(batch_) {
+    Random random(seed);
+    for (Stored& value : images) {
+      if constexpr (kBytes) {
+        value = static_cast<Stored>(random.below(256));
+      } else {
+        value = static_cast<Stored>(2.0 * random.uniform() - 1.0);
+      }
+    }
+    for (std::size_t b = 0; b < batch; ++b) {
+      const Stored* near = &images[random.below(static_cast<std::uint32_t>(count)) * dim];
+      for (std::size_t d = 0; d < dim; ++d) {
+        noisy[b * dim + d] = static_cast<float>(near[d] + kRange * (random.uniform() - 0.5));
+      }
+      // Logits of some tens over the whole image; at both ends, what the callers clamp to.
+      const double power = 40.0 * random.uniform() / (dim * kRange * kRange);
+      scale[b] = b % 5 == 3   ? kLargestScale
+                 : b % 5 == 4 ? kSmallestScale
+                              : static_cast<float>(power + 1e-9);
+    }
+  }
+
+  StoredImages stored() const {
+    if constexpr (kBytes) {
+      return {images.data(), nullptr, count, dim};
+    } else {
+      return {nullptr, images.data(), count, dim};
+    }
+  }
+  NoisyBatch noisy_batch() const { return {noisy.data(), scale.data(), batch}; }
+
+  double square(std::size_t b, std::size_t image, std::size_t d) const {
+    const double gap = static_cast<double>(noisy[b * dim + d]) - images[image * dim + d];
+    return gap * gap;
+  }
+
+  std::string name() const {
+    return text(shape) + ", " + (kBytes ? "bytes" : "floats") + ", N = " + std::to_string(count);
+  }
+
+  Shape shape;
+  std::size_t count, batch, dim;
+  std::vector<Stored> images;
+  std::vector<float> noisy, scale;
+};
+
+struct Answer {
+  Answer(std::size_t queries, std::size_t values)
+      : minimum(queries), total(queries), weighted(queries * values) {}
+  ScanResult result() { return {minimum.data(), total.data(), weighted.data()}; }
+  std::vector<double> minimum, total, weighted;
+};
+
+// A set of queries: the inputs each one measures, and the inputs it answers.
+struct Queries {
+  std::vector<std::vector<std::size_t>> measured, answered;
+};
+
+// The same sums as a scan's, image by image.
+template <typename Stored>
+Answer plain_answer(const Problem<Stored>& problem, const Queries& queries) {
+  const std::size_t count = queries.measured.size(), values = queries.answered[0].size();
+  Answer answer(problem.batch * count, values);
+  std::vector<double> squares(problem.count * problem.dim), distance(problem.count);
+  for (std::size_t b = 0; b < problem.batch; ++b) {
+    for (std::size_t i = 0; i < problem.count; ++i) {
+      for (std::size_t d = 0; d < problem.dim; ++d) {
+        squares[i * problem.dim + d] = problem.square(b, i, d);
+      }
+    }
+    for (std::size_t q = 0; q < count; ++q) {
+      for (std::size_t i = 0; i < problem.count; ++i) {
+        const double* row = &squares[i * problem.dim];
+        distance[i] = 0.0;
+        for (const std::size_t d : queries.measured[q]) distance[i] += row[d];
+      }
+      const std::size_t to = b * count + q;
+      answer.minimum[to] = *std::min_element(distance.begin(), distance.end());
+      for (std::size_t i = 0; i < problem.count; ++i) {
+        const double weight =
+            std::exp2(-static_cast<double>(problem.scale[b]) * (distance[i] - answer.minimum[to]));
+        answer.total[to] += weight;
+        for (std::size_t k = 0; k < values; ++k) {
+          const std::size_t value = i * problem.dim + queries.answered[q][k];
+          answer.weighted[to * values + k] += weight * problem.images[value];
+        }
+      }
+    }
+  }
+  return answer;
+}
+
+template <typename Stored>
+void compare(const Problem<Stored>& problem, const Answer& found, const Answer& plain,
+             const std::string& name) {
+  const std::size_t queries = plain.total.size() / problem.batch;
+  const std::size_t values = plain.weighted.size() / plain.total.size();
+  // What float32 sums of squares of that size are good for.
+  const double distance = 1e-5 * problem.dim * problem.kRange * problem.kRange;
+  for (std::size_t q = 0; q < plain.total.size(); ++q) {
+    const std::string where = name + ", query " + std::to_string(q);
+    expect(std::abs(found.minimum[q] - plain.minimum[q]) <= distance, where + ": minimum");
+    const bool nearest_only = problem.scale[q / queries] == problem.kLargestScale;
+    if (nearest_only) {
+      // Which of two images at nearly the same distance is nearer is a matter of rounding.
+      expect(found.total[q] >= 0.99 && found.total[q] <= 1.01 * problem.count, where + ": total");
+    } else {
+      expect(std::abs(found.total[q] - plain.total[q]) <= 1e-3 * plain.total[q], where + ": total");
+    }
+    for (std::size_t k = 0; k < values; ++k) {
+      const double mean = found.weighted[q * values + k] / found.total[q];
+      const double exact = plain.weighted[q * values + k] / plain.total[q];
+      const double allowed = nearest_only ? problem.kRange : 1e-3 * problem.kRange;
+      expect(std::abs(mean - exact) <= allowed, where + ": mean");
+    }
+  }
+}
+
+using Kernel = std::function<void(const ScanResult&, std::size_t threads, InstructionSet,
+                                  const std::function<void()>& checkpoint)>;
+
+// A kernel on every instruction set and number of threads.
+template <typename Stored>
+void check_scan(const std::string& op, const Problem<Stored>& problem, const Queries& queries,
+                const std::vector<std::size_t>& threads, const Kernel& kernel) {
+  const Answer plain = plain_answer(problem, queries);
+  const std::size_t values = queries.answered[0].size();
+  for (const NamedInstructionSet& isa : known_instruction_sets()) {
+    if (!isa.available) continue;
+    const std::string name = op + ", " + isa.name + ", " + problem.name();
+    Answer first(plain.total.size(), values);
+    for (const std::size_t workers : threads) {
+      Answer found(plain.total.size(), values);
+      kernel(found.result(), workers, isa.value, [] {});
+      if (workers == threads.front()) {
+        compare(problem, found, plain, name);
+        first = found;
+      }
+      expect(found.minimum == first.minimum && found.total == first.total &&
+                 found.weighted == first.weighted,
+             name + ": the bits depend on the threads");
+    }
+    struct Interrupt : std::runtime_error {
+      using std::runtime_error::runtime_error;
+    };
+    bool interrupted = false;
+    try {
+      Answer found(plain.total.size(), values);
+      kernel(found.result(), 1, isa.value, [] { throw Interrupt("stop"); });
+    } catch (const Interrupt&) {
+      interrupted = true;
+    }
+    expect(interrupted, name + ": an interrupt is lost");
+  }
+}
+
+template <typename Stored>
+void check_global(const Problem<Stored>& problem, const std::vector<std::size_t>& threads) {
+  Queries queries;
+  std::vector<std::size_t> all(problem.dim);
+  for (std::size_t d = 0; d < problem.dim; ++d) all[d] = d;
+  queries.measured = queries.answered = {all};
+  check_scan("global", problem, queries, threads,
+             [&](const ScanResult& result, std::size_t workers, InstructionSet isa,
+                 const std::function<void()>& checkpoint) {
+               global_posterior(problem.stored(), problem.noisy_batch(), result, workers, isa,
+                                checkpoint);
+             });
+}
+
+template <typename Stored>
+void check_window(const Problem<Stored>& problem, std::size_t window,
+                  const std::vector<std::size_t>& threads) {
+  const Shape& shape = problem.shape;
+  Queries queries;
+  const auto near = [&](std::size_t a, std::size_t b) {
+    return std::max(a, b) - std::min(a, b) <= window / 2;
+  };
+  for (std::size_t q = 0; q < shape.pixels(); ++q) {
+    std::vector<std::size_t> measured, answered;
+    for (std::size_t d = 0; d < shape.values(); ++d) {
+      const std::size_t p = d % shape.pixels();
+      if (p == q) answered.push_back(d);
+      if (near(p / shape.width, q / shape.width) && near(p % shape.width, q % shape.width)) {
+        measured.push_back(d);
+      }
+    }
+    queries.measured.push_back(measured);
+    queries.answered.push_back(answered);
+  }
+  const WindowShape sizes{shape.channels, shape.height, shape.width, window};
+  check_scan("window " + std::to_string(window), problem, queries, threads,
+             [&](const ScanResult& result, std::size_t workers, InstructionSet isa,
+                 const std::function<void()>& checkpoint) {
+               window_posterior(sizes, problem.stored(), problem.noisy_batch(), result, workers,
+                                isa, checkpoint);
+             });
+}
+
+// Masks of neighbours that are nearly alike, with an empty, a full and a dense one.
+std::vector<std::vector<bool>> make_masks(const Shape& shape) {
+  const std::size_t count = shape.values();
+  Random random(7);
+  std::vector<std::vector<bool>> masks(count, std::vector<bool>(count));
+  for (std::size_t q = 0; q < count; ++q) {
+    for (std::size_t d = 0; d < count; ++d) {
+      const auto distance = [&](std::size_t a, std::size_t b) { return a > b ? a - b : b - a; };
+      const std::size_t p = d % shape.pixels(), o = q % shape.pixels();
+      const bool near =
+          distance(p / shape.width, o / shape.width) + distance(p % shape.width, o % shape.width) <=
+          2;
+      masks[q][d] = near != (random.below(20) == 0);
+    }
+  }
+  masks.front().assign(count, false);
+  if (count > 2) masks[count / 2].assign(count, true);
+  for (std::size_t d = 0; d < count && count > 1; ++d) masks.back()[d] = random.below(10) != 0;
+  return masks;
+}
+
+std::vector<std::uint8_t> pack(const std::vector<std::vector<bool>>& masks) {
+  const std::size_t row_bytes = (masks.size() + 7) / 8;
+  std::vector<std::uint8_t> bits(masks.size() * row_bytes);
+  for (std::size_t q = 0; q < masks.size(); ++q) {
+    for (std::size_t d = 0; d < masks.size(); ++d) {
+      if (masks[q][d]) bits[q * row_bytes + d / 8] |= static_cast<std::uint8_t>(0x80 >> d % 8);
+    }
+  }
+  return bits;
+}
+
+// Walks the schedule with sets in place of sums: every output's set is its mask.
+void check_tree(const DifferenceTree& tree, const std::vector<std::vector<bool>>& masks,
+                const std::string& name) {
+  const std::size_t count = masks.size();
+  std::vector<std::vector<int>> slots(tree.slots);
+  std::vector<int> held(count, 0);
+  std::vector<int> visits(count, 0);
+  for (const DifferenceTree::Node& node : tree.nodes) {
+    if (node.from == DifferenceTree::kFromEmpty) {
+      held.assign(count, 0);
+    } else if (node.from != DifferenceTree::kFromLast) {
+      held = slots.at(static_cast<std::size_t>(node.from));
+      expect(!held.empty(), name + ": a slot is read before it is written");
+    }
+    for (std::size_t k = 0; k < node.plus + node.minus; ++k) {
+      held.at(tree.inputs.at(node.begin + k)) += k < node.plus ? 1 : -1;
+    }
+    if (node.keep != DifferenceTree::kNowhere) slots.at(static_cast<std::size_t>(node.keep)) = held;
+    if (node.output == DifferenceTree::kSilent) continue;
+    const auto output = static_cast<std::size_t>(node.output);
+    ++visits.at(output);
+    for (std::size_t d = 0; d < count; ++d) {
+      expect(held[d] == (masks[output][d] ? 1 : 0), name + ": a set is not its mask");
+    }
+  }
+  for (const int number : visits) expect(number == 1, name + ": an output is not visited once");
+}
+
+template <typename Stored>
+void check_masked(const Problem<Stored>& problem, const std::vector<std::size_t>& threads) {
+  const std::vector<std::vector<bool>> masks = make_masks(problem.shape);
+  const std::vector<std::uint8_t> bits = pack(masks);
+  const DifferenceTree tree =
+      build_difference_tree(bits.data(), (masks.size() + 7) / 8, problem.shape.channels,
+                            problem.shape.height, problem.shape.width);
+  check_tree(tree, masks, "tree, " + text(problem.shape));
+  Queries queries;
+  for (std::size_t q = 0; q < masks.size(); ++q) {
+    std::vector<std::size_t> measured;
+    for (std::size_t d = 0; d < masks.size(); ++d) {
+      if (masks[q][d]) measured.push_back(d);
+    }
+    queries.measured.push_back(measured);
+    queries.answered.push_back({q});
+  }
+  check_scan("masked", problem, queries, threads,
+             [&](const ScanResult& result, std::size_t workers, InstructionSet isa,
+                 const std::function<void()>& checkpoint) {
+               masked_posterior(tree, problem.stored(), problem.noisy_batch(), result, workers, isa,
+                                checkpoint);
+             });
+}
+
+enum class Bytes { kRandom, kSmallest, kLargest };
+
+void check_covariance(std::size_t count, std::size_t dim, Bytes kind,
+                      const std::vector<std::size_t>& threads) {
+  Random random(static_cast<std::uint32_t>(count * 1000 + dim));
+  std::vector<std::uint8_t> images(count * dim, kind == Bytes::kLargest ? 255 : 0);
+  if (kind == Bytes::kRandom) {
+    for (std::uint8_t& value : images) value = static_cast<std::uint8_t>(random.below(256));
+  }
+  // What is there already stays in the sums; below the diagonal it is left alone.
+  std::vector<std::int64_t> gram(dim * dim, 1000), total(dim, -7);
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::uint8_t* image = &images[i * dim];
+    for (std::size_t a = 0; a < dim; ++a) {
+      const std::int64_t left = image[a] - 128;
+      total[a] += left;
+      for (std::size_t b = a; b < dim; ++b) gram[a * dim + b] += left * (image[b] - 128);
+    }
+  }
+  for (const NamedInstructionSet& isa : known_instruction_sets()) {
+    if (!isa.available) continue;
+    for (const std::size_t workers : threads) {
+      std::vector<std::int64_t> found_gram(dim * dim, 1000), found_total(dim, -7);
+      accumulate_covariance(images.data(), count, dim, found_gram.data(), found_total.data(),
+                            workers, isa.value, [] {});
+      const std::string name = std::string("covariance, ") + isa.name + ", " +
+                               std::to_string(count) + " x " + std::to_string(dim);
+      expect(found_gram == gram, name + ": products");
+      expect(found_total == total, name + ": sums");
+    }
+  }
+}
+
+template <typename Stored>
+void check_scans(const Shape& shape, std::size_t count, std::size_t batch,
+                 const std::vector<std::size_t>& threads) {
+  const Problem<Stored> problem(shape, count, batch, static_cast<std::uint32_t>(count + batch));
+  check_global(problem, threads);
+  check_masked(problem, threads);
+  const std::size_t largest = 2 * std::max(shape.height, shape.width) - 1;
+  for (const std::size_t window : {std::size_t{1}, std::size_t{3}, largest}) {
+    if (window <= largest) check_window(problem, window, threads);
+  }
+}
+
+void check_everything() {
+  // 15 noisy images are one of each group the masked kernel forms: 8 + 4 + 2 + 1.
+  constexpr std::size_t kBatch = 15;
+  const std::vector<std::size_t> threads{1, 3};
+  for (const std::size_t count : {1u, 2u, 47u, 49u, 1000u}) {
+    for (const Shape& shape : {Shape{1, 1, 1}, Shape{1, 5, 7}, Shape{3, 4, 4}, Shape{2, 1, 9}}) {
+      check_scans<std::uint8_t>(shape, count, kBatch, threads);
+      check_scans<float>(shape, count, kBatch, threads);
+    }
+    for (const std::size_t dim : {1u, 5u, 33u, 105u, 300u}) {
+      check_covariance(count, dim, Bytes::kRandom, threads);
+    }
+  }
+  // More than one block of images, and the largest sums a block can hold.
+  check_covariance(16500, 5, Bytes::kRandom, threads);
+  check_covariance(16500, 5, Bytes::kSmallest, threads);
+  check_covariance(16500, 5, Bytes::kLargest, threads);
+}
+
+void check_threads() {
+  const std::vector<std::size_t> threads{3, 2};
+  const Shape shape{2, 4, 3};
+  check_scans<std::uint8_t>(shape, 3100, 3, threads);
+  check_scans<float>(shape, 3100, 3, threads);
+  check_covariance(16500, 150, Bytes::kRandom, threads);
+}
+
+}  // namespace
+
+int main(int argument_count, char** arguments) {
+  const std::string what = argument_count > 1 ? arguments[1] : "";
+  if (what == "all") {
+    check_everything();
+  } else if (what == "threads") {
+    check_threads();
+  } else {
+    std::fprintf(stderr, "usage: %s all|threads\n", arguments[0]);
+    return 2;
+  }
+  std::printf("%zu comparisons hold\n", comparisons);
+  return 0;
+}

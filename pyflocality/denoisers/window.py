@@ -1,0 +1,113 @@
+"""Denoisers with a square window around every pixel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyflocality._checks import describe
+from pyflocality.data import TrainingSet
+from pyflocality.denoisers.base import PosteriorDenoiser, by_level
+
+Window = int | Callable[[float, float], int] | Sequence[tuple[float, int]]
+
+
+def window_rule(window: Window, check: Callable[[object], int]) -> Callable[[float, float], int]:
+    """A window given in any form, as a function (alpha, sigma) -> size.
+
+    Args:
+        window: An odd size; a function (alpha, sigma) -> size; or a table of pairs
+            (sigma / alpha, size), of which the nearest in log(sigma / alpha) counts.
+        check: Returns a size as an int, or raises the error that is due.
+
+    Raises:
+        TypeError: `window` has none of these forms.
+        ValueError: A size is even or out of range, or the table is empty or holds a noise level
+            that is not positive.
+    """
+    if callable(window):
+        return lambda alpha, sigma: check(window(alpha, sigma))
+    if isinstance(window, int):
+        size = check(window)
+        return lambda alpha, sigma: size
+    if not isinstance(window, Sequence) or isinstance(window, str):
+        raise TypeError(
+            "`window` must be an odd integer, a function (alpha, sigma) -> integer or a table "
+            f"of (sigma / alpha, integer) pairs, got {describe(window)}"
+        )
+    if len(window) == 0:
+        raise ValueError("`window` must be a table of at least one pair, got none")
+    table = []
+    for row in window:
+        if not isinstance(row, Sequence) or len(row) != 2:
+            raise TypeError(f"`window` must hold pairs (sigma / alpha, integer), got {row!r}")
+        ratio, size = row
+        if not (math.isfinite(ratio) and ratio > 0):
+            raise ValueError(f"`window` must hold positive noise levels, got {row!r}")
+        table.append((math.log(ratio), check(size)))
+
+    def nearest(alpha: float, sigma: float) -> int:
+        if sigma == 0:
+            return min(table)[1]
+        level = math.log(sigma / alpha)
+        return min(table, key=lambda entry: abs(entry[0] - level))[1]
+
+    return nearest
+
+
+class WindowDenoiser(PosteriorDenoiser):
+    """Base class of the denoisers with a window, fixed or by noise level.
+
+    Args:
+        data: The training set.
+        window: Side of the window in pixels; or a function (alpha, sigma) -> side; or a table of
+            pairs (sigma / alpha, side).
+        check_window: Returns a side as an int, or raises the error that is due.
+        temperature: Divides the logits.
+        backend: Backend of its operations; None follows `pyflocality.use_backend`.
+        dtype: float32 or float64 to compute in; None computes in the input's own dtype.
+        memory_budget: Working memory, bytes or a string such as "2GB".
+    """
+
+    def __init__(
+        self,
+        data: TrainingSet,
+        window: Window,
+        check_window: Callable[[object], int],
+        *,
+        temperature: float = 1.0,
+        backend: str | None = None,
+        dtype: torch.dtype | None = None,
+        memory_budget: int | str | None = None,
+    ) -> None:
+        super().__init__(
+            data,
+            temperature,
+            backend=backend,
+            dtype=dtype,
+            memory_budget=memory_budget,
+        )
+        # Refuses a wrong integer or table at once; what a function answers is checked when it
+        # is called.
+        window_rule(window, check_window)
+        self.window = window
+        self._check_window = check_window
+
+    def _mean(self, x: Tensor, window: int, sigma: float, alpha: float) -> Tensor:
+        """The posterior means at one noise level."""
+        raise AttributeError(f"{type(self).__name__} does not define _mean")
+
+    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        window_at = window_rule(self.window, self._check_window)
+
+        def denoise(part: Tensor, sigma: float, alpha: float) -> Tensor:
+            return self._mean(part, window_at(alpha, sigma), sigma, alpha)
+
+        return by_level(denoise, x, sigma, alpha)
+
+    def extra_repr(self) -> str:
+        """What `repr` shows."""
+        return f"{super().extra_repr()}, window={self.window}"
