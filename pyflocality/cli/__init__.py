@@ -12,9 +12,9 @@ from typing import Annotated
 
 import typer
 
-from pyflocality.cli.doctor import doctor
-from pyflocality.cli.generate import generate
-from pyflocality.cli.moments import moments
+from pyflocality.cli._doctor import doctor
+from pyflocality.cli._generate import generate
+from pyflocality.cli._moments import moments
 
 app = typer.Typer(
     name="pyflocality",

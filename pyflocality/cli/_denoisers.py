@@ -1,7 +1,7 @@
 """The denoisers that `generate` offers.
 
 A new denoiser is one entry of `DENOISERS`; an option of its own is one more parameter of
-`pyflocality.cli.generate.generate`, named in the entry.
+`pyflocality.cli._generate.generate`, named in the entry.
 """
 
 from __future__ import annotations
@@ -84,11 +84,8 @@ class DenoiserOptions:
         """The denoiser's entry."""
         return DENOISERS[self.name]
 
-    def check(self, device: str) -> None:
+    def check(self) -> None:
         """Refuse wrong values, foreign options and backends that cannot run, before any work."""
-        import torch
-
-        from pyflocality._backends import Call, select
         from pyflocality._budget import memory_budget_bytes
         from pyflocality._checks import check_count, check_positive
         from pyflocality.masks import check_threshold
@@ -97,7 +94,7 @@ class DenoiserOptions:
             if option not in self.entry.options:
                 takers = [name for name, entry in DENOISERS.items() if option in entry.options]
                 raise ValueError(
-                    f"`{option}` belongs to the denoisers {', '.join(takers)}, not to {self.name}"
+                    f"`{option}` belongs to --denoiser {' or '.join(takers)}, not to {self.name}"
                 )
         checks = {
             "threshold": lambda value: check_threshold(value, "threshold"),
@@ -111,7 +108,7 @@ class DenoiserOptions:
         if "loader_batch" in self.given and self.given.get("aggregation") != "batch_mean":
             raise ValueError("`loader_batch` belongs to --aggregation batch-mean")
         for operation in self.entry.operations:
-            select(operation, Call(torch.device(device)), self.given.get("backend"))
+            _check_backend(operation, self.given.get("backend"))
 
     def build(self, data: TrainingSet, moments: Moments | None) -> Denoiser:
         """The denoiser itself."""
@@ -130,3 +127,24 @@ class DenoiserOptions:
         return {
             option: getattr(denoiser, argument) for option, argument in self.entry.options.items()
         }
+
+
+def _check_backend(operation: str, backend: str | None) -> None:
+    """Refuse a backend that was asked for and that this machine lacks.
+
+    What a backend cannot do with the images at hand shows once they are there.
+    """
+    from pyflocality._backends import (
+        OPERATIONS,
+        BackendUnavailableError,
+        machine_reason,
+        requested_backend,
+    )
+
+    request, table = requested_backend(backend), OPERATIONS[operation]
+    if request == "auto":
+        return
+    reason = machine_reason(request) if request in table else "it has no implementation of this"
+    if reason is not None:
+        available = tuple(name for name in table if machine_reason(name) is None)
+        raise BackendUnavailableError(request, operation, reason, available)

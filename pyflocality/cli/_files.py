@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -71,14 +72,13 @@ class Outputs:
             self._made.append(path)
 
     def _clean(self) -> None:
-        for temporary in self.temporary.values():
-            temporary.unlink(missing_ok=True)
-        for folder in reversed(self._made):
-            try:
-                folder.rmdir()
-            # Somebody else has put something there meanwhile.
-            except OSError:
-                break
+        # A folder is left alone where somebody else has put something into it meanwhile.
+        for remove in (
+            *(temporary.unlink for temporary in self.temporary.values()),
+            *(folder.rmdir for folder in reversed(self._made)),
+        ):
+            with suppress(OSError):
+                remove()
 
 
 def _hidden_twin(path: Path) -> Path:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pyflocality import TrainingSet
 
 # Headings of the options in the help.
-IMAGES, OUTPUT = "Training images", "Results"
+IMAGES, MODEL, OUTPUT = "Training images", "Model", "Results"
 
 Source = Annotated[
     str,
@@ -46,7 +46,9 @@ Label = Annotated[
         help="Use the images of one class alone: its name or number.", rich_help_panel=IMAGES
     ),
 ]
-Device = Annotated[str, typer.Option(help="cpu, or cuda with or without a number.")]
+Device = Annotated[
+    str, typer.Option(help="cpu, or cuda with or without a number.", rich_help_panel=MODEL)
+]
 Force = Annotated[
     bool,
     typer.Option("--force", help="Replace files that are there already.", rich_help_panel=OUTPUT),

@@ -6,183 +6,25 @@ import json
 import time
 import warnings
 from dataclasses import asdict, dataclass
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pyflocality.cli._denoisers import DENOISERS, DenoiserOptions
+from pyflocality.cli import _generate_options as options
+from pyflocality.cli import _options as common
+from pyflocality.cli._denoisers import DenoiserOptions
 from pyflocality.cli._errors import reported
 from pyflocality.cli._files import Outputs
-from pyflocality.cli._options import (
-    OUTPUT,
-    Channels,
-    Device,
-    Force,
-    Json,
-    Label,
-    Progress,
-    Resolution,
-    Source,
-    SourceOptions,
-    Split,
-    parse_window,
-)
+from pyflocality.cli._generate_options import Sampling
+from pyflocality.cli._options import SourceOptions, parse_window
 from pyflocality.cli._record import ObservedDenoiser, Stages, peak_memory_bytes, software
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pyflocality import Moments, SampleResult, TrainingSet
-    from pyflocality.noise import NoiseSchedule
     from pyflocality.ops.nearest import Neighbours
-
-_SCHEDULES = {
-    "ddpm": "DDPMSchedule",
-    "cosine": "CosineSchedule",
-    "karras": "KarrasSchedule",
-    "flow": "FlowSchedule",
-}
-
-
-def _choice(name: str, values: list[str]) -> type[Enum]:
-    """A type whose values typer offers and checks."""
-    return Enum(name, {value: value for value in values}, type=str)
-
-
-DenoiserName = _choice("DenoiserName", list(DENOISERS))
-ScheduleName = _choice("ScheduleName", list(_SCHEDULES))
-SamplerName = _choice("SamplerName", ["ddim", "euler", "heun"])
-BackendName = _choice("BackendName", ["auto", "reference", "cpu", "triton", "cuda"])
-Aggregation = _choice("Aggregation", ["exact", "batch-mean"])
-
-# Headings of the options in the help.
-MODEL, SAMPLING = "Model", "Sampling"
-
-_DENOISERS_HELP = "; ".join(f"{name}: {entry.summary}" for name, entry in DENOISERS.items())
-
-Out = Annotated[
-    Path,
-    typer.Option(
-        help="Folder for the results; it is made if need be.",
-        show_default=False,
-        rich_help_panel=OUTPUT,
-    ),
-]
-Denoiser = Annotated[
-    DenoiserName, typer.Option(help=f"Which model. {_DENOISERS_HELP}.", rich_help_panel=MODEL)
-]
-Count = Annotated[
-    int, typer.Option("--n", help="How many images to make.", rich_help_panel=SAMPLING)
-]
-Steps = Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=SAMPLING)]
-Schedule = Annotated[
-    ScheduleName, typer.Option(help="Noise levels of the steps.", rich_help_panel=SAMPLING)
-]
-Sampler = Annotated[
-    SamplerName,
-    typer.Option(help="How a step follows from the denoised image.", rich_help_panel=SAMPLING),
-]
-Seed = Annotated[int, typer.Option(help="Seed of the starting noise.", rich_help_panel=SAMPLING)]
-Threshold = Annotated[
-    float | None,
-    typer.Option(
-        help="pca-locality: share of the largest sensitivity that an input needs to count, in "
-        "[0, 1). Smaller keeps more of an image together. 0.02 if not given; published: 0.005 "
-        "for MNIST, 0.02 for faces, 0.05 for CIFAR-10.",
-        rich_help_panel=MODEL,
-    ),
-]
-Window = Annotated[
-    str | None,
-    typer.Option(
-        help="local: side of the window in pixels, odd; or a table of noise level (sigma / alpha) "
-        "and side, such as 10:15,1:7,0.1:3. 7 if not given.",
-        rich_help_panel=MODEL,
-    ),
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        help="Divides the logits of every posterior. 1 if not given.", rich_help_panel=MODEL
-    ),
-]
-AggregationOption = Annotated[
-    Aggregation | None,
-    typer.Option(
-        help="pca-locality: exact is the posterior over the whole set; batch-mean averages "
-        "posteriors over batches, as the published code does. exact if not given.",
-        rich_help_panel=MODEL,
-    ),
-]
-LoaderBatch = Annotated[
-    int | None,
-    typer.Option(
-        help="Images a batch of --aggregation batch-mean. 256 if not given.", rich_help_panel=MODEL
-    ),
-]
-MomentsFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--moments",
-        help="Moments of the set, as `pyflocality moments` writes them.",
-        rich_help_panel=MODEL,
-    ),
-]
-Backend = Annotated[
-    BackendName | None,
-    typer.Option(
-        help="What runs the denoiser; the first that can if not given.", rich_help_panel=MODEL
-    ),
-]
-MemoryBudget = Annotated[
-    str | None,
-    typer.Option(
-        help="Working memory, such as 2GB or 512MB. 1GB if not given.", rich_help_panel=MODEL
-    ),
-]
-Individual = Annotated[
-    bool,
-    typer.Option(
-        "--individual", help="Also write every image to a file of its own.", rich_help_panel=OUTPUT
-    ),
-]
-Trajectory = Annotated[
-    bool, typer.Option(help="Draw the way from noise to image.", rich_help_panel=OUTPUT)
-]
-Nearest = Annotated[
-    bool,
-    typer.Option(
-        help="Draw under each image the training image nearest to it.", rich_help_panel=OUTPUT
-    ),
-]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample: number of images, steps, schedule, sampler, seed."""
-
-    n: int
-    steps: int
-    schedule: str
-    sampler: str
-    seed: int
-
-    def check(self) -> None:
-        """Raise ValueError for what cannot be run."""
-        from pyflocality._checks import check_count
-
-        check_count(self.n, "n")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"`seed` must lie in [0, 2^63), got {self.seed}")
-        self.noise_schedule().timesteps(self.steps)
-
-    def noise_schedule(self) -> NoiseSchedule:
-        """The schedule itself."""
-        from pyflocality import noise
-
-        return getattr(noise, _SCHEDULES[self.schedule])()
 
 
 @dataclass(frozen=True)
@@ -202,7 +44,7 @@ class Plan:
     def check(self) -> None:
         """Refuse everything that can be refused without the images."""
         self.source.check()
-        self.denoiser.check(self.source.device)
+        self.denoiser.check()
         self.sampling.check()
         if self.moments is not None and self.denoiser.entry.needs_moments == "no":
             raise ValueError(f"`moments` is of no use to the denoiser {self.denoiser.name}")
@@ -222,33 +64,33 @@ class Plan:
 
 @reported(mask_threshold="threshold", batch_size="loader_batch")
 def generate(
-    source: Source,
-    out: Out,
-    denoiser: Denoiser = DenoiserName("pca-locality"),
-    n: Count = 8,
-    steps: Steps = 10,
-    schedule: Schedule = ScheduleName("ddpm"),
-    sampler: Sampler = SamplerName("ddim"),
-    seed: Seed = 0,
-    threshold: Threshold = None,
-    window: Window = None,
-    temperature: Temperature = None,
-    aggregation: AggregationOption = None,
-    loader_batch: LoaderBatch = None,
-    moments: MomentsFile = None,
-    resolution: Resolution = None,
-    channels: Channels = None,
-    split: Split = None,
-    label: Label = None,
-    backend: Backend = None,
-    device: Device = "cpu",
-    memory_budget: MemoryBudget = None,
-    individual: Individual = False,
-    trajectory: Trajectory = True,
-    nearest: Nearest = True,
-    as_json: Json = False,
-    force: Force = False,
-    progress: Progress = True,
+    source: common.Source,
+    out: options.Out,
+    denoiser: options.Denoiser = options.DenoiserName["pca-locality"],
+    threshold: options.Threshold = None,
+    window: options.Window = None,
+    temperature: options.Temperature = None,
+    aggregation: options.Aggregation = None,
+    loader_batch: options.LoaderBatch = None,
+    moments: options.MomentsFile = None,
+    backend: options.Backend = None,
+    memory_budget: options.MemoryBudget = None,
+    device: common.Device = "cpu",
+    n: options.Count = 8,
+    steps: options.Steps = 10,
+    schedule: options.Schedule = options.ScheduleName["ddpm"],
+    sampler: options.Sampler = options.SamplerName["ddim"],
+    seed: options.Seed = 0,
+    resolution: common.Resolution = None,
+    channels: common.Channels = None,
+    split: common.Split = None,
+    label: common.Label = None,
+    nearest: options.Nearest = True,
+    trajectory: options.Trajectory = True,
+    individual: options.Individual = False,
+    force: common.Force = False,
+    as_json: common.Json = False,
+    progress: common.Progress = True,
 ) -> None:
     """Make new images from a set of images, without training.
 

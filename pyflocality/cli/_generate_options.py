@@ -1,0 +1,162 @@
+"""Options of `pyflocality generate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pyflocality.cli._denoisers import DENOISERS
+from pyflocality.cli._options import MODEL, OUTPUT
+
+if TYPE_CHECKING:
+    from pyflocality.noise import NoiseSchedule
+
+_SCHEDULES = {
+    "ddpm": "DDPMSchedule",
+    "cosine": "CosineSchedule",
+    "karras": "KarrasSchedule",
+    "flow": "FlowSchedule",
+}
+
+
+SAMPLING = "Sampling"
+
+
+def _choice(name: str, values: list[str]) -> type[Enum]:
+    """A type whose values typer offers and checks."""
+    return Enum(name, {value: value for value in values}, type=str)
+
+
+DenoiserName = _choice("DenoiserName", list(DENOISERS))
+ScheduleName = _choice("ScheduleName", list(_SCHEDULES))
+SamplerName = _choice("SamplerName", ["ddim", "euler", "heun"])
+BackendName = _choice("BackendName", ["auto", "reference", "cpu", "triton", "cuda"])
+AggregationName = _choice("AggregationName", ["exact", "batch-mean"])
+
+_DENOISERS_HELP = "; ".join(f"{name}: {entry.summary}" for name, entry in DENOISERS.items())
+
+Out = Annotated[
+    Path,
+    typer.Option(
+        help="Folder for the results; it is made if need be.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
+Denoiser = Annotated[
+    DenoiserName, typer.Option(help=f"Which model. {_DENOISERS_HELP}.", rich_help_panel=MODEL)
+]
+Count = Annotated[
+    int, typer.Option("--n", help="How many images to make.", rich_help_panel=SAMPLING)
+]
+Steps = Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=SAMPLING)]
+Schedule = Annotated[
+    ScheduleName, typer.Option(help="Noise levels of the steps.", rich_help_panel=SAMPLING)
+]
+Sampler = Annotated[
+    SamplerName,
+    typer.Option(help="How a step follows from the denoised image.", rich_help_panel=SAMPLING),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the starting noise.", rich_help_panel=SAMPLING)]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        help="pca-locality: share of the largest sensitivity that an input needs to count, in "
+        "[0, 1). Smaller keeps more of an image together. 0.02 if not given; published: 0.005 "
+        "for MNIST, 0.02 for faces, 0.05 for CIFAR-10.",
+        rich_help_panel=MODEL,
+    ),
+]
+Window = Annotated[
+    str | None,
+    typer.Option(
+        help="local: side of the window in pixels, odd; or a table of noise level (sigma / alpha) "
+        "and side, such as 10:15,1:7,0.1:3. 7 if not given.",
+        rich_help_panel=MODEL,
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        help="Divides the logits of every posterior. 1 if not given.", rich_help_panel=MODEL
+    ),
+]
+Aggregation = Annotated[
+    AggregationName | None,
+    typer.Option(
+        help="pca-locality: exact is the posterior over the whole set; batch-mean averages "
+        "posteriors over batches, as the published code does. exact if not given.",
+        rich_help_panel=MODEL,
+    ),
+]
+LoaderBatch = Annotated[
+    int | None,
+    typer.Option(
+        help="Images a batch of --aggregation batch-mean. 256 if not given.", rich_help_panel=MODEL
+    ),
+]
+MomentsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--moments",
+        help="Moments of the set, as `pyflocality moments` writes them.",
+        rich_help_panel=MODEL,
+    ),
+]
+Backend = Annotated[
+    BackendName | None,
+    typer.Option(
+        help="What runs the denoiser; the first that can if not given.", rich_help_panel=MODEL
+    ),
+]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="Working memory, such as 2GB or 512MB. 1GB if not given.", rich_help_panel=MODEL
+    ),
+]
+Individual = Annotated[
+    bool,
+    typer.Option(
+        "--individual", help="Also write every image to a file of its own.", rich_help_panel=OUTPUT
+    ),
+]
+Trajectory = Annotated[
+    bool, typer.Option(help="Draw the way from noise to image.", rich_help_panel=OUTPUT)
+]
+Nearest = Annotated[
+    bool,
+    typer.Option(
+        help="Draw under each image the training image nearest to it.", rich_help_panel=OUTPUT
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: number of images, steps, schedule, sampler, seed."""
+
+    n: int
+    steps: int
+    schedule: str
+    sampler: str
+    seed: int
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot be run."""
+        from pyflocality._checks import check_count
+
+        check_count(self.n, "n")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"`seed` must lie in [0, 2^63), got {self.seed}")
+        self.noise_schedule().timesteps(self.steps)
+
+    def noise_schedule(self) -> NoiseSchedule:
+        """The schedule itself."""
+        from pyflocality import noise
+
+        return getattr(noise, _SCHEDULES[self.schedule])()

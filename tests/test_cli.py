@@ -1,0 +1,468 @@
+"""The command line: files, records, determinism, and one line for every mistake."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pyflocality as pf
+from pyflocality import cli, denoisers, pictures
+from pyflocality._config import configuration
+from pyflocality.cli._denoisers import DENOISERS
+from pyflocality.cli._files import Outputs
+from pyflocality.cli._generate import generate
+from pyflocality.cli._options import parse_device, parse_window
+
+FILES = ["run.json", "samples.npy", "samples.png", "trajectory.png"]
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(11)
+    return torch.randint(0, 256, (20, 1, 6, 6), generator=generator).to(torch.uint8)
+
+
+@pytest.fixture
+def source(tmp_path, images):
+    """A set of 20 images 6x6 of two classes."""
+    path = tmp_path / "tiny.npz"
+    np.savez(path, images=images.numpy(), labels=np.arange(20) % 2)
+    return str(path)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line: exit code, standard output, standard error."""
+
+    def call(*arguments):
+        code = cli.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def small(source, out, *more):
+    return ["generate", source, "--out", out, "--n", 3, "--steps", 2, "--no-progress", *more]
+
+
+def test_generate_writes_what_the_library_computes(run, source, images, tmp_path):
+    out = tmp_path / "new" / "out"
+    code, stdout, stderr = run(*small(source, out, "--threshold", 0.1, "--seed", 5))
+    assert (code, stderr) == (0, "")
+    assert sorted(os.listdir(out)) == FILES
+    assert all(str(out / name) in stdout for name in FILES)
+
+    data = pf.TrainingSet(images)
+    result = pf.sample(
+        pf.PCALocalityDenoiser(data, 0.1),
+        3,
+        steps=2,
+        generator=torch.Generator().manual_seed(5),
+        progress=False,
+    )
+    saved = np.load(out / "samples.npy")
+    assert saved.dtype == np.float32
+    assert (saved == result.images.numpy()).all()
+
+    # Brute force beside the recorded neighbours.
+    distance = torch.cdist(result.images.flatten(1).double(), data.values().flatten(1).double())
+    record = json.loads((out / "run.json").read_text())
+    assert record["nearest"]["index"] == distance.argmin(1).tolist()
+    assert record["nearest"]["rms_difference"] == pytest.approx(
+        (distance.min(1).values / 6).tolist(), rel=1e-5
+    )
+
+    with Image.open(out / "samples.png") as sheet:
+        pixels = np.asarray(sheet)
+    scale = pictures.default_scale(6, 6)
+    row = pictures.CAPTION_HEIGHT + 4 + 6 * scale
+    shown = (pictures.to_bytes(result.images), images[distance.argmin(1)])
+    for index in range(3):
+        left = 2 + index * (6 * scale + 2)
+        for number, expected in enumerate(shown):
+            top = number * row + pictures.CAPTION_HEIGHT + 2
+            tile = pixels[top : top + 6 * scale, left : left + 6 * scale]
+            assert (tile == np.kron(expected[index, 0], np.ones((scale, scale)))).all()
+
+    strip = pictures.trajectory_strip(result.x_t, result.x0, result.timesteps)
+    with Image.open(out / "trajectory.png") as drawn:
+        assert (np.asarray(drawn) == np.asarray(strip)).all()
+
+
+def test_record_tells_settings_backends_and_time(run, source, images, tmp_path):
+    out = tmp_path / "out"
+    code, stdout, stderr = run(*small(source, out, "--json", "--label", 1))
+    record = json.loads(stdout)
+    assert (code, stderr) == (0, "")
+    assert record == json.loads((out / "run.json").read_text())
+    assert record["source"]["source"] == source
+    assert record["data"]["images"] == 10
+    assert record["data"]["content_key"] == pf.TrainingSet(images[1::2]).content_key()
+    assert record["denoiser"] == {
+        "name": "pca-locality",
+        "threshold": 0.02,
+        "temperature": 1.0,
+        "aggregation": "exact",
+        "loader_batch": 256,
+        "backend": None,
+        "memory_budget": None,
+    }
+    expected = {"n": 3, "steps": 2, "schedule": "ddpm", "sampler": "ddim", "seed": 0}
+    assert record["sampling"] == expected | {"timesteps": [500, 0]}
+    assert set(record["backends"]) == {"covariance", "masked_posterior", "nearest"}
+    levels = [pf.DDPMSchedule()(time) for time in (500, 0)]
+    assert [(call["alpha"], call["sigma"]) for call in record["calls"]] == levels
+    assert all(0 < call["density"] <= 1 for call in record["calls"])
+    assert set(record["seconds"]) == {
+        "load", "moments", "eigenvectors", "sampling", "nearest", "total",
+    }  # fmt: skip
+    assert record["peak_memory_bytes"] > 2**20
+    assert record["files"] == ["samples.png", "samples.npy", "trajectory.png", "run.json"]
+
+
+def test_one_seed_one_result(run, source, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run(*small(source, tmp_path / name, "--seed", seed))[0] == 0
+    contents = {name: (tmp_path / name / "samples.npy").read_bytes() for name in "abc"}
+    assert contents["a"] == contents["b"] != contents["c"]
+    for name in ("samples.png", "trajectory.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "build"),
+    [
+        (["optimal", "--temperature", 2], lambda data: pf.OptimalDenoiser(data, temperature=2)),
+        (["local", "--window", "3"], lambda data: pf.LocalDenoiser(data, 3)),
+        (["local", "--window", "5:11,1:3"], lambda data: pf.LocalDenoiser(data, [(5, 11), (1, 3)])),
+        (["nearest", "--memory-budget", "1K"], pf.NearestDenoiser),
+        (["wiener"], pf.WienerDenoiser),
+        (
+            ["pca-locality", "--aggregation", "batch-mean", "--loader-batch", 7],
+            lambda data: pf.PCALocalityDenoiser(data, aggregation="batch_mean", batch_size=7),
+        ),
+    ],
+)
+def test_every_denoiser(run, source, images, tmp_path, arguments, build):
+    code, _, stderr = run(
+        *small(source, tmp_path / "out", "--schedule", "karras", "--sampler", "heun"),
+        "--denoiser",
+        *arguments,
+    )
+    assert (code, stderr) == (0, "")
+    result = pf.sample(
+        build(pf.TrainingSet(images)),
+        3,
+        steps=2,
+        schedule=pf.KarrasSchedule(),
+        sampler="heun",
+        generator=torch.Generator().manual_seed(0),
+        progress=False,
+    )
+    saved = torch.from_numpy(np.load(tmp_path / "out" / "samples.npy"))
+    torch.testing.assert_close(saved, result.images, rtol=0, atol=1e-6)
+
+
+def test_the_table_of_denoisers_fits_library_and_command():
+    parameters = inspect.signature(generate).parameters
+    for entry in DENOISERS.values():
+        accepted = inspect.signature(getattr(denoisers, entry.class_name)).parameters
+        assert set(entry.options) <= set(parameters)
+        assert set(entry.options.values()) <= set(accepted)
+
+
+def test_individual_files_hold_the_samples(run, source, tmp_path):
+    out = tmp_path / "out"
+    assert run(*small(source, out, "--individual", "--no-trajectory", "--no-nearest"))[0] == 0
+    singles = [f"sample-{index:03d}.png" for index in range(3)]
+    assert sorted(os.listdir(out)) == sorted([*singles, "run.json", "samples.npy", "samples.png"])
+    stored = pictures.to_bytes(torch.from_numpy(np.load(out / "samples.npy")))
+    for index, name in enumerate(singles):
+        with Image.open(out / name) as single:
+            assert (np.asarray(single) == stored[index, 0].numpy()).all()
+    assert json.loads((out / "run.json").read_text())["nearest"] is None
+
+
+def test_existing_files_are_replaced_only_by_force(run, source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "samples.npy").write_text("precious")
+    (out / "notes.txt").write_text("mine")
+    code, _, stderr = run(*small(source, out))
+    assert code == 2
+    assert "samples.npy" in stderr and "--force" in stderr
+    assert (out / "samples.npy").read_text() == "precious"
+    assert sorted(os.listdir(out)) == ["notes.txt", "samples.npy"]
+    assert run(*small(source, out, "--force"))[0] == 0
+    assert np.load(out / "samples.npy").shape == (3, 1, 6, 6)
+    assert sorted(os.listdir(out)) == sorted([*FILES, "notes.txt"])
+
+
+WRONG = {
+    "n": (["--n", 0], "--n"),
+    "n as a word": (["--n", "many"], "--n"),
+    "steps": (["--steps", 0], "--steps"),
+    "too many steps": (["--steps", 1001], "--steps"),
+    "seed": (["--seed", -1], "--seed"),
+    "huge seed": (["--seed", 2**63], "--seed"),
+    "denoiser": (["--denoiser", "unet"], "--denoiser"),
+    "schedule": (["--schedule", "linear"], "--schedule"),
+    "sampler": (["--sampler", "plms"], "--sampler"),
+    "threshold 1": (["--threshold", 1], "--threshold"),
+    "threshold nan": (["--threshold", "nan"], "--threshold"),
+    "temperature 0": (["--temperature", 0], "--temperature"),
+    "temperature inf": (["--temperature", "inf"], "--temperature"),
+    "loader batch": (["--aggregation", "batch-mean", "--loader-batch", 0], "--loader-batch"),
+    "loader batch alone": (["--loader-batch", 8], "--loader-batch"),
+    "aggregation": (["--aggregation", "mean"], "--aggregation"),
+    "foreign window": (["--window", 3], "--window"),
+    "even window": (["--denoiser", "local", "--window", 4], "--window"),
+    "large window": (["--denoiser", "local", "--window", 13], "--window"),
+    "window without size": (["--denoiser", "local", "--window", "1:"], "--window"),
+    "window at nan": (["--denoiser", "local", "--window", "nan:3"], "--window"),
+    "window at 0": (["--denoiser", "local", "--window", "0:3,1:5"], "--window"),
+    "foreign moments": (["--denoiser", "optimal", "--moments", "x"], "--moments"),
+    "no moments": (["--moments", "nowhere.safetensors"], "nowhere.safetensors"),
+    "wiener has no backend": (["--denoiser", "wiener", "--backend", "cpu"], "--backend"),
+    "backend": (["--backend", "tpu"], "--backend"),
+    "memory budget": (["--memory-budget", "plenty"], "--memory-budget"),
+    "memory budget 0": (["--memory-budget", "0GB"], "--memory-budget"),
+    "device": (["--device", "abacus"], "--device"),
+    "foreign device": (["--device", "meta"], "--device"),
+    "missing device": (["--device", "cuda:99"], "--device"),
+    "channels": (["--channels", 2], "--channels"),
+    "resolution": (["--resolution", "6by6"], "--resolution"),
+    "resolution 0": (["--resolution", "0x4"], "--resolution"),
+    "split": (["--split", "test"], "--split"),
+    "label": (["--label", 2], "--label"),
+    "label name": (["--label", "cat"], "--label"),
+    "unknown option": (["--treshold", 0.1], "--treshold"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_options_are_named_and_leave_nothing(run, source, tmp_path, case):
+    arguments, name = WRONG[case]
+    code, stdout, stderr = run(*small(source, tmp_path / "deep" / "out", *arguments))
+    assert code == 2
+    assert stdout == ""
+    assert name in stderr
+    assert "Traceback" not in stderr
+    assert os.listdir(tmp_path) == ["tiny.npz"]
+
+
+def test_wrong_sources_are_named_and_leave_nothing(run, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    out = tmp_path / "out"
+    for arguments, words in (
+        (small("nowhere", out), ["SOURCE", "nowhere"]),
+        (small(folder, out), [str(folder)]),
+        (["moments", "nowhere", "--out", out, "--no-progress"], ["SOURCE", "nowhere"]),
+    ):
+        code, _, stderr = run(*arguments)
+        assert code == 2
+        assert stderr.startswith("pyflocality: error: ") and stderr.count("\n") == 1
+        assert all(word in stderr for word in words)
+    for size in (4, 5):
+        Image.new("L", (size, size)).save(folder / f"{size}.png")
+    code, _, stderr = run(*small(folder, out))
+    assert code == 2
+    assert "5.png" in stderr and "--resolution" in stderr
+    assert os.listdir(tmp_path) == ["images"]
+
+
+def test_an_output_that_cannot_be_made_is_named(run, source, tmp_path):
+    code, _, stderr = run(*small(source, tmp_path / "tiny.npz" / "out"))
+    assert code == 2
+    assert "tiny.npz" in stderr and "Traceback" not in stderr
+    assert os.listdir(tmp_path) == ["tiny.npz"]
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_backend_that_cannot_run_is_refused_before_any_work(run, source, tmp_path, backend):
+    if torch.cuda.is_available():
+        pytest.skip("GPU backends may run here")
+    code, _, stderr = run(*small(source, tmp_path / "out", "--backend", backend))
+    assert code == 1
+    assert f"backend '{backend}' cannot run masked_posterior" in stderr
+    assert "reference" in stderr and stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == ["tiny.npz"]
+
+
+def test_the_backend_asked_for_runs(run, source, tmp_path):
+    code, stdout, _ = run(*small(source, tmp_path / "out", "--backend", "reference", "--json"))
+    assert code == 0
+    record = json.loads(stdout)
+    assert record["backends"]["masked_posterior"] == ["reference"]
+    assert record["denoiser"]["backend"] == "reference"
+
+
+def test_a_missing_extra_is_one_line_with_the_cure(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    code, _, stderr = run(*small("digits", tmp_path / "out"))
+    assert code == 1
+    assert "pip install 'pyflocality[sets]'" in stderr and stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device", "samples.npy"), 1, "samples.npy: No space left"),
+        (MemoryError(), 1, "MemoryError"),
+    ],
+)
+def test_what_goes_wrong_midway_leaves_nothing(
+    run, source, tmp_path, monkeypatch, error, code, words
+):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("pyflocality.cli._generate._write", fail)
+    found, stdout, stderr = run(*small(source, tmp_path / "out"))
+    assert (found, stdout) == (code, "")
+    assert words in stderr and stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == ["tiny.npz"]
+
+
+def test_a_fault_of_the_library_is_not_hidden(source, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("pyflocality.cli._generate._write", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main([str(word) for word in small(source, tmp_path / "out")])
+    assert os.listdir(tmp_path) == ["tiny.npz"]
+
+
+def test_progress_is_told_on_standard_error(run, source, tmp_path):
+    arguments = small(source, tmp_path / "out")
+    arguments.remove("--no-progress")
+    code, stdout, stderr = run(*arguments)
+    assert code == 0
+    for words in ("loading", "covariance of 20 images", "eigenvectors", "sampling 3", "nearest"):
+        assert words in stderr and words not in stdout
+
+
+def test_moments_are_saved_told_and_used(run, source, images, tmp_path):
+    path, picture = tmp_path / "m.safetensors", tmp_path / "m.png"
+    base = ["moments", source, "--out", path, "--no-progress"]
+    code, stdout, stderr = run(*base, "--picture", picture, "--json")
+    assert (code, stderr) == (0, "")
+    record = json.loads(stdout)
+    expected = pf.Moments.from_data(pf.TrainingSet(images))
+    assert torch.equal(pf.Moments.load(path).covariance, expected.covariance)
+    values = np.linalg.eigvalsh(expected.covariance.numpy())[::-1]
+    assert record["images"] == 20
+    assert record["image_shape"] == [1, 6, 6]
+    # Twenty images span at most nineteen directions about their mean.
+    assert record["rank"] == 19
+    assert record["total_variance"] == pytest.approx(values.sum())
+    assert set(record["variance_share"]) == {"1", "10"}
+    assert record["variance_share"]["10"] == pytest.approx(values[:10].sum() / values.sum())
+    with Image.open(picture) as drawn:
+        pixels = np.asarray(drawn)
+    scale = pictures.default_scale(6, 6)
+    top = pictures.CAPTION_HEIGHT + 2
+    mean = pixels[top : top + 6 * scale : scale, 2 : 2 + 6 * scale : scale]
+    assert (mean == pictures.to_bytes(expected.mean)[0].numpy()).all()
+
+    assert run(*base)[0] == 2
+    code, stdout, _ = run(*base, "--force")
+    assert code == 0 and "20 of 1x6x6" in stdout
+
+    assert run(*small(source, tmp_path / "with", "--moments", path))[0] == 0
+    assert run(*small(source, tmp_path / "without"))[0] == 0
+    both = [(tmp_path / name / "samples.npy").read_bytes() for name in ("with", "without")]
+    assert both[0] == both[1]
+    code, _, stderr = run(*small(source, tmp_path / "part", "--moments", path, "--label", 0))
+    assert code == 0
+    assert "warning: the moments are of 20 images, tiny.npz has 10" in stderr
+    code, _, stderr = run(*small(source, tmp_path / "no", "--moments", path, "--resolution", 3))
+    assert code == 2 and "--moments" in stderr
+
+
+def test_moments_picture_must_be_png(run, source, tmp_path):
+    code, _, stderr = run("moments", source, "--out", tmp_path / "m", "--picture", "m.svg")
+    assert code == 2 and "--picture" in stderr
+    assert os.listdir(tmp_path) == ["tiny.npz"]
+
+
+def test_moments_of_equal_images_have_no_share(run, tmp_path):
+    source = tmp_path / "flat.npy"
+    np.save(source, np.full((4, 3, 3), 7, np.uint8))
+    arguments = ["moments", source, "--out", tmp_path / "m", "--picture", tmp_path / "m.png"]
+    code, stdout, _ = run(*arguments, "--json", "--no-progress")
+    assert code == 0
+    assert json.loads(stdout)["variance_share"] == {"1": None}
+
+
+def test_doctor_names_every_backend_and_reason(run):
+    code, text, _ = run("doctor")
+    assert code == 0
+    for name, reason in configuration()["backends"].items():
+        assert f"{name:<10} {'ready' if reason is None else 'unavailable: ' + reason}" in text
+    for operation in ("covariance", "masked_posterior", "window_posterior"):
+        assert operation in text
+    code, text, _ = run("doctor", "--json")
+    assert code == 0
+    assert json.loads(text) == json.loads(json.dumps(configuration()))
+
+
+def test_module_runs_and_helps():
+    for arguments, words in ((["--version"], pf.__version__), (["generate", "--help"], "--seed")):
+        done = subprocess.run(
+            [sys.executable, "-m", "pyflocality", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+            env=os.environ | {"COLUMNS": "100", "NO_COLOR": "1"},
+        )
+        assert words in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "pyflocality", "generate", "nowhere", "--out", "o"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("pyflocality: error: `SOURCE`")
+    assert "Traceback" not in done.stderr
+
+
+def test_windows_and_devices_are_read():
+    assert parse_window("7") == 7
+    assert parse_window("10:15, 0.5:3") == ((10.0, 15), (0.5, 3))
+    assert parse_device("cpu") == torch.device("cpu")
+
+
+def test_outputs_appear_together_or_not_at_all(tmp_path):
+    paths = [tmp_path / "a" / "x.txt", tmp_path / "b" / "y.txt"]
+    with pytest.raises(RuntimeError), Outputs(paths, force=False) as outputs:
+        outputs.temporary[paths[0]].write_text("x")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+    with Outputs(paths, force=False) as outputs:
+        for path in paths:
+            outputs.temporary[path].write_text(path.name)
+        assert not any(path.exists() for path in paths)
+        outputs.commit()
+    assert [path.read_text() for path in paths] == ["x.txt", "y.txt"]
+    assert [os.listdir(path.parent) for path in paths] == [["x.txt"], ["y.txt"]]
+    paths[0].unlink()
+    paths[0].mkdir()
+    with pytest.raises(IsADirectoryError, match="x.txt"):
+        Outputs(paths, force=True).__enter__()
