@@ -17,11 +17,15 @@ from pyflocality._version import __version__
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers import (
     Denoiser,
+    EquivariantDenoiser,
+    FilteredPosteriorDenoiser,
     LocalDenoiser,
     NearestDenoiser,
     OptimalDenoiser,
+    PatchSetDenoiser,
     PCALocalityDenoiser,
     WienerDenoiser,
+    masks_from_maps,
 )
 from pyflocality.moments import Moments
 from pyflocality.noise import (
@@ -39,6 +43,8 @@ __all__ = [
     "CosineSchedule",
     "DDPMSchedule",
     "Denoiser",
+    "EquivariantDenoiser",
+    "FilteredPosteriorDenoiser",
     "Euler",
     "FlowSchedule",
     "Heun",
@@ -49,12 +55,14 @@ __all__ = [
     "NoiseSchedule",
     "OptimalDenoiser",
     "PCALocalityDenoiser",
+    "PatchSetDenoiser",
     "SampleResult",
     "Sampler",
     "TrainingSet",
     "WienerDenoiser",
     "__version__",
     "masks",
+    "masks_from_maps",
     "metrics",
     "ops",
     "sample",

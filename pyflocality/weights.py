@@ -18,6 +18,7 @@ class QueryWeights:
         weights: bool or float [Q, D]; float weights must be finite.
         signed: Whether negative weights are taken. The published PCA-locality rule has them at
             threshold 0; for anything else they are a mistake.
+        name: What error messages call them.
 
     Attributes:
         shape: (Q, D).
@@ -30,15 +31,15 @@ class QueryWeights:
         ValueError: They are not a matrix, or hold NaN, infinities or unwanted negatives.
     """
 
-    def __init__(self, weights: Tensor, *, signed: bool = False) -> None:
+    def __init__(self, weights: Tensor, *, signed: bool = False, name: str = "weights") -> None:
         if not isinstance(weights, Tensor) or not (
             weights.dtype == torch.bool or weights.is_floating_point()
         ):
             raise TypeError(
-                f"`weights` must be a bool or float tensor [Q, D], got {describe(weights)}"
+                f"`{name}` must be a bool or float tensor [Q, D], got {describe(weights)}"
             )
         if weights.ndim != 2 or weights.numel() == 0:
-            raise ValueError(f"`weights` must have shape [Q, D], got {describe(weights)}")
+            raise ValueError(f"`{name}` must have shape [Q, D], got {describe(weights)}")
         self.shape: tuple[int, int] = (weights.shape[0], weights.shape[1])
         self.is_mask = weights.dtype == torch.bool
         self.density = float((weights != 0).double().mean())
@@ -46,9 +47,9 @@ class QueryWeights:
             self.bits = np.packbits(weights.cpu().contiguous().numpy(), axis=1)
         else:
             if not torch.isfinite(weights).all():
-                raise ValueError("`weights` holds NaN or infinite values")
+                raise ValueError(f"`{name}` holds NaN or infinite values")
             if not signed and (weights < 0).any():
-                raise ValueError("`weights` holds negative values")
+                raise ValueError(f"`{name}` holds negative values")
             self._values = weights.detach()
 
     @classmethod
@@ -56,6 +57,17 @@ class QueryWeights:
         """Masks from their `bits`, uint8 [Q, ceil(D / 8)], for D inputs."""
         mask = np.unpackbits(bits, axis=1, count=inputs)
         return cls(torch.from_numpy(mask).bool())
+
+    @property
+    def answered(self) -> Tensor:
+        """Which of the D columns hold a weight above zero, bool [D]."""
+        return self.dense(torch.bool if self.is_mask else self._values.dtype).any(0).cpu()
+
+    def with_row(self, row: Tensor) -> QueryWeights:
+        """These weights and one more query with a mask, bool [D]."""
+        dtype = torch.bool if self.is_mask else self._values.dtype
+        dense = self.dense(dtype)
+        return QueryWeights(torch.cat([dense, row[None].to(dtype)]), signed=True)
 
     @property
     def nbytes(self) -> int:

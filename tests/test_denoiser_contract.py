@@ -20,6 +20,17 @@ def data() -> pf.TrainingSet:
     return pf.TrainingSet(images)
 
 
+def soft(queries: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(queries)
+    return torch.rand(108 if queries == 108 else 5, 108, generator=generator)
+
+
+def near_masks() -> torch.Tensor:
+    place = torch.arange(6)
+    near = (place[:, None] - place).abs() <= 1
+    return near[:, None, :, None] & near[None, :, None, :]
+
+
 MAKERS = {
     "optimal": lambda data, **o: pf.OptimalDenoiser(data, **o),
     "nearest": lambda data, **o: pf.NearestDenoiser(data, **o),
@@ -33,6 +44,12 @@ MAKERS = {
     "local_schedule": lambda data, **o: pf.LocalDenoiser(
         data, lambda alpha, sigma: 3 if sigma < 0.5 * alpha else 5, **o
     ),
+    "equivariant": lambda data, **o: pf.EquivariantDenoiser(data, 3, **o),
+    "equivariant_broken": lambda data, **o: pf.EquivariantDenoiser(data, 3, "broken", **o),
+    "patch_set": lambda data, **o: pf.PatchSetDenoiser(data, 3, **o),
+    "patch_set_masks": lambda data, **o: pf.PatchSetDenoiser(data, masks=near_masks(), **o),
+    "filtered": lambda data, **o: pf.FilteredPosteriorDenoiser(data, soft(4), soft(5), **o),
+    "filtered_own": lambda data, **o: pf.FilteredPosteriorDenoiser(data, soft(108), **o),
     "local_table": lambda data, **o: pf.LocalDenoiser(data, [(0.1, 1), (1.0, 5)], **o),
 }
 SCANNING = [name for name in MAKERS if name != "wiener"]
@@ -220,7 +237,11 @@ WRONG_OPTIONS = {
         ValueError,
         "`window` must be at most 11",
     ),
-    "window type": (lambda d: pf.LocalDenoiser(d, "3"), TypeError, "`window` must be an odd"),
+    "window type": (
+        lambda d: pf.LocalDenoiser(d, "3"),
+        TypeError,
+        "`window` must be one value, a function",
+    ),
     "window float": (lambda d: pf.LocalDenoiser(d, 3.0), TypeError, "`window`"),
     "empty table": (lambda d: pf.LocalDenoiser(d, []), ValueError, "`window` .* at least one pair"),
     "table row": (lambda d: pf.LocalDenoiser(d, [3]), TypeError, "`window` must hold pairs"),

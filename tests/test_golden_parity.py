@@ -129,7 +129,26 @@ def test_kamb_single_steps(name, model, golden):
             np.testing.assert_allclose(found.numpy(), file["ls_x0"][j, i], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("model", ["ideal", "ls"])
+@pytest.mark.parametrize("name", KAMB)
+@pytest.mark.parametrize("model", ["els", "bbels"])
+def test_kamb_equivariant_single_steps(name, model, golden):
+    file = golden(name)
+    data = pf.TrainingSet(file["images_u8"], file["labels"])
+    if "label" in file:
+        data = data.with_label(int(file["label"]))
+    if model == "bbels" and "n_bbels" in file:
+        data = data.subset(range(int(file["n_bbels"])))
+    boundary = "circular" if model == "els" else "broken"
+    for i in range(len(file["t"])):
+        x = torch.from_numpy(file["x_t"][i])
+        for j, window in enumerate(file["k"]):
+            denoiser = pf.EquivariantDenoiser(data, int(window), boundary)
+            found = denoiser(x, float(file["sigma"][i]), float(file["alpha"][i]))
+            expected = file[f"{model}_x0"][j, i]
+            np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("model", ["ideal", "ls", "els", "bbels"])
 def test_kamb_twenty_step_run(model, golden):
     file = golden("kamb_public_machine_mnist60.npz")
     data = pf.TrainingSet(file["images_u8"])
@@ -140,7 +159,14 @@ def test_kamb_twenty_step_run(model, golden):
     for t, window in scales.items():
         alpha, sigma = schedule(t)
         table.append((sigma / alpha, window))
-    denoiser = pf.OptimalDenoiser(data) if model == "ideal" else pf.LocalDenoiser(data, table)
+    denoiser = {
+        "ideal": lambda: pf.OptimalDenoiser(data),
+        "ls": lambda: pf.LocalDenoiser(data, table),
+        "els": lambda: pf.EquivariantDenoiser(data, table),
+        "bbels": lambda: pf.EquivariantDenoiser(
+            data.subset(range(int(file["n_bbels"]))), table, "broken"
+        ),
+    }[model]()
     found = pf.sample(
         denoiser,
         # In float64: the published float32 run leaves 1e-3 of noise, and a second one would add.
@@ -170,3 +196,81 @@ def test_pspc_gaussian_denoiser(golden):
         found = denoiser(torch.from_numpy(file["z"][i]).double(), float(sigma))
         expected = file["gaussian_full_x0_f64formula"][i]
         np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-5)
+
+
+def test_pspc_gaussian_denoiser_of_low_rank(golden):
+    file = golden("pspc_public_cifar100.npz")
+    denoiser = pf.WienerDenoiser(pf.TrainingSet(file["images_u8"]), rank=int(file["rank"]))
+    denoiser.eigenvalues *= 99 / 100
+    for i, sigma in enumerate(file["sigma"]):
+        found = denoiser(torch.from_numpy(file["z"][i]).double(), float(sigma))
+        expected = file["gaussian_rank_x0_f64formula"][i]
+        np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-5)
+
+
+def test_pspc_square_patches(golden):
+    file = golden("pspc_public_cifar100.npz")
+    data = pf.TrainingSet(file["images_u8"])
+    for i, sigma in enumerate(file["sigma"]):
+        z = torch.from_numpy(file["z"][i])
+        found = pf.PatchSetDenoiser(data, int(file["pspc_sq_patch"][i]))(z, float(sigma))
+        np.testing.assert_allclose(found.numpy(), file["pspc_sq_x0"][i], rtol=0, atol=1e-3)
+        for j, window in enumerate(file["fixed_patch"]):
+            found = pf.PatchSetDenoiser(data, int(window))(z, float(sigma))
+            expected = file["pspc_sq_fixed_x0"][j, i]
+            np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-3)
+
+
+def test_pspc_flexible_patches(golden):
+    file = golden("pspc_public_flex8.npz")
+    data = pf.TrainingSet(file["images_u8"])
+    for i, sigma in enumerate(file["sigma"]):
+        level = int(file["t_idx"][i])
+        masks = pf.masks_from_maps(
+            torch.from_numpy(file["heatmaps"][level]), float(file["grad_thresholds"][level])
+        )
+        if file["grad_thresholds"][level] < 1:
+            np.testing.assert_array_equal(masks.numpy(), file["masks"][i])
+        else:
+            # The published code keeps one of the 64 sets that are all the whole image.
+            assert masks.all() and file["masks"][i][0, 0].all()
+        found = pf.PatchSetDenoiser(data, masks=masks)(torch.from_numpy(file["z"][i]), float(sigma))
+        np.testing.assert_allclose(found.numpy(), file["flex_x0"][i], rtol=0, atol=1e-3)
+
+
+def test_pspc_pixel_in_no_patch_gets_the_mean(golden):
+    file = golden("pspc_public_flex8_nan.npz")
+    data = pf.TrainingSet(file["images_u8"])
+    mean = data.values(dtype=torch.float64).mean(0)
+    uncovered = 0
+    for i, sigma in enumerate(file["sigma"]):
+        denoiser = pf.PatchSetDenoiser(data, masks=torch.from_numpy(file["masks"][i]))
+        found = denoiser(torch.from_numpy(file["z"][i]).double(), float(sigma)).numpy()
+        published = file["flex_x0"][i]
+        missing = np.isnan(published)
+        uncovered += missing.sum()
+        np.testing.assert_allclose(found[~missing], published[~missing], rtol=0, atol=1e-3)
+        expected = np.broadcast_to(mean.numpy(), found.shape)[missing]
+        np.testing.assert_allclose(found[missing], expected, rtol=0, atol=1e-12)
+    assert uncovered > 0
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_pspc_sampler_runs(sampler, golden):
+    file = golden("pspc_public_sampler_cifar16.npz")
+    published = "huen" if sampler == "heun" else sampler
+    levels = [float(t) for t in file["t_steps"]]
+    table = list(zip(levels, map(int, file["patch_schedule"]), strict=True))
+    denoiser = pf.PatchSetDenoiser(pf.TrainingSet(file["images_u8"]), table)
+    found = pf.sample(
+        denoiser,
+        x_T=torch.from_numpy(file["z_T"]),
+        schedule=pf.KarrasSchedule(),
+        steps=len(levels),
+        sampler=sampler,
+        clip=False,
+        progress=False,
+    )
+    expected = file[f"{published}_final"]
+    # A near tie that float32 decides the other way moves a few values further.
+    assert (np.abs(found.images.numpy() - expected) > 1e-3).mean() <= 0.01

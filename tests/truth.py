@@ -60,3 +60,51 @@ def random_images(
     if dtype == torch.uint8:
         return ((values + 1) * 127.5).round().to(torch.uint8)
     return values.to(dtype)
+
+
+def patch_posterior_mean(
+    x: Tensor,
+    images: Tensor,
+    window: int,
+    sigma: np.ndarray,
+    alpha: np.ndarray,
+    boundary: str,
+    temperature: float = 1.0,
+) -> np.ndarray:
+    """Equivariant models, pair by pair of query pixel and patch centre: [B, C, H, W]."""
+    values, noisy = values_of(images), x.double().numpy()
+    height, width = x.shape[-2:]
+    half = window // 2
+    if boundary == "circular":
+        padded_values = values
+        padded_noisy = np.pad(noisy, [(0, 0), (0, 0), (half, half), (half, half)], "wrap")
+        shift = 0
+    else:
+        pad = [(0, 0), (0, 0), (half, half), (half, half)]
+        padded_values, padded_noisy, shift = np.pad(values, pad), np.pad(noisy, pad), half
+
+    def interior(place: int, length: int) -> bool:
+        return half <= place < length - half
+
+    def compared(query: int, patch: int, length: int) -> bool:
+        if boundary == "circular":
+            return interior(patch, length)
+        both = interior(query, length) and interior(patch, length)
+        return query == patch or both
+
+    result = np.zeros_like(noisy)
+    for b in range(len(x)):
+        for qy in range(height):
+            for qx in range(width):
+                around = padded_noisy[b, :, qy : qy + window, qx : qx + window]
+                logits, answers = [], []
+                for py in filter(lambda place: compared(qy, place, height), range(height)):
+                    for px in filter(lambda place: compared(qx, place, width), range(width)):
+                        top, left = py + shift - half, px + shift - half
+                        patches = padded_values[:, :, top : top + window, left : left + window]
+                        gap = ((around - alpha[b] * patches) ** 2).sum((1, 2, 3))
+                        logits.append(-gap / (2 * sigma[b] ** 2 * temperature))
+                        answers.append(values[:, :, py, px])
+                weights = softmax(np.concatenate(logits))
+                result[b, :, qy, qx] = weights @ np.concatenate(answers)
+    return result

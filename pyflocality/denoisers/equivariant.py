@@ -11,8 +11,11 @@ from pyflocality._checks import check_choice
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import check_set
 from pyflocality.denoisers.window import Window, WindowDenoiser
-from pyflocality.ops import equivariant_posterior_mean
-from pyflocality.ops.equivariant_posterior import BOUNDARIES, check_patch_window
+from pyflocality.ops.equivariant_posterior import (
+    BOUNDARIES,
+    check_patch_window,
+    equivariant_posterior_mean,
+)
 
 
 class EquivariantDenoiser(WindowDenoiser):

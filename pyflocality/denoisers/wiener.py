@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyflocality._checks import describe
+from pyflocality._checks import check_count, describe
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser
 from pyflocality.moments import Moments
@@ -25,14 +25,17 @@ class WienerDenoiser(Denoiser):
 
     Args:
         data: A training set, whose moments are then computed, or `Moments`.
+        rank: Leading components of the covariance to keep; None keeps all. The others count as
+            without variance.
 
     Attributes:
         mean: Mean of the data, float64 [D].
-        eigenvalues: Eigenvalues of the covariance, descending, float64 [D].
-        eigenvectors: Eigenvectors in columns, float64 [D, D].
+        eigenvalues: Eigenvalues of the covariance that are kept, descending, float64 [R].
+        eigenvectors: Their eigenvectors in columns, float64 [D, R].
 
     Raises:
-        TypeError: `data` is neither.
+        TypeError: `data` is neither, or `rank` no whole number.
+        ValueError: `rank` is not in 1 .. D.
 
     References:
         Wiener, Extrapolation, interpolation and smoothing of stationary time series, 1949.
@@ -45,13 +48,17 @@ class WienerDenoiser(Denoiser):
     eigenvalues: Tensor
     eigenvectors: Tensor
 
-    def __init__(self, data: TrainingSet | Moments) -> None:
+    def __init__(self, data: TrainingSet | Moments, rank: int | None = None) -> None:
         if isinstance(data, TrainingSet):
             data = Moments.from_data(data)
         elif not isinstance(data, Moments):
             raise TypeError(f"`data` must be a TrainingSet or Moments, got {describe(data)}")
         super().__init__(data.image_shape)
         values, vectors = data.eigh()
+        if rank is not None:
+            if check_count(rank, "rank") > len(values):
+                raise ValueError(f"`rank` must be at most {len(values)}, got {rank}")
+            values, vectors = values[:rank], vectors[:, :rank].contiguous()
         self.register_buffer("mean", data.mean.flatten())
         self.register_buffer("eigenvalues", values)
         self.register_buffer("eigenvectors", vectors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,50 +13,60 @@ from pyflocality._checks import describe
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import PosteriorDenoiser, by_level
 
+T = TypeVar("T")
 Window = int | Callable[[float, float], int] | Sequence[tuple[float, int]]
 
 
-def window_rule(window: Window, check: Callable[[object], int]) -> Callable[[float, float], int]:
-    """A window given in any form, as a function (alpha, sigma) -> size.
+def level_rule(
+    given: object, name: str, check: Callable[[object], T], is_single: Callable[[object], bool]
+) -> Callable[[float, float], T]:
+    """What depends on the noise level, given in any form, as a function (alpha, sigma) -> value.
 
     Args:
-        window: An odd size; a function (alpha, sigma) -> size; or a table of pairs
-            (sigma / alpha, size), of which the nearest in log(sigma / alpha) counts.
-        check: Returns a size as an int, or raises the error that is due.
+        given: One value for all levels; a function (alpha, sigma) -> value; or a table of pairs
+            (sigma / alpha, value), of which the nearest in log(sigma / alpha) counts.
+        name: Name of the argument in error messages.
+        check: Returns a value in its canonical form, or raises the error that is due.
+        is_single: Whether `given` is one value.
 
     Raises:
-        TypeError: `window` has none of these forms.
-        ValueError: A size is even or out of range, or the table is empty or holds a noise level
-            that is not positive.
+        TypeError: `given` has none of these forms.
+        ValueError: A value is refused, or the table is empty or holds a noise level that is not
+            positive.
     """
-    if callable(window):
-        return lambda alpha, sigma: check(window(alpha, sigma))
-    if isinstance(window, int):
-        size = check(window)
-        return lambda alpha, sigma: size
-    if not isinstance(window, Sequence) or isinstance(window, str):
+    if is_single(given):
+        value = check(given)
+        return lambda alpha, sigma: value
+    if callable(given):
+        return lambda alpha, sigma: check(given(alpha, sigma))
+    if not isinstance(given, Sequence) or isinstance(given, str):
         raise TypeError(
-            "`window` must be an odd integer, a function (alpha, sigma) -> integer or a table "
-            f"of (sigma / alpha, integer) pairs, got {describe(window)}"
+            f"`{name}` must be one value, a function (alpha, sigma) -> value or a table of "
+            f"(sigma / alpha, value) pairs, got {describe(given)}"
         )
-    if len(window) == 0:
-        raise ValueError("`window` must be a table of at least one pair, got none")
+    if len(given) == 0:
+        raise ValueError(f"`{name}` must be a table of at least one pair, got none")
     table = []
-    for row in window:
+    for row in given:
         if not isinstance(row, Sequence) or len(row) != 2:
-            raise TypeError(f"`window` must hold pairs (sigma / alpha, integer), got {row!r}")
-        ratio, size = row
+            raise TypeError(f"`{name}` must hold pairs (sigma / alpha, value), got {describe(row)}")
+        ratio, value = row
         if not (math.isfinite(ratio) and ratio > 0):
-            raise ValueError(f"`window` must hold positive noise levels, got {row!r}")
-        table.append((math.log(ratio), check(size)))
+            raise ValueError(f"`{name}` must hold positive noise levels, got {ratio!r}")
+        table.append((math.log(ratio), check(value)))
 
-    def nearest(alpha: float, sigma: float) -> int:
+    def nearest(alpha: float, sigma: float) -> T:
         if sigma == 0:
-            return min(table)[1]
+            return min(table, key=lambda entry: entry[0])[1]
         level = math.log(sigma / alpha)
         return min(table, key=lambda entry: abs(entry[0] - level))[1]
 
     return nearest
+
+
+def window_rule(window: Window, check: Callable[[object], int]) -> Callable[[float, float], int]:
+    """A window given in any form, as a function (alpha, sigma) -> size; see `level_rule`."""
+    return level_rule(window, "window", check, lambda given: isinstance(given, int))
 
 
 class WindowDenoiser(PosteriorDenoiser):

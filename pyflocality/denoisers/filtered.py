@@ -1,0 +1,84 @@
+"""Filtered posteriors: any query weights, any response weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyflocality.data import TrainingSet
+from pyflocality.denoisers.base import PosteriorDenoiser
+from pyflocality.ops import masked_posterior_mean
+from pyflocality.ops.filtered_posterior import check_pair, filtered_posterior_mean
+from pyflocality.weights import QueryWeights
+
+
+class FilteredPosteriorDenoiser(PosteriorDenoiser):
+    r"""Blend of posterior means, each over its own weighting of the inputs.
+
+    .. math::
+        \hat x_0[d] = \frac{\sum_q r_q[d] \sum_i p_{q,i} v_i[d]}{\sum_q r_q[d]}, \qquad
+        p_q = \operatorname{softmax}_i \left( -\frac{1}{2 \sigma^2 \tau}
+            \sum_d w_q[d] (x[d] - \alpha v_i[d])^2 \right)
+
+    The other posterior models are special cases: whole-image weights and responses give the
+    optimal denoiser, windows that answer their centre the local score model, windows that answer
+    themselves the patch-set model. A value that no query answers gets the plain mean.
+
+    Args:
+        data: The training set.
+        query_weights: w, bool or float, not negative, [Q, D] or [Q, C, H, W].
+        response_weights: r, bool or float, not negative, of the same shape. None: query q
+            answers value q alone, which takes Q = D.
+        temperature: Divides the logits.
+        backend: Backend of its operations; None follows `pyflocality.use_backend`.
+        dtype: float32 or float64 to compute in; None computes in the input's own dtype.
+        memory_budget: Working memory, bytes or a string such as "2GB".
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: The weights have the wrong shape, or are negative, NaN or infinite.
+
+    References:
+        Niedoba, Zwartsenberg, Murphy and Wood, Towards a mechanistic explanation of diffusion
+        model generalization, 2025, and its 2026 sequel on filtered posterior mean composites.
+    """
+
+    def __init__(
+        self,
+        data: TrainingSet,
+        query_weights: Tensor,
+        response_weights: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        backend: str | None = None,
+        dtype: torch.dtype | None = None,
+        memory_budget: int | str | None = None,
+    ) -> None:
+        super().__init__(
+            data, temperature, backend=backend, dtype=dtype, memory_budget=memory_budget
+        )
+        self._weights = self._as_weights(query_weights, "query_weights")
+        self._responses = None
+        values = data.num_values
+        if response_weights is not None:
+            responses = self._as_weights(response_weights, "response_weights")
+            self._weights, self._responses = check_pair(self._weights, responses, values)
+        elif self._weights.shape != (values, values):
+            raise ValueError(
+                f"`query_weights` must have shape [{values}, {values}] where every query answers "
+                f"its own value, got {list(self._weights.shape)}"
+            )
+
+    def _as_weights(self, weights: object, name: str) -> QueryWeights:
+        if isinstance(weights, Tensor) and tuple(weights.shape[1:]) == self.image_shape:
+            weights = weights.flatten(1)
+        return QueryWeights(weights, name=name)
+
+    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        options = {"temperature": self.temperature, **self._options}
+        images = self.data.images
+        if self._responses is None:
+            return masked_posterior_mean(x, images, self._weights, sigma, alpha, **options)
+        return filtered_posterior_mean(
+            x, images, self._weights, self._responses, sigma, alpha, **options
+        )

@@ -1,0 +1,172 @@
+"""Patch sets: posteriors over overlapping patches, blended into one image."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyflocality._checks import check_count, describe
+from pyflocality.data import TrainingSet
+from pyflocality.denoisers.base import PosteriorDenoiser, by_level
+from pyflocality.denoisers.window import Window, level_rule
+from pyflocality.ops.filtered_posterior import filtered_posterior_mean
+from pyflocality.weights import QueryWeights
+
+Masks = Tensor | Callable[[float, float], Tensor] | Sequence[tuple[float, Tensor]]
+
+
+class PatchSetDenoiser(PosteriorDenoiser):
+    r"""Patch set posterior composite (PSPC): every patch has a posterior and answers itself.
+
+    .. math::
+        \hat x_0[d] = \frac{\sum_{q : d \in P_q} \sum_i p_{q,i} v_i[d]}{|\{q : d \in P_q\}|},
+        \qquad
+        p_q = \operatorname{softmax}_i \left( -\frac{1}{2 \sigma^2 \tau}
+            \sum_{d \in P_q} (x[d] - \alpha v_i[d])^2 \right)
+
+    Square patches: every k x k window that fits inside the image. Flexible patches: a set of
+    pixels :math:`P_q` for every pixel q, in all channels (`masks_from_maps` makes them from
+    sensitivity maps). A pixel that lies in no patch gets the plain mean of the training images;
+    the published code answers NaN there. A patch that covers the image is the optimal denoiser.
+
+    Args:
+        data: The training set.
+        window: Side k of square patches, even or odd, at most min(H, W); or a function
+            (alpha, sigma) -> k; or a table of pairs (sigma / alpha, k), of which the nearest in
+            log(sigma / alpha) counts.
+        masks: Flexible patches instead: bool [H, W, H, W], `masks[y, x]` the set of pixel
+            (y, x); or a function or a table of them, as for `window`.
+        temperature: Divides the logits.
+        backend: Backend of its operations; None follows `pyflocality.use_backend`.
+        dtype: float32 or float64 to compute in; None computes in the input's own dtype.
+        memory_budget: Working memory, bytes or a string such as "2GB".
+
+    Raises:
+        TypeError: `window` or `masks` has none of its forms.
+        ValueError: Both or neither are given, or one is out of range or of the wrong shape.
+
+    References:
+        Niedoba, Zwartsenberg, Murphy and Wood, Towards a mechanistic explanation of diffusion
+        model generalization, 2025.
+    """
+
+    def __init__(
+        self,
+        data: TrainingSet,
+        window: Window | None = None,
+        *,
+        masks: Masks | None = None,
+        temperature: float = 1.0,
+        backend: str | None = None,
+        dtype: torch.dtype | None = None,
+        memory_budget: int | str | None = None,
+    ) -> None:
+        super().__init__(
+            data, temperature, backend=backend, dtype=dtype, memory_budget=memory_budget
+        )
+        if (window is None) == (masks is None):
+            raise ValueError("give either `window` or `masks`, and not both")
+        self.window, self.masks = window, masks
+        self._rule()
+
+    def _rule(self) -> Callable[[float, float], QueryWeights]:
+        """The patches of a noise level, as a function (alpha, sigma) -> weights [Q, D]."""
+        _, height, width = self.image_shape
+        if self.window is not None:
+            check = functools.partial(_check_window, largest=min(height, width))
+            size_at = level_rule(self.window, "window", check, lambda given: isinstance(given, int))
+            return lambda alpha, sigma: _square_patches(self.image_shape, size_at(alpha, sigma))
+        check = functools.partial(_check_masks, image_shape=self.image_shape)
+        masks_at = level_rule(self.masks, "masks", check, lambda given: isinstance(given, Tensor))
+        return lambda alpha, sigma: _flexible_patches(masks_at(alpha, sigma), self.image_shape[0])
+
+    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        patches_at = self._rule()
+
+        def denoise(part: Tensor, sigma: float, alpha: float) -> Tensor:
+            patches = patches_at(alpha, sigma)
+            return filtered_posterior_mean(
+                part,
+                self.data.images,
+                patches,
+                patches,
+                sigma,
+                alpha,
+                temperature=self.temperature,
+                **self._options,
+            )
+
+        return by_level(denoise, x, sigma, alpha)
+
+
+def masks_from_maps(maps: Tensor, share: float) -> Tensor:
+    """The smallest set of pixels that holds a given share of each sensitivity map.
+
+    Args:
+        maps: How much pixel (y, x) of the output listens to each pixel of the input, not
+            negative, [H, W, H, W].
+        share: Share of each map's sum that its set must reach, in (0, 1].
+
+    Returns:
+        Sets of pixels for `PatchSetDenoiser`, bool [H, W, H, W]. Pixels enter in the order of
+        their values, the first of equals first, until the share is reached.
+
+    Raises:
+        TypeError: `maps` is not a floating-point tensor.
+        ValueError: `maps` has the wrong shape or holds NaN or negative values, or `share` is
+            out of range.
+    """
+    if not isinstance(maps, Tensor) or not maps.is_floating_point():
+        raise TypeError(f"`maps` must be a floating-point tensor, got {describe(maps)}")
+    if maps.ndim != 4 or maps.shape[:2] != maps.shape[2:]:
+        raise ValueError(f"`maps` must have shape [H, W, H, W], got {describe(maps)}")
+    if not (maps >= 0).all() or not torch.isfinite(maps).all():
+        raise ValueError("`maps` holds NaN, infinite or negative values")
+    if not 0 < share <= 1:
+        raise ValueError(f"`share` must be in (0, 1], got {share}")
+    flat = maps.double().flatten(2)
+    sorted_values, order = flat.sort(dim=-1, descending=True, stable=True)
+    before = sorted_values.cumsum(-1) - sorted_values
+    kept = before < share * flat.sum(-1, keepdim=True)
+    return torch.zeros_like(kept).scatter(-1, order, kept).reshape(maps.shape)
+
+
+def _check_window(window: object, largest: int) -> int:
+    size = check_count(window, "window")
+    if size > largest:
+        raise ValueError(f"`window` must be at most {largest}, to fit inside the image, got {size}")
+    return size
+
+
+def _check_masks(masks: object, image_shape: tuple[int, int, int]) -> Tensor:
+    if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
+        raise TypeError(f"`masks` must be a bool tensor [H, W, H, W], got {describe(masks)}")
+    _, height, width = image_shape
+    if tuple(masks.shape) != (height, width, height, width):
+        expected = [height, width, height, width]
+        raise ValueError(f"`masks` must have shape {expected}, got {describe(masks)}")
+    return masks
+
+
+@functools.lru_cache(maxsize=8)
+def _square_patches(image_shape: tuple[int, int, int], window: int) -> QueryWeights:
+    channels, height, width = image_shape
+
+    def covers(length: int) -> Tensor:
+        start = torch.arange(length - window + 1)[:, None]
+        place = torch.arange(length)
+        return (place >= start) & (place < start + window)
+
+    rows, columns = covers(height), covers(width)
+    patches = rows[:, None, :, None] & columns[None, :, None, :]
+    pixels = patches.reshape(-1, 1, height * width).expand(-1, channels, -1)
+    return QueryWeights(pixels.flatten(1))
+
+
+def _flexible_patches(masks: Tensor, channels: int) -> QueryWeights:
+    height, width = masks.shape[:2]
+    pixels = masks.reshape(height * width, 1, -1).expand(-1, channels, -1)
+    return QueryWeights(pixels.flatten(1))

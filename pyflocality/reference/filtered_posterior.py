@@ -1,0 +1,48 @@
+"""Posterior means with query and response weights, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyflocality._budget import images_per_chunk
+from pyflocality._problem import PosteriorProblem
+from pyflocality.reference import state as posterior
+from pyflocality.reference.masked_posterior import weighted_distances
+from pyflocality.weights import QueryWeights
+
+
+def filtered_posterior_mean(
+    problem: PosteriorProblem, weights: QueryWeights, responses: QueryWeights
+) -> Tensor:
+    """Blend of Q posterior means under response weights, [B, D].
+
+    Two scans of the images: the first finds each query's posterior, the second adds up how much
+    of every image the queries that answer a value want there. Neither holds a whole image per
+    query.
+    """
+    batch, (queries, values) = len(problem.x), weights.shape
+    x = problem.x.reshape(batch, values)
+    by_input = weights.dense(x.dtype, x.device).T
+    answers = responses.dense(x.dtype, x.device)
+    per_image = (3 * values + 3 * batch * max(queries, values)) * x.element_size()
+    chunk = problem.chunk_size or images_per_chunk(
+        problem.memory_budget, per_image, len(problem.images)
+    )
+    alpha = problem.alpha.to(x.dtype)
+    scale = posterior.finite_factor(problem.scale, x.dtype)
+    state = posterior.init(batch, queries, 0, x)
+    for images in problem.chunks(chunk):
+        distance = weighted_distances(x, images.flatten(1), alpha, by_input)
+        state = posterior.update(state, distance, scale, _no_values)
+    blend = x.new_zeros(batch, values)
+    for images in problem.chunks(chunk):
+        flat = images.flatten(1)
+        gap = weighted_distances(x, flat, alpha, by_input) - state.minimum[:, None]
+        share = torch.exp(-gap * scale[:, None, None]) / state.total[:, None]
+        blend = blend + (torch.matmul(share, answers) * flat).sum(1)
+    return blend / answers.sum(0)
+
+
+def _no_values(weights: Tensor) -> Tensor:
+    return weights.new_zeros(weights.shape[0], weights.shape[2], 0)
