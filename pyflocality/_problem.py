@@ -72,8 +72,9 @@ def float32_limits(call: Call) -> str | None:
         return f"it computes in float32, {call.dtype} was asked for"
     if call.requires_grad:
         return "it has no derivative, and one may be asked of this call"
-    if call.facts["images_dtype"] not in (torch.uint8, torch.float32):
-        return f"it reads uint8 or float32 images, these are {call.facts['images_dtype']}"
+    stored = call.facts.get("images_dtype", torch.uint8)
+    if stored not in (torch.uint8, torch.float32):
+        return f"it reads uint8 or float32 images, these are {stored}"
     return None
 
 

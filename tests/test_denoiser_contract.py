@@ -52,6 +52,8 @@ MAKERS = {
     "filtered_own": lambda data, **o: pf.FilteredPosteriorDenoiser(data, soft(108), **o),
     "local_table": lambda data, **o: pf.LocalDenoiser(data, [(0.1, 1), (1.0, 5)], **o),
 }
+# Their answers are made of other pixels, too: one image alone is not simply returned.
+PATCHES_FROM_ANYWHERE = {"equivariant", "equivariant_broken"}
 SCANNING = [name for name in MAKERS if name != "wiener"]
 PICKLED = [name for name in MAKERS if name != "local_schedule"]
 each = pytest.mark.parametrize("name", MAKERS)
@@ -94,7 +96,7 @@ def test_empty_batch(name, data):
 def test_extreme_noise_gives_finite_values(name, sigma, data):
     found = MAKERS[name](data)(noisy(data, dtype=torch.float32), sigma)
     assert torch.isfinite(found).all()
-    if sigma >= 1e3 and name != "nearest":
+    if sigma >= 1e3 and name not in PATCHES_FROM_ANYWHERE | {"nearest"}:
         mean = data.values(dtype=torch.float64).mean(0)
         if name == "pca_batch_mean":
             # Equal weight for unequal batches: the published estimator's mean.
@@ -104,7 +106,7 @@ def test_extreme_noise_gives_finite_values(name, sigma, data):
         torch.testing.assert_close(found.double(), mean.expand(3, *SHAPE), rtol=0, atol=1e-4)
 
 
-@each
+@pytest.mark.parametrize("name", [name for name in MAKERS if name not in PATCHES_FROM_ANYWHERE])
 def test_one_image_is_always_returned(name, data):
     denoiser = MAKERS[name](data.subset([3]))
     found = denoiser(noisy(data), 0.4, 0.9)

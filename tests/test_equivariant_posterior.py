@@ -39,8 +39,8 @@ def problem(rng, shape=(2, 5, 6), count=9, dtype=torch.uint8):
 @boundaries
 @pytest.mark.parametrize("window", [1, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_equals_truth(backend, boundary, window, dtype, temperature, rng):
+def test_equals_truth(backend, boundary, window, dtype, rng):
+    temperature = 1.0 if dtype == torch.uint8 else 2.0
     x, images = problem(rng, dtype=dtype)
     expected = patch_posterior_mean(
         x, images, window, SIGMA.double().numpy(), ALPHA.double().numpy(), boundary, temperature
@@ -58,8 +58,8 @@ def test_equals_truth(backend, boundary, window, dtype, temperature, rng):
 
 @pytest.mark.parametrize("isa", ISAS)
 @boundaries
-@pytest.mark.parametrize("shape", [(1, 7, 7), (3, 4, 9), (2, 9, 3)])
-@pytest.mark.parametrize("count", [1, 47, 130])
+@pytest.mark.parametrize("shape", [(1, 5, 5), (3, 4, 7), (2, 7, 4)])
+@pytest.mark.parametrize("count", [1, 130])
 def test_every_instruction_set_and_size(isa, boundary, shape, count, rng):
     from pyflocality.native.posterior import equivariant_posterior_state
 

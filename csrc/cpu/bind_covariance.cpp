@@ -11,8 +11,7 @@ namespace pyflocality {
 namespace {
 
 void accumulate(const Array<std::uint8_t>& images, Array<std::int64_t>& gram,
-                                Array<std::int64_t>& total, py::ssize_t threads,
-                                const std::string& isa) {
+                Array<std::int64_t>& total, py::ssize_t threads, const std::string& isa) {
   if (images.ndim() != 2) {
     throw py::value_error("`images` must have shape [n, D], got " + shape_text(images));
   }
@@ -40,9 +39,9 @@ void accumulate(const Array<std::uint8_t>& images, Array<std::int64_t>& gram,
 }  // namespace
 
 void bind_covariance(py::module_& module) {
-  module.def("accumulate_covariance", &accumulate,
-             py::arg("images").noconvert(), py::arg("gram").noconvert(),
-             py::arg("total").noconvert(), py::kw_only(), py::arg("threads"), py::arg("isa") = "",
+  module.def("accumulate_covariance", &accumulate, py::arg("images").noconvert(),
+             py::arg("gram").noconvert(), py::arg("total").noconvert(), py::kw_only(),
+             py::arg("threads"), py::arg("isa") = "",
              "Add the sums of uint8 images [n, D], centred by 128, to int64 totals.\n\n"
              "gram [D, D] gains sum_i c_i c_i^T in its upper triangle, total [D] gains sum_i c_i.");
 }

@@ -1,9 +1,11 @@
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
 #include "bindings.h"
 #include "cpu_features.h"
 #include "difference_tree.h"
+#include "equivariant_posterior.h"
 #include "global_posterior.h"
 #include "masked_posterior.h"
 #include "window_posterior.h"
@@ -64,8 +66,8 @@ struct Scan {
   ScanResult result;
 };
 
-py::tuple scan_global(const py::array& images, const Array<float>& noisy,
-                      const Array<float>& scale, py::ssize_t threads, const std::string& isa) {
+py::tuple scan_global(const py::array& images, const Array<float>& noisy, const Array<float>& scale,
+                      py::ssize_t threads, const std::string& isa) {
   const std::size_t values = noisy.ndim() == 2 ? size(noisy.shape(1)) : 0;
   Scan scan(images, noisy, scale, 1, values, threads, isa);
   return scan.run([&] {
@@ -91,9 +93,26 @@ py::tuple scan_windows(const py::array& images, const Array<float>& noisy,
   });
 }
 
-py::tuple scan_masks(const DifferenceTree& tree, const py::array& images,
-                     const Array<float>& noisy, const Array<float>& scale, py::ssize_t threads,
-                     const std::string& isa) {
+py::tuple scan_patches(const py::array& images, const Array<float>& noisy,
+                       const Array<float>& scale, std::size_t channels, std::size_t height,
+                       std::size_t width, std::size_t window, bool circular, py::ssize_t threads,
+                       const std::string& isa) {
+  if (window % 2 == 0 || (circular && window > std::min(height, width))) {
+    throw py::value_error("`window` must be odd and, if circular, fit inside the image, got " +
+                          std::to_string(window));
+  }
+  Scan scan(images, noisy, scale, height * width, channels, threads, isa);
+  if (scan.images.dim != channels * height * width) {
+    throw py::value_error("`images` must have channels * height * width values");
+  }
+  return scan.run([&] {
+    equivariant_posterior({channels, height, width, window}, circular, scan.images, scan.batch,
+                          scan.result, scan.threads, scan.instructions, check_signals);
+  });
+}
+
+py::tuple scan_masks(const DifferenceTree& tree, const py::array& images, const Array<float>& noisy,
+                     const Array<float>& scale, py::ssize_t threads, const std::string& isa) {
   Scan scan(images, noisy, scale, tree.outputs, 1, threads, isa);
   if (scan.images.dim != tree.inputs_count) {
     throw py::value_error("`images` must have as many values as the tree has inputs");
@@ -104,8 +123,8 @@ py::tuple scan_masks(const DifferenceTree& tree, const py::array& images,
   });
 }
 
-DifferenceTree make_tree(const Array<std::uint8_t>& bits, std::size_t channels,
-                         std::size_t height, std::size_t width) {
+DifferenceTree make_tree(const Array<std::uint8_t>& bits, std::size_t channels, std::size_t height,
+                         std::size_t width) {
   const std::size_t count = channels * height * width;
   if (bits.ndim() != 2 || size(bits.shape(0)) != count || size(bits.shape(1)) != (count + 7) / 8) {
     throw py::value_error("`bits` must have shape [D, ceil(D / 8)], got " + shape_text(bits));
@@ -147,6 +166,10 @@ void bind_posterior(py::module_& module) {
              py::arg("scale").noconvert(), py::kw_only(), py::arg("channels"), py::arg("height"),
              py::arg("width"), py::arg("window"), py::arg("threads"), py::arg("isa") = "",
              scan_doc);
+  module.def("equivariant_posterior", &scan_patches, py::arg("images"),
+             py::arg("noisy").noconvert(), py::arg("scale").noconvert(), py::kw_only(),
+             py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("window"),
+             py::arg("circular"), py::arg("threads"), py::arg("isa") = "", scan_doc);
   module.def("masked_posterior", &scan_masks, py::arg("tree"), py::arg("images"),
              py::arg("noisy").noconvert(), py::arg("scale").noconvert(), py::kw_only(),
              py::arg("threads"), py::arg("isa") = "", scan_doc);

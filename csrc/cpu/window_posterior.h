@@ -23,8 +23,8 @@ struct WindowShape {
 //
 // A noisy image's results do not depend on the others of its batch, nor on the number of threads.
 // checkpoint is called on the calling thread now and then and may throw.
-void window_posterior(const WindowShape& shape, const StoredImages& images,
-                      const NoisyBatch& batch, const ScanResult& result, std::size_t threads,
-                      InstructionSet isa, const std::function<void()>& checkpoint);
+void window_posterior(const WindowShape& shape, const StoredImages& images, const NoisyBatch& batch,
+                      const ScanResult& result, std::size_t threads, InstructionSet isa,
+                      const std::function<void()>& checkpoint);
 
 }  // namespace pyflocality

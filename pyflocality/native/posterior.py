@@ -43,18 +43,41 @@ def window_posterior_state(
     problem: PosteriorProblem, window: int, *, instruction_set: str | None = None
 ) -> PosteriorState:
     """Scan with a query per pixel, as the reference of this name."""
+    return _scan_windows(problem, native_module().window_posterior, instruction_set, window=window)
+
+
+def equivariant_posterior_state(
+    problem: PosteriorProblem,
+    window: int,
+    circular: bool,
+    *,
+    instruction_set: str | None = None,
+) -> PosteriorState:
+    """Scan of all patches with a query per pixel, as the reference of this name."""
+    return _scan_windows(
+        problem,
+        native_module().equivariant_posterior,
+        instruction_set,
+        window=window,
+        circular=circular,
+    )
+
+
+def _scan_windows(
+    problem: PosteriorProblem, scan: Scan, instruction_set: str | None, **options: int
+) -> PosteriorState:
     channels, height, width = problem.images.shape[1:]
     # Per query and thread: lanes of the sums, and a state in double precision.
     per_query = (channels + 1) * 64 + 20 + 8 * channels
     return _scan(
         problem,
-        native_module().window_posterior,
+        scan,
         height * width * per_query,
         instruction_set,
         channels=channels,
         height=height,
         width=width,
-        window=window,
+        **options,
     )
 
 

@@ -13,7 +13,7 @@ from pyflocality.weights import QueryWeights
 
 def mask_limits(call: Call) -> str | None:
     """Reason why a kernel for masks cannot serve a call, or None if it can."""
-    if not call.facts["is_mask"]:
+    if not call.facts.get("is_mask", True):
         return "it serves masks (weights of 0 and 1), these weights are not boolean"
     return float32_limits(call)
 
