@@ -129,7 +129,8 @@ def test_environment_variables_are_those_of_the_code():
     sources = [ROOT / "setup.py", *(ROOT / "pyflocality").rglob("*.py")]
     used = set()
     for path in sources:
-        used |= set(re.findall(r"PYFLOCALITY_[A-Z]+(?:_[A-Z]+)*", path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        used |= set(re.findall(r'environ(?:\.get\(|\[)"(PYFLOCALITY_[A-Z_]+)"', text))
     assert documented == used
 
 

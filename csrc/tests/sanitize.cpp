@@ -16,14 +16,17 @@
 #include <functional>
 #include <limits>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "covariance.h"
 #include "cpu_features.h"
 #include "difference_tree.h"
+#include "equivariant_posterior.h"
 #include "global_posterior.h"
 #include "masked_posterior.h"
 #include "window_posterior.h"
@@ -108,11 +111,6 @@ struct Problem {
   }
   NoisyBatch noisy_batch() const { return {noisy.data(), scale.data(), batch}; }
 
-  double square(std::size_t b, std::size_t image, std::size_t d) const {
-    const double gap = static_cast<double>(noisy[b * dim + d]) - images[image * dim + d];
-    return gap * gap;
-  }
-
   std::string name() const {
     return text(shape) + ", " + (kBytes ? "bytes" : "floats") + ", N = " + std::to_string(count);
   }
@@ -130,38 +128,45 @@ struct Answer {
   std::vector<double> minimum, total, weighted;
 };
 
-// A set of queries: the inputs each one measures, and the inputs it answers.
-struct Queries {
-  std::vector<std::vector<std::size_t>> measured, answered;
+// What a query is compared with in every image: values of the noisy image with values of the
+// training image, and the values of the training image that it answers.
+struct Patch {
+  std::vector<std::pair<std::size_t, std::size_t>> measured;
+  std::vector<std::size_t> answered;
 };
+using Query = std::vector<Patch>;
 
-// The same sums as a scan's, image by image.
+// The same sums as a scan's, image by image and patch by patch.
 template <typename Stored>
-Answer plain_answer(const Problem<Stored>& problem, const Queries& queries) {
-  const std::size_t count = queries.measured.size(), values = queries.answered[0].size();
-  Answer answer(problem.batch * count, values);
-  std::vector<double> squares(problem.count * problem.dim), distance(problem.count);
+Answer plain_answer(const Problem<Stored>& problem, const std::vector<Query>& queries) {
+  const std::size_t values = queries[0][0].answered.size();
+  Answer answer(problem.batch * queries.size(), values);
+  std::vector<double> distance;
   for (std::size_t b = 0; b < problem.batch; ++b) {
-    for (std::size_t i = 0; i < problem.count; ++i) {
-      for (std::size_t d = 0; d < problem.dim; ++d) {
-        squares[i * problem.dim + d] = problem.square(b, i, d);
-      }
-    }
-    for (std::size_t q = 0; q < count; ++q) {
+    for (std::size_t q = 0; q < queries.size(); ++q) {
+      distance.clear();
       for (std::size_t i = 0; i < problem.count; ++i) {
-        const double* row = &squares[i * problem.dim];
-        distance[i] = 0.0;
-        for (const std::size_t d : queries.measured[q]) distance[i] += row[d];
+        for (const Patch& patch : queries[q]) {
+          distance.push_back(0.0);
+          for (const auto& [noisy, image] : patch.measured) {
+            const double gap = static_cast<double>(problem.noisy[b * problem.dim + noisy]) -
+                               problem.images[i * problem.dim + image];
+            distance.back() += gap * gap;
+          }
+        }
       }
-      const std::size_t to = b * count + q;
+      const std::size_t to = b * queries.size() + q;
       answer.minimum[to] = *std::min_element(distance.begin(), distance.end());
+      auto next = distance.begin();
       for (std::size_t i = 0; i < problem.count; ++i) {
-        const double weight =
-            std::exp2(-static_cast<double>(problem.scale[b]) * (distance[i] - answer.minimum[to]));
-        answer.total[to] += weight;
-        for (std::size_t k = 0; k < values; ++k) {
-          const std::size_t value = i * problem.dim + queries.answered[q][k];
-          answer.weighted[to * values + k] += weight * problem.images[value];
+        for (const Patch& patch : queries[q]) {
+          const double above = *next++ - answer.minimum[to];
+          const double weight = std::exp2(-static_cast<double>(problem.scale[b]) * above);
+          answer.total[to] += weight;
+          for (std::size_t k = 0; k < values; ++k) {
+            const std::size_t value = i * problem.dim + patch.answered[k];
+            answer.weighted[to * values + k] += weight * problem.images[value];
+          }
         }
       }
     }
@@ -181,8 +186,9 @@ void compare(const Problem<Stored>& problem, const Answer& found, const Answer& 
     expect(std::abs(found.minimum[q] - plain.minimum[q]) <= distance, where + ": minimum");
     const bool nearest_only = problem.scale[q / queries] == problem.kLargestScale;
     if (nearest_only) {
-      // Which of two images at nearly the same distance is nearer is a matter of rounding.
-      expect(found.total[q] >= 0.99 && found.total[q] <= 1.01 * problem.count, where + ": total");
+      // Which of two patches at nearly the same distance is nearer is a matter of rounding.
+      const double most = static_cast<double>(problem.count * problem.shape.pixels());
+      expect(found.total[q] >= 0.99 && found.total[q] <= 1.01 * most, where + ": total");
     } else {
       expect(std::abs(found.total[q] - plain.total[q]) <= 1e-3 * plain.total[q], where + ": total");
     }
@@ -200,10 +206,11 @@ using Kernel = std::function<void(const ScanResult&, std::size_t threads, Instru
 
 // A kernel on every instruction set and number of threads.
 template <typename Stored>
-void check_scan(const std::string& op, const Problem<Stored>& problem, const Queries& queries,
-                const std::vector<std::size_t>& threads, const Kernel& kernel) {
+void check_scan(const std::string& op, const Problem<Stored>& problem,
+                const std::vector<Query>& queries, const std::vector<std::size_t>& threads,
+                const Kernel& kernel) {
   const Answer plain = plain_answer(problem, queries);
-  const std::size_t values = queries.answered[0].size();
+  const std::size_t values = queries[0][0].answered.size();
   for (const NamedInstructionSet& isa : known_instruction_sets()) {
     if (!isa.available) continue;
     const std::string name = op + ", " + isa.name + ", " + problem.name();
@@ -235,11 +242,12 @@ void check_scan(const std::string& op, const Problem<Stored>& problem, const Que
 
 template <typename Stored>
 void check_global(const Problem<Stored>& problem, const std::vector<std::size_t>& threads) {
-  Queries queries;
-  std::vector<std::size_t> all(problem.dim);
-  for (std::size_t d = 0; d < problem.dim; ++d) all[d] = d;
-  queries.measured = queries.answered = {all};
-  check_scan("global", problem, queries, threads,
+  Patch whole;
+  for (std::size_t d = 0; d < problem.dim; ++d) {
+    whole.measured.emplace_back(d, d);
+    whole.answered.push_back(d);
+  }
+  check_scan("global", problem, {{whole}}, threads,
              [&](const ScanResult& result, std::size_t workers, InstructionSet isa,
                  const std::function<void()>& checkpoint) {
                global_posterior(problem.stored(), problem.noisy_batch(), result, workers, isa,
@@ -247,25 +255,52 @@ void check_global(const Problem<Stored>& problem, const std::vector<std::size_t>
              });
 }
 
+// Places around one along an axis, offset by offset; places outside the axis are not there, or
+// those on its other side.
+std::vector<std::pair<std::ptrdiff_t, std::size_t>> around(std::size_t place, std::size_t length,
+                                                           std::size_t window, bool circular) {
+  const auto half = static_cast<std::ptrdiff_t>(window / 2);
+  const auto size = static_cast<std::ptrdiff_t>(length);
+  std::vector<std::pair<std::ptrdiff_t, std::size_t>> places;
+  for (std::ptrdiff_t offset = -half; offset <= half; ++offset) {
+    const std::ptrdiff_t there = static_cast<std::ptrdiff_t>(place) + offset;
+    if (circular || (there >= 0 && there < size)) {
+      places.emplace_back(offset, static_cast<std::size_t>((there + size) % size));
+    }
+  }
+  return places;
+}
+
+// The window around pixel q of the noisy image beside that around pixel p of a training image,
+// as far as both are there.
+Patch window_patch(const Shape& shape, std::size_t window, std::size_t q, std::size_t p,
+                   bool circular) {
+  Patch patch;
+  for (std::size_t c = 0; c < shape.channels; ++c) {
+    const std::size_t plane = c * shape.pixels();
+    patch.answered.push_back(plane + p);
+    for (const auto& [dy, query_y] : around(q / shape.width, shape.height, window, circular)) {
+      for (const auto& [dx, query_x] : around(q % shape.width, shape.width, window, circular)) {
+        for (const auto& [ey, y] : around(p / shape.width, shape.height, window, false)) {
+          for (const auto& [ex, x] : around(p % shape.width, shape.width, window, false)) {
+            if (dy != ey || dx != ex) continue;
+            patch.measured.emplace_back(plane + query_y * shape.width + query_x,
+                                        plane + y * shape.width + x);
+          }
+        }
+      }
+    }
+  }
+  return patch;
+}
+
 template <typename Stored>
 void check_window(const Problem<Stored>& problem, std::size_t window,
                   const std::vector<std::size_t>& threads) {
   const Shape& shape = problem.shape;
-  Queries queries;
-  const auto near = [&](std::size_t a, std::size_t b) {
-    return std::max(a, b) - std::min(a, b) <= window / 2;
-  };
+  std::vector<Query> queries;
   for (std::size_t q = 0; q < shape.pixels(); ++q) {
-    std::vector<std::size_t> measured, answered;
-    for (std::size_t d = 0; d < shape.values(); ++d) {
-      const std::size_t p = d % shape.pixels();
-      if (p == q) answered.push_back(d);
-      if (near(p / shape.width, q / shape.width) && near(p % shape.width, q % shape.width)) {
-        measured.push_back(d);
-      }
-    }
-    queries.measured.push_back(measured);
-    queries.answered.push_back(answered);
+    queries.push_back({window_patch(shape, window, q, q, false)});
   }
   const WindowShape sizes{shape.channels, shape.height, shape.width, window};
   check_scan("window " + std::to_string(window), problem, queries, threads,
@@ -273,6 +308,39 @@ void check_window(const Problem<Stored>& problem, std::size_t window,
                  const std::function<void()>& checkpoint) {
                window_posterior(sizes, problem.stored(), problem.noisy_batch(), result, workers,
                                 isa, checkpoint);
+             });
+}
+
+template <typename Stored>
+void check_equivariant(const Problem<Stored>& problem, std::size_t window, bool circular,
+                       const std::vector<std::size_t>& threads) {
+  const Shape& shape = problem.shape;
+  const std::size_t half = window / 2;
+  const auto inner = [&](std::size_t place, std::size_t length) {
+    return place >= half && place + half < length;
+  };
+  // Whether patches at place p serve queries at place q, along one axis.
+  const auto serves = [&](std::size_t p, std::size_t q, std::size_t length) {
+    return circular ? inner(p, length) : p == q || (inner(p, length) && inner(q, length));
+  };
+  std::vector<Query> queries;
+  for (std::size_t q = 0; q < shape.pixels(); ++q) {
+    Query query;
+    for (std::size_t p = 0; p < shape.pixels(); ++p) {
+      if (serves(p / shape.width, q / shape.width, shape.height) &&
+          serves(p % shape.width, q % shape.width, shape.width)) {
+        query.push_back(window_patch(shape, window, q, p, circular));
+      }
+    }
+    queries.push_back(query);
+  }
+  const WindowShape sizes{shape.channels, shape.height, shape.width, window};
+  const std::string op = circular ? "equivariant, circular " : "equivariant, broken ";
+  check_scan(op + std::to_string(window), problem, queries, threads,
+             [&](const ScanResult& result, std::size_t workers, InstructionSet isa,
+                 const std::function<void()>& checkpoint) {
+               equivariant_posterior(sizes, circular, problem.stored(), problem.noisy_batch(),
+                                     result, workers, isa, checkpoint);
              });
 }
 
@@ -344,14 +412,13 @@ void check_masked(const Problem<Stored>& problem, const std::vector<std::size_t>
       build_difference_tree(bits.data(), (masks.size() + 7) / 8, problem.shape.channels,
                             problem.shape.height, problem.shape.width);
   check_tree(tree, masks, "tree, " + text(problem.shape));
-  Queries queries;
+  std::vector<Query> queries;
   for (std::size_t q = 0; q < masks.size(); ++q) {
-    std::vector<std::size_t> measured;
+    Patch patch{{}, {q}};
     for (std::size_t d = 0; d < masks.size(); ++d) {
-      if (masks[q][d]) measured.push_back(d);
+      if (masks[q][d]) patch.measured.emplace_back(d, d);
     }
-    queries.measured.push_back(measured);
-    queries.answered.push_back({q});
+    queries.push_back({patch});
   }
   check_scan("masked", problem, queries, threads,
              [&](const ScanResult& result, std::size_t workers, InstructionSet isa,
@@ -401,8 +468,15 @@ void check_scans(const Shape& shape, std::size_t count, std::size_t batch,
   check_global(problem, threads);
   check_masked(problem, threads);
   const std::size_t largest = 2 * std::max(shape.height, shape.width) - 1;
-  for (const std::size_t window : {std::size_t{1}, std::size_t{3}, largest}) {
-    if (window <= largest) check_window(problem, window, threads);
+  for (const std::size_t window :
+       std::set<std::size_t>{1, std::min<std::size_t>(3, largest), largest}) {
+    check_window(problem, window, threads);
+    // Patches at all places are many: fewer images show as much.
+    if (count > 100 && batch > 3) continue;
+    check_equivariant(problem, window, false, threads);
+    if (window <= std::min(shape.height, shape.width)) {
+      check_equivariant(problem, window, true, threads);
+    }
   }
 }
 

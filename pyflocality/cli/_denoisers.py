@@ -56,6 +56,12 @@ DENOISERS: dict[str, Entry] = {
         {"window": "window", "temperature": "temperature", **_SCAN},
         ("window_posterior",),
     ),
+    "equivariant": Entry(
+        "EquivariantDenoiser",
+        "one posterior per pixel, over patches from anywhere",
+        {"window": "window", "boundary": "boundary", "temperature": "temperature", **_SCAN},
+        ("equivariant_posterior",),
+    ),
     "optimal": Entry(
         "OptimalDenoiser",
         "one posterior per image: recites the training set",

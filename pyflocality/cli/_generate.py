@@ -69,6 +69,7 @@ def generate(
     denoiser: options.Denoiser = options.DenoiserName["pca-locality"],
     threshold: options.Threshold = None,
     window: options.Window = None,
+    boundary: options.Boundary = None,
     temperature: options.Temperature = None,
     aggregation: options.Aggregation = None,
     loader_batch: options.LoaderBatch = None,
@@ -101,6 +102,7 @@ def generate(
     given = {
         "threshold": threshold,
         "window": None if window is None else parse_window(window),
+        "boundary": None if boundary is None else boundary.value,
         "temperature": temperature,
         "aggregation": None if aggregation is None else aggregation.value.replace("-", "_"),
         "loader_batch": loader_batch,

@@ -35,6 +35,7 @@ DenoiserName = _choice("DenoiserName", list(DENOISERS))
 ScheduleName = _choice("ScheduleName", list(_SCHEDULES))
 SamplerName = _choice("SamplerName", ["ddim", "euler", "heun"])
 BackendName = _choice("BackendName", ["auto", "reference", "cpu", "triton", "cuda"])
+BoundaryName = _choice("BoundaryName", ["circular", "broken"])
 AggregationName = _choice("AggregationName", ["exact", "batch-mean"])
 
 _DENOISERS_HELP = "; ".join(f"{name}: {entry.summary}" for name, entry in DENOISERS.items())
@@ -74,8 +75,16 @@ Threshold = Annotated[
 Window = Annotated[
     str | None,
     typer.Option(
-        help="local: side of the window in pixels, odd; or a table of noise level (sigma / alpha) "
+        help="local, equivariant: side of the window in pixels, odd; or a table of noise level (sigma / alpha) "
         "and side, such as 10:15,1:7,0.1:3. 7 if not given.",
+        rich_help_panel=MODEL,
+    ),
+]
+Boundary = Annotated[
+    BoundaryName | None,
+    typer.Option(
+        help="equivariant: circular goes on periodically; broken cuts windows at the border and "
+        "keeps positions near it apart. circular if not given.",
         rich_help_panel=MODEL,
     ),
 ]

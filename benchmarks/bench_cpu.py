@@ -1,0 +1,24 @@
+"""The cases of the CPU suite under pytest-benchmark, without their yardsticks.
+
+    pytest benchmarks/bench_cpu.py --benchmark-only [--quick] [--cifar10 ZIP]
+
+For comparing one commit with another (`--benchmark-save`, `--benchmark-compare`); ratios to
+yardsticks are what `benchmarks.cpu_suite` is for.
+"""
+
+from __future__ import annotations
+
+import pyflocality as pf
+from benchmarks.runner import assert_backend, check_workload, torch_threads
+from benchmarks.workloads import make_workload
+
+
+def test_case(case, data, benchmark):
+    with torch_threads(case.threads):
+        workload = make_workload(case, data)
+        check_workload(workload)
+        benchmark.group = case.suite
+        benchmark.extra_info.update(flops=workload.flops(), bytes=workload.bytes())
+        with pf.trace_backends() as calls:
+            benchmark.pedantic(workload.run, rounds=case.repetitions, iterations=1, warmup_rounds=1)
+        assert_backend(case, calls)

@@ -1,0 +1,117 @@
+"""The CPU benchmarks in one command, from a checkout with the extension built in place.
+
+    python -m benchmarks.cpu_suite --out benchmarks/results/NAME.json
+
+writes one JSON, prints a table and draws the scaling curves beside the JSON where matplotlib is
+installed. Without `--cifar10` it runs on synthetic images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine_facts
+from benchmarks.registry import FULL, QUICK, Case, Plan, cases
+from benchmarks.runner import run_case
+from benchmarks.sets import BenchmarkSet
+from benchmarks.summary import summarise, table
+from pyflocality._progress import progress_bar
+
+SCHEMA = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the suite as the command line asks; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    plan = QUICK if options.quick else FULL
+    chosen = [case for case in cases(plan) if options.case in case.id]
+    if not chosen:
+        parser.error(f"--case: no case has {options.case!r} in its name")
+    if options.list:
+        print("\n".join(case.id for case in chosen))
+        return 0
+    if options.out is None:
+        parser.error("--out is required")
+    if options.out.exists() and not options.force:
+        parser.error(f"{options.out} is there already; --force replaces it")
+    if not options.out.parent.is_dir():
+        parser.error(f"there is no folder {options.out.parent}")
+
+    data = BenchmarkSet.build(plan.images, plan.shape, options.cifar10)
+    report = run_suite(chosen, data, plan, quick=options.quick)
+    write_json(report, options.out)
+    print(table(report["results"], report["summary"]))
+    print(f"\nwritten: {options.out}")
+    _draw(options.out)
+    return 0
+
+
+def run_suite(
+    chosen: Sequence[Case], data: BenchmarkSet, plan: Plan, *, quick: bool
+) -> dict[str, Any]:
+    """Run the cases and gather what the JSON holds."""
+    started, clock = datetime.now(timezone.utc), time.perf_counter()
+    bar = progress_bar(chosen, description="benchmarks")
+    results = [run_case(case, data) for case in bar]
+    return {
+        "schema": SCHEMA,
+        "suite": "cpu",
+        "quick": quick,
+        "date": started.isoformat(timespec="seconds"),
+        "seconds": time.perf_counter() - clock,
+        "machine": machine_facts(),
+        "data": data.facts(),
+        "preparation_seconds": data.preparation,
+        "complete": len(chosen) == len(cases(plan)),
+        "results": results,
+        "summary": summarise(results, judged=not quick),
+    }
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Write a report, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu_suite", description="Run the CPU benchmarks."
+    )
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--force", action="store_true", help="replace --out where it exists")
+    parser.add_argument(
+        "--cifar10", type=Path, help="zip of CIFAR-10's training images; synthetic without it"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, for a look: its numbers mean nothing"
+    )
+    parser.add_argument("--case", default="", help="run only cases with this in their name")
+    parser.add_argument("--list", action="store_true", help="print the cases' names and stop")
+    return parser
+
+
+def _draw(path: Path) -> None:
+    """Draw the scaling curves where there are some and matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no picture: matplotlib is not installed")
+        return
+    from benchmarks.plots import draw
+
+    picture = draw(path)
+    if picture is not None:
+        print(f"drawn:   {picture}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

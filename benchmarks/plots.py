@@ -1,0 +1,109 @@
+"""Scaling curves of a results file.
+
+    python -m benchmarks.plots benchmarks/results/NAME.json
+
+writes NAME.png beside it: time against images, noisy images and threads, a line per operation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_TITLES = {
+    "masked_posterior": "masked (PCA locality)",
+    "window_posterior": "window 7 (local score)",
+    "global_posterior": "global (optimal)",
+    "covariance": "covariance",
+}
+_AXES = {"images": "training images N", "batch": "noisy images B", "threads": "threads"}
+_FIXED = {"images": "N = {:,}", "batch": "B = {}", "threads": "{} threads"}
+
+
+def curves(records: Sequence[dict[str, Any]], axis: str) -> dict[str, list[dict[str, Any]]]:
+    """The records of the scaling suite that differ along one axis only, by operation.
+
+    The other axes stay where most records are; a line of one point is none.
+    """
+    scaling = [record for record in records if record["suite"] == "scaling"]
+    others = [name for name in _AXES if name != axis]
+    found = {}
+    for op in dict.fromkeys(record["op"] for record in scaling):
+        lines: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+        for record in scaling:
+            if record["op"] == op:
+                lines.setdefault(tuple(record[name] for name in others), []).append(record)
+        longest = max(lines.values(), key=len)
+        if len(longest) > 1:
+            found[op] = sorted(longest, key=lambda record: record[axis])
+    return found
+
+
+def draw(results: Path) -> Path | None:
+    """Draw the curves of a results file; returns the picture's path, or None without curves."""
+    report = json.loads(results.read_text(encoding="utf-8"))
+    by_axis = {axis: curves(report["results"], axis) for axis in _AXES}
+    by_axis = {axis: lines for axis, lines in by_axis.items() if lines}
+    if not by_axis:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(by_axis), sharey=True, squeeze=False)[0]
+    for panel, (axis, lines) in zip(panels, by_axis.items(), strict=True):
+        for op, records in lines.items():
+            _draw_line(panel, axis, records, _TITLES.get(op, op))
+        panel.set(xscale="log", yscale="log", xlabel=_label(axis, lines))
+        ticks = sorted({record[axis] for records in lines.values() for record in records})
+        panel.set_xticks(ticks, [f"{tick // 1000}k" if tick >= 1000 else tick for tick in ticks])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("seconds a call (median, p20 to p80)")
+    panels[0].legend(frameon=False)
+    machine, data = report["machine"], report["data"]
+    shape = "x".join(map(str, data["shape"]))
+    figure.suptitle(
+        f"{data['name']}, {shape}; {machine['cpu']}, {machine['cores']} cores; "
+        f"{report['date'][:10]}" + ("; QUICK: the numbers mean nothing" if report["quick"] else ""),
+        fontsize=10,
+    )
+    picture = results.with_suffix(".png")
+    figure.savefig(picture, dpi=130)
+    return picture
+
+
+def _label(axis: str, lines: dict[str, list[dict[str, Any]]]) -> str:
+    """The axis, and where the others stay."""
+    record = next(iter(lines.values()))[0]
+    fixed = [text.format(record[name]) for name, text in _FIXED.items() if name != axis]
+    return f"{_AXES[axis]}   ({', '.join(fixed)})"
+
+
+def _draw_line(panel: Any, axis: str, records: Sequence[dict[str, Any]], label: str) -> None:
+    places = [record[axis] for record in records]
+    seconds = {key: [r["seconds"][key] for r in records] for key in ("median", "p20", "p80")}
+    (line,) = panel.plot(places, seconds["median"], marker="o", markersize=4, label=label)
+    panel.fill_between(
+        places, seconds["p20"], seconds["p80"], color=line.get_color(), alpha=0.25, linewidth=0
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw what the command line names; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plots", description="Draw the scaling curves of a results file."
+    )
+    parser.add_argument("results", type=Path, help="JSON file of a suite")
+    options = parser.parse_args(arguments)
+    picture = draw(options.results)
+    if picture is None:
+        parser.error(f"{options.results} holds no scaling curves")
+    print(picture)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

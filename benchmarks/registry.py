@@ -1,0 +1,248 @@
+"""The cases: what is run, on how much, beside which yardsticks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyflocality._backends import OPERATIONS
+
+# The ten steps of the published sampler: DDIM, T = 1000.
+DDIM_STEPS = (900, 800, 700, 600, 500, 400, 300, 200, 100, 0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time.
+
+    Attributes:
+        suite: What the case is there to show.
+        op: Operation, as in `pyflocality._backends.OPERATIONS`.
+        images: Training images N.
+        batch: Noisy images B.
+        timestep: Time of the noise level; None where there is none.
+        window: Side of the window.
+        tangents: Directions K of a derivative.
+        threads: torch threads; None leaves them as they are.
+        yardsticks: Names of what runs in turns with it, see `workloads`.
+        eager_images: Images that an eager yardstick is timed on; its time is scaled to N.
+        check_images: Images that the result is checked on.
+        repetitions: Rounds that are timed.
+        backend: Backend to ask for, and to assert.
+    """
+
+    suite: str
+    op: str
+    images: int
+    batch: int = 8
+    timestep: int | None = None
+    window: int | None = None
+    tangents: int = 0
+    threads: int | None = None
+    yardsticks: tuple[str, ...] = ()
+    eager_images: int = 512
+    check_images: int = 131
+    repetitions: int = 3
+    backend: str = "cpu"
+
+    @property
+    def id(self) -> str:
+        """A name that stays the same."""
+        parts = [f"N{self.images}"]
+        for letter, value in (
+            ("B", None if self.op == "covariance" else self.batch),
+            ("t", self.timestep),
+            ("k", self.window),
+            ("K", self.tangents or None),
+            ("T", self.threads),
+        ):
+            if value is not None:
+                parts.append(f"{letter}{value}")
+        return f"{self.suite}/{self.op}/{self.backend}/{'-'.join(parts)}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a run.
+
+    Attributes:
+        shape: Images (C, H, W).
+        images: Images of the whole set.
+        steps: Noise levels of the PCA-locality suite.
+        windows: Sides of the local-score suite.
+        image_counts: N of the scaling suite.
+        batches: B of the scaling suite.
+        scaling_images: N where the scaling suite varies something else.
+        tangent_images: N of the tangents suite.
+        eager_images: Images that eager yardsticks run on.
+        repetitions: Rounds of the long cases; short ones take three times as many.
+    """
+
+    shape: tuple[int, int, int]
+    images: int
+    steps: tuple[int, ...]
+    windows: tuple[int, ...]
+    image_counts: tuple[int, ...]
+    batches: tuple[int, ...]
+    scaling_images: int
+    tangent_images: int
+    eager_images: int
+    repetitions: int
+
+
+FULL = Plan(
+    shape=(3, 32, 32),
+    images=50_000,
+    steps=DDIM_STEPS,
+    windows=(3, 5, 7, 9, 15),
+    image_counts=(1_000, 2_000, 5_000, 10_000, 20_000, 50_000),
+    batches=(1, 2, 4, 8, 16, 32, 64),
+    scaling_images=5_000,
+    tangent_images=5_000,
+    eager_images=512,
+    repetitions=3,
+)
+# Small enough for a look and for the tests; its numbers mean nothing.
+QUICK = Plan(
+    shape=(3, 12, 12),
+    images=1_000,
+    steps=(900, 400, 0),
+    windows=(3, 7, 15),
+    image_counts=(200, 1_000),
+    batches=(1, 8),
+    scaling_images=500,
+    tangent_images=200,
+    eager_images=64,
+    repetitions=1,
+)
+
+# A noise level in the middle, where the posterior is neither flat nor a single image.
+MIDDLE = 400
+THREADS = (1, 2)
+
+
+def cases(plan: Plan) -> list[Case]:
+    """All cases of a plan, those of operations that are not there left out."""
+    found = [
+        *_pca_locality(plan),
+        *_local_score(plan),
+        *_covariance(plan),
+        *_optimal(plan),
+        *_tangents(plan),
+        *_scaling(plan),
+    ]
+    return [case for case in found if case.op in OPERATIONS]
+
+
+def _pca_locality(plan: Plan) -> list[Case]:
+    yardsticks = ("eager", "matmul_same_terms", "matmul_core_fringe")
+    return [
+        Case(
+            "pca_locality",
+            "masked_posterior",
+            plan.images,
+            timestep=timestep,
+            yardsticks=yardsticks,
+            eager_images=plan.eager_images,
+            repetitions=plan.repetitions,
+        )
+        for timestep in plan.steps
+    ]
+
+
+def _local_score(plan: Plan) -> list[Case]:
+    yardsticks = ("eager_patches", "eager_differences")
+    return [
+        Case(
+            "local_score",
+            "window_posterior",
+            plan.images,
+            timestep=MIDDLE,
+            window=window,
+            yardsticks=yardsticks,
+            # Unfolded patches grow with the window's area.
+            eager_images=max(8, min(plan.eager_images // 4, 8_192 // window**2)),
+            repetitions=plan.repetitions,
+        )
+        for window in plan.windows
+    ]
+
+
+def _covariance(plan: Plan) -> list[Case]:
+    return [
+        Case(
+            "covariance",
+            "covariance",
+            plan.images,
+            yardsticks=("torch_cov",),
+            check_images=plan.images,
+            repetitions=plan.repetitions,
+        )
+    ]
+
+
+def _optimal(plan: Plan) -> list[Case]:
+    return [
+        Case(
+            "optimal",
+            "global_posterior",
+            plan.images,
+            batch,
+            timestep=MIDDLE,
+            yardsticks=("eager", "read_bytes"),
+            eager_images=4 * plan.eager_images,
+            repetitions=3 * plan.repetitions,
+        )
+        for batch in (1, 8)
+    ]
+
+
+def _tangents(plan: Plan) -> list[Case]:
+    return [
+        Case(
+            "tangents",
+            op,
+            plan.tangent_images,
+            timestep=timestep,
+            window=window,
+            tangents=8,
+            yardsticks=("no_tangents",),
+            check_images=67,
+            repetitions=plan.repetitions,
+        )
+        for op, window in (
+            ("masked_posterior_jvp", None),
+            ("window_posterior_jvp", 7),
+            ("global_posterior_jvp", None),
+        )
+        for timestep in (plan.steps[0], MIDDLE, plan.steps[-1])
+    ]
+
+
+def _scaling(plan: Plan) -> list[Case]:
+    most = THREADS[-1]
+    points = [(count, 8, most) for count in plan.image_counts]
+    points += [(plan.scaling_images, batch, most) for batch in plan.batches]
+    points += [(plan.scaling_images, 8, threads) for threads in THREADS]
+    found = [
+        Case(
+            "scaling",
+            op,
+            images,
+            # There are no noisy images in a covariance.
+            8 if op == "covariance" else batch,
+            timestep=None if op == "covariance" else MIDDLE,
+            window=window,
+            threads=threads,
+            yardsticks=(yardstick,),
+            check_images=max(19, 131 // batch),
+            repetitions=plan.repetitions,
+        )
+        for op, window, yardstick in (
+            ("masked_posterior", None, "matmul_same_terms"),
+            ("window_posterior", 7, "read_bytes"),
+            ("global_posterior", None, "read_bytes"),
+            ("covariance", None, "read_bytes"),
+        )
+        for images, batch, threads in points
+    ]
+    return list({case.id: case for case in found}.values())

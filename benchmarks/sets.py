@@ -1,0 +1,186 @@
+"""What benchmarks run on: images, noise levels, queries and masks.
+
+Without a data set at hand the images are synthetic, with what the speed of the kernels depends
+on: 8 bits, and the covariance of small photographs. Power falls as 1 / f^3, steeper than the
+1 / f^2 of large photographs, which small ones are averages of: neighbouring pixels then correlate
+to 0.95 and PCA-locality masks are as dense as CIFAR-10's at every noise level, within a factor of
+1.5 but for the last.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+import pyflocality as pf
+from benchmarks.baselines import core_fringe_terms
+from pyflocality.masks import pca_locality_weights
+from pyflocality.native.posterior import difference_tree
+from pyflocality.weights import QueryWeights
+
+T = TypeVar("T")
+
+# Published threshold of the masks for CIFAR-10.
+MASK_THRESHOLD = 0.05
+SCHEDULE = pf.DDPMSchedule()
+
+_SEED = 0
+_CHUNK = 1000
+_POWER_DECAY = 3
+_CHANNEL_CORRELATION = 0.9
+# Mean and standard deviation of the bytes.
+_BRIGHTNESS, _CONTRAST = 120.0, 60.0
+
+
+def natural_images(count: int, shape: tuple[int, int, int]) -> Tensor:
+    """Synthetic images with the covariance of small photographs: uint8 [count, C, H, W].
+
+    Gaussian fields whose power falls as 1 / f^3 on a torus of twice the image's sides, of which
+    the image is a quarter and hence not periodic; any two channels have a correlation of 0.9.
+    The same images every time, and the first n do not depend on `count`.
+    """
+    channels, height, width = shape
+    generator = torch.Generator().manual_seed(_SEED)
+    rows = torch.fft.fftfreq(2 * height, 1 / (2 * height))[:, None]
+    columns = torch.fft.rfftfreq(2 * width, 1 / (2 * width))
+    squared = (rows / height) ** 2 + (columns / width) ** 2
+    amplitude = torch.where(squared > 0, squared, torch.inf).pow(-_POWER_DECAY / 4)
+    # The variance of a field: every frequency but 0 and Nyquist has a mirror image.
+    mirrored = torch.full_like(columns, 2.0)
+    mirrored[0] = mirrored[-1] = 1.0
+    amplitude /= ((amplitude.square() * mirrored).sum() / (4 * height * width)).sqrt()
+    mixing = torch.full((channels, channels), _CHANNEL_CORRELATION).fill_diagonal_(1.0)
+    mixing = torch.linalg.cholesky(mixing)
+
+    images = torch.empty(count, *shape, dtype=torch.uint8)
+    for part in images.split(_CHUNK):
+        # A whole chunk of noise whatever the rest needs.
+        noise = torch.randn(_CHUNK, channels, 2 * height, 2 * width, generator=generator)
+        spectrum = torch.fft.rfft2(noise[: len(part)]) * amplitude
+        fields = torch.fft.irfft2(spectrum, s=(2 * height, 2 * width))[..., :height, :width]
+        mixed = torch.einsum("dc,nchw->ndhw", mixing, fields)
+        part.copy_((_BRIGHTNESS + _CONTRAST * mixed).round_().clamp_(0, 255))
+    return images
+
+
+class BenchmarkSet:
+    """A training set with the noise levels, masks and queries that cases are made of.
+
+    Args:
+        images: Training images, uint8 [N, C, H, W].
+        name: What the images are.
+
+    Attributes:
+        preparation: Seconds that moments, eigenvectors, masks and schedules took to build, each
+            once, by name; not part of any case's time.
+    """
+
+    def __init__(self, images: Tensor, name: str) -> None:
+        self.images, self.name = images.contiguous(), name
+        self.preparation: dict[str, float] = {}
+        self._weights: dict[int, QueryWeights] = {}
+        self._core_fringe: dict[int, int] = {}
+
+    @classmethod
+    def build(
+        cls, count: int, shape: tuple[int, int, int], cifar10: str | os.PathLike[str] | None
+    ) -> BenchmarkSet:
+        """The first `count` images, of a zip of CIFAR-10 or synthetic.
+
+        Args:
+            count: N.
+            shape: (C, H, W); images are cut out of the middle of CIFAR's.
+            cifar10: Path of a zip or folder of CIFAR-10's training images; None is synthetic.
+
+        Raises:
+            ValueError: There are fewer or smaller images.
+        """
+        if cifar10 is None:
+            return cls(natural_images(count, shape), "synthetic, power 1/f^3")
+        images = pf.TrainingSet.load(cifar10).images
+        channels, height, width = shape
+        top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
+        images = images[:count, :, top : top + height, left : left + width]
+        if images.shape != (count, *shape):
+            raise ValueError(
+                f"{os.fspath(cifar10)}: expected at least {count} images of {shape}, got "
+                f"{tuple(images.shape)}"
+            )
+        # Out of the memory map, so that no case waits for a disk.
+        return cls(images.clone(memory_format=torch.contiguous_format), "CIFAR-10")
+
+    def facts(self) -> dict[str, object]:
+        """What the images are."""
+        return {
+            "name": self.name,
+            "images": len(self.images),
+            "shape": list(self.images.shape[1:]),
+            "content_key": pf.TrainingSet(self.images).content_key(),
+        }
+
+    @cached_property
+    def moments(self) -> pf.Moments:
+        """Moments of all images, with their eigenvectors at hand."""
+        moments = self._timed("moments", lambda: pf.Moments.from_data(pf.TrainingSet(self.images)))
+        self._timed("eigenvectors", moments.eigh)
+        return moments
+
+    def level(self, timestep: int) -> tuple[float, float]:
+        """(alpha, sigma) at a time of the linear schedule with T = 1000."""
+        return SCHEDULE(timestep)
+
+    def weights(self, timestep: int) -> QueryWeights:
+        """Masks of the PCA-locality model, from the moments of all images."""
+        if timestep not in self._weights:
+            alpha, sigma = self.level(timestep)
+            moments = self.moments
+            self._weights[timestep] = self._timed(
+                f"masks t={timestep}",
+                lambda: pca_locality_weights(moments, sigma, alpha, MASK_THRESHOLD),
+            )
+        return self._weights[timestep]
+
+    def tree(self, timestep: int) -> Any:
+        """The native kernels' schedule of these masks, which they share."""
+        weights, shape = self.weights(timestep), self.images.shape[1:]
+        name = f"schedule t={timestep}"
+        # Built once and kept: a second time says nothing about building it.
+        if name in self.preparation:
+            return difference_tree(weights, shape)
+        return self._timed(name, lambda: difference_tree(weights, shape))
+
+    def core_fringe_terms(self, timestep: int) -> int:
+        """Multiply-adds per query and image of core and fringe in tiles of 4 x 4 outputs."""
+        if timestep not in self._core_fringe:
+            mask = self.weights(timestep).dense(torch.bool)
+            self._core_fringe[timestep] = core_fringe_terms(mask, self.images.shape[1:])
+        return self._core_fringe[timestep]
+
+    def queries(self, timestep: int, batch: int) -> Tensor:
+        """Noisy images, float32 [B, C, H, W].
+
+        Clean ones are mirror images of the training set's: they look like it and are not in it.
+        A step of a sampling run takes as long as one on such noisy images, within a few percent.
+        """
+        alpha, sigma = self.level(timestep)
+        generator = torch.Generator().manual_seed(_SEED)
+        chosen = torch.randperm(len(self.images), generator=generator)[:batch]
+        clean = pf.TrainingSet(self.images[chosen]).values().flip(-1)
+        return alpha * clean + sigma * torch.randn(clean.shape, generator=generator)
+
+    def directions(self, tangents: int, batch: int) -> Tensor:
+        """Tangents, float32 [K, B, C, H, W]."""
+        generator = torch.Generator().manual_seed(_SEED + 1)
+        return torch.randn(tangents, batch, *self.images.shape[1:], generator=generator)
+
+    def _timed(self, name: str, build: Callable[[], T]) -> T:
+        start = time.perf_counter()
+        built = build()
+        self.preparation[name] = time.perf_counter() - start
+        return built
