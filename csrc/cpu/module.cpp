@@ -12,4 +12,5 @@ PYBIND11_MODULE(_C, module) {
              "Instruction sets this machine can run kernels for, best first.");
   pyflocality::bind_covariance(module);
   pyflocality::bind_posterior(module);
+  pyflocality::bind_posterior_jvp(module);
 }

@@ -8,18 +8,13 @@
 //   sanitize threads  few sizes, several pieces of work per thread
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <limits>
-#include <random>
 #include <set>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -27,179 +22,17 @@
 #include "cpu_features.h"
 #include "difference_tree.h"
 #include "equivariant_posterior.h"
+#include "global_jvp.h"
 #include "global_posterior.h"
+#include "masked_jvp.h"
 #include "masked_posterior.h"
+#include "plain_scan.h"
+#include "window_jvp.h"
 #include "window_posterior.h"
 
 namespace {
 
 using namespace pyflocality;
-
-std::size_t comparisons = 0;
-
-void expect(bool holds, const std::string& what) {
-  ++comparisons;
-  if (holds) return;
-  std::fprintf(stderr, "WRONG: %s\n", what.c_str());
-  std::exit(1);
-}
-
-// The same numbers everywhere: the distributions of the standard library are not.
-class Random {
- public:
-  explicit Random(std::uint32_t seed) : engine_(seed) {}
-  std::uint32_t below(std::uint32_t bound) { return engine_() % bound; }
-  double uniform() { return engine_() / 4294967296.0; }
-
- private:
-  std::mt19937 engine_;
-};
-
-struct Shape {
-  std::size_t channels, height, width;
-  std::size_t pixels() const { return height * width; }
-  std::size_t values() const { return channels * pixels(); }
-};
-
-std::string text(const Shape& shape) {
-  return std::to_string(shape.channels) + "x" + std::to_string(shape.height) + "x" +
-         std::to_string(shape.width);
-}
-
-// Images, noisy images near some of them, and a factor of the distances for each of those.
-template <typename Stored>
-struct Problem {
-  static constexpr bool kBytes = std::is_same<Stored, std::uint8_t>::value;
-  static constexpr double kRange = kBytes ? 255.0 : 2.0;
-  static constexpr float kLargestScale = 0x1p120f, kSmallestScale = 0x1p-126f;
-
-  Problem(const Shape& size, std::size_t count_, std::size_t batch_, std::uint32_t seed)
-      : shape(size),
-        count(count_),
-        batch(batch_),
-        dim(size.values()),
-        images(count_ * dim),
-        noisy(batch_ * dim),
-        scale(batch_) {
-    Random random(seed);
-    for (Stored& value : images) {
-      if constexpr (kBytes) {
-        value = static_cast<Stored>(random.below(256));
-      } else {
-        value = static_cast<Stored>(2.0 * random.uniform() - 1.0);
-      }
-    }
-    for (std::size_t b = 0; b < batch; ++b) {
-      const Stored* near = &images[random.below(static_cast<std::uint32_t>(count)) * dim];
-      for (std::size_t d = 0; d < dim; ++d) {
-        noisy[b * dim + d] = static_cast<float>(near[d] + kRange * (random.uniform() - 0.5));
-      }
-      // Logits of some tens over the whole image; at both ends, what the callers clamp to.
-      const double power = 40.0 * random.uniform() / (dim * kRange * kRange);
-      scale[b] = b % 5 == 3   ? kLargestScale
-                 : b % 5 == 4 ? kSmallestScale
-                              : static_cast<float>(power + 1e-9);
-    }
-  }
-
-  StoredImages stored() const {
-    if constexpr (kBytes) {
-      return {images.data(), nullptr, count, dim};
-    } else {
-      return {nullptr, images.data(), count, dim};
-    }
-  }
-  NoisyBatch noisy_batch() const { return {noisy.data(), scale.data(), batch}; }
-
-  std::string name() const {
-    return text(shape) + ", " + (kBytes ? "bytes" : "floats") + ", N = " + std::to_string(count);
-  }
-
-  Shape shape;
-  std::size_t count, batch, dim;
-  std::vector<Stored> images;
-  std::vector<float> noisy, scale;
-};
-
-struct Answer {
-  Answer(std::size_t queries, std::size_t values)
-      : minimum(queries), total(queries), weighted(queries * values) {}
-  ScanResult result() { return {minimum.data(), total.data(), weighted.data()}; }
-  std::vector<double> minimum, total, weighted;
-};
-
-// What a query is compared with in every image: values of the noisy image with values of the
-// training image, and the values of the training image that it answers.
-struct Patch {
-  std::vector<std::pair<std::size_t, std::size_t>> measured;
-  std::vector<std::size_t> answered;
-};
-using Query = std::vector<Patch>;
-
-// The same sums as a scan's, image by image and patch by patch.
-template <typename Stored>
-Answer plain_answer(const Problem<Stored>& problem, const std::vector<Query>& queries) {
-  const std::size_t values = queries[0][0].answered.size();
-  Answer answer(problem.batch * queries.size(), values);
-  std::vector<double> distance;
-  for (std::size_t b = 0; b < problem.batch; ++b) {
-    for (std::size_t q = 0; q < queries.size(); ++q) {
-      distance.clear();
-      for (std::size_t i = 0; i < problem.count; ++i) {
-        for (const Patch& patch : queries[q]) {
-          distance.push_back(0.0);
-          for (const auto& [noisy, image] : patch.measured) {
-            const double gap = static_cast<double>(problem.noisy[b * problem.dim + noisy]) -
-                               problem.images[i * problem.dim + image];
-            distance.back() += gap * gap;
-          }
-        }
-      }
-      const std::size_t to = b * queries.size() + q;
-      answer.minimum[to] = *std::min_element(distance.begin(), distance.end());
-      auto next = distance.begin();
-      for (std::size_t i = 0; i < problem.count; ++i) {
-        for (const Patch& patch : queries[q]) {
-          const double above = *next++ - answer.minimum[to];
-          const double weight = std::exp2(-static_cast<double>(problem.scale[b]) * above);
-          answer.total[to] += weight;
-          for (std::size_t k = 0; k < values; ++k) {
-            const std::size_t value = i * problem.dim + patch.answered[k];
-            answer.weighted[to * values + k] += weight * problem.images[value];
-          }
-        }
-      }
-    }
-  }
-  return answer;
-}
-
-template <typename Stored>
-void compare(const Problem<Stored>& problem, const Answer& found, const Answer& plain,
-             const std::string& name) {
-  const std::size_t queries = plain.total.size() / problem.batch;
-  const std::size_t values = plain.weighted.size() / plain.total.size();
-  // What float32 sums of squares of that size are good for.
-  const double distance = 1e-5 * problem.dim * problem.kRange * problem.kRange;
-  for (std::size_t q = 0; q < plain.total.size(); ++q) {
-    const std::string where = name + ", query " + std::to_string(q);
-    expect(std::abs(found.minimum[q] - plain.minimum[q]) <= distance, where + ": minimum");
-    const bool nearest_only = problem.scale[q / queries] == problem.kLargestScale;
-    if (nearest_only) {
-      // Which of two patches at nearly the same distance is nearer is a matter of rounding.
-      const double most = static_cast<double>(problem.count * problem.shape.pixels());
-      expect(found.total[q] >= 0.99 && found.total[q] <= 1.01 * most, where + ": total");
-    } else {
-      expect(std::abs(found.total[q] - plain.total[q]) <= 1e-3 * plain.total[q], where + ": total");
-    }
-    for (std::size_t k = 0; k < values; ++k) {
-      const double mean = found.weighted[q * values + k] / found.total[q];
-      const double exact = plain.weighted[q * values + k] / plain.total[q];
-      const double allowed = nearest_only ? problem.kRange : 1e-3 * problem.kRange;
-      expect(std::abs(mean - exact) <= allowed, where + ": mean");
-    }
-  }
-}
 
 using Kernel = std::function<void(const ScanResult&, std::size_t threads, InstructionSet,
                                   const std::function<void()>& checkpoint)>;
@@ -210,7 +43,7 @@ void check_scan(const std::string& op, const Problem<Stored>& problem,
                 const std::vector<Query>& queries, const std::vector<std::size_t>& threads,
                 const Kernel& kernel) {
   const Answer plain = plain_answer(problem, queries);
-  const std::size_t values = queries[0][0].answered.size();
+  const std::size_t values = plain.weighted.size() / plain.total.size();
   for (const NamedInstructionSet& isa : known_instruction_sets()) {
     if (!isa.available) continue;
     const std::string name = op + ", " + isa.name + ", " + problem.name();
@@ -250,8 +83,13 @@ void check_global(const Problem<Stored>& problem, const std::vector<std::size_t>
   check_scan("global", problem, {{whole}}, threads,
              [&](const ScanResult& result, std::size_t workers, InstructionSet isa,
                  const std::function<void()>& checkpoint) {
-               global_posterior(problem.stored(), problem.noisy_batch(), result, workers, isa,
-                                checkpoint);
+               if (problem.tangent_count > 0) {
+                 global_posterior_jvp(problem.stored(), problem.noisy_batch(), problem.directions(),
+                                      result, workers, isa, checkpoint);
+               } else {
+                 global_posterior(problem.stored(), problem.noisy_batch(), result, workers, isa,
+                                  checkpoint);
+               }
              });
 }
 
@@ -306,8 +144,13 @@ void check_window(const Problem<Stored>& problem, std::size_t window,
   check_scan("window " + std::to_string(window), problem, queries, threads,
              [&](const ScanResult& result, std::size_t workers, InstructionSet isa,
                  const std::function<void()>& checkpoint) {
-               window_posterior(sizes, problem.stored(), problem.noisy_batch(), result, workers,
-                                isa, checkpoint);
+               if (problem.tangent_count > 0) {
+                 window_posterior_jvp(sizes, problem.stored(), problem.noisy_batch(),
+                                      problem.directions(), result, workers, isa, checkpoint);
+               } else {
+                 window_posterior(sizes, problem.stored(), problem.noisy_batch(), result, workers,
+                                  isa, checkpoint);
+               }
              });
 }
 
@@ -423,8 +266,13 @@ void check_masked(const Problem<Stored>& problem, const std::vector<std::size_t>
   check_scan("masked", problem, queries, threads,
              [&](const ScanResult& result, std::size_t workers, InstructionSet isa,
                  const std::function<void()>& checkpoint) {
-               masked_posterior(tree, problem.stored(), problem.noisy_batch(), result, workers, isa,
-                                checkpoint);
+               if (problem.tangent_count > 0) {
+                 masked_posterior_jvp(tree, problem.stored(), problem.noisy_batch(),
+                                      problem.directions(), result, workers, isa, checkpoint);
+               } else {
+                 masked_posterior(tree, problem.stored(), problem.noisy_batch(), result, workers,
+                                  isa, checkpoint);
+               }
              });
 }
 
@@ -461,12 +309,27 @@ void check_covariance(std::size_t count, std::size_t dim, Bytes kind,
   }
 }
 
+// With tangents: one and a few more than a register tile holds.
+template <typename Stored>
+void check_tangents(Problem<Stored> problem, const std::vector<std::size_t>& threads) {
+  if (problem.count > 100 && problem.batch > 3) return;
+  for (const std::size_t count : {1u, 5u}) {
+    problem.point(count);
+    check_global(problem, threads);
+    check_masked(problem, threads);
+    const std::size_t window =
+        std::min<std::size_t>(3, 2 * std::max(problem.shape.height, problem.shape.width) - 1);
+    check_window(problem, window, threads);
+  }
+}
+
 template <typename Stored>
 void check_scans(const Shape& shape, std::size_t count, std::size_t batch,
                  const std::vector<std::size_t>& threads) {
   const Problem<Stored> problem(shape, count, batch, static_cast<std::uint32_t>(count + batch));
   check_global(problem, threads);
   check_masked(problem, threads);
+  check_tangents(problem, threads);
   const std::size_t largest = 2 * std::max(shape.height, shape.width) - 1;
   for (const std::size_t window :
        std::set<std::size_t>{1, std::min<std::size_t>(3, largest), largest}) {

@@ -108,34 +108,69 @@ def _scan(
     instruction_set: str | None,
     **geometry: int,
 ) -> PosteriorState:
-    """Run a kernel over all images, for as many noisy images at a time as the budget allows."""
-    batch, values = len(problem.x), problem.images[0].numel()
-    stored_as_bytes = problem.images.dtype == torch.uint8
-    unit = problem.alpha / 127.5 if stored_as_bytes else problem.alpha
-    noisy = problem.x.detach().double().reshape(batch, values) / problem.alpha[:, None]
-    if stored_as_bytes:
+    """Run a kernel over all images; the state in the units of the formulas."""
+    state = scan_stored(problem, scan, bytes_per_query, instruction_set, **geometry)
+    weighted = state.weighted
+    if problem.images.dtype == torch.uint8:
+        weighted = weighted / 127.5 - state.total[..., None]
+    return PosteriorState(state.minimum * distance_unit(problem), state.total, weighted)
+
+
+def noisy_in_stored_units(problem: PosteriorProblem) -> torch.Tensor:
+    """The noisy images as a kernel takes them, float32 [B, D]."""
+    noisy = problem.x.detach().double().flatten(1) / problem.alpha[:, None]
+    if problem.images.dtype == torch.uint8:
         noisy = (noisy + 1.0) * 127.5
-    factor = problem.scale * unit.square() * math.log2(math.e)
-    noisy, factor = noisy.float(), factor.clamp(_SMALLEST_FACTOR, _LARGEST_FACTOR).float()
+    return noisy.float()
+
+
+def distance_unit(problem: PosteriorProblem) -> torch.Tensor:
+    """What a squared distance of 1 in stored units is in those of the formulas, [B, 1]."""
+    unit = problem.alpha / 127.5 if problem.images.dtype == torch.uint8 else problem.alpha
+    return unit.square()[:, None]
+
+
+def scan_stored(
+    problem: PosteriorProblem,
+    scan: Scan,
+    bytes_per_query: int,
+    instruction_set: str | None,
+    per_query: tuple[torch.Tensor, ...] = (),
+    **geometry: int,
+) -> PosteriorState:
+    """Run a kernel over all images, for as many noisy images at a time as the budget allows.
+
+    Args:
+        problem: The problem.
+        scan: The kernel.
+        bytes_per_query: Working memory per noisy image and thread.
+        instruction_set: As the callers take it.
+        per_query: Further float32 arguments of the kernel, a row for each noisy image.
+        geometry: Further arguments of the kernel, the same for all.
+
+    Returns:
+        The state in stored units, but for its weights: they are the same in all units.
+    """
+    noisy = noisy_in_stored_units(problem)
+    factor = problem.scale[:, None] * distance_unit(problem) * math.log2(math.e)
+    factor = factor.flatten().clamp(_SMALLEST_FACTOR, _LARGEST_FACTOR).float()
 
     threads = torch.get_num_threads()
     budget = memory_budget_bytes(problem.memory_budget)
     at_a_time = max(1, budget // (bytes_per_query * (threads + 1)))
     options = {"threads": threads, "isa": instruction_set or "", **geometry}
     parts = []
-    for x, scale in zip(noisy.split(at_a_time), factor.split(at_a_time), strict=True):
+    for rows in zip(*(part.split(at_a_time) for part in (noisy, factor, *per_query)), strict=True):
+        arrays = [row.contiguous().numpy() for row in rows]
         states = [
-            _as_state(scan(images, x.numpy(), scale.numpy(), **options))
-            for images in _image_blocks(problem, values)
+            _as_state(scan(images, *arrays, **options))
+            for images in _image_blocks(problem, noisy.shape[1])
         ]
         state = states[0]
         for other in states[1:]:
-            state = merge(state, other, scale.double() * math.log(2.0))
+            state = merge(state, other, rows[1].double() * math.log(2.0))
         parts.append(state)
-    minimum, total, weighted = (torch.cat(part) for part in zip(*parts, strict=True))
-    if stored_as_bytes:
-        weighted = weighted / 127.5 - total[..., None]
-    return PosteriorState(minimum * unit.square()[:, None], total, weighted)
+    return PosteriorState(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def _image_blocks(problem: PosteriorProblem, values: int) -> Iterator[np.ndarray]:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pyflocality._backends import Implementation, register, select
 from pyflocality._problem import float32_limits, posterior_problem
-from pyflocality.reference.state import finalize
+from pyflocality._tangents import check_tangents, jacobian_factor, tangent_call
+from pyflocality.reference.state import finalize, finalize_jvp
 
 register(
     "global_posterior",
@@ -17,6 +18,17 @@ register(
         ),
         "reference": Implementation(
             "pyflocality.reference.global_posterior", "global_posterior_state"
+        ),
+    },
+)
+register(
+    "global_posterior_jvp",
+    {
+        "cpu": Implementation(
+            "pyflocality.native.jvp", "global_posterior_jvp_state", float32_limits
+        ),
+        "reference": Implementation(
+            "pyflocality.reference.global_posterior", "global_posterior_jvp_state"
         ),
     },
 )
@@ -75,3 +87,60 @@ def global_posterior_mean(
     )
     run = select("global_posterior", problem.call(), backend)
     return finalize(run(problem)).reshape(x.shape).to(x.dtype)
+
+
+def global_posterior_jvp(
+    x: Tensor,
+    tangents: Tensor,
+    images: Tensor,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    temperature: float = 1.0,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""`global_posterior_mean` and its derivatives along K tangents, in one pass over the images.
+
+    .. math::
+        J u = \frac{\alpha}{\sigma^2 \tau} \operatorname{Cov}_p(v, c), \qquad
+        c_i = \sum_d u[d] \, v_i[d]
+
+    Args:
+        x: Noisy images, [B, C, H, W].
+        tangents: Directions u in the space of x, dtype of x, [K, B, C, H, W].
+        images: Training images, [N, C, H, W].
+        sigma: Noise level, a number or [B], positive.
+        alpha: Signal coefficient, a number or [B], positive.
+        temperature: Divides the logits.
+        backend: Backend to run on; None follows `pyflocality.use_backend`.
+        dtype: As in `global_posterior_mean`.
+        memory_budget: As in `global_posterior_mean`.
+        chunk_size: As in `global_posterior_mean`.
+
+    Returns:
+        Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
+        BackendUnavailableError: The backend asked for cannot serve this call.
+    """
+    problem = posterior_problem(
+        x,
+        images,
+        sigma,
+        alpha,
+        temperature=temperature,
+        dtype=dtype,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+    )
+    directions = check_tangents(tangents, x, sigma, problem)
+    run = select("global_posterior_jvp", tangent_call(problem, directions), backend)
+    state = run(problem, directions)
+    mean, jv = finalize_jvp(state, problem.images[0].numel(), jacobian_factor(problem))
+
+    return mean.reshape(x.shape).to(x.dtype), jv.reshape(tangents.shape).to(x.dtype)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pyflocality._backends import Call, Implementation, register, select
 from pyflocality._problem import float32_limits, posterior_problem
-from pyflocality.reference.state import finalize
+from pyflocality._tangents import check_tangents, jacobian_factor, tangent_call
+from pyflocality.reference.state import finalize, finalize_jvp
 from pyflocality.weights import QueryWeights
 
 
@@ -29,6 +30,27 @@ register(
         ),
     },
 )
+register(
+    "masked_posterior_jvp",
+    {
+        "cpu": Implementation("pyflocality.native.jvp", "masked_posterior_jvp_state", mask_limits),
+        "reference": Implementation(
+            "pyflocality.reference.masked_posterior", "masked_posterior_jvp_state"
+        ),
+    },
+)
+
+
+def _square_weights(weights: Tensor | QueryWeights, values: int) -> QueryWeights:
+    """Weights with a row for every one of an image's values."""
+    if not isinstance(weights, QueryWeights):
+        weights = QueryWeights(weights)
+    if weights.shape != (values, values):
+        raise ValueError(
+            f"`weights` must have shape [{values}, {values}] for images of {values} values, got "
+            f"{list(weights.shape)}"
+        )
+    return weights
 
 
 def masked_posterior_mean(
@@ -91,13 +113,67 @@ def masked_posterior_mean(
         memory_budget=memory_budget,
         chunk_size=chunk_size,
     )
-    if not isinstance(weights, QueryWeights):
-        weights = QueryWeights(weights)
-    values = problem.images[0].numel()
-    if weights.shape != (values, values):
-        raise ValueError(
-            f"`weights` must have shape [{values}, {values}] for images of {values} values, got "
-            f"{list(weights.shape)}"
-        )
+    weights = _square_weights(weights, problem.images[0].numel())
     run = select("masked_posterior", problem.call(is_mask=weights.is_mask), backend)
     return finalize(run(problem, weights)).reshape(x.shape).to(x.dtype)
+
+
+def masked_posterior_jvp(
+    x: Tensor,
+    tangents: Tensor,
+    images: Tensor,
+    weights: Tensor | QueryWeights,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    temperature: float = 1.0,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""`masked_posterior_mean` and its derivatives along K tangents, in one pass over the images.
+
+    .. math::
+        (J u)[m] = \frac{\alpha}{\sigma^2 \tau} \operatorname{Cov}_{p_m}(v[m], c_m), \qquad
+        c_{m, i} = \sum_d w_m[d] \, u[d] \, v_i[d]
+
+    Args:
+        x: Noisy images, [B, C, H, W].
+        tangents: Directions u in the space of x, dtype of x, [K, B, C, H, W].
+        images: Training images, [N, C, H, W].
+        weights: Weights of the D = C H W inputs for each of the D outputs: bool or float [D, D],
+            or a `QueryWeights`.
+        sigma: Noise level, a number or [B], positive.
+        alpha: Signal coefficient, a number or [B], positive.
+        temperature: Divides the logits.
+        backend: Backend to run on; None follows `pyflocality.use_backend`.
+        dtype: As in `masked_posterior_mean`.
+        memory_budget: As in `masked_posterior_mean`.
+        chunk_size: As in `masked_posterior_mean`.
+
+    Returns:
+        Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
+        BackendUnavailableError: The backend asked for cannot serve this call.
+    """
+    problem = posterior_problem(
+        x,
+        images,
+        sigma,
+        alpha,
+        temperature=temperature,
+        dtype=dtype,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+    )
+    directions = check_tangents(tangents, x, sigma, problem)
+    weights = _square_weights(weights, problem.images[0].numel())
+    call = tangent_call(problem, directions, is_mask=weights.is_mask)
+    run = select("masked_posterior_jvp", call, backend)
+    mean, jv = finalize_jvp(run(problem, directions, weights), 1, jacobian_factor(problem))
+
+    return mean.reshape(x.shape).to(x.dtype), jv.reshape(tangents.shape).to(x.dtype)

@@ -8,7 +8,8 @@ from torch import Tensor
 from pyflocality._backends import Implementation, register, select
 from pyflocality._checks import check_count
 from pyflocality._problem import float32_limits, posterior_problem
-from pyflocality.reference.state import finalize
+from pyflocality._tangents import check_tangents, jacobian_factor, tangent_call
+from pyflocality.reference.state import finalize, finalize_jvp
 
 register(
     "window_posterior",
@@ -18,6 +19,17 @@ register(
         ),
         "reference": Implementation(
             "pyflocality.reference.window_posterior", "window_posterior_state"
+        ),
+    },
+)
+register(
+    "window_posterior_jvp",
+    {
+        "cpu": Implementation(
+            "pyflocality.native.jvp", "window_posterior_jvp_state", float32_limits
+        ),
+        "reference": Implementation(
+            "pyflocality.reference.window_posterior", "window_posterior_jvp_state"
         ),
     },
 )
@@ -101,3 +113,65 @@ def window_posterior_mean(
     run = select("window_posterior", problem.call(), backend)
     # [B, H W, C] -> [B, C, H, W]
     return finalize(run(problem, window)).transpose(1, 2).reshape(x.shape).to(x.dtype)
+
+
+def window_posterior_jvp(
+    x: Tensor,
+    tangents: Tensor,
+    images: Tensor,
+    window: int,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    temperature: float = 1.0,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""`window_posterior_mean` and its derivatives along K tangents, in one pass over the images.
+
+    .. math::
+        (J u)[c, q] = \frac{\alpha}{\sigma^2 \tau} \operatorname{Cov}_{p_q}(v[c, q], c_q), \qquad
+        c_{q, i} = \sum_{d \in \Omega_q} u[d] \, v_i[d]
+
+    Args:
+        x: Noisy images, [B, C, H, W].
+        tangents: Directions u in the space of x, dtype of x, [K, B, C, H, W].
+        images: Training images, [N, C, H, W].
+        window: Side of the window in pixels, odd, at most 2 max(H, W) - 1.
+        sigma: Noise level, a number or [B], positive.
+        alpha: Signal coefficient, a number or [B], positive.
+        temperature: Divides the logits.
+        backend: Backend to run on; None follows `pyflocality.use_backend`.
+        dtype: As in `window_posterior_mean`.
+        memory_budget: As in `window_posterior_mean`.
+        chunk_size: As in `window_posterior_mean`.
+
+    Returns:
+        Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
+        BackendUnavailableError: The backend asked for cannot serve this call.
+    """
+    problem = posterior_problem(
+        x,
+        images,
+        sigma,
+        alpha,
+        temperature=temperature,
+        dtype=dtype,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+    )
+    directions = check_tangents(tangents, x, sigma, problem)
+    window = check_window(window, *x.shape[-2:])
+    run = select("window_posterior_jvp", tangent_call(problem, directions), backend)
+    state = run(problem, directions, window)
+    mean, jv = finalize_jvp(state, x.shape[1], jacobian_factor(problem))
+
+    # [.., H W, C] -> [.., C, H, W]
+    mean, jv = mean.transpose(-1, -2), jv.transpose(-1, -2)
+    return mean.reshape(x.shape).to(x.dtype), jv.reshape(tangents.shape).to(x.dtype)

@@ -10,11 +10,21 @@ The scan counts in distances, not in logits: the difference :math:`e_i - m` is t
 factor :math:`\kappa`, so the rounding of large logits at small noise cancels, and the limit
 :math:`\sigma = 0` (:math:`\kappa` the largest float) is the mean of the nearest images without
 any special case. Merging is associative: it joins chunks, threads, devices and machines.
+
+Derivatives need no other state. With :math:`w` the weights of the inputs in :math:`e_i`, the
+posterior means :math:`\mathbb E[v]` change along a tangent :math:`u` of the noisy image by
+
+.. math::
+    J u = \frac{\alpha}{\sigma^2 \tau} \bigl( \mathbb E[v c] - \mathbb E[v] \, \mathbb E[c]
+    \bigr), \qquad c_i = \sum_d w[d] \, u[d] \, v_i[d],
+
+so a scan with K tangents is a scan whose queries answer the V + K + K V values
+:math:`v, c_k, c_k v`, and `finalize_jvp` forms the covariances.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -106,3 +116,64 @@ def finalize(state: PosteriorState) -> Tensor:
 def log_sum_exp(state: PosteriorState, scale: Tensor) -> Tensor:
     """Log of the sum of exp(-scale * distance), [B, Q]: the log-density up to a constant."""
     return state.total.log() - state.minimum * scale[:, None]
+
+
+def tangent_values(values: int, tangents: int) -> int:
+    """Number of weighted sums of a query with `values` values and `tangents` tangents."""
+    return values + tangents * (1 + values)
+
+
+def tangent_sums(factors: Sequence[Tensor], values: Tensor) -> Tensor:
+    """The weighted sums of one batch element over a chunk, with tangents.
+
+    Args:
+        factors: The weights, [n, Q], and for every tangent the weights times c, [n, Q].
+        values: Values that the queries answer, [n, V, Q], or [n, V, 1] for all of them.
+
+    Returns:
+        Sums of v, of c_k and of c_k v, [Q, V + K + K V].
+    """
+    products = [(factor[:, None] * values).sum(0).T for factor in factors]
+    inner = [factor.sum(0)[:, None] for factor in factors[1:]]
+    return torch.cat([products[0], *inner, *products[1:]], dim=-1)
+
+
+def uncentred(state: PosteriorState, centre: Tensor) -> PosteriorState:
+    """A state with tangents, in float64, whose values were counted from a centre.
+
+    What c is counted from is left as it is: it cancels from all results.
+
+    Args:
+        state: State of values v - centre, with K tangents.
+        centre: [B, Q, V].
+    """
+    minimum, total, weighted = (part.double() for part in state)
+    centre = centre.double()
+    values = centre.shape[-1]
+    means, inner, cross = _split(weighted, values)
+    cross = cross + inner[..., None] * centre[..., None, :]
+    means = means + total[..., None] * centre
+    return PosteriorState(minimum, total, torch.cat([means, inner, cross.flatten(-2)], dim=-1))
+
+
+def finalize_jvp(state: PosteriorState, values: int, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The posterior means and their derivatives along the tangents.
+
+    Args:
+        state: State of a scan with K tangents.
+        values: Number V of values that a query answers.
+        factor: Factor alpha / (sigma^2 temperature) of the covariances, [B].
+
+    Returns:
+        Means [B, Q, V] and derivatives [K, B, Q, V].
+    """
+    means, inner, cross = _split(finalize(state), values)
+    covariance = cross - inner[..., None] * means[..., None, :]
+    return means, (covariance * factor[:, None, None, None]).movedim(-2, 0)
+
+
+def _split(sums: Tensor, values: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Parts [..., V], [..., K] and [..., K, V] of sums with tangents."""
+    tangents = (sums.shape[-1] - values) // (1 + values)
+    means, inner, cross = sums.split([values, tangents, tangents * values], dim=-1)
+    return means, inner, cross.unflatten(-1, (tangents, values))

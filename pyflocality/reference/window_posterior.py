@@ -2,39 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F  # noqa: N812  (the name everybody gives it)
 from torch import Tensor
 
 from pyflocality._budget import images_per_chunk
 from pyflocality._problem import PosteriorProblem
+from pyflocality._tangents import centre_of
 from pyflocality.reference import state as posterior
 from pyflocality.reference.state import PosteriorState
 
 
 def window_posterior_state(problem: PosteriorProblem, window: int) -> PosteriorState:
     """Scan of all images with a query per pixel, Q = H W, that answers its C values."""
+    channels = problem.images.shape[1]
+
+    def weigh(weights: Tensor, values: Tensor) -> Tensor:
+        flat = values.flatten(2)
+        return torch.stack([(weights * flat[:, c]).sum(1) for c in range(channels)], dim=-1)
+
+    # One chunk holds its values.
+    return _scan(problem, window, channels, 2 * channels, weigh)
+
+
+def window_posterior_jvp_state(
+    problem: PosteriorProblem, tangents: Tensor, window: int
+) -> PosteriorState:
+    """The same scan with tangents [K, B, C, H, W]."""
+    centre = centre_of(problem)
+    directions = tangents.transpose(0, 1)
+    channels, height, width = centre.shape[1:]
+    sums = posterior.tangent_values(channels, len(tangents))
+
+    def weigh(weights: Tensor, values: Tensor) -> Tensor:
+        rows = []
+        for w, origin, u in zip(weights, centre, directions, strict=True):
+            centred = values - origin
+            inner = box_sum(torch.einsum("kchw,nchw->knhw", u, centred), window)
+            factors = [w, *(w * inner.flatten(2))]
+            rows.append(posterior.tangent_sums(factors, centred.flatten(2)))
+        return torch.stack(rows) if rows else values.new_zeros(0, height * width, sums)
+
+    # And the centred values, four planes for every tangent, and temporaries.
+    planes = 5 * channels + 4 * len(tangents) + 4
+    state = _scan(problem, window, sums, planes, weigh)
+    return posterior.uncentred(state, centre.flatten(2).transpose(1, 2))
+
+
+def _scan(
+    problem: PosteriorProblem,
+    window: int,
+    sums: int,
+    planes_per_image: int,
+    weigh: Callable[[Tensor, Tensor], Tensor],
+) -> PosteriorState:
+    """Scan whose weighted sums weigh(weights [B, n, Q], values [n, C, H, W]) are [B, Q, sums]."""
     x, batch = problem.x, len(problem.x)
     channels, height, width = problem.images.shape[1:]
-    # One chunk holds its values, differences and their squares, and four planes per query.
-    planes = batch * (2 * channels + 4) + 2 * channels
+    # And differences and their squares, and four planes per query.
+    planes = batch * (2 * channels + 4) + planes_per_image
     chunk = problem.chunk_size or images_per_chunk(
         problem.memory_budget, planes * height * width * x.element_size(), len(problem.images)
     )
     alpha = problem.alpha.to(x.dtype)[:, None, None, None, None]
     scale = posterior.finite_factor(problem.scale, x.dtype)
-    state = posterior.init(batch, height * width, channels, x)
+    state = posterior.init(batch, height * width, sums, x)
     for values in problem.chunks(chunk):
         difference = x[:, None] - alpha * values
         distance = box_sum(difference.square().sum(2), window).flatten(2)
-        flat = values.flatten(2)
-
-        def weigh(weights: Tensor, flat: Tensor = flat) -> Tensor:
-            return torch.stack(
-                [(weights * flat[:, c]).sum(1) for c in range(flat.shape[1])], dim=-1
-            )
-
-        state = posterior.update(state, distance, scale, weigh)
+        state = posterior.update(state, distance, scale, partial(weigh, values=values))
     return state
 
 

@@ -3,50 +3,78 @@
 // Images a tile holds.
 constexpr int kTileImages = kTileVectors * kLanes;
 
-// Takes a tile of images into the sums of one query.
+// Weights of a tile of images in the posterior of one query; false where none of them can matter.
 //
 //   distance       weighted squared distances of the tile's images
 //   scale          factor of the distances in the power of two, positive and finite
 //   reach          distance above the minimum beyond which images cannot change the result
-//   values, stride the tile's values, kTileImages of them for each of `count` answered values,
-//                  `stride` apart
 //   minimum        smallest distance so far
-//   sums           kLanes sums of weights, then kLanes sums of weighted values for each value
+//   decay          decay(factor) is called where the minimum falls: all sums shrink by it
 //
 // Weights count from the minimum, and the difference is taken before the factor: what matters at
 // small noise are the few nearest images, and their differences are exact.
-template <typename Stored>
-inline void take_in(const Vec (&distance)[kTileVectors], float scale, float reach,
-                    const Stored* values, std::size_t stride, std::size_t count, float* minimum,
-                    float* sums) {
+template <typename Decay>
+inline bool weigh(const Vec (&distance)[kTileVectors], float scale, float reach, float* minimum,
+                  const Decay& decay, Vec (&weight)[kTileVectors]) {
   Vec lowest = distance[0];
   for (int i = 1; i < kTileVectors; ++i) lowest = min(lowest, distance[i]);
   // Equal distances count even where adding the reach rounds away.
-  if (!any_at_most(lowest, broadcast(*minimum + reach))) return;
+  if (!any_at_most(lowest, broadcast(*minimum + reach))) return false;
 
   if (any_less(lowest, broadcast(*minimum))) {
     const float lower = smallest(lowest);
-    const Vec decay = broadcast(exp2_of_negative((lower - *minimum) * scale));
-    for (std::size_t k = 0; k <= count; ++k) {
-      store(sums + k * kLanes, mul(decay, load(sums + k * kLanes)));
-    }
+    decay(broadcast(exp2_of_negative((lower - *minimum) * scale)));
     *minimum = lower;
   }
 
   const Vec base = broadcast(*minimum), factor = broadcast(-scale);
-  Vec weight[kTileVectors];
   for (int i = 0; i < kTileVectors; ++i) {
     weight[i] = exp2_of_negative(mul(sub(distance[i], base), factor));
   }
-  Vec total = load(sums);
-  for (int i = 0; i < kTileVectors; ++i) total = add(total, weight[i]);
-  store(sums, total);
+  return true;
+}
+
+// Shrinks `count` sums of kLanes lanes each.
+inline void shrink(Vec factor, std::size_t count, float* sums) {
   for (std::size_t k = 0; k < count; ++k) {
-    Vec weighted = load(sums + (k + 1) * kLanes);
-    for (int i = 0; i < kTileVectors; ++i) {
-      weighted = multiply_add(weight[i], load(values + k * stride + i * kLanes), weighted);
-    }
-    store(sums + (k + 1) * kLanes, weighted);
+    store(sums + k * kLanes, mul(factor, load(sums + k * kLanes)));
+  }
+}
+
+// Adds a tile's terms to a sum of kLanes lanes.
+inline void add_terms(const Vec (&terms)[kTileVectors], float* sum) {
+  Vec total = load(sum);
+  for (int i = 0; i < kTileVectors; ++i) total = add(total, terms[i]);
+  store(sum, total);
+}
+
+// Adds the products of a tile's weights and values to a sum of kLanes lanes.
+inline void add_products(const Vec (&weight)[kTileVectors], const Vec (&value)[kTileVectors],
+                         float* sum) {
+  Vec total = load(sum);
+  for (int i = 0; i < kTileVectors; ++i) total = multiply_add(weight[i], value[i], total);
+  store(sum, total);
+}
+
+// Takes a tile of images into the sums of one query.
+//
+//   values, stride the tile's values, kTileImages of them for each of `count` answered values,
+//                  `stride` apart
+//   sums           kLanes sums of weights, then kLanes sums of weighted values for each value
+//
+// and the rest as in weigh().
+template <typename Stored>
+inline void take_in(const Vec (&distance)[kTileVectors], float scale, float reach,
+                    const Stored* values, std::size_t stride, std::size_t count, float* minimum,
+                    float* sums) {
+  Vec weight[kTileVectors];
+  const auto decay = [&](Vec factor) { shrink(factor, count + 1, sums); };
+  if (!weigh(distance, scale, reach, minimum, decay, weight)) return;
+  add_terms(weight, sums);
+  for (std::size_t k = 0; k < count; ++k) {
+    Vec value[kTileVectors];
+    for (int i = 0; i < kTileVectors; ++i) value[i] = load(values + k * stride + i * kLanes);
+    add_products(weight, value, sums + (k + 1) * kLanes);
   }
 }
 
