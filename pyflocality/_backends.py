@@ -193,6 +193,9 @@ def _chosen(op: str, backend: str) -> Callable[..., object]:
 class use_backend:  # noqa: N801  (reads as a function, like torch.no_grad)
     """Choose the backend of every operation from here on, or inside a `with` block.
 
+    The choice is that of the current thread (more exactly, of the current `contextvars` context):
+    threads started later begin with "auto" again. PYFLOCALITY_BACKEND is for the whole process.
+
     Args:
         backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`. A `backend=` argument
             of a call still wins over it.

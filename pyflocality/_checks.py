@@ -13,6 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Values whose squares, summed over an image, stay far from the end of float32.
+_LARGEST = 1e12
+
 
 def describe(value: object) -> str:
     """Short description of a value for an error message."""
@@ -62,7 +65,10 @@ def check_level(
         raise TypeError(f"`{name}` must be a number or a tensor [B], got {describe(value)}")
     if isinstance(value, Tensor) and (value.is_complex() or value.dtype == torch.bool):
         raise TypeError(f"`{name}` must be real, got {describe(value)}")
-    level = torch.as_tensor(value, dtype=torch.float64, device=device)
+    try:
+        level = torch.as_tensor(value, dtype=torch.float64, device=device)
+    except OverflowError:
+        raise ValueError(f"`{name}` must be finite, got {describe(value)}") from None
     if level.ndim > 1 or (level.ndim == 1 and level.shape[0] != batch):
         raise ValueError(
             f"`{name}` must be a number or a tensor of shape [{batch}], got {describe(value)}"
@@ -72,6 +78,26 @@ def check_level(
         bound = "not negative" if allow_zero else "positive"
         raise ValueError(f"`{name}` must be finite and {bound}, got {describe(value)}")
     return level.expand(batch)
+
+
+def check_magnitude(x: Tensor, alpha: Tensor, name: str) -> None:
+    """Noisy images whose squared distances are finite numbers in float32, on every backend.
+
+    Args:
+        x: Finite noisy images, [B, ...].
+        alpha: Signal coefficients, float64 [B].
+        name: Name of the images in error messages.
+    """
+    if x.numel() == 0:
+        return
+    if alpha.max() > _LARGEST:
+        raise ValueError(f"`alpha` must be at most {_LARGEST:g}, got {float(alpha.max()):g}")
+    largest = x.detach().abs().flatten(1).amax(1).double()
+    if (largest > _LARGEST * alpha.clamp(max=1.0)).any():
+        raise ValueError(
+            f"`{name}` must lie within {_LARGEST:g} times alpha, and within {_LARGEST:g}, got "
+            f"values up to {float(largest.max()):g} at alpha {float(alpha.min()):g}"
+        )
 
 
 def check_positive(value: object, name: str) -> float:

@@ -18,4 +18,10 @@ def missing_reason(error: ImportError) -> str:
     if FAILURE_FILE.is_file():
         cause = FAILURE_FILE.read_text(encoding="utf-8", errors="replace").strip()
         return f"the native extension could not be built at installation ({cause}): {_CURE}"
+    if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
+        return (
+            f"the native extension is not built in the source tree that was imported ({error}): "
+            "leave its folder to use an installed package, or run pip install --editable . in it, "
+            "which takes a C++17 compiler"
+        )
     return f"the native extension cannot be imported ({error}): {_CURE}"

@@ -13,7 +13,9 @@ from pyflocality._backends import Call
 from pyflocality._checks import (
     check_batch,
     check_compute_dtype,
+    check_count,
     check_level,
+    check_magnitude,
     check_positive,
     describe,
 )
@@ -107,6 +109,9 @@ def posterior_problem(
     x = check_batch(x, images.shape[1:], images.device, "x")
     sigma = check_level(sigma, len(x), x.device, "sigma", allow_zero=True)
     alpha = check_level(alpha, len(x), x.device, "alpha", allow_zero=False)
+    check_magnitude(x, alpha, "x")
+    if chunk_size is not None:
+        chunk_size = check_count(chunk_size, "chunk_size")
     temperature = check_positive(temperature, "temperature")
     compute = check_compute_dtype(dtype, x)
     return PosteriorProblem(

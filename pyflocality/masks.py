@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import numbers
 
 import numpy as np
 import torch
@@ -28,8 +29,8 @@ def wiener_gain(eigenvalues: Tensor, sigma: float, alpha: float) -> Tensor:
 
     Components without variance keep nothing, also at sigma = 0.
     """
-    signal = alpha**2 * eigenvalues
-    return torch.where(signal > 0, signal / (signal + sigma**2), 0.0)
+    signal = alpha * alpha * eigenvalues
+    return torch.where(signal > 0, signal / (signal + sigma * sigma), 0.0)
 
 
 def pca_locality_weights(
@@ -111,7 +112,7 @@ def cached_pca_locality_weights(
 
 def check_threshold(threshold: object, name: str) -> float:
     """A mask threshold in [0, 1)."""
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+    if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
         raise TypeError(f"`{name}` must be a number, got {describe(threshold)}")
     if not 0 <= threshold < 1:
         raise ValueError(f"`{name}` must be in [0, 1), got {threshold}")

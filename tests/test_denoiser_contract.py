@@ -179,6 +179,10 @@ WRONG_CALLS = {
     "alpha zero": (GOOD, 0.3, 0.0, ValueError, "`alpha` must be finite and positive"),
     "alpha negative": (GOOD, 0.3, -1.0, ValueError, "`alpha` must be finite and positive"),
     "alpha nan": (GOOD, 0.3, float("nan"), ValueError, "`alpha` must be finite and positive"),
+    "alpha tiny": (GOOD + 1, 0.3, 1e-20, ValueError, "`x` must lie within 1e[+]12 times alpha"),
+    "alpha huge": (GOOD, 0.3, 1e30, ValueError, "`alpha` must be at most 1e[+]12"),
+    "x huge": (GOOD + 1e17, 0.3, 1.0, ValueError, "`x` must lie within 1e[+]12"),
+    "sigma beyond floats": (GOOD, 10**400, 1.0, ValueError, "`sigma` must be finite"),
     "alpha one bad": (GOOD, 0.3, torch.tensor([1.0, 0.0]), ValueError, "`alpha`"),
 }
 
@@ -245,6 +249,11 @@ WRONG_OPTIONS = {
         "`window` must be one value, a function",
     ),
     "window float": (lambda d: pf.LocalDenoiser(d, 3.0), TypeError, "`window`"),
+    "table level type": (
+        lambda d: pf.LocalDenoiser(d, [("a", 3)]),
+        TypeError,
+        "`window` must hold numbers",
+    ),
     "empty table": (lambda d: pf.LocalDenoiser(d, []), ValueError, "`window` .* at least one pair"),
     "table row": (lambda d: pf.LocalDenoiser(d, [3]), TypeError, "`window` must hold pairs"),
     "table level": (

@@ -279,6 +279,20 @@ def test_nearest_prefers_the_earlier_of_equals(problem):
         np.testing.assert_array_equal(found.indices[:, 1].numpy(), np.arange(37) + 37)
 
 
+@pytest.mark.parametrize("chunk_size", [0, -1, 2.5, "a"])
+def test_wrong_chunk_sizes(chunk_size, problem):
+    x, images = problem()
+    with pytest.raises((ValueError, TypeError), match="`chunk_size` must be"):
+        global_posterior_mean(x, images, 0.5, chunk_size=chunk_size)
+
+
+def test_numbers_of_numpy_are_numbers(problem):
+    _, images = problem()
+    data = pf.TrainingSet(images)
+    assert pf.LocalDenoiser(data, np.int64(3)).window == 3
+    assert pf.PCALocalityDenoiser(data, np.float32(0.5)).mask_threshold == 0.5
+
+
 def test_more_neighbours_than_images_is_refused(problem):
     x, images = problem()
     with pytest.raises(ValueError, match=r"`k` must be at most the number of images 37, got 38"):

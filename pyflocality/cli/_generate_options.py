@@ -75,8 +75,8 @@ Threshold = Annotated[
 Window = Annotated[
     str | None,
     typer.Option(
-        help="local, equivariant: side of the window in pixels, odd; or a table of noise level (sigma / alpha) "
-        "and side, such as 10:15,1:7,0.1:3. 7 if not given.",
+        help="local, equivariant: side of the window in pixels, odd; or a table of noise level "
+        "(sigma / alpha) and side, such as 10:15,1:7,0.1:3. 7 if not given.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -19,6 +19,7 @@ from pyflocality._checks import (
     check_batch,
     check_choice,
     check_level,
+    check_magnitude,
     check_positive,
     describe,
 )
@@ -60,6 +61,7 @@ class Denoiser(nn.Module):
         x = check_batch(x, self.image_shape, self.device, "x")
         sigma = check_level(sigma, len(x), x.device, "sigma", allow_zero=True)
         alpha = check_level(alpha, len(x), x.device, "alpha", allow_zero=False)
+        check_magnitude(x, alpha, "x")
         return self._denoise(x, sigma, alpha)
 
     def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:

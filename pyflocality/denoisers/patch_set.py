@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable, Sequence
 
 import torch
@@ -77,7 +78,9 @@ class PatchSetDenoiser(PosteriorDenoiser):
         _, height, width = self.image_shape
         if self.window is not None:
             check = functools.partial(_check_window, largest=min(height, width))
-            size_at = level_rule(self.window, "window", check, lambda given: isinstance(given, int))
+            size_at = level_rule(
+                self.window, "window", check, lambda given: isinstance(given, numbers.Integral)
+            )
             return lambda alpha, sigma: _square_patches(self.image_shape, size_at(alpha, sigma))
         check = functools.partial(_check_masks, image_shape=self.image_shape)
         masks_at = level_rule(self.masks, "masks", check, lambda given: isinstance(given, Tensor))

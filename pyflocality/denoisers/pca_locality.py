@@ -59,7 +59,7 @@ class PCALocalityDenoiser(PosteriorDenoiser):
 
     Raises:
         TypeError: An option has the wrong type.
-        ValueError: An option is out of range, or the moments are of other images.
+        ValueError: An option is out of range, or the moments are of images of another shape.
 
     References:
         Lukoianov, Yuan, Solomon and Sitzmann, Locality in image diffusion models emerges from

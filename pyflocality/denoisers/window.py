@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -51,6 +52,8 @@ def level_rule(
         if not isinstance(row, Sequence) or len(row) != 2:
             raise TypeError(f"`{name}` must hold pairs (sigma / alpha, value), got {describe(row)}")
         ratio, value = row
+        if not isinstance(ratio, numbers.Real):
+            raise TypeError(f"`{name}` must hold numbers as noise levels, got {ratio!r}")
         if not (math.isfinite(ratio) and ratio > 0):
             raise ValueError(f"`{name}` must hold positive noise levels, got {ratio!r}")
         table.append((math.log(ratio), check(value)))
@@ -66,7 +69,7 @@ def level_rule(
 
 def window_rule(window: Window, check: Callable[[object], int]) -> Callable[[float, float], int]:
     """A window given in any form, as a function (alpha, sigma) -> size; see `level_rule`."""
-    return level_rule(window, "window", check, lambda given: isinstance(given, int))
+    return level_rule(window, "window", check, lambda given: isinstance(given, numbers.Integral))
 
 
 class WindowDenoiser(PosteriorDenoiser):
