@@ -203,8 +203,10 @@ class Moments:
         Raises:
             FileExistsError: `path` exists and `force` is False.
             FileNotFoundError: The folder of `path` does not exist.
+            OSError: The file cannot be written, on a full disk for example.
             ValueError: There are no images yet.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = Path(path)
@@ -225,6 +227,8 @@ class Moments:
         try:
             save_file(tensors, temporary, metadata)
             os.replace(temporary, path)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
         finally:
             temporary.unlink(missing_ok=True)
 

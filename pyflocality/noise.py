@@ -128,9 +128,8 @@ class DDPMSchedule(NoiseSchedule):
     @cached_property
     def alpha_cumprod(self) -> Tensor:
         """alpha^2 at every time: float64 [T]."""
-        betas = torch.linspace(
-            self.beta_start, self.beta_end, self.num_timesteps, dtype=torch.float64
-        )
+        ends, count = (self.beta_start, self.beta_end), self.num_timesteps
+        betas = torch.linspace(*ends, count, dtype=torch.float64, device="cpu")
         return torch.cumprod(1.0 - betas, dim=0)
 
     def timesteps(self, steps: int) -> Tensor:
@@ -147,7 +146,7 @@ class DDPMSchedule(NoiseSchedule):
             raise ValueError(
                 f"`steps` must be at most the schedule's {self.num_timesteps} times, got {steps}"
             )
-        return torch.arange(steps - 1, -1, -1) * (self.num_timesteps // steps)
+        return torch.arange(steps - 1, -1, -1, device="cpu") * (self.num_timesteps // steps)
 
     def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         times = _check_times(t, 0, self.num_timesteps - 1, whole=True)
@@ -173,7 +172,7 @@ class CosineSchedule(NoiseSchedule):
             ValueError: `steps` is below 1.
         """
         steps = check_count(steps, "steps")
-        return torch.arange(steps, 0, -1, dtype=torch.float64) / (steps + 1)
+        return torch.arange(steps, 0, -1, dtype=torch.float64, device="cpu") / (steps + 1)
 
     def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         angle = _check_times(t, 0.0, 1.0) * (math.pi / (2 * 1.008))
@@ -228,7 +227,8 @@ class KarrasSchedule(NoiseSchedule):
         """
         steps = check_count(steps, "steps")
         high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
-        levels = torch.linspace(high, low, steps, dtype=torch.float64) ** self.rho
+        roots = torch.linspace(high, low, steps, dtype=torch.float64, device="cpu")
+        levels = roots**self.rho
         # The power of the root is off by a rounding error; the ends are known.
         levels[-1] = self.sigma_min
         levels[0] = self.sigma_max
@@ -269,7 +269,8 @@ class FlowSchedule(NoiseSchedule):
             ValueError: `steps` is below 1.
         """
         steps = check_count(steps, "steps")
-        return torch.linspace(self.t_min, 1.0, steps + 1, dtype=torch.float64)[:-1]
+        times = torch.linspace(self.t_min, 1.0, steps + 1, dtype=torch.float64, device="cpu")
+        return times[:-1]
 
     def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         alpha = _check_times(t, 0.0, 1.0).clone()
@@ -401,7 +402,7 @@ def _check_times(t: float | Tensor, low: float, high: float, *, whole: bool = Fa
     if not inside:
         bounds = f"[{low}, infinity)" if high == _LARGEST else f"[{low}, {high}]"
         raise ValueError(f"`t` must lie in {bounds}, got {describe(t)}")
-    return torch.as_tensor(times, dtype=dtype)
+    return times if is_tensor else torch.as_tensor(times, dtype=dtype, device="cpu")
 
 
 def _coefficients(

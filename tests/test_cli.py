@@ -287,6 +287,16 @@ def test_an_output_that_cannot_be_made_is_named(run, source, tmp_path):
     assert os.listdir(tmp_path) == ["tiny.npz"]
 
 
+def test_a_file_in_place_of_the_output_folder_is_named(run, tmp_path):
+    out = tmp_path / "results"
+    out.write_text("precious")
+    # Refused before the source, which is not there, is looked at.
+    code, _, stderr = run(*small("nowhere", out))
+    assert (code, stderr) == (2, f"pyflocality: error: {out} is not a folder\n")
+    assert out.read_text() == "precious"
+    assert os.listdir(tmp_path) == ["results"]
+
+
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_a_backend_that_cannot_run_is_refused_before_any_work(run, source, tmp_path, backend):
     if torch.cuda.is_available():
@@ -304,6 +314,20 @@ def test_the_backend_asked_for_runs(run, source, tmp_path):
     record = json.loads(stdout)
     assert record["backends"]["masked_posterior"] == ["reference"]
     assert record["denoiser"]["backend"] == "reference"
+
+
+def test_the_chosen_backend_is_not_that_of_the_caption(run, source, tmp_path, monkeypatch):
+    if configuration()["backends"]["cpu"] is not None:
+        pytest.skip("the native extension is not built")
+    arguments = ["--denoiser", "optimal", "--json"]
+    for name, more in (("option", ["--backend", "cpu"]), ("environment", [])):
+        if not more:
+            monkeypatch.setenv("PYFLOCALITY_BACKEND", "cpu")
+        code, stdout, _ = run(*small(source, tmp_path / name, *arguments, *more))
+        assert code == 0
+        record = json.loads(stdout)
+        assert record["backends"]["global_posterior"] == ["cpu"]
+        assert len(record["nearest"]["index"]) == 3
 
 
 def test_a_missing_extra_is_one_line_with_the_cure(run, tmp_path, monkeypatch):
@@ -397,6 +421,14 @@ def test_moments_picture_must_be_png(run, source, tmp_path):
     code, _, stderr = run("moments", source, "--out", tmp_path / "m", "--picture", "m.svg")
     assert code == 2 and "--picture" in stderr
     assert os.listdir(tmp_path) == ["tiny.npz"]
+
+
+def test_moments_and_their_picture_are_two_files(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # Refused before the source, which is not there, is looked at.
+    code, _, stderr = run("moments", "nowhere", "--out", "./x.png", "--picture", "x.png")
+    assert code == 2 and "`--picture` must be another file than `--out`" in stderr
+    assert os.listdir(tmp_path) == []
 
 
 def test_moments_of_equal_images_have_no_share(run, tmp_path):

@@ -142,6 +142,7 @@ INFINITE[0, 0, 0, 0] = -np.inf
         (IMAGES.astype(np.float32), ValueError, r"\[0, 255\], pass uint8 or images / 127.5 - 1"),
         (FLOATS * 1.5, ValueError, r"in \[-1, 1\], got values from -1.* to 1.*: rescale"),
         (FLOATS - 1.0, ValueError, r"in \[-1, 1\], got values from -2"),
+        (torch.zeros(2, 1, 4, 4, device="meta"), ValueError, "must hold values, got .* on meta"),
         (IMAGES.tolist(), TypeError, "NumPy array, a torch tensor"),
         ("photos.zip", TypeError, r"TrainingSet.load\(...\) reads files"),
         (None, TypeError, "NumPy array, a torch tensor"),

@@ -317,6 +317,21 @@ def test_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path):
+    resource = pytest.importorskip("resource")
+    moments = Moments.from_data(byte_images(5))
+    path = tmp_path / "moments.safetensors"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"moments\.safetensors cannot be written") as caught:
+            moments.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(path) in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def damage_truncated(content: bytes) -> bytes:
     return content[: len(content) // 2]
 

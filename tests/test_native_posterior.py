@@ -266,3 +266,18 @@ def test_ctrl_c_ends_a_scan(rng):
             window_posterior_mean(x, images, 7, 0.5, backend="cpu")
     timer.join()
     assert time.perf_counter() - started < 60
+
+
+@pytest.mark.parametrize("level", [80.0, 5.0, 1.5, 1.0, 0.2])
+def test_large_masks_keep_their_digits(level, rng):
+    shape = (3, 32, 32)
+    images = random_images(rng, 200, shape, torch.uint8)
+    place = torch.arange(32)
+    near = (place[:, None] - place).abs() <= 12
+    pixels = (near[:, None, :, None] & near[None, :, None, :]).reshape(1024, 1024)
+    weights = QueryWeights(pixels.repeat(3, 3))
+    x = noisy_batch(images, 2, level, 1.0, rng)
+    found = masked_posterior_mean(x, images, weights, level, backend="cpu")
+    exact = masked_posterior_mean(x.double(), images, weights, level, backend="reference")
+    # A float32 sum of 1,900 terms of either sign, in any order, and logits of a few hundred.
+    assert (found.double() - exact).abs().max() <= 1e-4

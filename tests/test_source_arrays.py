@@ -13,6 +13,7 @@ from source_files import (
     COLOUR,
     GREY,
     assert_images,
+    encoded,
     load,
     luma,
     save_npy,
@@ -304,6 +305,13 @@ def test_cifar_100(tmp_path):
     assert_images(data, CIFAR[9:])
     assert data.labels.tolist() == CIFAR_LABELS[9:].tolist()
     assert data.label_names == tuple(CLASS_NAMES)
+
+
+@pytest.mark.parametrize("stray", ["train", "test"])
+def test_a_file_named_like_a_split_does_not_make_cifar_100(tmp_path, stray):
+    images = {f"{number}.png": encoded(CIFAR[number]) for number in range(2)}
+    folder = write_tree(tmp_path / "set", images | {stray: b"notes"}, "folder")
+    assert_images(load(folder), CIFAR[:2])
 
 
 class Malicious:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from source_files import (
     load,
 )
 
+import pyflocality as pf
 from pyflocality.sources import builtin, synthetic
 
 
@@ -69,6 +71,56 @@ def test_synthetic_sets_are_the_same_every_time(name, monkeypatch):
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
     first, again, other = (make(5, 9, generator=generator) for generator in generators)
     assert first.content_key() == again.content_key() != other.content_key()
+
+
+@contextmanager
+def other_defaults():
+    """Defaults of torch that the library's results must not follow."""
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", ["digits", "disks", "c_alpha"])
+def test_torch_defaults_change_no_builtin_set(name, monkeypatch):
+    if name == "digits":
+        pytest.importorskip("sklearn.datasets")
+    monkeypatch.setattr(builtin, "SYNTHETIC_IMAGES", 20)
+    expected = load(name, resolution=(8, 16), channels=3)
+    with other_defaults():
+        data = load(name, resolution=(8, 16), channels=3)
+    assert data.dtype == expected.dtype
+    assert data.content_key() == expected.content_key()
+
+
+@pytest.mark.parametrize(
+    "schedule", [pf.DDPMSchedule, pf.CosineSchedule, pf.KarrasSchedule, pf.FlowSchedule]
+)
+def test_torch_defaults_change_no_samples(schedule):
+    denoiser = pf.WienerDenoiser(pf.Moments.from_data(synthetic.disks(5, 4)))
+
+    def run():
+        # Made anew: a schedule keeps its table.
+        noise = schedule()
+        generator = torch.Generator("cpu").manual_seed(3)
+        options = {"schedule": noise, "steps": 3, "generator": generator, "progress": False}
+        result = pf.sample(lambda x, sigma, alpha: 0.5 * x, x_T=state, **options)
+        drawn = pf.sample(denoiser, 2, **options)
+        time = noise.timesteps(3)[1].item()
+        return noise(time), result.timesteps, result.images, drawn.images
+
+    state = torch.linspace(-1, 1, 32, dtype=torch.float32).reshape(2, 1, 4, 4)
+    level, *expected = run()
+    with other_defaults():
+        again, *found = run()
+    assert again == level
+    for tensor, same in zip(found, expected, strict=True):
+        assert tensor.dtype == same.dtype
+        assert torch.equal(tensor, same)
 
 
 def test_disks_have_the_value_and_the_area_of_their_parameters():

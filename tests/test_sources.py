@@ -141,6 +141,19 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     assert data.labels.tolist() == [0, 1]
 
 
+def test_a_folder_reached_in_several_ways_counts_once(tmp_path):
+    files = {"x/a.png": encoded(GREY[0]), "y/b.png": encoded(GREY[1])}
+    folder = write_tree(tmp_path / "set", files, "folder")
+    (folder / "x" / "toy").symlink_to("../y", target_is_directory=True)
+    (folder / "y" / "tox").symlink_to("../x", target_is_directory=True)
+    real = write_tree(tmp_path / "real", {"1.png": encoded(GREY[2])}, "folder")
+    for name in ("w", "z"):
+        (folder / name).symlink_to(real, target_is_directory=True)
+    data = load(folder)
+    assert_images(data, GREY[[2, 0, 1]][:, None])
+    assert data.label_names == ("w", "x", "y")
+
+
 @both_kinds
 @pytest.mark.parametrize(
     ("bad", "message"),
@@ -297,6 +310,7 @@ def test_resolution_brings_mixed_sizes_together(tmp_path):
         ({"channels": "L"}, TypeError, "`channels` must be a whole number"),
         ({"split": 1}, TypeError, "`split` must be a name"),
         ({"cache_dir": 1}, TypeError, "`cache_dir` must be a path"),
+        ({"cache_dir": "~no such user/x"}, ValueError, "`cache_dir` must be a path"),
     ],
 )
 def test_wrong_arguments_are_refused_before_any_work(arguments, error, message):
@@ -310,6 +324,8 @@ def test_wrong_arguments_are_refused_before_any_work(arguments, error, message):
         ("digit", ValueError, "'digits', 'photos', 'disks', 'c_alpha'.*idx.*CIFAR.*'digit'"),
         (Path("digits"), ValueError, "nothing is there: 'digits'"),
         ("no/such/set.zip", ValueError, r"nothing is there: 'no/such/set\.zip'"),
+        ("", ValueError, "nothing is there: ''"),
+        ("~no such user/x", ValueError, "nothing is there: '~no such user/x'"),
         (COLOUR, TypeError, r"`source` must be .*arrays and tensors go to TrainingSet\(...\)"),
         (None, TypeError, "`source` must be the name of a builtin set or a path"),
     ],

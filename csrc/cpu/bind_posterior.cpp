@@ -1,5 +1,8 @@
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "bind_scan.h"
@@ -53,9 +56,16 @@ py::tuple scan_patches(const py::array& images, const Array<float>& noisy,
 }
 
 py::tuple scan_masks(const DifferenceTree& tree, const py::array& images, const Array<float>& noisy,
-                     const Array<float>& scale, py::ssize_t threads, const std::string& isa) {
+                     const Array<float>& scale, const std::optional<Array<float>>& centre,
+                     py::ssize_t threads, const std::string& isa) {
   Scan scan(images, noisy, scale, tree.outputs, 1, threads, isa);
   check_tree(tree, scan);
+  if (centre) {
+    if (centre->ndim() != 1 || size(centre->shape(0)) != tree.inputs_count) {
+      throw py::value_error("`centre` must have shape [D], got " + shape_text(*centre));
+    }
+    scan.batch.centre = centre->data();
+  }
   return scan.run([&] {
     masked_posterior(tree, scan.images, scan.batch, scan.result, scan.threads, scan.instructions,
                      check_signals);
@@ -111,7 +121,8 @@ void bind_posterior(py::module_& module) {
              py::arg("circular"), py::arg("threads"), py::arg("isa") = "", scan_doc);
   module.def("masked_posterior", &scan_masks, py::arg("tree"), py::arg("images"),
              py::arg("noisy").noconvert(), py::arg("scale").noconvert(), py::kw_only(),
-             py::arg("threads"), py::arg("isa") = "", scan_doc);
+             py::arg("centre").noconvert() = py::none(), py::arg("threads"), py::arg("isa") = "",
+             scan_doc);
 }
 
 }  // namespace pyflocality

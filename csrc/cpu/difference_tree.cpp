@@ -233,6 +233,26 @@ class Builder {
 
 }  // namespace
 
+std::vector<double> sums_over_masks(const DifferenceTree& tree, const std::vector<double>& values) {
+  std::vector<double> result(tree.outputs), slots(tree.slots);
+  double sum = 0.0;
+  for (const DifferenceTree::Node& node : tree.nodes) {
+    if (node.from == DifferenceTree::kFromEmpty) {
+      sum = 0.0;
+    } else if (node.from != DifferenceTree::kFromLast) {
+      sum = slots[static_cast<std::size_t>(node.from)];
+    }
+    const std::uint32_t* input = tree.inputs.data() + node.begin;
+    for (std::uint32_t k = 0; k < node.plus; ++k) sum += values[*input++];
+    for (std::uint32_t k = 0; k < node.minus; ++k) sum -= values[*input++];
+    if (node.keep != DifferenceTree::kNowhere) slots[static_cast<std::size_t>(node.keep)] = sum;
+    if (node.output != DifferenceTree::kSilent) {
+      result[static_cast<std::size_t>(node.output)] = sum;
+    }
+  }
+  return result;
+}
+
 DifferenceTree build_difference_tree(const std::uint8_t* bits, std::size_t row_bytes,
                                      std::size_t channels, std::size_t height, std::size_t width) {
   return Builder(bits, row_bytes, channels, height, width).build();

@@ -41,6 +41,9 @@ struct DifferenceTree {
   std::size_t terms() const { return inputs.size(); }
 };
 
+// Sums of values [inputs_count] over every mask, [outputs].
+std::vector<double> sums_over_masks(const DifferenceTree& tree, const std::vector<double>& values);
+
 // Builds the schedule.
 //
 //   bits      masks, a row of `row_bytes` bytes for each output; input d is bit 7 - d % 8 of

@@ -18,6 +18,12 @@ namespace pyflocality {
 // gives minimum = min_i e, total = sum_i 2^(-scale (e - minimum)) and
 // weighted = sum_i 2^(-scale (e - minimum)) image[i, m].
 //
+// With a centre c the scan sums (image - c) (image - c - 2 (noisy - c)), which differs from the
+// squared difference by (noisy - c)^2 alone: nothing that depends on the image. Where noise is
+// much larger than the images these terms are much smaller than the squares, and so are their
+// rounding errors; where it is much smaller the squares of the nearest images are. The minimum is
+// that of e in both cases.
+//
 // A noisy image's results do not depend on the others of its batch, nor on the number of threads.
 // checkpoint is called on the calling thread now and then and may throw.
 void masked_posterior(const DifferenceTree& tree, const StoredImages& images,

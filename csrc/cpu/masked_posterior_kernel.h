@@ -2,7 +2,7 @@
 
 #include "simd/posterior.h"
 
-template <typename Stored, int kQueries>
+template <typename Stored, int kQueries, bool kCentred>
 class MaskedScan {
  public:
   MaskedScan(const DifferenceTree& tree, const Stored* images, const Segments& segments,
@@ -11,11 +11,14 @@ class MaskedScan {
         images_(images),
         segments_(segments),
         dim_(tree.inputs_count),
+        centre_(batch.centre),
         checkpoint_(checkpoint),
         noisy_(dim_ * kQueries) {
     for (int b = 0; b < kQueries; ++b) {
       const float* row = batch.noisy + (first_query + static_cast<std::size_t>(b)) * dim_;
-      for (std::size_t d = 0; d < dim_; ++d) noisy_.data()[d * kQueries + b] = row[d];
+      for (std::size_t d = 0; d < dim_; ++d) {
+        noisy_.data()[d * kQueries + b] = kCentred ? 2.0f * (row[d] - centre_[d]) : row[d];
+      }
       scale_[b] = batch.scale[first_query + static_cast<std::size_t>(b)];
       reach_[b] = negligible_power(segments.count) / scale_[b];
     }
@@ -123,7 +126,8 @@ class MaskedScan {
     }
   }
 
-  // Adds or subtracts the squared differences at some inputs.
+  // Adds or subtracts the squared differences at some inputs, or what stands for them where both
+  // sides count from a centre.
   template <bool kPlus>
   void accumulate(const Stored* tile, const std::uint32_t* inputs, std::size_t count,
                   Sums& sums) const {
@@ -141,14 +145,20 @@ class MaskedScan {
       Vec value[kTileVectors];
 #pragma GCC unroll 8
       for (int i = 0; i < kTileVectors; ++i) value[i] = load(values + i * kLanes);
+      if constexpr (kCentred) {
+        const Vec centre = broadcast(centre_[*input]);
+#pragma GCC unroll 8
+        for (int i = 0; i < kTileVectors; ++i) value[i] = sub(value[i], centre);
+      }
 #pragma GCC unroll 8
       for (int b = 0; b < kQueries; ++b) {
         const Vec target = broadcast(noisy[b]);
 #pragma GCC unroll 8
         for (int i = 0; i < kTileVectors; ++i) {
-          const Vec gap = sub(target, value[i]);
-          local[b][i] =
-              kPlus ? multiply_add(gap, gap, local[b][i]) : multiply_sub(gap, gap, local[b][i]);
+          const Vec gap = sub(value[i], target);
+          const Vec factor = kCentred ? value[i] : gap;
+          local[b][i] = kPlus ? multiply_add(factor, gap, local[b][i])
+                              : multiply_sub(factor, gap, local[b][i]);
         }
       }
     }
@@ -163,23 +173,33 @@ class MaskedScan {
   const Stored* images_;
   const Segments& segments_;
   const std::size_t dim_;
+  const float* centre_;
   const Checkpoint& checkpoint_;
   AlignedArray<float> noisy_;
   float scale_[kQueries], reach_[kQueries];
 };
 
-template <typename Stored, int kQueries>
+template <typename Stored, int kQueries, bool kCentred>
 void masked_group(const DifferenceTree& tree, const Stored* images, std::size_t count,
                   const NoisyBatch& batch, std::size_t first_query, const ScanResult& result,
                   std::size_t threads, const Checkpoint& checkpoint) {
   const Segments segments(count, kTileImages);
   const ScanState state =
-      MaskedScan<Stored, kQueries>(tree, images, segments, batch, first_query, checkpoint)
+      MaskedScan<Stored, kQueries, kCentred>(tree, images, segments, batch, first_query, checkpoint)
           .run(threads);
+  std::vector<double> left_out(tree.outputs), squares(tree.inputs_count);
   for (std::size_t b = 0; b < kQueries; ++b) {
+    if constexpr (kCentred) {
+      const float* noisy = batch.noisy + (first_query + b) * tree.inputs_count;
+      for (std::size_t d = 0; d < tree.inputs_count; ++d) {
+        const double gap = static_cast<double>(noisy[d]) - batch.centre[d];
+        squares[d] = gap * gap;
+      }
+      left_out = sums_over_masks(tree, squares);
+    }
     for (std::size_t m = 0; m < tree.outputs; ++m) {
       const std::size_t from = m * kQueries + b, to = (first_query + b) * tree.outputs + m;
-      result.minimum[to] = state.minimum[from];
+      result.minimum[to] = state.minimum[from] + left_out[m];
       result.total[to] = state.total[from];
       result.weighted[to] = state.weighted[from];
     }
@@ -187,20 +207,31 @@ void masked_group(const DifferenceTree& tree, const Stored* images, std::size_t 
 }
 
 // Groups of queries that fill the registers, then smaller ones for the rest.
-template <typename Stored>
-void masked_posterior(const DifferenceTree& tree, const Stored* images, std::size_t count,
-                      const NoisyBatch& batch, const ScanResult& result, std::size_t threads,
-                      const Checkpoint& checkpoint) {
+template <typename Stored, bool kCentred>
+void masked_groups(const DifferenceTree& tree, const Stored* images, std::size_t count,
+                   const NoisyBatch& batch, const ScanResult& result, std::size_t threads,
+                   const Checkpoint& checkpoint) {
   std::size_t first = 0;
   const auto run = [&](auto group) {
     constexpr int kQueries = decltype(group)::value;
     for (; batch.batch - first >= kQueries; first += kQueries) {
-      masked_group<Stored, kQueries>(tree, images, count, batch, first, result, threads,
-                                     checkpoint);
+      masked_group<Stored, kQueries, kCentred>(tree, images, count, batch, first, result, threads,
+                                               checkpoint);
     }
   };
   run(std::integral_constant<int, 8>());
   run(std::integral_constant<int, 4>());
   run(std::integral_constant<int, 2>());
   run(std::integral_constant<int, 1>());
+}
+
+template <typename Stored>
+void masked_posterior(const DifferenceTree& tree, const Stored* images, std::size_t count,
+                      const NoisyBatch& batch, const ScanResult& result, std::size_t threads,
+                      const Checkpoint& checkpoint) {
+  if (batch.centre != nullptr) {
+    masked_groups<Stored, true>(tree, images, count, batch, result, threads, checkpoint);
+  } else {
+    masked_groups<Stored, false>(tree, images, count, batch, result, threads, checkpoint);
+  }
 }

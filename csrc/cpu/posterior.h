@@ -21,6 +21,8 @@ struct NoisyBatch {
   const float* noisy;
   const float* scale;
   std::size_t batch;
+  // [dim], or null: what the masked scan counts both sides from. See there.
+  const float* centre = nullptr;
 };
 
 // Results in stored units: [batch, queries] and, for weighted, [batch, queries, values].

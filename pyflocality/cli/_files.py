@@ -32,6 +32,7 @@ class Outputs:
 
         Raises:
             FileExistsError: A file is there and `force` is False.
+            NotADirectoryError: What should be the folder of a file is none.
             OSError: A file cannot be written.
         """
         there = [path for path in self.paths if os.path.lexists(path)]
@@ -66,6 +67,8 @@ class Outputs:
         self._clean()
 
     def _make_folder(self, folder: Path) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is not a folder")
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         for path in reversed(missing):
             path.mkdir(exist_ok=True)

@@ -222,7 +222,8 @@ def _neighbours(images: Tensor, data: TrainingSet, plan: Plan, stages: Stages) -
         return None
     with stages("nearest", "looking for the nearest training images"):
         budget = plan.denoiser.given.get("memory_budget")
-        return nearest_images(images, data.images, memory_budget=budget)
+        # Whatever backend was chosen was chosen for the model; this is the caption of a picture.
+        return nearest_images(images, data.images, backend="auto", memory_budget=budget)
 
 
 def _described(neighbours: Neighbours, data: TrainingSet) -> dict[str, list[float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,6 +59,8 @@ def moments(
 
     if picture is not None and picture.suffix.lower() != ".png":
         raise ValueError(f"`picture` must end in .png, got {str(picture)!r}")
+    if picture is not None and os.path.realpath(picture) == os.path.realpath(out):
+        raise ValueError(f"`picture` must be another file than `out`, got {str(picture)!r} twice")
     options = SourceOptions(source, resolution, channels, split, label)
     options.check()
     stages = Stages(announce=progress)

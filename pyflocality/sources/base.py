@@ -49,7 +49,12 @@ class Request:
             raise TypeError(f"`split` must be a name such as 'train', got {describe(split)}")
         if cache_dir is not None and not isinstance(cache_dir, (str, os.PathLike)):
             raise TypeError(f"`cache_dir` must be a path, got {describe(cache_dir)}")
-        folder = None if cache_dir is None else Path(cache_dir).expanduser()
+        try:
+            folder = None if cache_dir is None else Path(cache_dir).expanduser()
+        except RuntimeError as error:
+            raise ValueError(
+                f"`cache_dir` must be a path, got {describe(cache_dir)}: {error}"
+            ) from error
         return cls(_checked_resolution(resolution), channels, split, folder, bool(progress))
 
 

@@ -33,17 +33,21 @@ class _Layout:
         parts: Files of each split.
         read: Reads images [n, 3072] and labels [n] of one file.
         names: Reads the names of the classes in a folder.
+        mark: File that must lie beside those of the splits where their names say too little.
     """
 
     parts: dict[str, tuple[str, ...]]
     read: Callable[[Path], tuple[np.ndarray, np.ndarray]]
     names: Callable[[Path], tuple[str, ...] | None]
+    mark: str | None = None
 
 
 def find_layout(folder: Path) -> _Layout | None:
     """The version of CIFAR that a folder holds, or None."""
     for layout in _LAYOUTS:
-        if any((folder / part).is_file() for parts in layout.parts.values() for part in parts):
+        files = [folder / part for parts in layout.parts.values() for part in parts]
+        marked = layout.mark is None or (folder / layout.mark).is_file()
+        if marked and any(path.is_file() for path in files):
             return layout
     return None
 
@@ -163,5 +167,6 @@ _LAYOUTS = (
         {"train": ("train",), "test": ("test",)},
         _read_pickled_100,
         _pickled_names("meta", "fine_label_names"),
+        mark="meta",
     ),
 )

@@ -9,8 +9,9 @@ Layouts that are understood, in a folder as in an archive:
 - `train`, `test`, `val`, .. at the top, each in one of the layouts above: `split` chooses;
 - any of these inside one enclosing folder.
 
-Hidden files and files without an image suffix are passed over. The images are ordered by their
-paths, so those of one class lie together.
+Hidden files and files without an image suffix are passed over. Links to folders are followed; a
+folder that can be reached in several ways counts once, under its own name if it lies inside. The
+images are ordered by their paths, so those of one class lie together.
 """
 
 from __future__ import annotations
@@ -115,10 +116,7 @@ def _base_name(name: str) -> str:
 def _folder_tree(folder: Path) -> Tree:
     files: dict[str, tuple[int, int]] = {}
     try:
-        for directory, subdirectories, names in os.walk(folder, onerror=_reraise, followlinks=True):
-            if _leads_back(directory):
-                subdirectories.clear()
-                continue
+        for directory, names in _directories(folder):
             for name in names:
                 path = Path(directory, name)
                 relative = path.relative_to(folder).as_posix()
@@ -132,16 +130,29 @@ def _folder_tree(folder: Path) -> Tree:
     return Tree(str(folder), os.sep, files, lambda name: (folder / name).read_bytes(), place)
 
 
+def _directories(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each directory below a folder once, also through links, with the names of its files."""
+    visited: set[tuple[int, int]] = set()
+    starts = [str(folder)]
+    while starts:
+        # Links come after everything that needs none, so that a directory keeps its own name.
+        links: list[str] = []
+        for start in starts:
+            for directory, subdirectories, names in os.walk(start, onerror=_reraise):
+                status = os.stat(directory)
+                identity = (status.st_dev, status.st_ino)
+                if identity in visited:
+                    subdirectories.clear()
+                    continue
+                visited.add(identity)
+                paths = (os.path.join(directory, name) for name in subdirectories)
+                links.extend(path for path in paths if os.path.islink(path))
+                yield directory, names
+        starts = sorted(links)
+
+
 def _reraise(error: OSError) -> None:
     raise error
-
-
-def _leads_back(directory: str) -> bool:
-    """Whether a directory is a link to one of the directories above it."""
-    if not os.path.islink(directory):
-        return False
-    above = os.path.join(os.path.realpath(os.path.dirname(directory)), "")
-    return above.startswith(os.path.join(os.path.realpath(directory), ""))
 
 
 @contextmanager

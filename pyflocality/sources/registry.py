@@ -30,15 +30,17 @@ def open_source(source: str | os.PathLike[str], request: Request) -> Loaded:
         )
     if isinstance(source, str) and source in builtin.BUILTINS:
         return builtin.load_builtin(source, request)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _open_folder(path, request)
-    if not path.exists():
+    # Unlike pathlib's, this expansion leaves the home of an unknown user as it is.
+    path = Path(os.path.expanduser(source))
+    # An empty name would be the working directory.
+    if source == "" or not path.exists():
         names = ", ".join(repr(name) for name in builtin.BUILTINS)
         raise ValueError(
             f"`source` must be a builtin set ({names}) or the path of {FORMATS}; nothing is "
             f"there: {str(source)!r}"
         )
+    if path.is_dir():
+        return _open_folder(path, request)
     suffix = path.suffix.lower()
     if suffix == ".zip":
         return folder.load_zip(path, request)

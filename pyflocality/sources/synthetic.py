@@ -52,7 +52,7 @@ def draw_disks(n: int, size: int, generator: torch.Generator) -> DiskParameters:
     The radius is uniform in [size / 10, size / 4], each coordinate of the centre in
     [size / 4, 3 size / 4] and both values in [-1, 1], all independent, float64.
     """
-    uniform = torch.rand(5, n, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(5, n, generator=generator, dtype=torch.float64, device="cpu")
     return DiskParameters(
         x=size * (0.25 + 0.5 * uniform[0]),
         y=size * (0.25 + 0.5 * uniform[1]),
@@ -68,7 +68,7 @@ def render_disks(parameters: DiskParameters, size: int) -> Tensor:
     A pixel whose centre lies r from the centre of the disk is covered to the share
     clip(radius - r + 1/2, 0, 1), which is the exact share for a straight edge along the grid.
     """
-    centres = torch.arange(size, dtype=torch.float64) + 0.5
+    centres = torch.arange(size, dtype=torch.float64, device=parameters.x.device) + 0.5
     across = centres[None, None, :] - parameters.x[:, None, None]
     down = centres[None, :, None] - parameters.y[:, None, None]
     distance = torch.hypot(across, down)
@@ -124,11 +124,11 @@ def c_alpha(
     """
     n, size = check_count(n, "n"), check_count(size, "size")
     alpha, generator = check_positive(alpha, "alpha"), _generator(generator)
-    images = torch.empty(n, 1, size, size)
+    images = torch.empty(n, 1, size, size, dtype=torch.float32, device="cpu")
+    middle = torch.arange(size, dtype=torch.float64, device="cpu") + 0.5
     for start in range(0, n, _CHUNK):
         part = images[start : start + _CHUNK]
         contour = size * (0.5 + 0.25 * _regular((len(part), size), alpha + 0.5, generator))
-        middle = torch.arange(size, dtype=torch.float64) + 0.5
         share = (contour[:, None, :] - middle[None, :, None] + 0.5).clamp(0.0, 1.0)
         above, below = (_background(len(part), size, alpha, generator) for _ in range(2))
         part[:, 0] = below + (above - below) * share
@@ -136,23 +136,24 @@ def c_alpha(
 
 
 def _background(n: int, size: int, alpha: float, generator: torch.Generator) -> Tensor:
-    mean = 1.2 * torch.rand(n, 1, 1, generator=generator, dtype=torch.float64) - 0.6
-    return mean + 0.4 * _regular((n, size, size), alpha + 1.0, generator)
+    uniform = torch.rand(n, 1, 1, generator=generator, dtype=torch.float64, device="cpu")
+    return 1.2 * uniform - 0.6 + 0.4 * _regular((n, size, size), alpha + 1.0, generator)
 
 
 def _regular(shape: tuple[int, ...], decay: float, generator: torch.Generator) -> Tensor:
     """Random series with amplitudes |k|^-decay and largest absolute value 1, per image."""
     axes = tuple(range(1, len(shape)))
     double = [2 * length for length in shape[1:]]
-    frequencies = [torch.fft.fftfreq(length, 1 / length, dtype=torch.float64) for length in double]
-    frequencies[-1] = torch.fft.rfftfreq(double[-1], 1 / double[-1], dtype=torch.float64)
+    kind = {"dtype": torch.float64, "device": "cpu"}
+    frequencies = [torch.fft.fftfreq(length, 1 / length, **kind) for length in double]
+    frequencies[-1] = torch.fft.rfftfreq(double[-1], 1 / double[-1], **kind)
     squared = sum(k**2 for k in torch.meshgrid(*frequencies, indexing="ij"))
     amplitude = torch.where(squared > 0, squared, torch.inf) ** (-0.5 * decay)
-    noise = torch.randn(shape[0], *double, generator=generator, dtype=torch.float64)
+    noise = torch.randn(shape[0], *double, generator=generator, **kind)
     series = torch.fft.irfftn(torch.fft.rfftn(noise, dim=axes) * amplitude, dim=axes)
     series = series[(slice(None), *(slice(length) for length in shape[1:]))]
     return series / series.abs().amax(dim=axes, keepdim=True)
 
 
 def _generator(generator: torch.Generator | None) -> torch.Generator:
-    return torch.Generator().manual_seed(_SEED) if generator is None else generator
+    return torch.Generator("cpu").manual_seed(_SEED) if generator is None else generator

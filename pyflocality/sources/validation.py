@@ -63,6 +63,8 @@ def checked_shape(images: Tensor) -> Tensor:
         )
     if images.numel() == 0:
         raise ValueError(f"`images` must hold at least one image, got {describe(images)}")
+    if images.is_meta:
+        raise ValueError(f"`images` must hold values, got {describe(images)}")
     if images.ndim == 3:
         return images[:, None]
     if images.shape[3] in (1, 3) and images.shape[1] not in (1, 3):
