@@ -1,0 +1,98 @@
+"""The GPU suite: its dry run goes through every case, and its command line refuses nonsense."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyflocality._backends import OPERATIONS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package 'triton' is not installed"
+)
+
+
+def run_suite(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_suite", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
+    """What a dry run writes and prints."""
+    out = tmp_path_factory.mktemp("results") / "dry.json"
+    done = run_suite("--dry-run", "--no-tests", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text(encoding="utf-8")), done.stdout
+
+
+@needs_triton
+def test_every_case_runs_or_tells_why_not(dry_run):
+    report, _ = dry_run
+    assert report["dry_run"] and report["results"]
+    for record in report["results"]:
+        op = "masked_posterior" if record["op"] == "ddim" else record["op"]
+        runs = record["backend"] == "triton" and "triton" in OPERATIONS[op]
+        assert record["status"] == ("ok" if runs else "unavailable"), record
+        if not runs:
+            assert record["reason"]
+            continue
+        assert record["check"].get("error", 0) <= record["check"].get("budget", 0)
+        assert record["seconds"]["p20"] <= record["seconds"]["median"] <= record["seconds"]["p80"]
+        for mark in record["yardsticks"].values():
+            assert "failed" not in mark, mark
+            assert mark["ratio"]["median"] > 0
+
+
+@needs_triton
+def test_the_report_says_where_and_with_what(dry_run):
+    report, printed = dry_run
+    for key in ("commit", "torch", "triton", "cuda", "gpu", "python"):
+        assert key in report["machine"]
+    assert {"clocks.sm", "clocks.mem"} <= set(report["gpu_before"])
+    assert "no number means anything" in printed
+    for record in report["results"]:
+        assert record["id"] in printed
+
+
+@needs_triton
+def test_each_operation_of_the_kernels_has_a_case(dry_run):
+    report, _ = dry_run
+    found = {(record["op"], record["backend"]) for record in report["results"]}
+    assert found >= {
+        ("masked_posterior", "triton"),
+        ("global_posterior", "triton"),
+        ("equivariant_posterior", "triton"),
+        ("covariance", "triton"),
+        ("window_posterior", "cuda"),
+        ("ddim", "triton"),
+    }
+
+
+def test_results_are_not_overwritten(tmp_path):
+    out = tmp_path / "there.json"
+    out.write_text("kept")
+    done = run_suite("--dry-run", "--out", str(out))
+    assert done.returncode == 2 and "--force" in done.stderr
+    assert out.read_text() == "kept"
+
+
+def test_unknown_cases_and_folders_are_refused(tmp_path):
+    done = run_suite("--dry-run", "--case", "nothing", "--out", str(tmp_path / "a.json"))
+    assert done.returncode == 2 and "no case" in done.stderr
+    done = run_suite("--dry-run", "--out", str(tmp_path / "missing" / "a.json"))
+    assert done.returncode == 2 and "no folder" in done.stderr

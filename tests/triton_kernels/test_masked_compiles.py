@@ -1,0 +1,146 @@
+"""Ahead-of-time compiles of every shipped configuration of the masked posterior."""
+
+from __future__ import annotations
+
+import pytest
+from triton_gates import compile_ahead
+
+from pyflocality.kernels import _masked_products as products
+from pyflocality.kernels import state
+from pyflocality.kernels._mask_plan import OUTPUTS
+from pyflocality.kernels.masked_posterior import CONFIGS
+
+HALF, SINGLE, INDEX = "*fp16", "*fp32", "*i32"
+LISTS = {"inputs_ptr": INDEX, "starts_ptr": INDEX, "parents_ptr": INDEX}
+SCAN = {
+    "images_ptr": HALF,
+    "queries_ptr": HALF,
+    **LISTS,
+    "cores_ptr": SINGLE,
+    "norms_ptr": SINGLE,
+    "outputs_ptr": INDEX,
+    "row_scale_ptr": SINGLE,
+    "gain_ptr": SINGLE,
+    "factor_ptr": SINGLE,
+    "minimum_ptr": SINGLE,
+    "total_ptr": SINGLE,
+    "weighted_ptr": SINGLE,
+    "blocks": "i32",
+    "places_above": "i32",
+    "column_blocks": "i32",
+    "split_blocks": "i32",
+    "stride_image": "i32",
+    "stride_norm": "i32",
+    "stride_sum": "i32",
+}
+SUMS = {
+    "images_ptr": HALF,
+    "queries_ptr": HALF,
+    **LISTS,
+    "above_ptr": SINGLE,
+    "sums_ptr": SINGLE,
+    "blocks": "i32",
+    "places_above": "i32",
+    "stride_image": "i32",
+    "stride_sum": "i32",
+}
+NORMS = {
+    "images_ptr": HALF,
+    "members_ptr": HALF,
+    **LISTS,
+    "above_ptr": SINGLE,
+    "row_scale_ptr": SINGLE,
+    "norms_ptr": SINGLE,
+    "count": "i32",
+    "stride_image": "i32",
+    "stride_above": "i32",
+    "stride_norm": "i32",
+}
+PACK = {
+    "noisy_ptr": SINGLE,
+    "inputs_ptr": INDEX,
+    "members_ptr": HALF,
+    "queries_ptr": HALF,
+    "dim": "i32",
+    "blocks": "i32",
+}
+STRIDES = ("stride_image", "stride_norm", "stride_sum", "stride_above")
+
+
+def constants(config, launch, **more):
+    return {
+        "OUTPUTS": OUTPUTS,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": config.block_d,
+        "NUM_STAGES": launch.num_stages,
+        **more,
+    }
+
+
+def compiled(kernel, types, arch, launch, values):
+    strides = [name for name in STRIDES if name in types]
+    return compile_ahead(kernel, types, values, arch=arch, divisible=strides, **vars(launch))
+
+
+def scan(arch, parts, parents):
+    config = CONFIGS[arch]
+    values = constants(config, config.scan, BATCH=config.batch, PARTS=parts, HAS_PARENTS=parents)
+    return compiled(products.masked_posterior_kernel, SCAN, arch, config.scan, values)
+
+
+@pytest.mark.parametrize("parents", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_scan(arch, parts, parents):
+    code = scan(arch, parts, parents)
+    code.assert_fits(wgmma=True)
+    assert code.has_async_copies
+    # Products of two steps overlap: not every wait is for the last one.
+    assert arch == 80 or max(code.waits) > 0, str(code)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_core_sums(arch, parts):
+    config = CONFIGS[arch]
+    values = constants(config, config.cores, BATCH=config.batch, PARTS=parts, HAS_PARENTS=True)
+    code = compiled(products.core_sums_kernel, SUMS, arch, config.cores, values)
+    code.assert_fits(wgmma=True)
+    assert code.has_async_copies
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_squared_norms(arch, parts):
+    config = CONFIGS[arch]
+    values = constants(config, config.norms, PARTS=parts, HAS_PARENTS=True)
+    code = compiled(products.squared_norms_kernel, NORMS, arch, config.norms, values)
+    code.assert_fits()
+    # 16 rows are too few for a warpgroup.
+    assert code.has_mma and not code.has_wgmma
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_pack_queries(arch):
+    config = CONFIGS[arch]
+    values = {
+        "MEMBER_PARTS": 2,
+        "PARTS": 2,
+        "OUTPUTS": OUTPUTS,
+        "BATCH": config.batch,
+        "BLOCK_D": config.block_d,
+    }
+    compile_ahead(
+        products.pack_queries_kernel, PACK, values, arch=arch, num_warps=4, num_stages=3
+    ).assert_fits()
+
+
+@pytest.mark.parametrize("block_v", [1, 1024])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_merge(arch, block_v):
+    types = {name: SINGLE for name in state.merge_states_kernel.arg_names if name.endswith("_ptr")}
+    types |= {"parts": "i32", "rows": "i32", "values": "i32"}
+    values = {"BLOCK_R": state.BLOCK_ELEMENTS // block_v, "BLOCK_V": block_v}
+    compile_ahead(
+        state.merge_states_kernel, types, values, arch=arch, **vars(state.LAUNCH)
+    ).assert_fits()
