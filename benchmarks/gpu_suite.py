@@ -287,7 +287,7 @@ def run_tests(seconds: float) -> dict[str, Any]:
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]
     runs = {}
-    for name, chosen in (("kernels", ["tests/triton"]), ("marked", ["-m", "gpu", "tests"])):
+    for name, chosen in (("kernels", ["tests/triton_kernels"]), ("marked", ["-m", "gpu", "tests"])):
         start = time.perf_counter()
         try:
             done = subprocess.run(

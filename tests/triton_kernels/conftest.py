@@ -17,7 +17,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     if "triton.language" in sys.modules:
         raise pytest.UsageError(
             "Triton was imported before its interpreter could be switched on: run "
-            "`pytest tests/triton` by itself, or set TRITON_INTERPRET=1"
+            "`pytest tests/triton_kernels` by itself, or set TRITON_INTERPRET=1"
         )
     os.environ["TRITON_INTERPRET"] = "1"
 

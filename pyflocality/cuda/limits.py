@@ -1,0 +1,50 @@
+"""What the CUDA kernels serve: predicates that need neither CuPy nor a GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from pyflocality._backends import Call
+from pyflocality._problem import float32_limits
+from pyflocality.cuda.geometry import WindowShape, plan_adjoint, plan_window
+
+# The first whose blocks can have the shared memory that the plans count on.
+CAPABILITY = (8, 0)
+
+
+def window_posterior_limits(call: Call) -> str | None:
+    """Reason why the window scan cannot serve a call, or None if it can."""
+    return float32_limits(call) or _capability_reason(call.device) or _size_reason(call, False)
+
+
+def patch_set_limits(call: Call) -> str | None:
+    """Reason why the pass over whole windows cannot serve a call, or None if it can."""
+    return float32_limits(call) or _capability_reason(call.device) or _size_reason(call, True)
+
+
+def _capability_reason(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_capability(device)
+    if found < CAPABILITY:
+        wanted, given = (".".join(map(str, version)) for version in (CAPABILITY, found))
+        return f"it needs a GPU of compute capability {wanted} or above, {device} has {given}"
+    return None
+
+
+def _size_reason(call: Call, whole_windows: bool) -> str | None:
+    """The plan's own refusal, for calls that tell the shape of their images."""
+    if "image_shape" not in call.facts:
+        return None
+    channels, height, width = call.facts["image_shape"]
+    # The plan of the largest window fits whenever that of a smaller one does.
+    window = 2 * max(height, width) - 1
+    if whole_windows:
+        window = min(height, width)
+    stored_bytes = call.facts["images_dtype"] == torch.uint8
+    shape = WindowShape(channels, height, width, window, stored_bytes, width % 4 == 0)
+    try:
+        plan_adjoint(shape) if whole_windows else plan_window(shape)
+    except ValueError as error:
+        return str(error)
+    return None
