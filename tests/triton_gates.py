@@ -3,8 +3,8 @@
 Two ways to test a kernel without a GPU exclude each other in one process: Triton decides when a
 kernel is defined whether it is interpreted (`TRITON_INTERPRET=1`) or compiled. Here
 
-* tests under `tests/triton_kernels` run kernels in the interpreter of their own process, which their
-  `conftest.py` switches on before anything imports Triton (on a machine with a GPU they run
+* tests under `tests/triton_kernels` run kernels in the interpreter of their own process, which
+  their `conftest.py` switches on before anything imports Triton (on a machine with a GPU they run
   compiled, on the GPU, instead);
 * `compile_ahead` compiles in one worker process, always without the interpreter. A kernel is
   handed over by name, so a test may call it whichever way its own process runs.
