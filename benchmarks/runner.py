@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import pyflocality as pf
 from benchmarks.registry import Case
 from benchmarks.sets import BenchmarkSet
-from benchmarks.workloads import Workload, Yardstick, make_workload
+from benchmarks.workloads import Workload, Yardstick, largest_error, make_workload
 from pyflocality._problem import training_values
 
 # An eager algorithm in float32 is allowed this much; it is a yardstick, not a result.
@@ -55,7 +54,7 @@ def run_case(case: Case, data: BenchmarkSet) -> dict[str, Any]:
 def check_workload(workload: Workload) -> dict[str, Any]:
     """Compare a case with the reference in float64, on some of its images.
 
-    The budget is twice the error of the reference in float32, and the rounding of the logits.
+    The budget is twice the error of the reference in float32, and what `Workload.rounding` allows.
 
     Raises:
         CheckError: The error is larger.
@@ -67,9 +66,9 @@ def check_workload(workload: Workload) -> dict[str, Any]:
         found = workload.answers(images, case.backend)
     assert_backend(case, calls)
     exact = workload.answers(images, "reference", torch.float64)
-    error, budget = _error(found, exact), workload.rounding()
+    error, budget = largest_error(found, exact), workload.rounding(images)
     if budget > 0:
-        budget += 2 * _error(workload.answers(images, "reference", torch.float32), exact)
+        budget += 2 * largest_error(workload.answers(images, "reference", torch.float32), exact)
     if not error <= budget:
         raise CheckError(
             f"{case.id}: the result on {len(images)} images is wrong by {error:.3g}, expected at "
@@ -90,7 +89,7 @@ def check_yardsticks(workload: Workload, yardsticks: Mapping[str, Yardstick]) ->
         return {}
     exact = workload.answers(images, "reference", torch.float64)
     values = training_values(images, torch.float32)
-    errors = {name: _error((answer(values),), exact) for name, answer in answers.items()}
+    errors = {name: largest_error((answer(values),), exact) for name, answer in answers.items()}
     for name, error in errors.items():
         if not error <= _EAGER_ERROR:
             raise CheckError(
@@ -146,19 +145,6 @@ def torch_threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
-    """Largest difference, relative where the exact values are larger than 1."""
-    errors = []
-    for one, other in zip(found, exact, strict=True):
-        if not other.is_floating_point():
-            errors.append(float((one - other).abs().max()))
-            continue
-        size = max(1.0, float(other.abs().max()))
-        errors.append(float((one.double() - other).abs().max()) / size)
-    # NaN wins over everything.
-    return float(np.max(errors))
 
 
 def _record(

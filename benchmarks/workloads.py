@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,19 @@ class Yardstick:
     share: float
     note: str
     answer: Callable[[Tensor], Tensor] | None = None
+
+
+def largest_error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
+    """Largest difference, relative where the exact values are larger than 1."""
+    errors = []
+    for one, other in zip(found, exact, strict=True):
+        if not other.is_floating_point():
+            errors.append(float((one - other).abs().max()))
+            continue
+        size = max(1.0, float(other.abs().max()))
+        errors.append(float((one.double() - other).abs().max()) / size)
+    # NaN wins over everything.
+    return float(np.max(errors))
 
 
 class Workload(ABC):
@@ -74,7 +88,7 @@ class Workload(ABC):
         """Least memory traffic of one run: every input read once, every result written once."""
 
     @abstractmethod
-    def rounding(self) -> float:
+    def rounding(self, images: Tensor) -> float:
         """What float32 may cost beyond twice what it costs the reference; 0 must be exact."""
 
     def run(self) -> object:
@@ -123,7 +137,7 @@ class PosteriorWorkload(Workload):
         """Images, noisy images and answers."""
         return self.images.nbytes + 2 * self.x.nbytes
 
-    def rounding(self) -> float:
+    def rounding(self, images: Tensor) -> float:
         """Rounding of the logits: a squared distance of that many terms, over 2 sigma^2."""
         # Where an image fits, a term is about sigma^2; where none does, the data's own spread.
         logit = self.neighbours() * (1 + 1 / max(self.sigma / self.alpha, 0.1))
@@ -274,9 +288,11 @@ class TangentsWorkload(PosteriorWorkload):
         self, images: Tensor, backend: str, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, ...]:
         """Posterior means [B, C, H, W] and products [K, B, C, H, W]."""
+        return self._products(self.x.to(dtype), images, backend)
+
+    def _products(self, x: Tensor, images: Tensor, backend: str) -> tuple[Tensor, ...]:
         products = getattr(ops, self.case.op)
-        x, tangents = self.x.to(dtype), self.tangents.to(dtype)
-        level = (self.sigma, self.alpha)
+        tangents, level = self.tangents.to(x.dtype), (self.sigma, self.alpha)
         return tuple(products(x, tangents, images, *self.arguments(), *level, backend=backend))
 
     def flops(self) -> int:
@@ -290,6 +306,21 @@ class TangentsWorkload(PosteriorWorkload):
     def neighbours(self) -> int:
         """As without tangents."""
         return self.plain.neighbours()
+
+    def rounding(self, images: Tensor) -> float:
+        """As without tangents, and four times what rounding the noisy images does.
+
+        At small noise derivatives change with the noisy image faster than float32 can tell
+        noisy images apart, so that the error is that of the input and not of the sums.
+        """
+        exact = self.answers(images, "reference", torch.float64)
+        x = self.x.double()
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.rand(x.shape, generator=generator, dtype=x.dtype).round() * 2 - 1
+        # Noisy images are rounded in the units of the stored values, from 0 to 255.
+        nudged = x + signs * _EPS / 2 * (x.abs() + self.alpha)
+        moved = self._products(nudged, images, "reference")
+        return super().rounding(images) + 4 * largest_error(moved, exact)
 
     def _beside_no_tangents(self) -> Yardstick:
         return Yardstick(self.plain.run, 1.0, "the same operation without tangents")
@@ -317,7 +348,7 @@ class CovarianceWorkload(Workload):
         """Images, and 64-bit sums read and written."""
         return self.images.nbytes + 16 * (self.values**2 + self.values)
 
-    def rounding(self) -> float:
+    def rounding(self, images: Tensor) -> float:
         """None: the sums are exact."""
         return 0.0
 

@@ -13,6 +13,11 @@ constexpr std::ptrdiff_t kNeighbourhood = 2;
 // Longest path from a fresh start, in units of the mask's own size.
 constexpr std::size_t kLongestPath = 3;
 constexpr std::size_t kFreePath = 32;
+// A sum from a neighbour's must save a third of a fresh one's terms: subtracting leaves the
+// rounding errors of terms that are no longer in the sum.
+constexpr std::uint32_t in_fresh_terms(std::uint32_t difference) {
+  return difference + difference / 2;
+}
 
 std::uint32_t count_bits(std::uint64_t word) {
   word -= (word >> 1) & 0x5555555555555555u;
@@ -100,7 +105,7 @@ class Builder {
       parent_[q] = parent;
       for_each_neighbour(q, [&](std::size_t other) {
         if (done[other]) return;
-        const std::uint32_t between = difference(q, other);
+        const std::uint32_t between = in_fresh_terms(difference(q, other));
         if (between < best[other]) {
           best[other] = between;
           open.emplace(between, other, q);
@@ -251,6 +256,16 @@ std::vector<double> sums_over_masks(const DifferenceTree& tree, const std::vecto
     }
   }
   return result;
+}
+
+std::vector<double> squares_over_masks(const DifferenceTree& tree, const float* image,
+                                       const float* other) {
+  std::vector<double> squares(tree.inputs_count);
+  for (std::size_t d = 0; d < tree.inputs_count; ++d) {
+    const double gap = static_cast<double>(image[d]) - other[d];
+    squares[d] = gap * gap;
+  }
+  return sums_over_masks(tree, squares);
 }
 
 DifferenceTree build_difference_tree(const std::uint8_t* bits, std::size_t row_bytes,

@@ -44,6 +44,10 @@ struct DifferenceTree {
 // Sums of values [inputs_count] over every mask, [outputs].
 std::vector<double> sums_over_masks(const DifferenceTree& tree, const std::vector<double>& values);
 
+// Squared distances of two images [inputs_count] over every mask, [outputs].
+std::vector<double> squares_over_masks(const DifferenceTree& tree, const float* image,
+                                       const float* other);
+
 // Builds the schedule.
 //
 //   bits      masks, a row of `row_bytes` bytes for each output; input d is bit 7 - d % 8 of

@@ -21,8 +21,12 @@ class MaskedJvpScan {
     const auto fill = [&](std::size_t place, const float* row) {
       for (std::size_t d = 0; d < dim_; ++d) inputs_.data()[d * kInput + place] = row[d];
     };
-    fill(0, batch.noisy + query * dim_);
-    fill(1, tangents.centre + query * dim_);
+    const float* noisy = batch.noisy + query * dim_;
+    const float* centre = tangents.centre + query * dim_;
+    fill(1, centre);
+    for (std::size_t d = 0; d < dim_; ++d) {
+      inputs_.data()[d * kInput] = 2.0f * (noisy[d] - centre[d]);
+    }
     const std::size_t last = std::min(tangents.count, first_tangent + kTangents);
     for (std::size_t k = first_tangent; k < last; ++k) {
       fill(2 + k - first_tangent, tangents.tangents + (query * tangents.count + k) * dim_);
@@ -43,7 +47,7 @@ class MaskedJvpScan {
   // The distance and an inner product for each tangent.
   using Sums = Vec[1 + kTangents][kTileVectors];
   static constexpr std::size_t kSlot = (1 + kTangents) * kTileImages;
-  // What belongs to an input: noisy value, centre, tangents.
+  // What belongs to an input: twice the noisy value from the centre, the centre, tangents.
   static constexpr std::size_t kInput = 2 + kTangents;
   static constexpr std::size_t kValues = 1 + 2 * kTangents;
   static constexpr std::size_t kSumsOfQuery = (1 + kValues) * kLanes;
@@ -145,7 +149,8 @@ class MaskedJvpScan {
     }
   }
 
-  // Adds or subtracts the terms of some inputs.
+  // Adds or subtracts the terms of some inputs: what stands for the squared difference, and the
+  // products with the tangents.
   template <bool kPlus>
   void accumulate(const Stored* tile, const std::uint32_t* inputs, std::size_t count,
                   Sums& sums) const {
@@ -167,10 +172,8 @@ class MaskedJvpScan {
       Vec value[kTileVectors];
 #pragma GCC unroll 8
       for (int i = 0; i < kTileVectors; ++i) {
-        value[i] = load(values + i * kLanes);
-        const Vec gap = sub(target, value[i]);
-        local[0][i] = add_product(gap, gap, local[0][i]);
-        value[i] = sub(value[i], centre);
+        value[i] = sub(load(values + i * kLanes), centre);
+        local[0][i] = add_product(value[i], sub(value[i], target), local[0][i]);
       }
 #pragma GCC unroll 16
       for (int k = 1; k <= kTangents; ++k) {
@@ -206,17 +209,30 @@ void masked_jvp_group(const DifferenceTree& tree, const Stored* images, std::siz
   const ScanState state = MaskedJvpScan<Stored, kTangents>(tree, images, segments, batch, tangents,
                                                            query, first_tangent, checkpoint)
                               .run(threads);
-  const std::size_t sums = tangents.sums(1);
-  const std::size_t used = std::min<std::size_t>(kTangents, tangents.count - first_tangent);
+  const std::size_t dim = tree.inputs_count, sums = tangents.sums(1);
+  const float* centre = tangents.centre + query * dim;
+  const std::vector<double> left_out = squares_over_masks(tree, batch.noisy + query * dim, centre);
   for (std::size_t m = 0; m < tree.outputs; ++m) {
     const std::size_t to = query * tree.outputs + m;
-    const double* from = state.weighted.data() + m * (1 + 2 * kTangents);
-    double* weighted = result.weighted + to * sums;
-    result.minimum[to] = state.minimum[m];
+    result.minimum[to] = state.minimum[m] + left_out[m];
     result.total[to] = state.total[m];
-    weighted[0] = from[0];
-    std::copy_n(from + 1, used, weighted + 1 + first_tangent);
-    std::copy_n(from + 1 + kTangents, used, weighted + 1 + tangents.count + first_tangent);
+    result.weighted[to * sums] = state.weighted[m * (1 + 2 * kTangents)];
+  }
+  const std::size_t last = std::min(tangents.count, first_tangent + kTangents);
+  std::vector<double> products(dim);
+  for (std::size_t k = first_tangent; k < last; ++k) {
+    const float* tangent = tangents.tangents + (query * tangents.count + k) * dim;
+    for (std::size_t d = 0; d < dim; ++d) {
+      products[d] = static_cast<double>(tangent[d]) * centre[d];
+    }
+    const std::vector<double> offset = sums_over_masks(tree, products);
+    for (std::size_t m = 0; m < tree.outputs; ++m) {
+      const double* from = state.weighted.data() + m * (1 + 2 * kTangents);
+      const double* inner = from + 1 + (k - first_tangent);
+      double* weighted = result.weighted + (query * tree.outputs + m) * sums;
+      weighted[1 + k] = inner[0] + offset[m] * state.total[m];
+      weighted[1 + tangents.count + k] = inner[kTangents] + offset[m] * from[0];
+    }
   }
 }
 

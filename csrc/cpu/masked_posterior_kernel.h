@@ -187,15 +187,11 @@ void masked_group(const DifferenceTree& tree, const Stored* images, std::size_t 
   const ScanState state =
       MaskedScan<Stored, kQueries, kCentred>(tree, images, segments, batch, first_query, checkpoint)
           .run(threads);
-  std::vector<double> left_out(tree.outputs), squares(tree.inputs_count);
+  std::vector<double> left_out(tree.outputs);
   for (std::size_t b = 0; b < kQueries; ++b) {
     if constexpr (kCentred) {
-      const float* noisy = batch.noisy + (first_query + b) * tree.inputs_count;
-      for (std::size_t d = 0; d < tree.inputs_count; ++d) {
-        const double gap = static_cast<double>(noisy[d]) - batch.centre[d];
-        squares[d] = gap * gap;
-      }
-      left_out = sums_over_masks(tree, squares);
+      left_out = squares_over_masks(tree, batch.noisy + (first_query + b) * tree.inputs_count,
+                                    batch.centre);
     }
     for (std::size_t m = 0; m < tree.outputs; ++m) {
       const std::size_t from = m * kQueries + b, to = (first_query + b) * tree.outputs + m;

@@ -116,6 +116,8 @@ struct Problem {
   std::size_t count, batch, dim, tangent_count = 0;
   std::vector<Stored> images;
   std::vector<float> noisy, scale, centre, tangents;
+  // Whether inner products with tangents are of values from the centre.
+  bool inner_centred = true;
 };
 
 struct Answer {
@@ -171,7 +173,10 @@ Answer plain_answer(const Problem<Stored>& problem, const std::vector<Query>& qu
           for (std::size_t k = 0; k < directions; ++k) {
             const float* tangent = &problem.tangents[(b * directions + k) * problem.dim];
             for (const auto& [noisy, image] : patch.measured) {
-              inner[k] += tangent[image] * value(image);
+              inner[k] += tangent[image] *
+                          (problem.inner_centred
+                               ? value(image)
+                               : static_cast<double>(problem.images[i * problem.dim + image]));
             }
             *out++ += weight * inner[k];
           }

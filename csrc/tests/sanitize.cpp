@@ -263,17 +263,27 @@ void check_masked(const Problem<Stored>& problem, const std::vector<std::size_t>
     }
     queries.push_back({patch});
   }
-  check_scan("masked", problem, queries, threads,
-             [&](const ScanResult& result, std::size_t workers, InstructionSet isa,
-                 const std::function<void()>& checkpoint) {
-               if (problem.tangent_count > 0) {
+  if (problem.tangent_count > 0) {
+    Problem<Stored> from_zero = problem;
+    from_zero.inner_centred = false;
+    check_scan("masked", from_zero, queries, threads,
+               [&](const ScanResult& result, std::size_t workers, InstructionSet isa,
+                   const std::function<void()>& checkpoint) {
                  masked_posterior_jvp(tree, problem.stored(), problem.noisy_batch(),
                                       problem.directions(), result, workers, isa, checkpoint);
-               } else {
-                 masked_posterior(tree, problem.stored(), problem.noisy_batch(), result, workers,
-                                  isa, checkpoint);
-               }
-             });
+               });
+    return;
+  }
+  const std::vector<float> centre(masks.size(), 0.5f);
+  for (const float* counted_from : {static_cast<const float*>(nullptr), centre.data()}) {
+    NoisyBatch batch = problem.noisy_batch();
+    batch.centre = counted_from;
+    check_scan(counted_from ? "masked, centred" : "masked", problem, queries, threads,
+               [&](const ScanResult& result, std::size_t workers, InstructionSet isa,
+                   const std::function<void()>& checkpoint) {
+                 masked_posterior(tree, problem.stored(), batch, result, workers, isa, checkpoint);
+               });
+  }
 }
 
 enum class Bytes { kRandom, kSmallest, kLargest };

@@ -12,8 +12,10 @@ from pyflocality.native.posterior import (
     Scan,
     difference_tree,
     distance_unit,
+    mostly_noise,
     noisy_in_stored_units,
     scan_stored,
+    stored_centre,
 )
 from pyflocality.reference.state import PosteriorState, tangent_values, uncentred
 from pyflocality.weights import QueryWeights
@@ -25,7 +27,8 @@ def global_posterior_jvp_state(
     """Scan with one query per batch element, as the reference of this name."""
     values = problem.images[0].numel()
     scan = native_module().global_posterior_jvp
-    return _scan(problem, tangents, scan, 1, values, 4, instruction_set)
+    centre = _within_range(problem)
+    return _scan(problem, tangents, scan, centre, 1, values, 4, instruction_set)
 
 
 def window_posterior_jvp_state(
@@ -41,6 +44,7 @@ def window_posterior_jvp_state(
         problem,
         tangents,
         native_module().window_posterior_jvp,
+        _within_range(problem),
         height * width,
         channels,
         # Up to 16 lanes.
@@ -66,14 +70,24 @@ def masked_posterior_jvp_state(
     def scan(*args: object, **options: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return native_module().masked_posterior_jvp(tree, *args, **options)
 
+    # Distances are counted from the centre too.
+    mean = torch.from_numpy(stored_centre(problem, weights.shape[1]))
+    centre = torch.where(mostly_noise(problem)[:, None], mean, noisy_in_stored_units(problem))
     # Sums with lanes are those of one noisy image at a time: they do not grow with the batch.
-    return _scan(problem, tangents, scan, weights.shape[0], 1, 0, instruction_set)
+    return _scan(problem, tangents, scan, centre, weights.shape[0], 1, 0, instruction_set)
+
+
+def _within_range(problem: PosteriorProblem) -> Tensor:
+    """The noisy images cut to the range of stored values, in stored units, [B, D]."""
+    low, high = (0.0, 255.0) if problem.images.dtype == torch.uint8 else (-1.0, 1.0)
+    return noisy_in_stored_units(problem).clamp(low, high)
 
 
 def _scan(
     problem: PosteriorProblem,
     tangents: Tensor,
     scan: Scan,
+    centre: Tensor,
     queries: int,
     values: int,
     bytes_per_sum: int,
@@ -86,6 +100,7 @@ def _scan(
         problem: The problem.
         tangents: Directions [K, B, C, H, W].
         scan: The kernel.
+        centre: What values are counted from, in stored units, [B, D].
         queries: Queries per noisy image.
         values: Values that a query answers.
         bytes_per_sum: Memory of a thread per query and weighted sum.
@@ -93,8 +108,7 @@ def _scan(
         geometry: Further arguments of the kernel.
     """
     stored_as_bytes = problem.images.dtype == torch.uint8
-    low, high, unit = (0.0, 255.0, 1 / 127.5) if stored_as_bytes else (-1.0, 1.0, 1.0)
-    centre = noisy_in_stored_units(problem).clamp(low, high)
+    unit = 1 / 127.5 if stored_as_bytes else 1.0
     directions = tangents.detach().flatten(2).transpose(0, 1)
     sums = tangent_values(values, len(tangents))
     state = scan_stored(

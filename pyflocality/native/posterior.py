@@ -92,8 +92,7 @@ def masked_posterior_state(
     """
     tree = difference_tree(weights, problem.images.shape[1:])
     values = problem.images[0].numel()
-    # sigma / alpha above a half: the noise is larger than the images are different.
-    noisy = problem.scale * problem.alpha.square() < 2.0
+    noisy = mostly_noise(problem)
     parts = []
     for centred in (False, True):
         rows = (noisy == centred).nonzero()[:, 0]
@@ -102,7 +101,7 @@ def masked_posterior_state(
         part = replace(
             problem, x=problem.x[rows], alpha=problem.alpha[rows], scale=problem.scale[rows]
         )
-        options = {"centre": _stored_centre(problem, values) if centred else None}
+        options = {"centre": stored_centre(problem, values) if centred else None}
 
         def scan(
             *args: object, options: dict[str, Any] = options, **others: object
@@ -115,7 +114,12 @@ def masked_posterior_state(
     return PosteriorState(*(torch.cat(pieces)[order] for pieces in states))
 
 
-def _stored_centre(problem: PosteriorProblem, values: int) -> np.ndarray:
+def mostly_noise(problem: PosteriorProblem) -> torch.Tensor:
+    """Where the noise is larger than the images are different, bool [B]: sigma / alpha > 0.5."""
+    return problem.scale * problem.alpha.square() < 2.0
+
+
+def stored_centre(problem: PosteriorProblem, values: int) -> np.ndarray:
     """About the mean image, in stored units, float32 [D]: any value serves, this one well."""
     return problem.images[:1024].reshape(-1, values).float().mean(0).numpy()
 
