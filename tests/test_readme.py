@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import json
 import os
 import re
 import subprocess
@@ -140,6 +141,19 @@ def test_links_and_pictures_are_there():
             if not target.startswith("http"):
                 assert (ROOT / target).is_file(), target
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
-    assert len(pictures) == 2
+    assert len(pictures) >= 2
     for target in pictures:
         assert (ROOT / target).stat().st_size < 150_000
+
+
+def test_figures_are_those_of_the_results_file():
+    speed = README.split("## Speed", 1)[1].split("\n## ", 1)[0]
+    [name] = re.findall(r"\]\((benchmarks/results/[^)]+\.json)\)", speed)
+    results = json.loads((ROOT / name).read_text(encoding="utf-8"))
+    measured = {entry["what"]: entry["value"] for entry in results["summary"]}
+    assert not results["quick"] and results["complete"]
+    assert results["date"][:10] in speed and results["machine"]["cpu"] in speed
+    rows = table("figure")
+    assert len(rows) >= 5
+    for figure, value in rows:
+        assert value == f"{measured[figure]:.3g}"
