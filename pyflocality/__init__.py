@@ -10,20 +10,30 @@ The model throughout: a noisy image is `x = alpha * x0 + sigma * noise`; images 
 
 from __future__ import annotations
 
-from pyflocality import masks, metrics, ops
+from pyflocality import adapters, analysis, distributed, masks, metrics, ops, synthetic, wavelets
 from pyflocality._backends import BackendUnavailableError, trace_backends, use_backend
 from pyflocality._config import show_config
 from pyflocality._version import __version__
+from pyflocality.ascent import AscentResult, AscentStage, ascend
+from pyflocality.calibration import WindowTable, calibrate_windows
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers import (
+    CertifiedSubset,
     Denoiser,
     EquivariantDenoiser,
     FilteredPosteriorDenoiser,
+    FourierWienerDenoiser,
+    GoldenSubset,
+    LedoitWolfDenoiser,
     LocalDenoiser,
+    MultiscaleDenoiser,
     NearestDenoiser,
+    NetworkDenoiser,
+    NoiseTrainedDenoiser,
     OptimalDenoiser,
     PatchSetDenoiser,
     PCALocalityDenoiser,
+    WaveletShrinkageDenoiser,
     WienerDenoiser,
     masks_from_maps,
 )
@@ -38,8 +48,11 @@ from pyflocality.noise import (
 from pyflocality.sampling import DDIM, Euler, Heun, Sampler, SampleResult, sample
 
 __all__ = [
+    "AscentResult",
+    "AscentStage",
     "DDIM",
     "BackendUnavailableError",
+    "CertifiedSubset",
     "CosineSchedule",
     "DDPMSchedule",
     "Denoiser",
@@ -47,11 +60,17 @@ __all__ = [
     "FilteredPosteriorDenoiser",
     "Euler",
     "FlowSchedule",
+    "FourierWienerDenoiser",
+    "GoldenSubset",
     "Heun",
     "KarrasSchedule",
+    "LedoitWolfDenoiser",
     "LocalDenoiser",
     "Moments",
+    "MultiscaleDenoiser",
     "NearestDenoiser",
+    "NetworkDenoiser",
+    "NoiseTrainedDenoiser",
     "NoiseSchedule",
     "OptimalDenoiser",
     "PCALocalityDenoiser",
@@ -59,14 +78,23 @@ __all__ = [
     "SampleResult",
     "Sampler",
     "TrainingSet",
+    "WaveletShrinkageDenoiser",
     "WienerDenoiser",
+    "WindowTable",
     "__version__",
+    "adapters",
+    "analysis",
+    "ascend",
+    "calibrate_windows",
+    "distributed",
     "masks",
     "masks_from_maps",
     "metrics",
     "ops",
     "sample",
     "show_config",
+    "synthetic",
     "trace_backends",
     "use_backend",
+    "wavelets",
 ]

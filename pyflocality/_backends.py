@@ -25,6 +25,7 @@ from types import ModuleType, TracebackType
 import torch
 
 from pyflocality._checks import check_choice
+from pyflocality._shards import over_ranks, sharded_reason
 
 logger = logging.getLogger("pyflocality")
 
@@ -139,7 +140,12 @@ def reason(op: str, backend: str, call: Call) -> str | None:
         machine_reason(backend)
         or _device_reason(backend, call.device)
         or implementation.limits(call)
+        or (sharded_reason(op, backend, call.requires_grad) if _is_sharded(call) else None)
     )
+
+
+def _is_sharded(call: Call) -> bool:
+    return call.facts.get("ranks") is not None
 
 
 def requested_backend(argument: str | None) -> str:
@@ -172,22 +178,24 @@ def select(op: str, call: Call, backend: str | None = None) -> Callable[..., obj
         for name in table:
             why_not = reason(op, name, call)
             if why_not is None:
-                return _chosen(op, name)
+                return _chosen(op, name, call)
             logger.debug("%s: backend %s passed over: %s", op, name, why_not)
-        raise BackendUnavailableError("auto", op, "no backend can serve this call", ())
+        why = sharded_reason(op, "reference", call.requires_grad) if _is_sharded(call) else None
+        raise BackendUnavailableError("auto", op, why or "no backend can serve this call", ())
     why_not = reason(op, request, call)
     if why_not is not None:
         available = tuple(name for name in table if reason(op, name, call) is None)
         raise BackendUnavailableError(request, op, why_not, available)
-    return _chosen(op, request)
+    return _chosen(op, request, call)
 
 
-def _chosen(op: str, backend: str) -> Callable[..., object]:
+def _chosen(op: str, backend: str, call: Call) -> Callable[..., object]:
     logger.debug("%s: backend %s", op, backend)
     calls = _trace.get()
     if calls is not None:
         calls.append((op, backend))
-    return OPERATIONS[op][backend].load()
+    run, ranks = OPERATIONS[op][backend].load(), call.facts.get("ranks")
+    return run if ranks is None else over_ranks(op, run, ranks)
 
 
 class use_backend:  # noqa: N801  (reads as a function, like torch.no_grad)

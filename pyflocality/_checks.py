@@ -2,6 +2,8 @@
 
 Each function either returns the argument in its canonical form or raises `ValueError` /
 `TypeError` naming the argument, what was expected and what came. They run before any work.
+Values that Python cannot look at, under `torch.vmap` and while a call is compiled, are left for
+the check of the values that they stand for.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from pyflocality._transforms import has_readable_values
 
 # Values whose squares, summed over an image, stay far from the end of float32.
 _LARGEST = 1e12
@@ -33,7 +37,7 @@ def check_float_tensor(value: object, name: str) -> Tensor:
         raise TypeError(
             f"`{name}` must have a floating-point dtype (values in [-1, 1]), got {describe(value)}"
         )
-    if not torch.isfinite(value).all():
+    if has_readable_values(value) and not torch.isfinite(value.detach()).all():
         raise ValueError(f"`{name}` holds NaN or infinite values")
     return value
 
@@ -73,6 +77,8 @@ def check_level(
         raise ValueError(
             f"`{name}` must be a number or a tensor of shape [{batch}], got {describe(value)}"
         )
+    if not has_readable_values(level):
+        return level.expand(batch)
     valid = torch.isfinite(level) & ((level >= 0) if allow_zero else (level > 0))
     if not valid.all():
         bound = "not negative" if allow_zero else "positive"
@@ -88,7 +94,7 @@ def check_magnitude(x: Tensor, alpha: Tensor, name: str) -> None:
         alpha: Signal coefficients, float64 [B].
         name: Name of the images in error messages.
     """
-    if x.numel() == 0:
+    if x.numel() == 0 or not (has_readable_values(x) and has_readable_values(alpha)):
         return
     if alpha.max() > _LARGEST:
         raise ValueError(f"`alpha` must be at most {_LARGEST:g}, got {float(alpha.max()):g}")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyflocality._shards import Ranks
 from pyflocality.ops.covariance import accumulate_covariance
 from pyflocality.reference.covariance import add_upper_product
 
@@ -41,6 +42,11 @@ class ByteSums:
     def merged(self, other: ByteSums) -> ByteSums:
         """Totals of the images of both."""
         return ByteSums(self.count + other.count, self.total + other.total, self.gram + other.gram)
+
+    def over(self, ranks: Ranks) -> ByteSums:
+        """Totals of the images of all ranks."""
+        count = ranks.summed(self.total.new_tensor(self.count))
+        return ByteSums(int(count), ranks.summed(self.total), ranks.summed(self.gram))
 
     def copy(self) -> ByteSums:
         """Totals that change on their own."""
@@ -114,6 +120,14 @@ class FloatSums:
         result.scatter += other.scatter
         result._join(other.count, other.centre)
         return result
+
+    def over(self, ranks: Ranks) -> FloatSums:
+        """Totals of the images of all ranks."""
+        count = ranks.summed(self.centre.new_tensor(self.count, dtype=torch.int64))
+        centre = ranks.summed(self.centre * self.count) / count
+        scatter = self.scatter.clone()
+        add_upper_product(scatter, (self.centre - centre)[None] * self.count**0.5)
+        return FloatSums(int(count), centre, ranks.summed(scatter))
 
     def copy(self) -> FloatSums:
         """Totals that change on their own."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from pyflocality._augmentation import Augmentation, check_augmentation, copies_of, enlarged_blocks
 from pyflocality._backends import Call
 from pyflocality._checks import (
     check_batch,
@@ -19,6 +19,9 @@ from pyflocality._checks import (
     check_positive,
     describe,
 )
+from pyflocality._shards import Ranks, plain, ranks_of
+from pyflocality._transforms import is_differentiated
+from pyflocality.reference.state import PosteriorState
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class PosteriorProblem:
             infinite at sigma = 0.
         memory_budget: Working memory, as `pyflocality._budget.memory_budget_bytes` takes it.
         chunk_size: Training images at a time; None derives it from the budget.
+        augmentation: Copies of the images that are searched too, or None.
+        ranks: The ranks that hold the set together; `images` are those of this one. None for a
+            set that is not sharded.
     """
 
     x: Tensor
@@ -41,25 +47,43 @@ class PosteriorProblem:
     scale: Tensor
     memory_budget: int | str | None = None
     chunk_size: int | None = None
+    augmentation: Augmentation | None = None
+    ranks: Ranks | None = None
+
+    @property
+    def count(self) -> int:
+        """Images that are searched, copies included."""
+        return len(self.images) * copies_of(self.augmentation)
 
     def call(self, **facts: object) -> Call:
         """The call as a backend's predicate sees it, with further facts of the operation."""
-        facts |= {"images_dtype": self.images.dtype}
-        return Call(self.x.device, self.x.dtype, _is_differentiated(self.x), facts)
+        facts |= {
+            "images_dtype": self.images.dtype,
+            "augmented": self.augmentation is not None,
+            "ranks": self.ranks,
+        }
+        differentiated = is_differentiated(self.x, self.alpha, self.scale)
+        return Call(self.x.device, self.x.dtype, differentiated, facts)
+
+    def merged(self, state: PosteriorState, scale: Tensor) -> PosteriorState:
+        """The state after the images of all ranks, for operations that scan twice."""
+        if self.ranks is None:
+            return state
+        merged = self.ranks.merged(state, scale)
+        return PosteriorState(*(part.to(state.minimum.dtype) for part in merged))
+
+    def summed(self, sums: Tensor) -> Tensor:
+        """Sums over the images of all ranks, from those over this rank's."""
+        return sums if self.ranks is None else self.ranks.summed(sums)
 
     def chunks(self, chunk_size: int) -> Iterator[Tensor]:
         """The training values in [-1, 1], `chunk_size` images at a time: [n, C, H, W]."""
-        for start in range(0, len(self.images), chunk_size):
-            yield training_values(self.images[start : start + chunk_size], self.x.dtype)
+        for images in self.blocks(chunk_size):
+            yield training_values(images, self.x.dtype)
 
-
-def _is_differentiated(x: Tensor) -> bool:
-    """Whether a derivative with respect to x may be asked for, in any of torch's ways."""
-    return (
-        (torch.is_grad_enabled() and x.requires_grad)
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
-        or forward_ad.unpack_dual(x).tangent is not None
-    )
+    def blocks(self, size: int) -> Iterator[Tensor]:
+        """The images as stored, copy by copy, `size` at a time: [n, C, H, W]."""
+        return enlarged_blocks(self.images, self.augmentation, size)
 
 
 def training_values(images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,6 +101,13 @@ def float32_limits(call: Call) -> str | None:
     stored = call.facts.get("images_dtype", torch.uint8)
     if stored not in (torch.uint8, torch.float32):
         return f"it reads uint8 or float32 images, these are {stored}"
+    return None
+
+
+def stored_images_limits(call: Call) -> str | None:
+    """Reason why a kernel that reads the images as they are stored cannot serve a call, or None."""
+    if call.facts.get("augmented", False):
+        return "it reads images as they are stored, this set has mirrored or shifted copies"
     return None
 
 
@@ -103,6 +134,7 @@ def posterior_problem(
     dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
 ) -> PosteriorProblem:
     """Check the arguments that every posterior operation takes."""
     images = check_images(images)
@@ -112,13 +144,16 @@ def posterior_problem(
     check_magnitude(x, alpha, "x")
     if chunk_size is not None:
         chunk_size = check_count(chunk_size, "chunk_size")
+    augmentation = check_augmentation(augmentation, images.shape[1:])
     temperature = check_positive(temperature, "temperature")
     compute = check_compute_dtype(dtype, x)
     return PosteriorProblem(
         x.to(compute),
-        images,
+        plain(images),
         alpha,
         1.0 / (2.0 * sigma.square() * temperature),
         memory_budget,
         chunk_size,
+        augmentation,
+        ranks_of(images),
     )

@@ -1,4 +1,4 @@
-"""What the operations for Jacobian-vector products share: checked tangents and the centre."""
+"""What the operations for derivatives share: checked directions and the centre."""
 
 from __future__ import annotations
 
@@ -9,41 +9,60 @@ from torch import Tensor
 
 from pyflocality._backends import Call
 from pyflocality._checks import check_float_tensor, describe
-from pyflocality._problem import PosteriorProblem, _is_differentiated
+from pyflocality._problem import PosteriorProblem
+from pyflocality._transforms import is_differentiated
 
 
 def check_tangents(
-    tangents: object, x: Tensor, sigma: float | Tensor, problem: PosteriorProblem
+    tangents: object,
+    x: Tensor,
+    sigma: float | Tensor,
+    problem: PosteriorProblem,
+    name: str = "tangents",
 ) -> Tensor:
-    """Directions in the space of x, in the dtype of the computation: [K, B, C, H, W].
+    """Directions of a derivative of the problem, in the dtype of the computation: [K, B, C, H, W].
 
     Args:
         tangents: What the caller gave.
         x: The noisy images as the caller gave them, checked.
         sigma: The noise level as the caller gave it, checked but for 0.
         problem: The problem made of them.
+        name: Name of the argument in error messages.
     """
     if torch.isinf(problem.scale).any():
         raise ValueError(
             "`sigma` must be positive for derivatives, which have no limit as it falls to 0, got "
             f"{describe(sigma)}"
         )
+    return check_directions(tangents, x, name).to(problem.x.dtype)
+
+
+def check_directions(directions: object, x: Tensor, name: str) -> Tensor:
+    """K batches in the space of x, finite and in its dtype: [K, B, C, H, W].
+
+    Args:
+        directions: What the caller gave.
+        x: The noisy images, checked, [B, C, H, W].
+        name: Name of the argument in error messages.
+    """
     shape = tuple(x.shape)
-    if isinstance(tangents, Tensor) and (tangents.ndim != 5 or tuple(tangents.shape[1:]) != shape):
+    if isinstance(directions, Tensor) and (
+        directions.ndim != 5 or tuple(directions.shape[1:]) != shape
+    ):
         expected = ", ".join(["K", *map(str, shape)])
-        raise ValueError(f"`tangents` must have shape [{expected}], got {describe(tangents)}")
-    if isinstance(tangents, Tensor) and tangents.device != x.device:
-        raise ValueError(f"`tangents` must be on {x.device} like `x`, got {describe(tangents)}")
-    tangents = check_float_tensor(tangents, "tangents")
-    if tangents.dtype != x.dtype:
-        raise TypeError(f"`tangents` must be {x.dtype} like `x`, got {describe(tangents)}")
-    return tangents.to(problem.x.dtype)
+        raise ValueError(f"`{name}` must have shape [{expected}], got {describe(directions)}")
+    if isinstance(directions, Tensor) and directions.device != x.device:
+        raise ValueError(f"`{name}` must be on {x.device} like `x`, got {describe(directions)}")
+    directions = check_float_tensor(directions, name)
+    if directions.dtype != x.dtype:
+        raise TypeError(f"`{name}` must be {x.dtype} like `x`, got {describe(directions)}")
+    return directions
 
 
 def tangent_call(problem: PosteriorProblem, tangents: Tensor, **facts: object) -> Call:
     """The call as a backend's predicate sees it."""
     call = problem.call(**facts)
-    return replace(call, requires_grad=call.requires_grad or _is_differentiated(tangents))
+    return replace(call, requires_grad=call.requires_grad or is_differentiated(tangents))
 
 
 def jacobian_factor(problem: PosteriorProblem) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import numbers
 import os
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyflocality._augmentation import Augmentation, check_augmentation, copies_of
 from pyflocality._checks import describe
+from pyflocality._shards import ranks_of
 from pyflocality.sources.base import MappedImages, Request
 from pyflocality.sources.validation import (
     as_image_tensor,
@@ -51,6 +54,7 @@ class TrainingSet:
         labels: Classes, int64 [N] on the device of the images, or None.
         name: What to call the set.
         label_names: Names of the classes, or None.
+        augmentation: Copies of the images that denoisers search too (see `augmented`), or None.
 
     Raises:
         TypeError: `images` or `labels` is of the wrong type or dtype.
@@ -65,6 +69,7 @@ class TrainingSet:
     labels: Tensor | None
     name: str
     label_names: tuple[str, ...] | None
+    augmentation: Augmentation | None
 
     def __init__(
         self,
@@ -88,10 +93,12 @@ class TrainingSet:
         labels: Tensor | None = None,
         label_names: tuple[str, ...] | None = None,
         mapped: MappedImages | None = None,
+        augmentation: Augmentation | None = None,
     ) -> None:
         self.images, self.labels = images, labels
         self.name, self.label_names = name, label_names
         self._mapped = mapped
+        self.augmentation = augmentation
         self._content_key: str | None = None
 
     @classmethod
@@ -171,7 +178,7 @@ class TrainingSet:
         return data
 
     def __len__(self) -> int:
-        """Number of images N."""
+        """Number of images N, copies of an augmentation not included."""
         return self.images.shape[0]
 
     def __repr__(self) -> str:
@@ -180,8 +187,17 @@ class TrainingSet:
         parts = [f"{len(self)} images {shape}", str(self.dtype).removeprefix("torch.")]
         if self.labels is not None:
             parts.append(f"{len(self.labels.unique())} labels")
+        if self.augmentation is not None:
+            parts.append(f"{self.copies} copies each, {self.augmentation}")
+        if (ranks := ranks_of(self.images)) is not None:
+            parts.append(f"part {ranks.rank + 1} of {ranks.count}")
         parts.append("memory-mapped" if self._mapped else str(self.device))
         return f"TrainingSet({self.name!r}: {', '.join(parts)})"
+
+    @property
+    def copies(self) -> int:
+        """How many variants of every image denoisers search, the image itself included."""
+        return copies_of(self.augmentation)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -191,7 +207,7 @@ class TrainingSet:
     @property
     def num_values(self) -> int:
         """Values of one image, D = C * H * W."""
-        return self.images[0].numel()
+        return math.prod(self.image_shape)
 
     @property
     def device(self) -> torch.device:
@@ -208,6 +224,8 @@ class TrainingSet:
     ) -> Tensor:
         """Values of the images start..stop-1 in [-1, 1]: [n, C, H, W] on the set's device.
 
+        They are those of the images themselves, without the copies of an augmentation.
+
         Args:
             start: First image; counts like a slice.
             stop: One past the last image; None for all.
@@ -223,6 +241,32 @@ class TrainingSet:
         if part.dtype == torch.uint8:
             return part.to(dtype).div_(127.5).sub_(1.0).contiguous()
         return part.to(dtype).contiguous()
+
+    def augmented(self, *, flip: bool = False, shifts: int = 0) -> TrainingSet:
+        """The same images, of which denoisers and `Moments` take in changed copies, too.
+
+        Every result is that of the set enlarged by all copies, and no copy is kept: they are made
+        a few images at a time while a set is read. Both arguments together give every shift of
+        every image and of its mirror image. An augmentation that the set has already is replaced.
+
+        Args:
+            flip: Whether to add the images mirrored left to right.
+            shifts: Add every image shifted by up to that many pixels up, down, left and right, in
+                all (2 shifts + 1)^2 combinations; pixels that move in from outside repeat the
+                border. Less than the height and the width.
+
+        Raises:
+            TypeError: `flip` is not a bool, or `shifts` not a whole number.
+            ValueError: `shifts` is negative or too large.
+
+        References:
+            Niedoba, Zwartsenberg, Murphy and Wood, Towards a mechanistic explanation of diffusion
+            model generalization, 2025 (flips), and its 2026 sequel (shifts).
+        """
+        augmentation = check_augmentation(Augmentation(flip, shifts), self.image_shape)
+        twin = copy.copy(self)
+        twin.augmentation = augmentation
+        return twin
 
     def subset(self, indices: object) -> TrainingSet:
         """The images at some positions, in that order, with their labels.
@@ -246,7 +290,9 @@ class TrainingSet:
         else:
             images = self.images[positions.to(self.device)]
         labels = None if self.labels is None else self.labels[positions.to(self.device)]
-        return self._of_valid(images, self.name, labels, self.label_names, mapped)
+        return self._of_valid(
+            images, self.name, labels, self.label_names, mapped, self.augmentation
+        )
 
     def with_label(self, label: int | str) -> TrainingSet:
         """The images of one class.
@@ -288,19 +334,23 @@ class TrainingSet:
         if images is self.images:
             return self
         labels = None if self.labels is None else self.labels.to(device)
-        return self._of_valid(images, self.name, labels, self.label_names)
+        return self._of_valid(images, self.name, labels, self.label_names, None, self.augmentation)
 
     def content_key(self) -> str:
         """SHA-256 of the shape, the dtype and the bytes of the images, in hexadecimal.
 
-        Computed once, reading the images in pieces. Labels and names do not enter.
+        Computed once, reading the images in pieces. An augmentation enters, labels and names do
+        not.
         """
         if self._content_key is None:
             digest = hashlib.sha256(f"{tuple(self.images.shape)} {self.dtype}".encode())
             for _, block in blocks(self.images):
                 digest.update(block.contiguous().cpu().numpy())
             self._content_key = digest.hexdigest()
-        return self._content_key
+        if self.augmentation is None:
+            return self._content_key
+        key = f"{self._content_key} {self.augmentation}"
+        return hashlib.sha256(key.encode()).hexdigest()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainingSet:
         """A set that shares the images: they are immutable by convention."""
@@ -313,7 +363,16 @@ class TrainingSet:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: the path of a memory-mapped set, the images of any other."""
+        """What is pickled: the path of a memory-mapped set, the images of any other.
+
+        Raises:
+            TypeError: The set is sharded: it belongs to the ranks of a running job.
+        """
+        if (ranks := ranks_of(self.images)) is not None:
+            raise TypeError(
+                f"{self.name} is part {ranks.rank + 1} of {ranks.count} of a sharded set, which "
+                "cannot be pickled: pickle the whole set and shard it where it is used"
+            )
         state = dict(self.__dict__)
         if self._mapped is not None:
             # The file may be another one by then, of the same size.
@@ -325,6 +384,6 @@ class TrainingSet:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled set; raises ValueError if the file it maps is no longer the same."""
-        self.__dict__.update({"_content_key": None} | state)
+        self.__dict__.update({"_content_key": None, "augmentation": None} | state)
         if self._mapped is not None:
             self.images = checked_shape(as_image_tensor(self._mapped.open()))

@@ -77,6 +77,35 @@ def r2(prediction: Tensor, target: Tensor) -> Tensor:
     return 1.0 - (u - y).square().mean(dim=1) / y.var(dim=1, correction=1)
 
 
+def cosine_similarity(a: Tensor, b: Tensor, mean: Tensor | None = None) -> Tensor:
+    """Cosine of the angle between two images from a mean image, of each pair.
+
+    <a - m, b - m> / (|a - m| |b - m|): 1 for images that differ from the mean in the same way,
+    0 where they have nothing in common but the mean.
+
+    Args:
+        a: Images [n, ...].
+        b: Images [n, ...].
+        mean: Image m [...]; by default 0.
+
+    Returns:
+        Float64 [n]; 0 where one of the two is the mean itself.
+
+    Raises:
+        TypeError: An argument is not a floating-point tensor.
+        ValueError: The shapes or devices differ, or a value is NaN or infinite.
+    """
+    one = _values(a, "a")
+    other = _values(b, "b", a)
+    if mean is not None:
+        centre = check_float_tensor(mean, "mean")
+        if centre.shape != a.shape[1:]:
+            raise ValueError(f"`mean` must have shape {list(a.shape[1:])}, got {describe(mean)}")
+        centre = centre.to(one).flatten()
+        one, other = one - centre, other - centre
+    return torch.nn.functional.cosine_similarity(one, other, dim=1, eps=0.0).nan_to_num(0.0)
+
+
 def _values(images: Tensor, name: str, like: Tensor | None = None) -> Tensor:
     """Images as float64 rows [n, D], checked, and against the shape and device of `like`."""
     images = check_float_tensor(images, name)

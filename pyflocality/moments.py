@@ -24,10 +24,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from pyflocality._augmentation import copies_of, enlarged_blocks
 from pyflocality._backends import BackendUnavailableError
 from pyflocality._checks import check_float_tensor, describe
 from pyflocality._moment_sums import BLOCK_BYTES, ByteSums, FloatSums, kind_of_sums
 from pyflocality._progress import progress_bar
+from pyflocality._shards import plain, ranks_of
 
 if TYPE_CHECKING:
     from pyflocality.data import TrainingSet
@@ -82,7 +84,8 @@ class Moments:
 
         Args:
             data: A `TrainingSet`, or images as `update` takes them, [N, C, H, W]. Memory-mapped
-                images are read block by block.
+                images are read block by block. The copies of an augmented set count as images.
+                Every rank of a sharded set gets the moments of the whole set.
             progress: Whether to show a progress bar.
             backend: Backend of the exact sums; None follows `pyflocality.use_backend`.
 
@@ -93,11 +96,19 @@ class Moments:
         images = data if isinstance(data, Tensor) else getattr(data, "images", None)
         if not isinstance(images, Tensor):
             raise TypeError(f"`data` must be a TrainingSet or a torch.Tensor, got {describe(data)}")
+        ranks, images = ranks_of(images), plain(images)
         _check_images(images, "data")
         moments = cls()
-        blocks = _blocks(images)
-        for block in progress_bar(blocks, description="moments", enabled=progress):
+        augmentation = getattr(data, "augmentation", None)
+        size = _images_per_block(images)
+        blocks = enlarged_blocks(images, augmentation, size)
+        total = copies_of(augmentation) * -(-len(images) // size)
+        for block in progress_bar(blocks, description="moments", total=total, enabled=progress):
             moments._take(block, backend)
+        if ranks is not None:
+            sums = moments._whole()
+            ranks.agree(f"Moments of {sums.kind} {moments._image_shape} {augmentation}")
+            moments._sums = sums.over(ranks)
         return moments
 
     @property
@@ -320,10 +331,15 @@ def _check_images(images: object, name: str) -> None:
             check_float_tensor(block, name)
 
 
-def _blocks(images: Tensor) -> tuple[Tensor, ...]:
-    """Views of a few images each, of bounded size also where they are cast to float64."""
+def _images_per_block(images: Tensor) -> int:
+    """Images of a block of bounded size also where it is cast to float64."""
     per_value = 1 if images.dtype == torch.uint8 else 8
-    return images.split(max(1, BLOCK_BYTES // (per_value * images[0].numel())))
+    return max(1, BLOCK_BYTES // (per_value * images[0].numel()))
+
+
+def _blocks(images: Tensor) -> tuple[Tensor, ...]:
+    """Views of a few images each."""
+    return images.split(_images_per_block(images))
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -69,6 +69,13 @@ class QueryWeights:
         dense = self.dense(dtype)
         return QueryWeights(torch.cat([dense, row[None].to(dtype)]), signed=True)
 
+    def row(self, query: int) -> Tensor:
+        """The weights of one query, bool or float [D]."""
+        if self.is_mask:
+            bits = np.unpackbits(self.bits[query], count=self.shape[1])
+            return torch.from_numpy(bits).bool()
+        return self._values[query]
+
     @property
     def nbytes(self) -> int:
         """Bytes kept."""

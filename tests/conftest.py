@@ -42,6 +42,12 @@ def shared_data() -> Callable[[str], Path]:
 
 
 @pytest.fixture
+def shared_net() -> Callable[[str], Path]:
+    """Path of a trained network of the shared folder."""
+    return lambda name: _shared_file("nets", name)
+
+
+@pytest.fixture
 def rng() -> torch.Generator:
     """A seeded generator."""
     return torch.Generator().manual_seed(20250911)

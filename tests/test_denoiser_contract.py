@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from every_denoiser import MAKERS
 from truth import random_images
 
 import pyflocality as pf
@@ -20,38 +21,6 @@ def data() -> pf.TrainingSet:
     return pf.TrainingSet(images)
 
 
-def soft(queries: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(queries)
-    return torch.rand(108 if queries == 108 else 5, 108, generator=generator)
-
-
-def near_masks() -> torch.Tensor:
-    place = torch.arange(6)
-    near = (place[:, None] - place).abs() <= 1
-    return near[:, None, :, None] & near[None, :, None, :]
-
-
-MAKERS = {
-    "optimal": lambda data, **o: pf.OptimalDenoiser(data, **o),
-    "nearest": lambda data, **o: pf.NearestDenoiser(data, **o),
-    "wiener": lambda data: pf.WienerDenoiser(data),
-    "pca": lambda data, **o: pf.PCALocalityDenoiser(data, 0.1, **o),
-    "pca_signed": lambda data, **o: pf.PCALocalityDenoiser(data, 0, **o),
-    "pca_batch_mean": lambda data, **o: pf.PCALocalityDenoiser(
-        data, 0.1, aggregation="batch_mean", batch_size=64, **o
-    ),
-    "local": lambda data, **o: pf.LocalDenoiser(data, 3, **o),
-    "local_schedule": lambda data, **o: pf.LocalDenoiser(
-        data, lambda alpha, sigma: 3 if sigma < 0.5 * alpha else 5, **o
-    ),
-    "equivariant": lambda data, **o: pf.EquivariantDenoiser(data, 3, **o),
-    "equivariant_broken": lambda data, **o: pf.EquivariantDenoiser(data, 3, "broken", **o),
-    "patch_set": lambda data, **o: pf.PatchSetDenoiser(data, 3, **o),
-    "patch_set_masks": lambda data, **o: pf.PatchSetDenoiser(data, masks=near_masks(), **o),
-    "filtered": lambda data, **o: pf.FilteredPosteriorDenoiser(data, soft(4), soft(5), **o),
-    "filtered_own": lambda data, **o: pf.FilteredPosteriorDenoiser(data, soft(108), **o),
-    "local_table": lambda data, **o: pf.LocalDenoiser(data, [(0.1, 1), (1.0, 5)], **o),
-}
 # Their answers are made of other pixels, too: one image alone is not simply returned.
 PATCHES_FROM_ANYWHERE = {"equivariant", "equivariant_broken"}
 SCANNING = [name for name in MAKERS if name != "wiener"]
@@ -352,3 +321,61 @@ def test_nearest_ignores_sigma_and_heeds_alpha(data):
     denoiser = pf.NearestDenoiser(data)
     for sigma in (0.0, 1.0):
         torch.testing.assert_close(denoiser(x, sigma, 0.5), data.values(17, 18))
+
+
+@each
+def test_jvp_gives_the_estimate_and_both_follow_the_input(name, data):
+    denoiser = MAKERS[name](data)
+    x, u = noisy(data), torch.randn(2, 3, *SHAPE, generator=torch.Generator().manual_seed(3))
+    exact = denoiser.jvp(x, u.double(), 0.3, 0.8), denoiser.vjp(x, u.double(), 0.3, 0.8)
+    torch.testing.assert_close(exact[0][0], denoiser(x, 0.3, 0.8), rtol=0, atol=1e-12)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 5e-2)):
+        estimate, jv = denoiser.jvp(x.to(dtype), u.to(dtype), 0.3, 0.8)
+        gradient = denoiser.vjp(x.to(dtype), u.to(dtype), 0.3, 0.8)
+        assert estimate.dtype == jv.dtype == gradient.dtype == dtype
+        assert jv.shape == gradient.shape == u.shape
+        for found, true in ((jv, exact[0][1]), (gradient, exact[1])):
+            # Rounding of the input to half precision, as for the estimate.
+            assert (found.double() - true).abs().median() <= tolerance
+
+
+@each
+def test_no_tangents_and_no_images(name, data):
+    denoiser = MAKERS[name](data)
+    x = noisy(data)
+    estimate, jv = denoiser.jvp(x, torch.zeros(0, 3, *SHAPE, dtype=torch.float64), 0.3)
+    assert torch.equal(estimate, denoiser(x, 0.3)) and jv.shape == (0, 3, *SHAPE)
+    empty, none = torch.zeros(0, *SHAPE), torch.zeros(2, 0, *SHAPE)
+    assert [part.shape for part in denoiser.jvp(empty, none, 0.3)] == [empty.shape, none.shape]
+    assert denoiser.vjp(empty, none, 0.3).shape == none.shape
+
+
+WRONG_DIRECTIONS = {
+    "no directions": (GOOD, ValueError, r"must have shape \[K, 2, 3, 6, 6\]"),
+    "batch": (torch.zeros(1, 3, *SHAPE), ValueError, r"must have shape \[K, 2, 3, 6, 6\]"),
+    "dtype": (GOOD[None].double(), TypeError, "must be torch.float32 like `x`"),
+    "device": (GOOD[None].to("meta"), ValueError, "must be on cpu"),
+    "nan": (GOOD[None] + float("nan"), ValueError, "holds NaN"),
+    "list": ([1.0], TypeError, "must be a torch.Tensor"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_DIRECTIONS)
+@pytest.mark.parametrize("name", ["optimal", "wiener", "local"])
+def test_wrong_directions_are_refused(name, case, data):
+    directions, error, message = WRONG_DIRECTIONS[case]
+    denoiser = MAKERS[name](data)
+    with pytest.raises(error, match="`tangents` " + message):
+        denoiser.jvp(GOOD, directions, 0.3)
+    with pytest.raises(error, match="`cotangents` " + message):
+        denoiser.vjp(GOOD, directions, 0.3)
+
+
+@pytest.mark.parametrize("name", [name for name in SCANNING if name != "nearest"])
+def test_no_derivative_without_noise(name, data):
+    denoiser = MAKERS[name](data)
+    x = noisy(data)
+    with pytest.raises(ValueError, match="`sigma` must be positive for derivatives"):
+        denoiser.jvp(x, x[None], 0.0)
+    with pytest.raises(ValueError, match="`sigma` must be positive for derivatives"):
+        denoiser(x.requires_grad_(), 0.0).sum().backward()

@@ -15,7 +15,8 @@ from source_files import (
 )
 
 import pyflocality as pf
-from pyflocality.sources import builtin, synthetic
+from pyflocality import synthetic
+from pyflocality.sources import builtin
 
 
 def test_digits():

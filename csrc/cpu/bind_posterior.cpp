@@ -58,28 +58,28 @@ py::tuple scan_patches(const py::array& images, const Array<float>& noisy,
 py::tuple scan_masks(const DifferenceTree& tree, const py::array& images, const Array<float>& noisy,
                      const Array<float>& scale, const std::optional<Array<float>>& centre,
                      py::ssize_t threads, const std::string& isa) {
-  Scan scan(images, noisy, scale, tree.outputs, 1, threads, isa);
+  Scan scan(images, noisy, scale, tree.outputs, tree.answered(), threads, isa);
   check_tree(tree, scan);
-  if (centre) {
-    if (centre->ndim() != 1 || size(centre->shape(0)) != tree.inputs_count) {
-      throw py::value_error("`centre` must have shape [D], got " + shape_text(*centre));
-    }
-    scan.batch.centre = centre->data();
-  }
+  check_centre(centre, tree, scan);
   return scan.run([&] {
     masked_posterior(tree, scan.images, scan.batch, scan.result, scan.threads, scan.instructions,
                      check_signals);
   });
 }
 
-DifferenceTree make_tree(const Array<std::uint8_t>& bits, std::size_t channels, std::size_t height,
-                         std::size_t width) {
-  const std::size_t count = channels * height * width;
-  if (bits.ndim() != 2 || size(bits.shape(0)) != count || size(bits.shape(1)) != (count + 7) / 8) {
-    throw py::value_error("`bits` must have shape [D, ceil(D / 8)], got " + shape_text(bits));
+DifferenceTree make_tree(const Array<std::uint8_t>& bits, std::size_t inputs, std::size_t channels,
+                         std::size_t height, std::size_t width) {
+  if (bits.ndim() != 2 || size(bits.shape(1)) != (inputs + 7) / 8) {
+    throw py::value_error("`bits` must have shape [Q, ceil(D / 8)], got " + shape_text(bits));
+  }
+  const OutputGrid grid{channels, height, width};
+  const std::size_t outputs = size(bits.shape(0));
+  if (grid.size() > outputs) {
+    throw py::value_error("`bits` must have a row for each output on the grid, got " +
+                          shape_text(bits));
   }
   const py::gil_scoped_release release;
-  return build_difference_tree(bits.data(), (count + 7) / 8, channels, height, width);
+  return build_difference_tree(bits.data(), inputs, outputs, grid);
 }
 
 }  // namespace
@@ -88,8 +88,8 @@ void bind_posterior(py::module_& module) {
   py::class_<DifferenceTree>(
       module, "DifferenceTree",
       "Schedule that forms the sums over the masks of all outputs from one another.")
-      .def(py::init(&make_tree), py::arg("bits").noconvert(), py::arg("channels"),
-           py::arg("height"), py::arg("width"))
+      .def(py::init(&make_tree), py::arg("bits").noconvert(), py::arg("inputs"),
+           py::arg("channels"), py::arg("height"), py::arg("width"))
       .def_property_readonly("terms", &DifferenceTree::terms,
                              "Terms added or subtracted in all, per query and image.")
       .def_property_readonly(

@@ -10,21 +10,6 @@ namespace py = pybind11;
 namespace pyflocality {
 namespace {
 
-// The directions, checked against the noisy images.
-Tangents checked_tangents(const Array<float>& noisy, const Array<float>& centre,
-                          const Array<float>& tangents) {
-  if (noisy.ndim() != 2 || centre.ndim() != 2 || centre.shape(0) != noisy.shape(0) ||
-      centre.shape(1) != noisy.shape(1)) {
-    throw py::value_error("`centre` must have the shape [B, D] of `noisy`, got " +
-                          shape_text(centre));
-  }
-  if (tangents.ndim() != 3 || tangents.shape(0) != noisy.shape(0) ||
-      tangents.shape(2) != noisy.shape(1)) {
-    throw py::value_error("`tangents` must have shape [B, K, D], got " + shape_text(tangents));
-  }
-  return {centre.data(), tangents.data(), size(tangents.shape(1))};
-}
-
 py::tuple scan_global(const py::array& images, const Array<float>& noisy, const Array<float>& scale,
                       const Array<float>& centre, const Array<float>& directions,
                       py::ssize_t threads, const std::string& isa) {
@@ -56,6 +41,9 @@ py::tuple scan_masks(const DifferenceTree& tree, const py::array& images, const 
   const Tangents tangents = checked_tangents(noisy, centre, directions);
   Scan scan(images, noisy, scale, tree.outputs, tangents.sums(1), threads, isa);
   check_tree(tree, scan);
+  if (tree.answered() == 0) {
+    throw py::value_error("`tree` must have an output for every input");
+  }
   return scan.run([&] {
     masked_posterior_jvp(tree, scan.images, scan.batch, tangents, scan.result, scan.threads,
                          scan.instructions, check_signals);

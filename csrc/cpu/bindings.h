@@ -33,5 +33,7 @@ inline std::size_t checked_threads(pybind11::ssize_t threads) {
 void bind_covariance(pybind11::module_& module);
 void bind_posterior(pybind11::module_& module);
 void bind_posterior_jvp(pybind11::module_& module);
+void bind_masked_adjoint(pybind11::module_& module);
+void bind_window_adjoint(pybind11::module_& module);
 
 }  // namespace pyflocality

@@ -28,19 +28,18 @@ std::uint32_t count_bits(std::uint64_t word) {
 
 class Builder {
  public:
-  Builder(const std::uint8_t* bits, std::size_t row_bytes, std::size_t channels, std::size_t height,
-          std::size_t width)
-      : channels_(channels),
-        height_(height),
-        width_(width),
-        count_(channels * height * width),
-        words_((row_bytes + 7) / 8),
+  Builder(const std::uint8_t* bits, std::size_t inputs, std::size_t outputs, const OutputGrid& grid)
+      : grid_(grid),
+        inputs_(inputs),
+        count_(outputs),
+        words_((inputs + 63) / 64),
         masks_((count_ + 1) * words_) {
+    const std::size_t row_bytes = (inputs + 7) / 8;
     for (std::size_t q = 0; q < count_; ++q) {
       std::memcpy(&masks_[q * words_], bits + q * row_bytes, row_bytes);
     }
     auto* full = reinterpret_cast<std::uint8_t*>(&masks_[count_ * words_]);
-    for (std::size_t d = 0; d < count_; ++d) full[d / 8] |= 0x80 >> d % 8;
+    for (std::size_t d = 0; d < inputs; ++d) full[d / 8] |= 0x80 >> d % 8;
     sizes_.resize(count_ + 1);
     for (std::size_t q = 0; q <= count_; ++q) {
       for (std::size_t w = 0; w < words_; ++w) sizes_[q] += count_bits(row(q)[w]);
@@ -67,16 +66,18 @@ class Builder {
 
   template <typename Visit>
   void for_each_neighbour(std::size_t q, const Visit& visit) const {
-    const auto y = static_cast<std::ptrdiff_t>(q / width_ % height_);
-    const auto x = static_cast<std::ptrdiff_t>(q % width_);
+    if (q >= grid_.size()) return;
+    const auto y = static_cast<std::ptrdiff_t>(q / grid_.width % grid_.height);
+    const auto x = static_cast<std::ptrdiff_t>(q % grid_.width);
     for (std::ptrdiff_t dy = -kNeighbourhood; dy <= kNeighbourhood; ++dy) {
       for (std::ptrdiff_t dx = -kNeighbourhood; dx <= kNeighbourhood; ++dx) {
         const std::ptrdiff_t row = y + dy, column = x + dx;
-        if (row < 0 || row >= static_cast<std::ptrdiff_t>(height_)) continue;
-        if (column < 0 || column >= static_cast<std::ptrdiff_t>(width_)) continue;
-        for (std::size_t c = 0; c < channels_; ++c) {
-          const std::size_t other = (c * height_ + static_cast<std::size_t>(row)) * width_ +
-                                    static_cast<std::size_t>(column);
+        if (row < 0 || row >= static_cast<std::ptrdiff_t>(grid_.height)) continue;
+        if (column < 0 || column >= static_cast<std::ptrdiff_t>(grid_.width)) continue;
+        for (std::size_t c = 0; c < grid_.channels; ++c) {
+          const std::size_t other =
+              (c * grid_.height + static_cast<std::size_t>(row)) * grid_.width +
+              static_cast<std::size_t>(column);
           if (other != q) visit(other);
         }
       }
@@ -161,7 +162,8 @@ class Builder {
     for (auto q = order.rbegin(); q != order.rend(); ++q) {
       for (const std::size_t child : children_[*q]) weight[*q] += weight[child];
     }
-    tree_.inputs_count = tree_.outputs = count_;
+    tree_.inputs_count = inputs_;
+    tree_.outputs = count_;
     for (const std::size_t root : roots) visit_subtree(root, weight);
   }
 
@@ -217,7 +219,7 @@ class Builder {
     const auto* in_bytes = reinterpret_cast<const std::uint8_t*>(in);
     const auto* out_bytes = reinterpret_cast<const std::uint8_t*>(not_in);
     std::uint32_t size = 0;
-    for (std::size_t byte = 0; byte < (count_ + 7) / 8; ++byte) {
+    for (std::size_t byte = 0; byte < (inputs_ + 7) / 8; ++byte) {
       const unsigned found = in_bytes[byte] & ~out_bytes[byte] & 0xffu;
       for (unsigned bit = 0; found != 0 && bit < 8; ++bit) {
         if ((found & (0x80u >> bit)) == 0) continue;
@@ -228,7 +230,8 @@ class Builder {
     return size;
   }
 
-  const std::size_t channels_, height_, width_, count_, words_;
+  const OutputGrid grid_;
+  const std::size_t inputs_, count_, words_;
   std::vector<std::uint64_t> masks_;  // the full set in the last row
   std::vector<std::uint32_t> sizes_;
   std::vector<std::size_t> parent_;
@@ -268,9 +271,9 @@ std::vector<double> squares_over_masks(const DifferenceTree& tree, const float* 
   return sums_over_masks(tree, squares);
 }
 
-DifferenceTree build_difference_tree(const std::uint8_t* bits, std::size_t row_bytes,
-                                     std::size_t channels, std::size_t height, std::size_t width) {
-  return Builder(bits, row_bytes, channels, height, width).build();
+DifferenceTree build_difference_tree(const std::uint8_t* bits, std::size_t inputs,
+                                     std::size_t outputs, const OutputGrid& grid) {
+  return Builder(bits, inputs, outputs, grid).build();
 }
 
 }  // namespace pyflocality

@@ -37,6 +37,9 @@ struct DifferenceTree {
   std::vector<Node> nodes;  // in the order of the scan
   std::vector<std::uint32_t> inputs;
 
+  // Values that an output answers: its own, where there is an output for every input.
+  std::size_t answered() const { return outputs == inputs_count ? 1 : 0; }
+
   // Terms added or subtracted in all, per query and image.
   std::size_t terms() const { return inputs.size(); }
 };
@@ -48,12 +51,18 @@ std::vector<double> sums_over_masks(const DifferenceTree& tree, const std::vecto
 std::vector<double> squares_over_masks(const DifferenceTree& tree, const float* image,
                                        const float* other);
 
+// How outputs lie: those of the first channels * height * width on a grid, any others apart.
+struct OutputGrid {
+  std::size_t channels, height, width;
+  std::size_t size() const { return channels * height * width; }
+};
+
 // Builds the schedule.
 //
-//   bits      masks, a row of `row_bytes` bytes for each output; input d is bit 7 - d % 8 of
+//   bits      masks, a row of ceil(inputs / 8) bytes for each output; input d is bit 7 - d % 8 of
 //             byte d / 8; bits past the last input are zero
-//   inputs    D = channels * height * width; outputs lie on the same grid, Q = D
-DifferenceTree build_difference_tree(const std::uint8_t* bits, std::size_t row_bytes,
-                                     std::size_t channels, std::size_t height, std::size_t width);
+//   grid      outputs near one another on it are tried as neighbours
+DifferenceTree build_difference_tree(const std::uint8_t* bits, std::size_t inputs,
+                                     std::size_t outputs, const OutputGrid& grid);
 
 }  // namespace pyflocality

@@ -16,7 +16,8 @@ namespace pyflocality {
 //   e[b, m, i] = sum_{d in M_m} (noisy[b, d] - image[i, d])^2
 //
 // gives minimum = min_i e, total = sum_i 2^(-scale (e - minimum)) and
-// weighted = sum_i 2^(-scale (e - minimum)) image[i, m].
+// weighted = sum_i 2^(-scale (e - minimum)) image[i, m]. Where there is not one output for every
+// input, there are no values: minimum and total alone.
 //
 // With a centre c the scan sums (image - c) (image - c - 2 (noisy - c)), which differs from the
 // squared difference by (noisy - c)^2 alone: nothing that depends on the image. Where noise is

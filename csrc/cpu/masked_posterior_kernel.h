@@ -26,8 +26,8 @@ class MaskedScan {
 
   ScanState run(std::size_t threads) const {
     return scan_segments<Scratch>(
-        segments_, threads, dim_ * kQueries, 1,
-        [&] { return std::make_unique<Scratch>(dim_, tree_.slots); },
+        segments_, threads, tree_.outputs * kQueries, tree_.answered(),
+        [&] { return std::make_unique<Scratch>(tree_); },
         [&](std::size_t segment, Scratch& scratch, ScanState& state) {
           scan(segments_.first(segment), segments_.last(segment), scratch, state);
         },
@@ -40,17 +40,17 @@ class MaskedScan {
 
   // What a thread works in; queries lie in the order the tree visits outputs.
   struct Scratch {
-    Scratch(std::size_t dim, std::size_t slots)
-        : tile(dim * kTileImages),
-          slots(slots * kQueries * kTileImages),
-          minimum(dim * kQueries),
-          sums(dim * kQueries * kSumsOfQuery) {}
+    explicit Scratch(const DifferenceTree& tree)
+        : tile(tree.inputs_count * kTileImages),
+          slots(tree.slots * kQueries * kTileImages),
+          minimum(tree.outputs * kQueries),
+          sums(tree.outputs * kQueries * kSumsOfQuery) {}
     AlignedArray<Stored> tile;
     AlignedArray<float> slots, minimum, sums;
   };
 
   void scan(std::size_t first, std::size_t last, Scratch& scratch, ScanState& state) const {
-    const std::size_t queries = dim_ * kQueries;
+    const std::size_t queries = tree_.outputs * kQueries;
     std::fill_n(scratch.minimum.data(), queries, std::numeric_limits<float>::infinity());
     std::fill_n(scratch.sums.data(), queries * kSumsOfQuery, 0.0f);
     for (std::size_t image = first; image < last; image += kTileImages) {
@@ -68,7 +68,7 @@ class MaskedScan {
         state.minimum[q] = scratch.minimum.data()[position];
         for (int k = 0; k < kLanes; ++k) {
           state.total[q] += sums[k];
-          state.weighted[q] += sums[kLanes + k];
+          if (tree_.answered() == 1) state.weighted[q] += sums[kLanes + k];
         }
       }
     }
@@ -79,6 +79,7 @@ class MaskedScan {
     Vec floor[kTileVectors];
     missing_images(count, floor);
     const bool partial = count < static_cast<std::size_t>(kTileImages);
+    const std::size_t answered = tree_.answered();
     Sums sums;
     float* minimum = scratch.minimum.data();
     float* lanes = scratch.sums.data();
@@ -97,13 +98,13 @@ class MaskedScan {
         keep(sums, scratch.slots.data() + static_cast<std::size_t>(node.keep) * kSlot);
       }
       if (node.output == DifferenceTree::kSilent) continue;
-      const Stored* values = tile + static_cast<std::size_t>(node.output) * kTileImages;
+      const Stored* values = tile + answered * static_cast<std::size_t>(node.output) * kTileImages;
       for (int b = 0; b < kQueries; ++b, ++minimum, lanes += kSumsOfQuery) {
         Vec distance[kTileVectors];
         for (int i = 0; i < kTileVectors; ++i) {
           distance[i] = partial ? max(sums[b][i], floor[i]) : sums[b][i];
         }
-        take_in(distance, scale_[b], reach_[b], values, 0, 1, minimum, lanes);
+        take_in(distance, scale_[b], reach_[b], values, 0, answered, minimum, lanes);
       }
     }
   }
@@ -197,7 +198,7 @@ void masked_group(const DifferenceTree& tree, const Stored* images, std::size_t 
       const std::size_t from = m * kQueries + b, to = (first_query + b) * tree.outputs + m;
       result.minimum[to] = state.minimum[from] + left_out[m];
       result.total[to] = state.total[from];
-      result.weighted[to] = state.weighted[from];
+      if (tree.answered() == 1) result.weighted[to] = state.weighted[from];
     }
   }
 }

@@ -13,4 +13,6 @@ PYBIND11_MODULE(_C, module) {
   pyflocality::bind_covariance(module);
   pyflocality::bind_posterior(module);
   pyflocality::bind_posterior_jvp(module);
+  pyflocality::bind_masked_adjoint(module);
+  pyflocality::bind_window_adjoint(module);
 }

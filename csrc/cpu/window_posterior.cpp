@@ -22,18 +22,35 @@
 #include "simd/for_each_isa.h"
 
 namespace pyflocality {
+namespace {
+
+void scan_windows(const WindowShape& shape, const WindowPlaces& places, std::size_t values,
+                  const StoredImages& images, const NoisyBatch& batch, const ScanResult& result,
+                  std::size_t threads, InstructionSet isa,
+                  const std::function<void()>& checkpoint) {
+  const Checkpoint check(checkpoint);
+  if (images.bytes != nullptr) {
+    PYFLOCALITY_DISPATCH(isa, window_posterior, shape, places, values, images.bytes, images.count,
+                         batch, result, threads, check);
+  } else {
+    PYFLOCALITY_DISPATCH(isa, window_posterior, shape, places, values, images.floats, images.count,
+                         batch, result, threads, check);
+  }
+}
+
+}  // namespace
 
 void window_posterior(const WindowShape& shape, const StoredImages& images, const NoisyBatch& batch,
                       const ScanResult& result, std::size_t threads, InstructionSet isa,
                       const std::function<void()>& checkpoint) {
-  const Checkpoint check(checkpoint);
-  if (images.bytes != nullptr) {
-    PYFLOCALITY_DISPATCH(isa, window_posterior, shape, images.bytes, images.count, batch, result,
-                         threads, check);
-  } else {
-    PYFLOCALITY_DISPATCH(isa, window_posterior, shape, images.floats, images.count, batch, result,
-                         threads, check);
-  }
+  scan_windows(shape, all_places(shape), shape.channels, images, batch, result, threads, isa,
+               checkpoint);
+}
+
+void patch_weights(const WindowShape& shape, const StoredImages& images, const NoisyBatch& batch,
+                   const ScanResult& result, std::size_t threads, InstructionSet isa,
+                   const std::function<void()>& checkpoint) {
+  scan_windows(shape, places_inside(shape), 0, images, batch, result, threads, isa, checkpoint);
 }
 
 }  // namespace pyflocality

@@ -18,15 +18,19 @@
 #include <utility>
 #include <vector>
 
+#include "adjoint.h"
 #include "covariance.h"
 #include "cpu_features.h"
 #include "difference_tree.h"
 #include "equivariant_posterior.h"
 #include "global_jvp.h"
 #include "global_posterior.h"
+#include "masked_adjoint.h"
 #include "masked_jvp.h"
 #include "masked_posterior.h"
+#include "masks.h"
 #include "plain_scan.h"
+#include "window_adjoint.h"
 #include "window_jvp.h"
 #include "window_posterior.h"
 
@@ -187,73 +191,32 @@ void check_equivariant(const Problem<Stored>& problem, std::size_t window, bool 
              });
 }
 
-// Masks of neighbours that are nearly alike, with an empty, a full and a dense one.
-std::vector<std::vector<bool>> make_masks(const Shape& shape) {
-  const std::size_t count = shape.values();
-  Random random(7);
-  std::vector<std::vector<bool>> masks(count, std::vector<bool>(count));
-  for (std::size_t q = 0; q < count; ++q) {
-    for (std::size_t d = 0; d < count; ++d) {
-      const auto distance = [&](std::size_t a, std::size_t b) { return a > b ? a - b : b - a; };
-      const std::size_t p = d % shape.pixels(), o = q % shape.pixels();
-      const bool near =
-          distance(p / shape.width, o / shape.width) + distance(p % shape.width, o % shape.width) <=
-          2;
-      masks[q][d] = near != (random.below(20) == 0);
-    }
-  }
-  masks.front().assign(count, false);
-  if (count > 2) masks[count / 2].assign(count, true);
-  for (std::size_t d = 0; d < count && count > 1; ++d) masks.back()[d] = random.below(10) != 0;
-  return masks;
-}
-
-std::vector<std::uint8_t> pack(const std::vector<std::vector<bool>>& masks) {
-  const std::size_t row_bytes = (masks.size() + 7) / 8;
-  std::vector<std::uint8_t> bits(masks.size() * row_bytes);
-  for (std::size_t q = 0; q < masks.size(); ++q) {
-    for (std::size_t d = 0; d < masks.size(); ++d) {
-      if (masks[q][d]) bits[q * row_bytes + d / 8] |= static_cast<std::uint8_t>(0x80 >> d % 8);
-    }
-  }
-  return bits;
-}
-
-// Walks the schedule with sets in place of sums: every output's set is its mask.
-void check_tree(const DifferenceTree& tree, const std::vector<std::vector<bool>>& masks,
-                const std::string& name) {
-  const std::size_t count = masks.size();
-  std::vector<std::vector<int>> slots(tree.slots);
-  std::vector<int> held(count, 0);
-  std::vector<int> visits(count, 0);
-  for (const DifferenceTree::Node& node : tree.nodes) {
-    if (node.from == DifferenceTree::kFromEmpty) {
-      held.assign(count, 0);
-    } else if (node.from != DifferenceTree::kFromLast) {
-      held = slots.at(static_cast<std::size_t>(node.from));
-      expect(!held.empty(), name + ": a slot is read before it is written");
-    }
-    for (std::size_t k = 0; k < node.plus + node.minus; ++k) {
-      held.at(tree.inputs.at(node.begin + k)) += k < node.plus ? 1 : -1;
-    }
-    if (node.keep != DifferenceTree::kNowhere) slots.at(static_cast<std::size_t>(node.keep)) = held;
-    if (node.output == DifferenceTree::kSilent) continue;
-    const auto output = static_cast<std::size_t>(node.output);
-    ++visits.at(output);
-    for (std::size_t d = 0; d < count; ++d) {
-      expect(held[d] == (masks[output][d] ? 1 : 0), name + ": a set is not its mask");
-    }
-  }
-  for (const int number : visits) expect(number == 1, name + ": an output is not visited once");
+// Queries for every pixel and one more, which answer other masks than they measure; and for every
+// value, counted from a centre.
+template <typename Stored>
+void check_filtered(const Problem<Stored>& problem, std::vector<std::vector<bool>> masks,
+                    const std::vector<float>& centre, const std::vector<std::size_t>& threads) {
+  const Shape& shape = problem.shape;
+  std::vector<std::vector<bool>> answers(masks.rbegin(), masks.rend());
+  const OutputGrid values{shape.channels, shape.height, shape.width};
+  check_masked_adjoint(problem, make_tree(masks, values), make_tree(answers, values),
+                       mask_spreads(masks, answers), centre.data(), threads);
+  masks.resize(shape.pixels());
+  masks.emplace_back(shape.values(), false);
+  answers.resize(shape.pixels());
+  answers.emplace_back(shape.values(), true);
+  const OutputGrid pixels{1, shape.height, shape.width};
+  const DifferenceTree tree = make_tree(masks, pixels);
+  check_tree(tree, masks, "tree of pixels, " + text(shape));
+  check_masked_adjoint(problem, tree, make_tree(answers, pixels), mask_spreads(masks, answers),
+                       nullptr, threads);
 }
 
 template <typename Stored>
 void check_masked(const Problem<Stored>& problem, const std::vector<std::size_t>& threads) {
   const std::vector<std::vector<bool>> masks = make_masks(problem.shape);
-  const std::vector<std::uint8_t> bits = pack(masks);
-  const DifferenceTree tree =
-      build_difference_tree(bits.data(), (masks.size() + 7) / 8, problem.shape.channels,
-                            problem.shape.height, problem.shape.width);
+  const Shape& shape = problem.shape;
+  const DifferenceTree tree = make_tree(masks, {shape.channels, shape.height, shape.width});
   check_tree(tree, masks, "tree, " + text(problem.shape));
   std::vector<Query> queries;
   for (std::size_t q = 0; q < masks.size(); ++q) {
@@ -272,9 +235,11 @@ void check_masked(const Problem<Stored>& problem, const std::vector<std::size_t>
                  masked_posterior_jvp(tree, problem.stored(), problem.noisy_batch(),
                                       problem.directions(), result, workers, isa, checkpoint);
                });
+    check_masked_adjoint(problem, tree, tree, mask_spreads(masks, masks), nullptr, threads);
     return;
   }
   const std::vector<float> centre(masks.size(), 0.5f);
+  check_filtered(problem, masks, centre, threads);
   for (const float* counted_from : {static_cast<const float*>(nullptr), centre.data()}) {
     NoisyBatch batch = problem.noisy_batch();
     batch.centre = counted_from;
@@ -330,6 +295,7 @@ void check_tangents(Problem<Stored> problem, const std::vector<std::size_t>& thr
     const std::size_t window =
         std::min<std::size_t>(3, 2 * std::max(problem.shape.height, problem.shape.width) - 1);
     check_window(problem, window, threads);
+    check_window_adjoint(problem, window, threads);
   }
 }
 
@@ -340,6 +306,10 @@ void check_scans(const Shape& shape, std::size_t count, std::size_t batch,
   check_global(problem, threads);
   check_masked(problem, threads);
   check_tangents(problem, threads);
+  const std::size_t inside = std::min(shape.height, shape.width);
+  for (const std::size_t side : std::set<std::size_t>{1, (inside + 1) / 2, inside}) {
+    check_window_adjoint(problem, side, threads);
+  }
   const std::size_t largest = 2 * std::max(shape.height, shape.width) - 1;
   for (const std::size_t window :
        std::set<std::size_t>{1, std::min<std::size_t>(3, largest), largest}) {

@@ -1,4 +1,6 @@
-"""The command line: `pyflocality generate | moments | doctor`.
+"""The command line.
+
+    pyflocality generate | compare | moments | sensitivity | spectrum | memorize | doctor
 
 Every command answers a mistake with one line on standard error. Exit codes: 0 done, 1 this
 machine cannot do it (missing package, backend, memory, disk), 2 wrong arguments or inputs,
@@ -12,6 +14,8 @@ from typing import Annotated
 
 import typer
 
+from pyflocality.cli._analysis import memorize, sensitivity, spectrum
+from pyflocality.cli._compare import compare
 from pyflocality.cli._doctor import doctor
 from pyflocality.cli._generate import generate
 from pyflocality.cli._moments import moments
@@ -23,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, moments, doctor):
+for _command in (generate, compare, moments, sensitivity, spectrum, memorize, doctor):
     app.command()(_command)
 
 

@@ -1,12 +1,12 @@
-"""The denoisers that `generate` offers.
+"""The denoisers that `generate` and `compare` offer.
 
-A new denoiser is one entry of `DENOISERS`; an option of its own is one more parameter of
-`pyflocality.cli._generate.generate`, named in the entry.
+A new denoiser is one entry of `DENOISERS`; an option of its own is one more parameter of both
+commands, named in the entry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ class Entry:
         options: Options it takes: the name on the command line and its argument.
         operations: Operations it runs, where the backend can be chosen.
         needs_moments: Whether it is made of moments: "no", "also" beside the images, or "only".
+        required: Options that must be given.
+        centred: Whether its window lies around a pixel, so that its side must be odd.
     """
 
     class_name: str
@@ -32,6 +34,8 @@ class Entry:
     options: Mapping[str, str]
     operations: tuple[str, ...]
     needs_moments: str = "no"
+    required: tuple[str, ...] = ()
+    centred: bool = False
 
 
 _SCAN = {"backend": "backend", "memory_budget": "memory_budget"}
@@ -55,12 +59,21 @@ DENOISERS: dict[str, Entry] = {
         "one posterior per pixel, over a square window",
         {"window": "window", "temperature": "temperature", **_SCAN},
         ("window_posterior",),
+        centred=True,
     ),
     "equivariant": Entry(
         "EquivariantDenoiser",
         "one posterior per pixel, over patches from anywhere",
         {"window": "window", "boundary": "boundary", "temperature": "temperature", **_SCAN},
         ("equivariant_posterior",),
+        centred=True,
+    ),
+    "patch-set": Entry(
+        "PatchSetDenoiser",
+        "one posterior per square patch, blended into one image",
+        {"window": "window", "temperature": "temperature", **_SCAN},
+        ("patch_set",),
+        required=("window",),
     ),
     "optimal": Entry(
         "OptimalDenoiser",
@@ -69,6 +82,16 @@ DENOISERS: dict[str, Entry] = {
         ("global_posterior",),
     ),
     "wiener": Entry("WienerDenoiser", "the best linear one", {}, (), needs_moments="only"),
+    "ledoit-wolf": Entry(
+        "LedoitWolfDenoiser", "the linear one for few images, its covariance shrunk", {}, ()
+    ),
+    "fourier": Entry(
+        "FourierWienerDenoiser",
+        "the best linear one that treats all places alike",
+        {},
+        (),
+        needs_moments="only",
+    ),
     "nearest": Entry("NearestDenoiser", "the nearest training image", _SCAN, ("nearest",)),
 }
 
@@ -98,10 +121,12 @@ class DenoiserOptions:
 
         for option in self.given:
             if option not in self.entry.options:
-                takers = [name for name, entry in DENOISERS.items() if option in entry.options]
-                raise ValueError(
-                    f"`{option}` belongs to --denoiser {' or '.join(takers)}, not to {self.name}"
-                )
+                raise ValueError(f"`{option}` belongs to {_takers(option)}, not to {self.name}")
+        for option in self.entry.required:
+            if option not in self.given:
+                raise ValueError(f"`{option}` must be given for {self.name}")
+        if self.entry.centred and "window" in self.given:
+            _check_odd(self.given["window"])
         checks = {
             "threshold": lambda value: check_threshold(value, "threshold"),
             "temperature": lambda value: check_positive(value, "temperature"),
@@ -133,6 +158,38 @@ class DenoiserOptions:
         return {
             option: getattr(denoiser, argument) for option, argument in self.entry.options.items()
         }
+
+
+def split_options(names: Sequence[str], given: Mapping[str, Any]) -> list[DenoiserOptions]:
+    """Several denoisers, each with those of the given options that it takes.
+
+    Args:
+        names: Keys of `DENOISERS`.
+        given: Values of the options that were given, by their names on the command line.
+
+    Raises:
+        ValueError: None of the denoisers takes an option.
+    """
+    for option in given:
+        if not any(option in DENOISERS[name].options for name in names):
+            raise ValueError(f"`{option}` belongs to {_takers(option)}, which is not compared")
+    return [
+        DenoiserOptions(
+            name,
+            {option: given[option] for option in given if option in DENOISERS[name].options},
+        )
+        for name in names
+    ]
+
+
+def _takers(option: str) -> str:
+    return " or ".join(name for name, entry in DENOISERS.items() if option in entry.options)
+
+
+def _check_odd(window: int | Sequence[tuple[float, int]]) -> None:
+    for size in [window] if isinstance(window, int) else [size for _, size in window]:
+        if size % 2 == 0:
+            raise ValueError(f"`window` must be odd so that it has a centre pixel, got {size}")
 
 
 def _check_backend(operation: str, backend: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Options of `pyflocality generate`."""
+"""Options of `pyflocality generate` and `pyflocality compare`."""
 
 from __future__ import annotations
 
@@ -51,6 +51,20 @@ Out = Annotated[
 Denoiser = Annotated[
     DenoiserName, typer.Option(help=f"Which model. {_DENOISERS_HELP}.", rich_help_panel=MODEL)
 ]
+Methods = Annotated[
+    str,
+    typer.Option(
+        help=f"Which models, in the order of the rows, as in local,optimal. {_DENOISERS_HELP}.",
+        rich_help_panel=MODEL,
+    ),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        help="The model that the others are measured against; the first if not given.",
+        rich_help_panel=MODEL,
+    ),
+]
 Count = Annotated[
     int, typer.Option("--n", help="How many images to make.", rich_help_panel=SAMPLING)
 ]
@@ -75,8 +89,9 @@ Threshold = Annotated[
 Window = Annotated[
     str | None,
     typer.Option(
-        help="local, equivariant: side of the window in pixels, odd; or a table of noise level "
-        "(sigma / alpha) and side, such as 10:15,1:7,0.1:3. 7 if not given.",
+        help="local, equivariant: side of the window in pixels, odd; patch-set: side of the "
+        "patches; or a table of noise level (sigma / alpha) and side, such as 10:15,1:7,0.1:3. "
+        "7 if not given; patch-set needs one.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -106,6 +121,14 @@ LoaderBatch = Annotated[
     int | None,
     typer.Option(
         help="Images a batch of --aggregation batch-mean. 256 if not given.", rich_help_panel=MODEL
+    ),
+]
+Flip = Annotated[
+    bool,
+    typer.Option(
+        "--flip",
+        help="Learn from the images mirrored left to right, too, without keeping them in memory.",
+        rich_help_panel=MODEL,
     ),
 ]
 MomentsFile = Annotated[

@@ -141,7 +141,7 @@ def parse_device(text: str) -> torch.device:
 def parse_window(text: str) -> int | tuple[tuple[float, int], ...]:
     """A window: "7", or pairs of noise level sigma / alpha and size such as "10:15,1:7"."""
     if re.fullmatch(r"\d+", text):
-        return _odd(int(text), text)
+        return int(text)
     table = []
     for pair in text.split(","):
         ratio, _, size = pair.partition(":")
@@ -151,14 +151,8 @@ def parse_window(text: str) -> int | tuple[tuple[float, int], ...]:
             level = math.nan
         if not (math.isfinite(level) and level > 0) or not re.fullmatch(r"\s*\d+\s*", size):
             raise ValueError(
-                "`window` must be an odd number, or pairs of a positive noise level "
-                f"(sigma / alpha) and an odd number such as 10:15,1:7, got {text!r}"
+                "`window` must be a whole number, or pairs of a positive noise level "
+                f"(sigma / alpha) and a whole number such as 10:15,1:7, got {text!r}"
             )
-        table.append((level, _odd(int(size), text)))
+        table.append((level, int(size)))
     return tuple(table)
-
-
-def _odd(size: int, text: str) -> int:
-    if size % 2 == 0:
-        raise ValueError(f"`window` must be odd so that it has a centre pixel, got {text!r}")
-    return size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pyflocality._backends import Call
-from pyflocality._problem import float32_limits
+from pyflocality._problem import float32_limits, stored_images_limits
 from pyflocality.cuda.geometry import WindowShape, plan_adjoint, plan_window
 
 # The first whose blocks can have the shared memory that the plans count on.
@@ -14,12 +14,16 @@ CAPABILITY = (8, 0)
 
 def window_posterior_limits(call: Call) -> str | None:
     """Reason why the window scan cannot serve a call, or None if it can."""
-    return float32_limits(call) or _capability_reason(call.device) or _size_reason(call, False)
+    return _call_reason(call) or _size_reason(call, False)
 
 
 def patch_set_limits(call: Call) -> str | None:
     """Reason why the pass over whole windows cannot serve a call, or None if it can."""
-    return float32_limits(call) or _capability_reason(call.device) or _size_reason(call, True)
+    return _call_reason(call) or _size_reason(call, True)
+
+
+def _call_reason(call: Call) -> str | None:
+    return float32_limits(call) or stored_images_limits(call) or _capability_reason(call.device)
 
 
 def _capability_reason(device: torch.device) -> str | None:

@@ -7,12 +7,19 @@ value per image of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pyflocality._autograd import (
+    directional,
+    estimate,
+    jvp_by_torch,
+    transposed,
+    vjp_by_torch,
+)
 from pyflocality._backends import BACKENDS
 from pyflocality._budget import memory_budget_bytes
 from pyflocality._checks import (
@@ -23,19 +30,51 @@ from pyflocality._checks import (
     check_positive,
     describe,
 )
+from pyflocality._operators import new_handle
+from pyflocality._tangents import check_directions
+from pyflocality._transforms import (
+    is_differentiated,
+    is_traced,
+    outside_transforms,
+    without_derivatives,
+)
 from pyflocality.data import TrainingSet
 
 
 class Denoiser(nn.Module):
     """Base class: checks the call, then asks the subclass for the estimate.
 
+    Calls are differentiable by x, sigma and alpha: by `backward`, forward-mode differentiation
+    and everything in `torch.func` (jvp, vjp, linearize, vmap, jacrev, jacfwd, hessian), to any
+    order. The estimate runs on the fastest backend all the same and keeps nothing but its
+    arguments; first derivatives by x are those of `jvp` and `vjp`, within the memory budget. All
+    others go through the reference backend. By sigma and alpha they are taken with the windows,
+    masks and patches of the noise level as they are. `torch.compile` sees one operator, also with
+    fullgraph=True, and its first derivatives by x; what a graph would lose or get wrong (torch.func
+    inside it, forward-mode tangents, derivatives by the level) raises an error.
+
+    A subclass defines `_denoise`, in operations that torch differentiates wherever its arguments
+    are differentiated, and better derivatives than torch's in `_jvp` and `_vjp`. Where it has
+    parameters, all its operations are left to torch.
+
     Args:
         image_shape: Shape (C, H, W) of the images it denoises.
+
+    Attributes:
+        symmetric_jacobian: Whether the Jacobian is known to be symmetric.
     """
+
+    symmetric_jacobian = False
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
         self.image_shape = tuple(image_shape)
+        self._handle = new_handle(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy or a pickled denoiser, which is one more."""
+        super().__setstate__(state)
+        self._handle = new_handle(self)
 
     @property
     def device(self) -> torch.device:
@@ -58,38 +97,150 @@ class Denoiser(nn.Module):
             TypeError: x is not a floating-point tensor, or a level is not a number.
             ValueError: x has the wrong shape or device or holds NaN, or a level is out of range.
         """
+        return estimate(self, *self._checked(x, sigma, alpha))
+
+    def jvp(
+        self,
+        x: Tensor,
+        tangents: Tensor,
+        sigma: float | Tensor,
+        alpha: float | Tensor = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        r"""The estimates and their derivatives J u along K tangents u of the noisy images.
+
+        With J the Jacobian of the estimate by x. All tangents go through the training set
+        together, in as many passes as one does.
+
+        Args:
+            x: Noisy images, [B, C, H, W].
+            tangents: Directions u in the space of x, dtype of x, [K, B, C, H, W].
+            sigma: Noise level, a number or a tensor [B], positive.
+            alpha: Signal coefficient, a number or a tensor [B], positive.
+
+        Returns:
+            Estimates [B, C, H, W] and derivatives [K, B, C, H, W], dtype and device of x; they
+            can themselves be differentiated, by the reference backend.
+
+        Raises:
+            TypeError: An argument has the wrong type or dtype.
+            ValueError: An argument has the wrong shape, device or range; sigma is 0, where the
+                posterior jumps from image to image.
+            BackendUnavailableError: The backend asked for has no derivatives of this denoiser.
+        """
+        x, sigma, alpha = self._checked(x, sigma, alpha)
+        tangents = check_directions(tangents, x, "tangents")
+        in_parts = is_traced() or tangents.numel() == 0
+        if in_parts or is_differentiated(x, tangents, sigma, alpha):
+            found = directional(self, x, sigma, alpha, tangents)
+            return estimate(self, x, sigma, alpha), found
+        with torch.no_grad():
+            return self._jvp(x, tangents, sigma, alpha)
+
+    def vjp(
+        self,
+        x: Tensor,
+        cotangents: Tensor,
+        sigma: float | Tensor,
+        alpha: float | Tensor = 1.0,
+    ) -> Tensor:
+        r"""Transposed derivatives :math:`J^\top g` along K cotangents g of the estimates.
+
+        They are the gradients by x of the sums of g times the estimate; the counterpart of `jvp`,
+        with the same shapes.
+
+        Args:
+            x: Noisy images, [B, C, H, W].
+            cotangents: Directions g in the space of the estimates, dtype of x, [K, B, C, H, W].
+            sigma: Noise level, a number or a tensor [B], positive.
+            alpha: Signal coefficient, a number or a tensor [B], positive.
+
+        Returns:
+            Gradients [K, B, C, H, W], dtype and device of x; they can themselves be
+            differentiated, by the reference backend.
+
+        Raises:
+            TypeError: An argument has the wrong type or dtype.
+            ValueError: An argument has the wrong shape, device or range; sigma is 0.
+            BackendUnavailableError: The backend asked for has no derivatives of this denoiser.
+        """
+        x, sigma, alpha = self._checked(x, sigma, alpha)
+        cotangents = check_directions(cotangents, x, "cotangents")
+        return transposed(self, x, sigma, alpha, cotangents)
+
+    def _checked(
+        self, x: Tensor, sigma: float | Tensor, alpha: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of a call in canonical form: levels are float64 [B]."""
         x = check_batch(x, self.image_shape, self.device, "x")
         sigma = check_level(sigma, len(x), x.device, "sigma", allow_zero=True)
         alpha = check_level(alpha, len(x), x.device, "alpha", allow_zero=False)
         check_magnitude(x, alpha, "x")
-        return self._denoise(x, sigma, alpha)
+        return x, sigma, alpha
 
     def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
         """The estimate for checked arguments; sigma and alpha are float64 [B]."""
         raise AttributeError(f"{type(self).__name__} does not define _denoise")
 
+    def _jvp(
+        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Estimates and derivatives along tangents [K, B, C, H, W], for checked arguments.
 
-def by_level(
-    denoise: Callable[[Tensor, float, float], Tensor], x: Tensor, sigma: Tensor, alpha: Tensor
-) -> Tensor:
-    """Run a function that takes one noise level over a batch with a level per image.
+        A subclass defines it where it has anything better than torch's forward mode, which takes
+        one pass for each tangent.
+        """
+        return jvp_by_torch(self._denoise, x, tangents, sigma, alpha)
 
-    Args:
-        denoise: Maps images [b, C, H, W] and their common sigma and alpha to estimates.
-        x: Noisy images, [B, C, H, W].
-        sigma: Noise levels, [B].
-        alpha: Signal coefficients, [B].
+    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        """Transposed derivatives for cotangents [K, B, C, H, W], for checked arguments.
+
+        A subclass defines it where it has anything better than torch's backward mode, whose graph
+        holds all that the estimate computes.
+        """
+        return vjp_by_torch(self._denoise, x, cotangents, sigma, alpha)
+
+
+# Some images of a batch: their positions, int64 [b], or a slice of all.
+Members = Tensor | slice
+
+
+class Level(NamedTuple):
+    """The images of a batch that share a noise level.
+
+    Attributes:
+        sigma: Noise level.
+        alpha: Signal coefficient.
+        members: Which images.
     """
-    levels = torch.stack([sigma, alpha], 1)
-    distinct, group = levels.unique(dim=0, return_inverse=True)
-    if len(distinct) == 1:
-        return denoise(x, *distinct[0].tolist())
-    result = torch.zeros_like(x)
-    for number, (level_sigma, level_alpha) in enumerate(distinct.tolist()):
-        members = (group == number).nonzero()[:, 0]
-        part = denoise(x[members], level_sigma, level_alpha)
-        result = result.index_copy(0, members, part)
-    return result
+
+    sigma: float
+    alpha: float
+    members: Members
+
+
+def split_levels(sigma: Tensor, alpha: Tensor) -> list[Level]:
+    """The distinct noise levels of a batch, sigma and alpha [B], and the images of each."""
+    with outside_transforms():
+        levels = torch.stack([without_derivatives(sigma), without_derivatives(alpha)], 1)
+        distinct, group = levels.unique(dim=0, return_inverse=True)
+        if len(distinct) == 1:
+            return [Level(*distinct[0].tolist(), slice(None))]
+        return [
+            Level(*level, (group == number).nonzero()[:, 0])
+            for number, level in enumerate(distinct.tolist())
+        ]
+
+
+def join_levels(parts: Sequence[Tensor], levels: Sequence[Level], axis: int = 0) -> Tensor:
+    """What was computed for each level, as one batch in its order along an axis."""
+    return join_batch(parts, [level.members for level in levels], axis)
+
+
+def join_batch(parts: Sequence[Tensor], members: Sequence[Members], axis: int = 0) -> Tensor:
+    """What was computed for groups of images, as one batch in its order along an axis."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(list(parts), axis).index_select(axis, torch.cat(list(members)).argsort())
 
 
 def check_set(data: object) -> TrainingSet:
@@ -148,10 +299,16 @@ class PosteriorDenoiser(Denoiser):
     def _options(self) -> dict[str, Any]:
         """Options that every operation takes."""
         return {
+            "augmentation": self.data.augmentation,
             "backend": self.backend,
             "dtype": self.dtype,
             "memory_budget": self.memory_budget,
         }
+
+    @property
+    def _posterior_options(self) -> dict[str, Any]:
+        """Options that every operation with a posterior takes."""
+        return {"temperature": self.temperature, **self._options}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PosteriorDenoiser:
         # The set is no buffer: `.half()` must not touch its values and `state_dict` must not

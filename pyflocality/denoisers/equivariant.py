@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from pyflocality.denoisers.window import Window, WindowDenoiser
 from pyflocality.ops.equivariant_posterior import (
     BOUNDARIES,
     check_patch_window,
+    equivariant_posterior_jvp,
     equivariant_posterior_mean,
+    equivariant_posterior_vjp,
 )
 
 
@@ -78,14 +81,22 @@ class EquivariantDenoiser(WindowDenoiser):
         )
         self.boundary = boundary
 
-    def _mean(self, x: Tensor, window: int, sigma: float, alpha: float) -> Tensor:
-        return equivariant_posterior_mean(
-            x,
-            self.data.images,
-            window,
-            sigma,
-            alpha,
-            boundary=self.boundary,
-            temperature=self.temperature,
-            **self._options,
-        )
+    @property
+    def _posterior_options(self) -> dict[str, Any]:
+        return super()._posterior_options | {"boundary": self.boundary}
+
+    def _mean(self, x: Tensor, window: int, sigma: Tensor, alpha: Tensor) -> Tensor:
+        images, options = self.data.images, self._posterior_options
+        return equivariant_posterior_mean(x, images, window, sigma, alpha, **options)
+
+    def _mean_jvp(
+        self, x: Tensor, tangents: Tensor, window: int, sigma: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        images, options = self.data.images, self._posterior_options
+        return equivariant_posterior_jvp(x, tangents, images, window, sigma, alpha, **options)
+
+    def _mean_vjp(
+        self, x: Tensor, cotangents: Tensor, window: int, sigma: Tensor, alpha: Tensor
+    ) -> Tensor:
+        images, options = self.data.images, self._posterior_options
+        return equivariant_posterior_vjp(x, cotangents, images, window, sigma, alpha, **options)

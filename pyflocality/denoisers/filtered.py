@@ -7,8 +7,15 @@ from torch import Tensor
 
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import PosteriorDenoiser
-from pyflocality.ops import masked_posterior_mean
-from pyflocality.ops.filtered_posterior import check_pair, filtered_posterior_mean
+from pyflocality.ops import (
+    filtered_posterior_jvp,
+    filtered_posterior_mean,
+    filtered_posterior_vjp,
+    masked_posterior_jvp,
+    masked_posterior_mean,
+    masked_posterior_vjp,
+)
+from pyflocality.ops.filtered_posterior import check_pair
 from pyflocality.weights import QueryWeights
 
 
@@ -75,10 +82,26 @@ class FilteredPosteriorDenoiser(PosteriorDenoiser):
         return QueryWeights(weights, name=name)
 
     def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        options = {"temperature": self.temperature, **self._options}
-        images = self.data.images
+        images, options = self.data.images, self._posterior_options
         if self._responses is None:
             return masked_posterior_mean(x, images, self._weights, sigma, alpha, **options)
-        return filtered_posterior_mean(
-            x, images, self._weights, self._responses, sigma, alpha, **options
-        )
+        weights = self._weights, self._responses
+        return filtered_posterior_mean(x, images, *weights, sigma, alpha, **options)
+
+    def _jvp(
+        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        images, options = self.data.images, self._posterior_options
+        if self._responses is None:
+            weights = self._weights
+            return masked_posterior_jvp(x, tangents, images, weights, sigma, alpha, **options)
+        weights = self._weights, self._responses
+        return filtered_posterior_jvp(x, tangents, images, *weights, sigma, alpha, **options)
+
+    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        images, options = self.data.images, self._posterior_options
+        if self._responses is None:
+            weights = self._weights
+            return masked_posterior_vjp(x, cotangents, images, weights, sigma, alpha, **options)
+        weights = self._weights, self._responses
+        return filtered_posterior_vjp(x, cotangents, images, *weights, sigma, alpha, **options)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import check_set
-from pyflocality.denoisers.window import Window, WindowDenoiser
-from pyflocality.ops import window_posterior_mean
+from pyflocality.denoisers.queries import QueryDenoiser
+from pyflocality.denoisers.window import Window, WindowDenoiser, window_rule
+from pyflocality.ops import window_posterior_jvp, window_posterior_mean, window_posterior_vjp
 from pyflocality.ops.window_posterior import check_window
 
 
-class LocalDenoiser(WindowDenoiser):
+class LocalDenoiser(WindowDenoiser, QueryDenoiser):
     r"""Local score model (LS): every pixel has a posterior over the window around it.
 
     .. math::
@@ -65,13 +67,21 @@ class LocalDenoiser(WindowDenoiser):
             memory_budget=memory_budget,
         )
 
-    def _mean(self, x: Tensor, window: int, sigma: float, alpha: float) -> Tensor:
-        return window_posterior_mean(
-            x,
-            self.data.images,
-            window,
-            sigma,
-            alpha,
-            temperature=self.temperature,
-            **self._options,
-        )
+    def _mean(self, x: Tensor, window: int, sigma: Tensor, alpha: Tensor) -> Tensor:
+        images, options = self.data.images, self._posterior_options
+        return window_posterior_mean(x, images, window, sigma, alpha, **options)
+
+    def _mean_jvp(
+        self, x: Tensor, tangents: Tensor, window: int, sigma: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        images, options = self.data.images, self._posterior_options
+        return window_posterior_jvp(x, tangents, images, window, sigma, alpha, **options)
+
+    def _mean_vjp(
+        self, x: Tensor, cotangents: Tensor, window: int, sigma: Tensor, alpha: Tensor
+    ) -> Tensor:
+        images, options = self.data.images, self._posterior_options
+        return window_posterior_vjp(x, cotangents, images, window, sigma, alpha, **options)
+
+    def _queries(self, sigma: float, alpha: float) -> dict[str, Any]:
+        return {"window": window_rule(self.window, self._check_window)(alpha, sigma)}

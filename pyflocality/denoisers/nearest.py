@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyflocality._augmentation import enlarged_at
+from pyflocality._problem import training_values
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import PosteriorDenoiser
 from pyflocality.ops import nearest_images
@@ -16,6 +18,7 @@ class NearestDenoiser(PosteriorDenoiser):
     .. math:: \hat x_0(x) = v_{i^*}, \qquad i^* = \arg\min_i \lVert x - \alpha v_i \rVert^2
 
     Among equal distances the earlier image wins. The noise level sigma does not matter.
+    The derivative is zero almost everywhere, and zero is the answer everywhere.
 
     Args:
         data: The training set.
@@ -35,5 +38,15 @@ class NearestDenoiser(PosteriorDenoiser):
         super().__init__(data, backend=backend, dtype=dtype, memory_budget=memory_budget)
 
     def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        found = nearest_images(x, self.data.images, alpha, **self._options).indices[:, 0]
-        return self.data.subset(found).values(dtype=x.dtype) if len(x) else torch.zeros_like(x)
+        images, augmentation = self.data.images, self.data.augmentation
+        found = nearest_images(x, images, alpha, **self._options).indices[:, 0]
+        return training_values(enlarged_at(images, augmentation, found), x.dtype)
+
+    def _jvp(
+        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        # It jumps from image to image and is constant in between.
+        return self._denoise(x, sigma, alpha), torch.zeros_like(tangents)
+
+    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        return torch.zeros_like(cotangents)

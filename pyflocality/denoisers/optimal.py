@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from pyflocality.denoisers.base import PosteriorDenoiser
-from pyflocality.ops import global_posterior_mean
+from pyflocality.denoisers.queries import QueryDenoiser
+from pyflocality.ops import global_posterior_jvp, global_posterior_mean
 
 
-class OptimalDenoiser(PosteriorDenoiser):
+class OptimalDenoiser(QueryDenoiser):
     r"""Posterior mean over all training images: the minimiser of the training objective.
 
     .. math::
@@ -34,7 +36,21 @@ class OptimalDenoiser(PosteriorDenoiser):
         2022.
     """
 
+    symmetric_jacobian = True
+
     def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        return global_posterior_mean(
-            x, self.data.images, sigma, alpha, temperature=self.temperature, **self._options
-        )
+        images, options = self.data.images, self._posterior_options
+        return global_posterior_mean(x, images, sigma, alpha, **options)
+
+    def _jvp(
+        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        images, options = self.data.images, self._posterior_options
+        return global_posterior_jvp(x, tangents, images, sigma, alpha, **options)
+
+    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        # The Jacobian is a covariance, and so symmetric.
+        return self._jvp(x, cotangents, sigma, alpha)[1]
+
+    def _queries(self, sigma: float, alpha: float) -> dict[str, Any]:
+        return {}

@@ -9,11 +9,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_count, describe
+from pyflocality._checks import describe
+from pyflocality._transforms import outside_transforms
 from pyflocality.data import TrainingSet
-from pyflocality.denoisers.base import PosteriorDenoiser, by_level
+from pyflocality.denoisers.base import Level, PosteriorDenoiser, join_levels, split_levels
 from pyflocality.denoisers.window import Window, level_rule
-from pyflocality.ops.filtered_posterior import filtered_posterior_mean
+from pyflocality.ops import (
+    filtered_posterior_jvp,
+    filtered_posterior_mean,
+    filtered_posterior_vjp,
+    patch_set_mean,
+)
+from pyflocality.ops.patch_set import check_patch
 from pyflocality.weights import QueryWeights
 
 Masks = Tensor | Callable[[float, float], Tensor] | Sequence[tuple[float, Tensor]]
@@ -73,36 +80,73 @@ class PatchSetDenoiser(PosteriorDenoiser):
         self.window, self.masks = window, masks
         self._rule()
 
-    def _rule(self) -> Callable[[float, float], QueryWeights]:
-        """The patches of a noise level, as a function (alpha, sigma) -> weights [Q, D]."""
+    def _rule(self) -> Callable[[float, float], int | Tensor]:
+        """The window or the masks of a noise level, as a function (alpha, sigma)."""
         _, height, width = self.image_shape
         if self.window is not None:
-            check = functools.partial(_check_window, largest=min(height, width))
-            size_at = level_rule(
+            check = functools.partial(check_patch, height=height, width=width)
+            return level_rule(
                 self.window, "window", check, lambda given: isinstance(given, numbers.Integral)
             )
-            return lambda alpha, sigma: _square_patches(self.image_shape, size_at(alpha, sigma))
         check = functools.partial(_check_masks, image_shape=self.image_shape)
-        masks_at = level_rule(self.masks, "masks", check, lambda given: isinstance(given, Tensor))
-        return lambda alpha, sigma: _flexible_patches(masks_at(alpha, sigma), self.image_shape[0])
+        return level_rule(self.masks, "masks", check, lambda given: isinstance(given, Tensor))
+
+    def _weights(self, patches: int | Tensor) -> QueryWeights:
+        """The patches of a window or of masks as weights [Q, D]."""
+        with outside_transforms():
+            if isinstance(patches, Tensor):
+                return _flexible_patches(patches, self.image_shape[0])
+            return _square_patches(self.image_shape, patches)
+
+    def _patches(self, sigma: Tensor, alpha: Tensor) -> tuple[list[Level], list[int | Tensor]]:
+        """The noise levels of a batch, and the window or the masks of each."""
+        levels = split_levels(sigma, alpha)
+        with outside_transforms():
+            patches_at = self._rule()
+            return levels, [patches_at(level.alpha, level.sigma) for level in levels]
+
+    def _split(self, sigma: Tensor, alpha: Tensor) -> tuple[list[Level], list[QueryWeights]]:
+        """The noise levels of a batch, and the patches of each as weights."""
+        levels, patches = self._patches(sigma, alpha)
+        return levels, list(map(self._weights, patches))
 
     def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        patches_at = self._rule()
+        images, options = self.data.images, self._posterior_options
+        levels, of_levels = self._patches(sigma, alpha)
+        parts = []
+        for (_, _, m), patches in zip(levels, of_levels, strict=True):
+            if isinstance(patches, Tensor):
+                weights = self._weights(patches)
+                run = functools.partial(filtered_posterior_mean, x[m], images, weights, weights)
+            else:
+                run = functools.partial(patch_set_mean, x[m], images, patches)
+            parts.append(run(sigma[m], alpha[m], **options))
+        return join_levels(parts, levels)
 
-        def denoise(part: Tensor, sigma: float, alpha: float) -> Tensor:
-            patches = patches_at(alpha, sigma)
-            return filtered_posterior_mean(
-                part,
-                self.data.images,
-                patches,
-                patches,
-                sigma,
-                alpha,
-                temperature=self.temperature,
-                **self._options,
+    def _jvp(
+        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        images, options = self.data.images, self._posterior_options
+        levels, patches = self._split(sigma, alpha)
+        parts = [
+            filtered_posterior_jvp(
+                x[m], tangents[:, m], images, w, w, sigma[m], alpha[m], **options
             )
+            for (_, _, m), w in zip(levels, patches, strict=True)
+        ]
+        means, derivatives = zip(*parts, strict=True)
+        return join_levels(means, levels), join_levels(derivatives, levels, 1)
 
-        return by_level(denoise, x, sigma, alpha)
+    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        images, options = self.data.images, self._posterior_options
+        levels, patches = self._split(sigma, alpha)
+        parts = [
+            filtered_posterior_vjp(
+                x[m], cotangents[:, m], images, w, w, sigma[m], alpha[m], **options
+            )
+            for (_, _, m), w in zip(levels, patches, strict=True)
+        ]
+        return join_levels(parts, levels, 1)
 
 
 def masks_from_maps(maps: Tensor, share: float) -> Tensor:
@@ -135,13 +179,6 @@ def masks_from_maps(maps: Tensor, share: float) -> Tensor:
     before = sorted_values.cumsum(-1) - sorted_values
     kept = before < share * flat.sum(-1, keepdim=True)
     return torch.zeros_like(kept).scatter(-1, order, kept).reshape(maps.shape)
-
-
-def _check_window(window: object, largest: int) -> int:
-    size = check_count(window, "window")
-    if size > largest:
-        raise ValueError(f"`window` must be at most {largest}, to fit inside the image, got {size}")
-    return size
 
 
 def _check_masks(masks: object, image_shape: tuple[int, int, int]) -> Tensor:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import OrderedDict
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pyflocality._augmentation import enlarged_batches
 from pyflocality._budget import memory_budget_bytes
 from pyflocality._checks import check_choice, check_count, describe
+from pyflocality._transforms import is_differentiated, outside_transforms
 from pyflocality.data import TrainingSet
-from pyflocality.denoisers.base import PosteriorDenoiser, by_level
+from pyflocality.denoisers.base import Members, join_levels, split_levels
+from pyflocality.denoisers.queries import QueryDenoiser
 from pyflocality.masks import cached_pca_locality_weights, check_threshold
 from pyflocality.moments import Moments
-from pyflocality.ops import masked_posterior_mean
+from pyflocality.ops import masked_posterior_jvp, masked_posterior_mean, masked_posterior_vjp
 from pyflocality.weights import QueryWeights
 
+Parts = tuple[Tensor, ...]
 
-class PCALocalityDenoiser(PosteriorDenoiser):
+
+class PCALocalityDenoiser(QueryDenoiser):
     r"""Analytical model whose neighbourhoods follow the covariance of the data.
 
     Every output value m (pixel and channel) has a posterior over the inputs that its column of
@@ -114,7 +121,8 @@ class PCALocalityDenoiser(PosteriorDenoiser):
             self._weights.move_to_end(level)
             return self._weights[level]
         start = time.perf_counter()
-        weights = cached_pca_locality_weights(self.moments, sigma, alpha, self.mask_threshold)
+        with outside_transforms():
+            weights = cached_pca_locality_weights(self.moments, sigma, alpha, self.mask_threshold)
         self.weights_seconds += time.perf_counter() - start
         self._weights[level] = weights
         budget = memory_budget_bytes(self.memory_budget)
@@ -123,20 +131,73 @@ class PCALocalityDenoiser(PosteriorDenoiser):
         return weights
 
     def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        return by_level(self._denoise_level, x, sigma, alpha)
+        def mean(m: Members, images: Tensor, weights: QueryWeights, **options: object) -> Parts:
+            return (masked_posterior_mean(x[m], images, weights, sigma[m], alpha[m], **options),)
 
-    def _denoise_level(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
-        weights = self.weights_at(sigma, alpha)
+        return self._over_levels(mean, sigma, alpha, (0,))[0]
 
-        def mean_over(images: Tensor) -> Tensor:
-            return masked_posterior_mean(
-                x, images, weights, sigma, alpha, temperature=self.temperature, **self._options
+    def _jvp(
+        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        def products(m: Members, images: Tensor, weights: QueryWeights, **options: object) -> Parts:
+            level = sigma[m], alpha[m]
+            return masked_posterior_jvp(x[m], tangents[:, m], images, weights, *level, **options)
+
+        return self._over_levels(products, sigma, alpha, (0, 1))
+
+    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        def products(m: Members, images: Tensor, weights: QueryWeights, **options: object) -> Parts:
+            level = sigma[m], alpha[m]
+            return (
+                masked_posterior_vjp(x[m], cotangents[:, m], images, weights, *level, **options),
             )
 
+        return self._over_levels(products, sigma, alpha, (1,))[0]
+
+    def _queries(self, sigma: float, alpha: float) -> dict[str, Any]:
+        if self.aggregation != "exact":
+            raise TypeError("posteriors of a PCALocalityDenoiser need aggregation='exact'")
+        return {"weights": self.weights_at(sigma, alpha)}
+
+    def _over_levels(
+        self, run: Callable[..., Parts], sigma: Tensor, alpha: Tensor, axes: Sequence[int]
+    ) -> Parts:
+        """What an operation answers for each noise level, under the aggregation of this model.
+
+        Args:
+            run: Takes which images of the batch, the training images and the weights of a level,
+                and options; answers batches of results.
+            sigma: Noise levels, [B].
+            alpha: Signal coefficients, [B].
+            axes: The batch axis of each of the results.
+        """
+        levels = split_levels(sigma, alpha)
+        parts = []
+        for level in levels:
+            weights = self.weights_at(level.sigma, level.alpha)
+            if not weights.is_mask and is_differentiated(sigma, alpha):
+                raise NotImplementedError(
+                    "no derivative by `sigma` or `alpha` at mask_threshold=0, where the weights "
+                    "themselves change with the noise level"
+                )
+            parts.append(self._aggregated(functools.partial(run, level.members), weights))
+        return tuple(
+            join_levels(part, levels, axis)
+            for part, axis in zip(zip(*parts, strict=True), axes, strict=True)
+        )
+
+    def _aggregated(self, run: Callable[..., Parts], weights: QueryWeights) -> Parts:
+        options = self._posterior_options
         if self.aggregation == "exact":
-            return mean_over(self.data.images)
-        batches = self.data.images.split(self.batch_size)
-        return sum(map(mean_over, batches)) / len(batches)
+            return run(self.data.images, weights, **options)
+        batches = enlarged_batches(self.data.images, self.data.augmentation, self.batch_size)
+        options["augmentation"] = None
+        sums, count = None, 0
+        for batch in batches:
+            found = run(batch, weights, **options)
+            sums = found if sums is None else tuple(map(torch.add, sums, found))
+            count += 1
+        return tuple(part / count for part in sums)
 
     def extra_repr(self) -> str:
         """What `repr` shows."""

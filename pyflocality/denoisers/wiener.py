@@ -48,6 +48,8 @@ class WienerDenoiser(Denoiser):
     eigenvalues: Tensor
     eigenvectors: Tensor
 
+    symmetric_jacobian = True
+
     def __init__(self, data: TrainingSet | Moments, rank: int | None = None) -> None:
         if isinstance(data, TrainingSet):
             data = Moments.from_data(data)
@@ -76,11 +78,28 @@ class WienerDenoiser(Denoiser):
 
     def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
         compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-        variance, sigma, alpha = self.eigenvalues, sigma[:, None], alpha[:, None]
-        gain = torch.where(
-            variance > 0, alpha * variance / (alpha**2 * variance + sigma**2), 0.0
-        ).to(compute)
-        mean, vectors = self.mean.to(compute), self.eigenvectors.to(compute)
-        centred = x.to(compute).flatten(1) - alpha.to(compute) * mean
-        result = mean + (centred @ vectors * gain) @ vectors.T
+        mean = self.mean.to(compute)
+        centred = x.to(compute).flatten(1) - alpha[:, None].to(compute) * mean
+        result = mean + self._filtered(centred, sigma, alpha)
         return result.reshape(x.shape).to(x.dtype)
+
+    def _filtered(self, values: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        """The filter applied to values [..., B, D] of noise-free mean 0."""
+        variance, sigma, alpha = self.eigenvalues, sigma[:, None], alpha[:, None]
+        # A level of 0 against a variance of 0 answers 0 / 1.
+        total = torch.where(variance > 0, alpha**2 * variance + sigma**2, 1.0)
+        gain = (alpha * variance.clamp(min=0.0) / total).to(values.dtype)
+        vectors = self.eigenvectors.to(values.dtype)
+        return (values @ vectors * gain) @ vectors.T
+
+    def _jvp(
+        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+        derivatives = self._filtered(tangents.to(compute).flatten(2), sigma, alpha)
+        found = derivatives.reshape(tangents.shape).to(x.dtype)
+        return self._denoise(x, sigma, alpha), found
+
+    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        # The filter is symmetric.
+        return self._jvp(x, cotangents, sigma, alpha)[1]

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pyflocality._checks import describe
+from pyflocality._transforms import outside_transforms
 from pyflocality.data import TrainingSet
-from pyflocality.denoisers.base import PosteriorDenoiser, by_level
+from pyflocality.denoisers.base import Members, PosteriorDenoiser, join_batch, split_levels
 
 T = TypeVar("T")
 Window = int | Callable[[float, float], int] | Sequence[tuple[float, int]]
@@ -110,17 +111,58 @@ class WindowDenoiser(PosteriorDenoiser):
         self.window = window
         self._check_window = check_window
 
-    def _mean(self, x: Tensor, window: int, sigma: float, alpha: float) -> Tensor:
+    def _mean(self, x: Tensor, window: int, sigma: Tensor, alpha: Tensor) -> Tensor:
         """The posterior means at one noise level."""
         raise AttributeError(f"{type(self).__name__} does not define _mean")
 
+    def _mean_jvp(
+        self, x: Tensor, tangents: Tensor, window: int, sigma: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The posterior means at one noise level and their derivatives along tangents."""
+        raise AttributeError(f"{type(self).__name__} does not define _mean_jvp")
+
+    def _mean_vjp(
+        self, x: Tensor, cotangents: Tensor, window: int, sigma: Tensor, alpha: Tensor
+    ) -> Tensor:
+        """The transposed derivatives of the posterior means at one noise level."""
+        raise AttributeError(f"{type(self).__name__} does not define _mean_vjp")
+
+    def _split(self, sigma: Tensor, alpha: Tensor) -> tuple[list[Members], list[int]]:
+        """Groups of a batch, and the window of each."""
+        levels = split_levels(sigma, alpha)
+        with outside_transforms():
+            window_at = window_rule(self.window, self._check_window)
+            windows = [window_at(level.alpha, level.sigma) for level in levels]
+        if len(set(windows)) == 1:
+            return [slice(None)], windows[:1]
+        return [level.members for level in levels], windows
+
     def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        window_at = window_rule(self.window, self._check_window)
+        groups, windows = self._split(sigma, alpha)
+        parts = [
+            self._mean(x[m], window, sigma[m], alpha[m])
+            for m, window in zip(groups, windows, strict=True)
+        ]
+        return join_batch(parts, groups)
 
-        def denoise(part: Tensor, sigma: float, alpha: float) -> Tensor:
-            return self._mean(part, window_at(alpha, sigma), sigma, alpha)
+    def _jvp(
+        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        groups, windows = self._split(sigma, alpha)
+        parts = [
+            self._mean_jvp(x[m], tangents[:, m], window, sigma[m], alpha[m])
+            for m, window in zip(groups, windows, strict=True)
+        ]
+        means, derivatives = zip(*parts, strict=True)
+        return join_batch(means, groups), join_batch(derivatives, groups, 1)
 
-        return by_level(denoise, x, sigma, alpha)
+    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        groups, windows = self._split(sigma, alpha)
+        parts = [
+            self._mean_vjp(x[m], cotangents[:, m], window, sigma[m], alpha[m])
+            for m, window in zip(groups, windows, strict=True)
+        ]
+        return join_batch(parts, groups, 1)
 
     def extra_repr(self) -> str:
         """What `repr` shows."""

@@ -16,6 +16,8 @@ from pyflocality.native.posterior import (
     noisy_in_stored_units,
     scan_stored,
     stored_centre,
+    value_unit,
+    within_range,
 )
 from pyflocality.reference.state import PosteriorState, tangent_values, uncentred
 from pyflocality.weights import QueryWeights
@@ -27,7 +29,7 @@ def global_posterior_jvp_state(
     """Scan with one query per batch element, as the reference of this name."""
     values = problem.images[0].numel()
     scan = native_module().global_posterior_jvp
-    centre = _within_range(problem)
+    centre = within_range(problem)
     return _scan(problem, tangents, scan, centre, 1, values, 4, instruction_set)
 
 
@@ -44,7 +46,7 @@ def window_posterior_jvp_state(
         problem,
         tangents,
         native_module().window_posterior_jvp,
-        _within_range(problem),
+        within_range(problem),
         height * width,
         channels,
         # Up to 16 lanes.
@@ -77,12 +79,6 @@ def masked_posterior_jvp_state(
     return _scan(problem, tangents, scan, centre, weights.shape[0], 1, 0, instruction_set)
 
 
-def _within_range(problem: PosteriorProblem) -> Tensor:
-    """The noisy images cut to the range of stored values, in stored units, [B, D]."""
-    low, high = (0.0, 255.0) if problem.images.dtype == torch.uint8 else (-1.0, 1.0)
-    return noisy_in_stored_units(problem).clamp(low, high)
-
-
 def _scan(
     problem: PosteriorProblem,
     tangents: Tensor,
@@ -107,8 +103,7 @@ def _scan(
         instruction_set: As the callers take it.
         geometry: Further arguments of the kernel.
     """
-    stored_as_bytes = problem.images.dtype == torch.uint8
-    unit = 1 / 127.5 if stored_as_bytes else 1.0
+    unit, shift = value_unit(problem)
     directions = tangents.detach().flatten(2).transpose(0, 1)
     sums = tangent_values(values, len(tangents))
     state = scan_stored(
@@ -126,6 +121,6 @@ def _scan(
     state = PosteriorState(
         state.minimum * distance_unit(problem), state.total, state.weighted * units
     )
-    origin = centre.double() * unit - (1.0 if stored_as_bytes else 0.0)
+    origin = centre.double() * unit + shift
     # [B, D], where a query's values lie Q apart -> [B, Q, V]
     return uncentred(state, origin.reshape(-1, values, queries).transpose(1, 2))

@@ -22,8 +22,8 @@ from pyflocality._problem import PosteriorProblem
 from pyflocality.reference.state import PosteriorState, merge
 from pyflocality.weights import QueryWeights
 
-# Images copied at a time where their memory is not contiguous.
-_COPIED_IMAGES = 4096
+# Images copied at a time where their memory is not contiguous or holds no such copy of them.
+_COPIED_BYTES = 64 * 2**20
 # Distances count in powers of two; the factor must stay positive and finite in float32.
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 2.0**-126, 2.0**120
 
@@ -92,8 +92,30 @@ def masked_posterior_state(
     """
     tree = difference_tree(weights, problem.images.shape[1:])
     values = problem.images[0].numel()
+
+    def run(
+        part: PosteriorProblem, rows: torch.Tensor, centre: np.ndarray | None
+    ) -> tuple[torch.Tensor, ...]:
+        def scan(*args: object, **options: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            return native_module().masked_posterior(tree, *args, centre=centre, **options)
+
+        return _scan(part, scan, values * 160, instruction_set)
+
+    return PosteriorState(*in_parts_by_noise(problem, run))
+
+
+def in_parts_by_noise(
+    problem: PosteriorProblem, run: Callable[..., tuple[torch.Tensor, ...]]
+) -> tuple[torch.Tensor, ...]:
+    """What `run` answers, a row for each noisy image: those with little and much noise apart.
+
+    Args:
+        problem: The problem.
+        run: Takes a problem, which of the noisy images [b] it is of, and where its scans count
+            from: nowhere, or about the mean image, float32 [D].
+    """
     noisy = mostly_noise(problem)
-    parts = []
+    parts, order = [], []
     for centred in (False, True):
         rows = (noisy == centred).nonzero()[:, 0]
         if len(rows) == 0 and (centred or len(problem.x) > 0):
@@ -101,17 +123,11 @@ def masked_posterior_state(
         part = replace(
             problem, x=problem.x[rows], alpha=problem.alpha[rows], scale=problem.scale[rows]
         )
-        options = {"centre": stored_centre(problem, values) if centred else None}
-
-        def scan(
-            *args: object, options: dict[str, Any] = options, **others: object
-        ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            return native_module().masked_posterior(tree, *args, **options, **others)
-
-        parts.append((rows, _scan(part, scan, values * 160, instruction_set)))
-    order = torch.cat([rows for rows, _ in parts]).argsort()
-    states = zip(*(state for _, state in parts), strict=True)
-    return PosteriorState(*(torch.cat(pieces)[order] for pieces in states))
+        centre = stored_centre(problem, problem.images[0].numel()) if centred else None
+        parts.append(run(part, rows, centre))
+        order.append(rows)
+    back = torch.cat(order).argsort()
+    return tuple(torch.cat(pieces)[back] for pieces in zip(*parts, strict=True))
 
 
 def mostly_noise(problem: PosteriorProblem) -> torch.Tensor:
@@ -120,14 +136,24 @@ def mostly_noise(problem: PosteriorProblem) -> torch.Tensor:
 
 
 def stored_centre(problem: PosteriorProblem, values: int) -> np.ndarray:
-    """About the mean image, in stored units, float32 [D]: any value serves, this one well."""
-    return problem.images[:1024].reshape(-1, values).float().mean(0).numpy()
+    """About the mean image, in stored units, float32 [D]: any value serves, this one well.
+
+    It is the same on all ranks of a sharded set, whose sums are counted from it.
+    """
+    mean = problem.images[:1024].reshape(-1, values).float().mean(0)
+    return (problem.summed(mean) / (problem.ranks.count if problem.ranks else 1)).numpy()
 
 
 def difference_tree(weights: QueryWeights, image_shape: torch.Size) -> Any:  # noqa: ANN401
     """The schedule of a set of masks (`pyflocality._C.DifferenceTree`), built once."""
     if weights not in _trees:
-        _trees[weights] = native_module().DifferenceTree(weights.bits, *image_shape)
+        queries, inputs = weights.shape
+        grids = (tuple(image_shape), (1, *image_shape[1:]))
+        # Queries of values or pixels, with one for all that no other answers, or of anything.
+        grid = next(
+            (grid for grid in grids if queries - math.prod(grid) in (0, 1)), (1, 1, queries)
+        )
+        _trees[weights] = native_module().DifferenceTree(weights.bits, inputs, *grid)
     return _trees[weights]
 
 
@@ -160,13 +186,30 @@ def distance_unit(problem: PosteriorProblem) -> torch.Tensor:
     return unit.square()[:, None]
 
 
+def stored_factor(problem: PosteriorProblem) -> torch.Tensor:
+    """Factor of squared distances in stored units in the power of two, float32 [B]."""
+    factor = problem.scale[:, None] * distance_unit(problem) * math.log2(math.e)
+    return factor.flatten().clamp(_SMALLEST_FACTOR, _LARGEST_FACTOR).float()
+
+
+def value_unit(problem: PosteriorProblem) -> tuple[float, float]:
+    """What a stored value of 1 is in the units of the formulas, and what 0 is."""
+    return (1 / 127.5, -1.0) if problem.images.dtype == torch.uint8 else (1.0, 0.0)
+
+
+def within_range(problem: PosteriorProblem) -> torch.Tensor:
+    """The noisy images cut to the range of stored values, in stored units, [B, D]."""
+    low, high = (0.0, 255.0) if problem.images.dtype == torch.uint8 else (-1.0, 1.0)
+    return noisy_in_stored_units(problem).clamp(low, high)
+
+
 def scan_stored(
     problem: PosteriorProblem,
     scan: Scan,
     bytes_per_query: int,
     instruction_set: str | None,
     per_query: tuple[torch.Tensor, ...] = (),
-    **geometry: int,
+    **geometry: object,
 ) -> PosteriorState:
     """Run a kernel over all images, for as many noisy images at a time as the budget allows.
 
@@ -182,9 +225,7 @@ def scan_stored(
         The state in stored units, but for its weights: they are the same in all units.
     """
     noisy = noisy_in_stored_units(problem)
-    factor = problem.scale[:, None] * distance_unit(problem) * math.log2(math.e)
-    factor = factor.flatten().clamp(_SMALLEST_FACTOR, _LARGEST_FACTOR).float()
-
+    factor = stored_factor(problem)
     threads = torch.get_num_threads()
     budget = memory_budget_bytes(problem.memory_budget)
     at_a_time = max(1, budget // (bytes_per_query * (threads + 1)))
@@ -192,10 +233,7 @@ def scan_stored(
     parts = []
     for rows in zip(*(part.split(at_a_time) for part in (noisy, factor, *per_query)), strict=True):
         arrays = [row.contiguous().numpy() for row in rows]
-        states = [
-            _as_state(scan(images, *arrays, **options))
-            for images in _image_blocks(problem, noisy.shape[1])
-        ]
+        states = [_as_state(scan(images, *arrays, **options)) for images in image_blocks(problem)]
         state = states[0]
         for other in states[1:]:
             state = merge(state, other, rows[1].double() * math.log(2.0))
@@ -203,12 +241,57 @@ def scan_stored(
     return PosteriorState(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _image_blocks(problem: PosteriorProblem, values: int) -> Iterator[np.ndarray]:
-    images = problem.images
-    if problem.chunk_size is None and images.is_contiguous():
+def merged_stored(problem: PosteriorProblem, state: PosteriorState) -> PosteriorState:
+    """A state in stored units after the images of all ranks, for scans before `spread_stored`."""
+    return problem.merged(state, stored_factor(problem).double() * math.log(2.0))
+
+
+def spread_stored(
+    problem: PosteriorProblem,
+    spread: Callable[..., np.ndarray],
+    state: PosteriorState,
+    per_image: tuple[torch.Tensor, ...],
+    instruction_set: str | None,
+    **geometry: object,
+) -> torch.Tensor:
+    """Sums over all images in stored units, float64 [B, K, D], of a kernel that applies weights.
+
+    Args:
+        problem: The problem.
+        spread: The kernel.
+        state: What the scan before it found on all ranks, in stored units.
+        per_image: Nothing to apply the weights themselves (K = 1); else cotangents [B, K, D],
+            and posterior means and what values are counted from, a row for each noisy image.
+        instruction_set: As the callers take it.
+        geometry: Further arguments of the kernel.
+    """
+    noisy = noisy_in_stored_units(problem)
+    threads = torch.get_num_threads()
+    sums = noisy.shape[1] * max(1, per_image[0].shape[1] if per_image else 1)
+    budget = memory_budget_bytes(problem.memory_budget)
+    # A sum takes up to 16 lanes of float32, and 3 numbers in double precision.
+    at_a_time = max(1, budget // (sums * (64 + 24) * (threads + 1)))
+    options = {"threads": threads, "isa": instruction_set or "", **geometry}
+    rows = (noisy, stored_factor(problem), state.minimum, state.total, *per_image)
+    parts = []
+    for part in zip(*(row.split(at_a_time) for row in rows), strict=True):
+        arrays = [row.contiguous().numpy() for row in part]
+        blocks = (spread(images, *arrays, **options) for images in image_blocks(problem))
+        parts.append(sum(map(torch.from_numpy, blocks)))
+    return problem.summed(torch.cat(parts))
+
+
+def image_blocks(problem: PosteriorProblem) -> Iterator[np.ndarray]:
+    """The images and their copies as stored, as a kernel takes them: [n, D] at a time."""
+    values = problem.images[0].numel()
+    images, size = problem.images, problem.chunk_size
+    if size is None and problem.augmentation is None and images.is_contiguous():
         yield images.reshape(-1, values).numpy()
         return
-    for part in images.split(problem.chunk_size or _COPIED_IMAGES):
+    if size is None:
+        bytes_at_a_time = min(_COPIED_BYTES, memory_budget_bytes(problem.memory_budget) // 4)
+        size = max(1, bytes_at_a_time // (values * images.element_size()))
+    for part in problem.blocks(size):
         yield part.contiguous().reshape(-1, values).numpy()
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyflocality._augmentation import Augmentation
 from pyflocality._backends import Implementation, register, select
 from pyflocality._checks import check_choice
 from pyflocality._problem import float32_limits, posterior_problem
+from pyflocality._tangents import check_tangents, jacobian_factor, tangent_call
 from pyflocality.ops.window_posterior import check_window
-from pyflocality.reference.state import finalize
+from pyflocality.reference.state import finalize, finalize_jvp
 
 BOUNDARIES = ("circular", "broken")
 
@@ -21,6 +23,22 @@ register(
         ),
         "reference": Implementation(
             "pyflocality.reference.equivariant_posterior", "equivariant_posterior_state"
+        ),
+    },
+)
+register(
+    "equivariant_posterior_jvp",
+    {
+        "reference": Implementation(
+            "pyflocality.reference.equivariant_posterior", "equivariant_posterior_jvp_state"
+        ),
+    },
+)
+register(
+    "equivariant_posterior_vjp",
+    {
+        "reference": Implementation(
+            "pyflocality.reference.equivariant_posterior", "equivariant_posterior_vjp"
         ),
     },
 )
@@ -50,6 +68,7 @@ def equivariant_posterior_mean(
     dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
 ) -> Tensor:
     r"""One posterior per pixel, over the patches of all images at all positions.
 
@@ -82,6 +101,8 @@ def equivariant_posterior_mean(
         memory_budget: Working memory, bytes or a string such as "2GB".
         chunk_size: Training images at a time; None derives it from the budget. The result does
             not depend on it beyond rounding.
+        augmentation: Copies of the images that are searched too, as `TrainingSet.augmentation`
+            tells them; None for the images alone.
 
     Returns:
         Posterior means in [-1, 1], dtype of x, [B, C, H, W].
@@ -104,6 +125,7 @@ def equivariant_posterior_mean(
         dtype=dtype,
         memory_budget=memory_budget,
         chunk_size=chunk_size,
+        augmentation=augmentation,
     )
     boundary = check_choice(boundary, "boundary", BOUNDARIES)
     window = check_patch_window(window, *x.shape[-2:], boundary)
@@ -111,3 +133,139 @@ def equivariant_posterior_mean(
     state = run(problem, window, boundary == "circular")
     # [B, H W, C] -> [B, C, H, W]
     return finalize(state).transpose(1, 2).reshape(x.shape).to(x.dtype)
+
+
+def equivariant_posterior_jvp(
+    x: Tensor,
+    tangents: Tensor,
+    images: Tensor,
+    window: int,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    boundary: str = "circular",
+    temperature: float = 1.0,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""`equivariant_posterior_mean` and its derivatives along K tangents, in one pass.
+
+    .. math::
+        (J u)[c, q] = \frac{\alpha}{\sigma^2 \tau} \operatorname{Cov}_{p_q}(v[c, p], c_q), \qquad
+        c_{q, (i, p)} = \sum_{e, \delta} u[e, q + \delta] \, v_i[e, p + \delta]
+
+    Args:
+        x: Noisy images, [B, C, H, W].
+        tangents: Directions u in the space of x, dtype of x, [K, B, C, H, W].
+        images: Training images, [N, C, H, W].
+        window: Side of the window in pixels, odd, as in `equivariant_posterior_mean`.
+        sigma: Noise level, a number or [B], positive.
+        alpha: Signal coefficient, a number or [B], positive.
+        boundary: "circular" or "broken".
+        temperature: Divides the logits.
+        backend: Backend to run on; None follows `pyflocality.use_backend`.
+        dtype: As in `equivariant_posterior_mean`.
+        memory_budget: As in `equivariant_posterior_mean`.
+        chunk_size: As in `equivariant_posterior_mean`.
+        augmentation: As in `equivariant_posterior_mean`.
+
+    Returns:
+        Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
+        BackendUnavailableError: The backend asked for cannot serve this call.
+    """
+    problem = posterior_problem(
+        x,
+        images,
+        sigma,
+        alpha,
+        temperature=temperature,
+        dtype=dtype,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+        augmentation=augmentation,
+    )
+    directions = check_tangents(tangents, x, sigma, problem)
+    boundary = check_choice(boundary, "boundary", BOUNDARIES)
+    window = check_patch_window(window, *x.shape[-2:], boundary)
+    run = select("equivariant_posterior_jvp", tangent_call(problem, directions), backend)
+    state = run(problem, directions, window, boundary == "circular")
+    mean, jv = finalize_jvp(state, x.shape[1], jacobian_factor(problem))
+
+    # [.., H W, C] -> [.., C, H, W]
+    mean, jv = mean.transpose(-1, -2), jv.transpose(-1, -2)
+    return mean.reshape(x.shape).to(x.dtype), jv.reshape(tangents.shape).to(x.dtype)
+
+
+def equivariant_posterior_vjp(
+    x: Tensor,
+    cotangents: Tensor,
+    images: Tensor,
+    window: int,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    boundary: str = "circular",
+    temperature: float = 1.0,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
+) -> Tensor:
+    r"""Transposed derivatives of `equivariant_posterior_mean` along K cotangents, in two passes.
+
+    .. math::
+        (J^\top g)[c, d] = \frac{\alpha}{\sigma^2 \tau} \sum_\delta
+            \operatorname{Cov}_{p_{d - \delta}} \Bigl( v[c, p + \delta],
+            \sum_e g[e, d - \delta] \, v[e, p] \Bigr)
+
+    with :math:`\delta` over the window x window square, and (i, p) the patch that the covariance is
+    over.
+
+    Args:
+        x: Noisy images, [B, C, H, W].
+        cotangents: Directions g in the space of the result, dtype of x, [K, B, C, H, W].
+        images: Training images, [N, C, H, W].
+        window: Side of the window in pixels, odd, as in `equivariant_posterior_mean`.
+        sigma: Noise level, a number or [B], positive.
+        alpha: Signal coefficient, a number or [B], positive.
+        boundary: "circular" or "broken".
+        temperature: Divides the logits.
+        backend: Backend to run on; None follows `pyflocality.use_backend`.
+        dtype: As in `equivariant_posterior_mean`.
+        memory_budget: As in `equivariant_posterior_mean`.
+        chunk_size: As in `equivariant_posterior_mean`.
+        augmentation: As in `equivariant_posterior_mean`.
+
+    Returns:
+        Transposed products, the derivatives of sum(g * mean) by x, dtype of x, [K, B, C, H, W].
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
+        BackendUnavailableError: The backend asked for cannot serve this call.
+    """
+    problem = posterior_problem(
+        x,
+        images,
+        sigma,
+        alpha,
+        temperature=temperature,
+        dtype=dtype,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+        augmentation=augmentation,
+    )
+    directions = check_tangents(cotangents, x, sigma, problem, "cotangents")
+    boundary = check_choice(boundary, "boundary", BOUNDARIES)
+    window = check_patch_window(window, *x.shape[-2:], boundary)
+    run = select("equivariant_posterior_vjp", tangent_call(problem, directions), backend)
+    found = run(problem, directions, window, boundary == "circular")
+    return found.reshape(cotangents.shape).to(x.dtype)

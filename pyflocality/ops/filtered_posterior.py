@@ -5,15 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyflocality._augmentation import Augmentation
 from pyflocality._backends import Implementation, register, select
 from pyflocality._problem import posterior_problem
+from pyflocality._tangents import check_tangents, tangent_call
+from pyflocality._transforms import outside_transforms
+from pyflocality.ops.masked_posterior import mask_limits
 from pyflocality.weights import QueryWeights
 
 register(
     "filtered_posterior",
     {
+        "cpu": Implementation(
+            "pyflocality.native.masked_adjoint", "filtered_posterior_mean", mask_limits
+        ),
         "reference": Implementation(
             "pyflocality.reference.filtered_posterior", "filtered_posterior_mean"
+        ),
+    },
+)
+register(
+    "filtered_posterior_jvp",
+    {
+        "reference": Implementation(
+            "pyflocality.reference.filtered_posterior", "filtered_posterior_jvp"
+        ),
+    },
+)
+register(
+    "filtered_posterior_vjp",
+    {
+        "reference": Implementation(
+            "pyflocality.reference.filtered_posterior", "filtered_posterior_vjp"
         ),
     },
 )
@@ -32,6 +55,7 @@ def filtered_posterior_mean(
     dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
 ) -> Tensor:
     r"""Blend of Q posterior means, each over its own weighting of the inputs.
 
@@ -58,6 +82,8 @@ def filtered_posterior_mean(
         memory_budget: Working memory, bytes or a string such as "2GB".
         chunk_size: Training images at a time; None derives it from the budget. The result does
             not depend on it beyond rounding.
+        augmentation: Copies of the images that are searched too, as `TrainingSet.augmentation`
+            tells them; None for the images alone.
 
     Returns:
         Blended posterior means in [-1, 1], dtype of x, [B, C, H, W].
@@ -81,10 +107,142 @@ def filtered_posterior_mean(
         dtype=dtype,
         memory_budget=memory_budget,
         chunk_size=chunk_size,
+        augmentation=augmentation,
     )
-    weights, responses = check_pair(weights, responses, problem.images[0].numel())
-    run = select("filtered_posterior", problem.call(), backend)
+    with outside_transforms():
+        weights, responses = check_pair(weights, responses, problem.images[0].numel())
+    call = problem.call(is_mask=weights.is_mask and responses.is_mask)
+    run = select("filtered_posterior", call, backend)
     return run(problem, weights, responses).reshape(x.shape).to(x.dtype)
+
+
+def filtered_posterior_jvp(
+    x: Tensor,
+    tangents: Tensor,
+    images: Tensor,
+    weights: Tensor | QueryWeights,
+    responses: Tensor | QueryWeights,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    temperature: float = 1.0,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""`filtered_posterior_mean` and its derivatives along K tangents, in two passes.
+
+    .. math::
+        (J u)[d] = \frac{\alpha}{\sigma^2 \tau} \, \frac{\sum_q r_q[d]
+            \operatorname{Cov}_{p_q}(v[d], c_q)}{\sum_q r_q[d]}, \qquad
+        c_{q, i} = \sum_e w_q[e] \, u[e] \, v_i[e]
+
+    Args:
+        x: Noisy images, [B, C, H, W].
+        tangents: Directions u in the space of x, dtype of x, [K, B, C, H, W].
+        images: Training images, [N, C, H, W].
+        weights: Query weights w, bool or float, [Q, D] with D = C H W.
+        responses: Response weights r, bool or float, [Q, D].
+        sigma: Noise level, a number or [B], positive.
+        alpha: Signal coefficient, a number or [B], positive.
+        temperature: Divides the logits.
+        backend: Backend to run on; None follows `pyflocality.use_backend`.
+        dtype: As in `filtered_posterior_mean`.
+        memory_budget: As in `filtered_posterior_mean`.
+        chunk_size: As in `filtered_posterior_mean`.
+        augmentation: As in `filtered_posterior_mean`.
+
+    Returns:
+        Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
+        BackendUnavailableError: The backend asked for cannot serve this call.
+    """
+    problem = posterior_problem(
+        x,
+        images,
+        sigma,
+        alpha,
+        temperature=temperature,
+        dtype=dtype,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+        augmentation=augmentation,
+    )
+    directions = check_tangents(tangents, x, sigma, problem)
+    with outside_transforms():
+        weights, responses = check_pair(weights, responses, problem.images[0].numel())
+    run = select("filtered_posterior_jvp", tangent_call(problem, directions), backend)
+    mean, jv = run(problem, directions, weights, responses)
+    return mean.reshape(x.shape).to(x.dtype), jv.reshape(tangents.shape).to(x.dtype)
+
+
+def filtered_posterior_vjp(
+    x: Tensor,
+    cotangents: Tensor,
+    images: Tensor,
+    weights: Tensor | QueryWeights,
+    responses: Tensor | QueryWeights,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    temperature: float = 1.0,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
+) -> Tensor:
+    r"""Transposed derivatives of `filtered_posterior_mean` along K cotangents, in two passes.
+
+    .. math::
+        (J^\top g)[d] = \frac{\alpha}{\sigma^2 \tau} \sum_q w_q[d]
+            \operatorname{Cov}_{p_q}(v[d], a_q), \qquad
+        a_{q, i} = \sum_e \frac{r_q[e]}{\sum_{q'} r_{q'}[e]} \, g[e] \, v_i[e]
+
+    Args:
+        x: Noisy images, [B, C, H, W].
+        cotangents: Directions g in the space of the result, dtype of x, [K, B, C, H, W].
+        images: Training images, [N, C, H, W].
+        weights: Query weights w, bool or float, [Q, D] with D = C H W.
+        responses: Response weights r, bool or float, [Q, D].
+        sigma: Noise level, a number or [B], positive.
+        alpha: Signal coefficient, a number or [B], positive.
+        temperature: Divides the logits.
+        backend: Backend to run on; None follows `pyflocality.use_backend`.
+        dtype: As in `filtered_posterior_mean`.
+        memory_budget: As in `filtered_posterior_mean`.
+        chunk_size: As in `filtered_posterior_mean`.
+        augmentation: As in `filtered_posterior_mean`.
+
+    Returns:
+        Transposed products, the derivatives of sum(g * mean) by x, dtype of x, [K, B, C, H, W].
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
+        BackendUnavailableError: The backend asked for cannot serve this call.
+    """
+    problem = posterior_problem(
+        x,
+        images,
+        sigma,
+        alpha,
+        temperature=temperature,
+        dtype=dtype,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+        augmentation=augmentation,
+    )
+    directions = check_tangents(cotangents, x, sigma, problem, "cotangents")
+    with outside_transforms():
+        weights, responses = check_pair(weights, responses, problem.images[0].numel())
+    run = select("filtered_posterior_vjp", tangent_call(problem, directions), backend)
+    return run(problem, directions, weights, responses).reshape(cotangents.shape).to(x.dtype)
 
 
 def check_pair(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyflocality._augmentation import Augmentation
 from pyflocality._backends import Implementation, register, select
 from pyflocality._problem import float32_limits, posterior_problem
 from pyflocality._tangents import check_tangents, jacobian_factor, tangent_call
@@ -45,6 +46,7 @@ def global_posterior_mean(
     dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
 ) -> Tensor:
     r"""Posterior mean of the clean image given a noisy one.
 
@@ -66,6 +68,8 @@ def global_posterior_mean(
         memory_budget: Working memory, bytes or a string such as "2GB".
         chunk_size: Training images at a time; None derives it from the budget. The result does
             not depend on it beyond rounding.
+        augmentation: Copies of the images that are searched too, as `TrainingSet.augmentation`
+            tells them; None for the images alone.
 
     Returns:
         Posterior means in [-1, 1], dtype of x, [B, C, H, W].
@@ -84,6 +88,7 @@ def global_posterior_mean(
         dtype=dtype,
         memory_budget=memory_budget,
         chunk_size=chunk_size,
+        augmentation=augmentation,
     )
     run = select("global_posterior", problem.call(), backend)
     return finalize(run(problem)).reshape(x.shape).to(x.dtype)
@@ -101,6 +106,7 @@ def global_posterior_jvp(
     dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""`global_posterior_mean` and its derivatives along K tangents, in one pass over the images.
 
@@ -119,6 +125,7 @@ def global_posterior_jvp(
         dtype: As in `global_posterior_mean`.
         memory_budget: As in `global_posterior_mean`.
         chunk_size: As in `global_posterior_mean`.
+        augmentation: As in `global_posterior_mean`.
 
     Returns:
         Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.
@@ -137,6 +144,7 @@ def global_posterior_jvp(
         dtype=dtype,
         memory_budget=memory_budget,
         chunk_size=chunk_size,
+        augmentation=augmentation,
     )
     directions = check_tangents(tangents, x, sigma, problem)
     run = select("global_posterior_jvp", tangent_call(problem, directions), backend)

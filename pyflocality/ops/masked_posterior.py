@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyflocality._augmentation import Augmentation
 from pyflocality._backends import Call, Implementation, register, select
 from pyflocality._problem import float32_limits, posterior_problem
 from pyflocality._tangents import check_tangents, jacobian_factor, tangent_call
+from pyflocality._transforms import outside_transforms
 from pyflocality.reference.state import finalize, finalize_jvp
 from pyflocality.weights import QueryWeights
 
@@ -31,6 +33,17 @@ register(
     },
 )
 register(
+    "masked_posterior_vjp",
+    {
+        "cpu": Implementation(
+            "pyflocality.native.masked_adjoint", "masked_posterior_vjp", mask_limits
+        ),
+        "reference": Implementation(
+            "pyflocality.reference.masked_posterior", "masked_posterior_vjp"
+        ),
+    },
+)
+register(
     "masked_posterior_jvp",
     {
         "cpu": Implementation("pyflocality.native.jvp", "masked_posterior_jvp_state", mask_limits),
@@ -44,7 +57,8 @@ register(
 def _square_weights(weights: Tensor | QueryWeights, values: int) -> QueryWeights:
     """Weights with a row for every one of an image's values."""
     if not isinstance(weights, QueryWeights):
-        weights = QueryWeights(weights)
+        with outside_transforms():
+            weights = QueryWeights(weights)
     if weights.shape != (values, values):
         raise ValueError(
             f"`weights` must have shape [{values}, {values}] for images of {values} values, got "
@@ -65,6 +79,7 @@ def masked_posterior_mean(
     dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
 ) -> Tensor:
     r"""One posterior per output value, over its own weighting of the inputs.
 
@@ -90,6 +105,8 @@ def masked_posterior_mean(
         memory_budget: Working memory, bytes or a string such as "2GB".
         chunk_size: Training images at a time; None derives it from the budget. The result does
             not depend on it beyond rounding.
+        augmentation: Copies of the images that are searched too, as `TrainingSet.augmentation`
+            tells them; None for the images alone.
 
     Returns:
         Posterior means in [-1, 1], dtype of x, [B, C, H, W].
@@ -112,6 +129,7 @@ def masked_posterior_mean(
         dtype=dtype,
         memory_budget=memory_budget,
         chunk_size=chunk_size,
+        augmentation=augmentation,
     )
     weights = _square_weights(weights, problem.images[0].numel())
     run = select("masked_posterior", problem.call(is_mask=weights.is_mask), backend)
@@ -131,6 +149,7 @@ def masked_posterior_jvp(
     dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""`masked_posterior_mean` and its derivatives along K tangents, in one pass over the images.
 
@@ -151,6 +170,7 @@ def masked_posterior_jvp(
         dtype: As in `masked_posterior_mean`.
         memory_budget: As in `masked_posterior_mean`.
         chunk_size: As in `masked_posterior_mean`.
+        augmentation: As in `masked_posterior_mean`.
 
     Returns:
         Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.
@@ -169,6 +189,7 @@ def masked_posterior_jvp(
         dtype=dtype,
         memory_budget=memory_budget,
         chunk_size=chunk_size,
+        augmentation=augmentation,
     )
     directions = check_tangents(tangents, x, sigma, problem)
     weights = _square_weights(weights, problem.images[0].numel())
@@ -177,3 +198,65 @@ def masked_posterior_jvp(
     mean, jv = finalize_jvp(run(problem, directions, weights), 1, jacobian_factor(problem))
 
     return mean.reshape(x.shape).to(x.dtype), jv.reshape(tangents.shape).to(x.dtype)
+
+
+def masked_posterior_vjp(
+    x: Tensor,
+    cotangents: Tensor,
+    images: Tensor,
+    weights: Tensor | QueryWeights,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    temperature: float = 1.0,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
+) -> Tensor:
+    r"""Transposed derivatives of `masked_posterior_mean` along K cotangents, in two passes.
+
+    .. math::
+        (J^\top g)[d] = \frac{\alpha}{\sigma^2 \tau} \sum_m w_m[d] \, g[m]
+            \operatorname{Cov}_{p_m}(v[m], v[d])
+
+    Args:
+        x: Noisy images, [B, C, H, W].
+        cotangents: Directions g in the space of the result, dtype of x, [K, B, C, H, W].
+        images: Training images, [N, C, H, W].
+        weights: Weights of the D = C H W inputs for each of the D outputs: bool or float [D, D],
+            or a `QueryWeights`.
+        sigma: Noise level, a number or [B], positive.
+        alpha: Signal coefficient, a number or [B], positive.
+        temperature: Divides the logits.
+        backend: Backend to run on; None follows `pyflocality.use_backend`.
+        dtype: As in `masked_posterior_mean`.
+        memory_budget: As in `masked_posterior_mean`.
+        chunk_size: As in `masked_posterior_mean`.
+        augmentation: As in `masked_posterior_mean`.
+
+    Returns:
+        Transposed products, the derivatives of sum(g * mean) by x, dtype of x, [K, B, C, H, W].
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
+        BackendUnavailableError: The backend asked for cannot serve this call.
+    """
+    problem = posterior_problem(
+        x,
+        images,
+        sigma,
+        alpha,
+        temperature=temperature,
+        dtype=dtype,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+        augmentation=augmentation,
+    )
+    directions = check_tangents(cotangents, x, sigma, problem, "cotangents")
+    weights = _square_weights(weights, problem.images[0].numel())
+    call = tangent_call(problem, directions, is_mask=weights.is_mask)
+    run = select("masked_posterior_vjp", call, backend)
+    return run(problem, directions, weights).reshape(cotangents.shape).to(x.dtype)

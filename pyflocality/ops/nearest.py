@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyflocality._augmentation import Augmentation
 from pyflocality._backends import Implementation, register, select
 from pyflocality._checks import check_count
 from pyflocality._problem import posterior_problem
@@ -21,7 +22,8 @@ class Neighbours(NamedTuple):
     """Nearest training images, nearest first.
 
     Attributes:
-        indices: Positions in the training set, int64 [B, k].
+        indices: Positions in the training set, int64 [B, k]; with an augmentation, image i of
+            copy k, counted from 0 for the images themselves, has position k N + i.
         distances: Squared distances |x - alpha v|^2, [B, k].
     """
 
@@ -39,6 +41,7 @@ def nearest_images(
     dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
 ) -> Neighbours:
     """The k training images nearest to each query, in squared distance |x - alpha v|^2.
 
@@ -47,11 +50,13 @@ def nearest_images(
         images: Training images, uint8 (u means u / 127.5 - 1) or float in [-1, 1],
             [N, C, H, W].
         alpha: Signal coefficient, a number or [B], positive.
-        k: Number of neighbours, at most N.
+        k: Number of neighbours, at most N, or the number of images and copies.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
         dtype: float32 or float64 to compute in; None computes in x's own.
         memory_budget: Working memory, bytes or a string such as "2GB".
         chunk_size: Training images at a time; None derives it from the budget.
+        augmentation: Copies of the images that are searched too, as `TrainingSet.augmentation`
+            tells them; None for the images alone.
 
     Returns:
         Indices and squared distances; among equal distances the earlier image comes first.
@@ -69,8 +74,9 @@ def nearest_images(
         dtype=dtype,
         memory_budget=memory_budget,
         chunk_size=chunk_size,
+        augmentation=augmentation,
     )
-    if check_count(k, "k") > len(images):
-        raise ValueError(f"`k` must be at most the number of images {len(images)}, got {k}")
+    if check_count(k, "k") > problem.count:
+        raise ValueError(f"`k` must be at most the number of images {problem.count}, got {k}")
     run = select("nearest", problem.call(), backend)
     return Neighbours(*run(problem, k))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyflocality._augmentation import Augmentation
 from pyflocality._backends import Implementation, register, select
 from pyflocality._checks import check_count
 from pyflocality._problem import float32_limits, posterior_problem
@@ -19,6 +20,17 @@ register(
         ),
         "reference": Implementation(
             "pyflocality.reference.window_posterior", "window_posterior_state"
+        ),
+    },
+)
+register(
+    "window_posterior_vjp",
+    {
+        "cpu": Implementation(
+            "pyflocality.native.window_adjoint", "window_posterior_vjp", float32_limits
+        ),
+        "reference": Implementation(
+            "pyflocality.reference.window_posterior", "window_posterior_vjp"
         ),
     },
 )
@@ -61,6 +73,7 @@ def window_posterior_mean(
     dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
 ) -> Tensor:
     r"""One posterior per pixel, over the window around it, at the same place of every image.
 
@@ -86,6 +99,8 @@ def window_posterior_mean(
         memory_budget: Working memory, bytes or a string such as "2GB".
         chunk_size: Training images at a time; None derives it from the budget. The result does
             not depend on it beyond rounding.
+        augmentation: Copies of the images that are searched too, as `TrainingSet.augmentation`
+            tells them; None for the images alone.
 
     Returns:
         Posterior means in [-1, 1], dtype of x, [B, C, H, W].
@@ -108,6 +123,7 @@ def window_posterior_mean(
         dtype=dtype,
         memory_budget=memory_budget,
         chunk_size=chunk_size,
+        augmentation=augmentation,
     )
     window = check_window(window, *x.shape[-2:])
     run = select("window_posterior", problem.call(), backend)
@@ -128,6 +144,7 @@ def window_posterior_jvp(
     dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""`window_posterior_mean` and its derivatives along K tangents, in one pass over the images.
 
@@ -147,6 +164,7 @@ def window_posterior_jvp(
         dtype: As in `window_posterior_mean`.
         memory_budget: As in `window_posterior_mean`.
         chunk_size: As in `window_posterior_mean`.
+        augmentation: As in `window_posterior_mean`.
 
     Returns:
         Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.
@@ -165,6 +183,7 @@ def window_posterior_jvp(
         dtype=dtype,
         memory_budget=memory_budget,
         chunk_size=chunk_size,
+        augmentation=augmentation,
     )
     directions = check_tangents(tangents, x, sigma, problem)
     window = check_window(window, *x.shape[-2:])
@@ -175,3 +194,63 @@ def window_posterior_jvp(
     # [.., H W, C] -> [.., C, H, W]
     mean, jv = mean.transpose(-1, -2), jv.transpose(-1, -2)
     return mean.reshape(x.shape).to(x.dtype), jv.reshape(tangents.shape).to(x.dtype)
+
+
+def window_posterior_vjp(
+    x: Tensor,
+    cotangents: Tensor,
+    images: Tensor,
+    window: int,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    temperature: float = 1.0,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
+) -> Tensor:
+    r"""Transposed derivatives of `window_posterior_mean` along K cotangents, in two passes.
+
+    .. math::
+        (J^\top g)[c, d] = \frac{\alpha}{\sigma^2 \tau} \sum_{q : d \in \Omega_q}
+            \operatorname{Cov}_{p_q} \Bigl( v[c, d], \sum_e g[e, q] \, v[e, q] \Bigr)
+
+    Args:
+        x: Noisy images, [B, C, H, W].
+        cotangents: Directions g in the space of the result, dtype of x, [K, B, C, H, W].
+        images: Training images, [N, C, H, W].
+        window: Side of the window in pixels, odd, at most 2 max(H, W) - 1.
+        sigma: Noise level, a number or [B], positive.
+        alpha: Signal coefficient, a number or [B], positive.
+        temperature: Divides the logits.
+        backend: Backend to run on; None follows `pyflocality.use_backend`.
+        dtype: As in `window_posterior_mean`.
+        memory_budget: As in `window_posterior_mean`.
+        chunk_size: As in `window_posterior_mean`.
+        augmentation: As in `window_posterior_mean`.
+
+    Returns:
+        Transposed products, the derivatives of sum(g * mean) by x, dtype of x, [K, B, C, H, W].
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
+        BackendUnavailableError: The backend asked for cannot serve this call.
+    """
+    problem = posterior_problem(
+        x,
+        images,
+        sigma,
+        alpha,
+        temperature=temperature,
+        dtype=dtype,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+        augmentation=augmentation,
+    )
+    directions = check_tangents(cotangents, x, sigma, problem, "cotangents")
+    window = check_window(window, *x.shape[-2:])
+    run = select("window_posterior_vjp", tangent_call(problem, directions), backend)
+    return run(problem, directions, window).reshape(cotangents.shape).to(x.dtype)

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyflocality._budget import images_per_chunk
 from pyflocality._problem import PosteriorProblem
+from pyflocality._tangents import centre_of
 from pyflocality.reference import state as posterior
 from pyflocality.reference.state import PosteriorState
+from pyflocality.reference.two_passes import Piece, two_passes
 from pyflocality.reference.window_posterior import box_sum
+
+
+class _View(NamedTuple):
+    """Training images against queries that are displaced from the patches.
+
+    Attributes:
+        distance: Distances [B, n, H W] of the queries; infinite where there is no patch.
+        values: Training values, [n, C, H, W].
+        shift: Displacement (down, right) from patch to query.
+    """
+
+    distance: Tensor
+    values: Tensor
+    shift: tuple[int, int]
+
+    def at_query(self, planes: Tensor) -> Tensor:
+        """What lies at the patches, [..., H, W], moved to their queries."""
+        return planes.roll(self.shift, (-2, -1))
+
+    def at_patch(self, planes: Tensor) -> Tensor:
+        """What lies at the queries, [..., H, W], moved to their patches."""
+        down, right = self.shift
+        return planes.roll((-down, -right), (-2, -1))
 
 
 def equivariant_posterior_state(
@@ -23,15 +49,88 @@ def equivariant_posterior_state(
     differences between the displaced noisy image and the training images are the distances of
     all pairs at that displacement.
     """
+    channels, height, width = problem.x.shape[1:]
+    scale = posterior.finite_factor(problem.scale, problem.x.dtype)
+    state = posterior.init(len(problem.x), height * width, channels, problem.x)
+    for view in _views(problem, window, circular, 3 * channels):
+        flat = view.at_query(view.values).flatten(2)
+
+        def weigh(weights: Tensor, flat: Tensor = flat) -> Tensor:
+            return torch.stack([(weights * flat[:, c]).sum(1) for c in range(channels)], dim=-1)
+
+        state = posterior.update(state, view.distance, scale, weigh)
+    return state
+
+
+def equivariant_posterior_jvp_state(
+    problem: PosteriorProblem, tangents: Tensor, window: int, circular: bool
+) -> PosteriorState:
+    """The same scan with tangents [K, B, C, H, W]."""
+    centre, directions = centre_of(problem), tangents.transpose(0, 1)
+    batch, channels, height, width = centre.shape
+    sums = posterior.tangent_values(channels, len(tangents))
+    scale = posterior.finite_factor(problem.scale, problem.x.dtype)
+    state = posterior.init(batch, height * width, sums, problem.x)
+    for view in _views(problem, window, circular, 6 * channels + 4 * len(tangents) + 4):
+
+        def weigh(weights: Tensor, view: _View = view) -> Tensor:
+            rows = []
+            for w, origin, u in zip(weights, centre, directions, strict=True):
+                centred = view.values - view.at_patch(origin)
+                inner = box_sum(torch.einsum("kchw,nchw->knhw", view.at_patch(u), centred), window)
+                factors = [w, *(w * view.at_query(inner).flatten(2))]
+                rows.append(posterior.tangent_sums(factors, view.at_query(centred).flatten(2)))
+            return torch.stack(rows) if rows else weights.new_zeros(0, height * width, sums)
+
+        state = posterior.update(state, view.distance, scale, weigh)
+    return posterior.uncentred(state, centre.flatten(2).transpose(1, 2))
+
+
+def equivariant_posterior_vjp(
+    problem: PosteriorProblem, cotangents: Tensor, window: int, circular: bool
+) -> Tensor:
+    """Transposed derivatives along cotangents [K, B, C, H, W], of the same shape."""
+    centre = centre_of(problem)
+    channels, height, width = centre.shape[1:]
+
+    def pieces() -> Iterator[Piece]:
+        for view in _views(problem, window, circular, 6 * channels + 6):
+
+            def centred(b: int, view: _View = view) -> Tensor:
+                return view.values - view.at_patch(centre[b])
+
+            def inner(b: int, g: Tensor, view: _View = view) -> Tensor:
+                return view.at_query((view.at_patch(g) * centred(b, view)).sum(1)).flatten(1)
+
+            def spread(b: int, coefficients: Tensor, view: _View = view) -> Tensor:
+                planes = view.at_patch(coefficients.reshape(1, -1, height, width))
+                return view.at_query(
+                    (box_sum(planes, window)[0][:, None] * centred(b, view)).sum(0)
+                )
+
+            yield Piece(view.distance, inner, spread)
+
+    return two_passes(problem, cotangents, height * width, pieces).derivatives
+
+
+def _views(
+    problem: PosteriorProblem, window: int, circular: bool, planes_per_image: int
+) -> Iterator[_View]:
+    """All images at all displacements, as many images at a time as the budget allows.
+
+    Args:
+        problem: The problem.
+        window: Side of the window.
+        circular: Which boundary rule.
+        planes_per_image: Planes of H W numbers that the caller makes of an image.
+    """
     x, batch = problem.x, len(problem.x)
-    channels, height, width = problem.images.shape[1:]
-    planes = batch * (3 * channels + 6) + 3 * channels
+    channels, height, width = x.shape[1:]
+    planes = batch * (3 * channels + 6) + planes_per_image
     chunk = problem.chunk_size or images_per_chunk(
-        problem.memory_budget, planes * height * width * x.element_size(), len(problem.images)
+        problem.memory_budget, planes * height * width * x.element_size(), problem.count
     )
     alpha = problem.alpha.to(x.dtype)[:, None, None, None, None]
-    scale = posterior.finite_factor(problem.scale, x.dtype)
-    state = posterior.init(batch, height * width, channels, x)
     for values in problem.chunks(chunk):
         for down, right, allowed in displacements(height, width, window, circular):
             displaced = x.roll((-down, -right), (-2, -1))
@@ -39,15 +138,7 @@ def equivariant_posterior_state(
             at_patch = box_sum(difference.square().sum(2), window)
             at_patch = torch.where(allowed.to(x.device), at_patch, torch.inf)
             distance = at_patch.roll((down, right), (-2, -1)).flatten(2)
-            flat = values.roll((down, right), (-2, -1)).flatten(2)
-
-            def weigh(weights: Tensor, flat: Tensor = flat) -> Tensor:
-                return torch.stack(
-                    [(weights * flat[:, c]).sum(1) for c in range(flat.shape[1])], dim=-1
-                )
-
-            state = posterior.update(state, distance, scale, weigh)
-    return state
+            yield _View(distance, values, (down, right))
 
 
 def displacements(

@@ -8,7 +8,7 @@ from torch import Tensor
 from pyflocality._budget import images_per_chunk
 from pyflocality._problem import PosteriorProblem
 from pyflocality.reference import state as posterior
-from pyflocality.reference.masked_posterior import weighted_distances
+from pyflocality.reference.masked_posterior import weighted_derivatives, weighted_distances
 from pyflocality.weights import QueryWeights
 
 
@@ -35,13 +35,44 @@ def filtered_posterior_mean(
     for images in problem.chunks(chunk):
         distance = weighted_distances(x, images.flatten(1), alpha, by_input)
         state = posterior.update(state, distance, scale, _no_values)
+    state = problem.merged(state, scale)
     blend = x.new_zeros(batch, values)
     for images in problem.chunks(chunk):
         flat = images.flatten(1)
         gap = weighted_distances(x, flat, alpha, by_input) - state.minimum[:, None]
         share = torch.exp(-gap * scale[:, None, None]) / state.total[:, None]
         blend = blend + (torch.matmul(share, answers) * flat).sum(1)
-    return blend / answers.sum(0)
+    return problem.summed(blend) / answers.sum(0)
+
+
+def filtered_posterior_jvp(
+    problem: PosteriorProblem, tangents: Tensor, weights: QueryWeights, responses: QueryWeights
+) -> tuple[Tensor, Tensor]:
+    """The blend [B, C, H, W] and its derivatives along tangents [K, B, C, H, W]."""
+    by_query, answers = _dense(problem, weights, responses)
+    found = weighted_derivatives(
+        problem, tangents, by_query, lambda products: products @ by_query.T, answers, blend=True
+    )
+    return found.blend, found.derivatives
+
+
+def filtered_posterior_vjp(
+    problem: PosteriorProblem, cotangents: Tensor, weights: QueryWeights, responses: QueryWeights
+) -> Tensor:
+    """Transposed derivatives along cotangents [K, B, C, H, W], of the same shape."""
+    by_query, answers = _dense(problem, weights, responses)
+    return weighted_derivatives(
+        problem, cotangents, by_query, lambda products: products @ answers.T, by_query
+    ).derivatives
+
+
+def _dense(
+    problem: PosteriorProblem, weights: QueryWeights, responses: QueryWeights
+) -> tuple[Tensor, Tensor]:
+    """Weights and each query's share in the answers, [Q, D] each."""
+    x = problem.x
+    answers = responses.dense(x.dtype, x.device)
+    return weights.dense(x.dtype, x.device), answers / answers.sum(0)
 
 
 def _no_values(weights: Tensor) -> Tensor:

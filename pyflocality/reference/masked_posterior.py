@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from pyflocality._problem import PosteriorProblem
 from pyflocality._tangents import centre_of
 from pyflocality.reference import state as posterior
 from pyflocality.reference.state import PosteriorState
+from pyflocality.reference.two_passes import Piece, TwoPasses, two_passes
 from pyflocality.weights import QueryWeights
 
 
@@ -47,6 +48,63 @@ def masked_posterior_jvp_state(
     # And the centred values, a factor for every tangent, and two temporaries.
     state = _scan(problem, by_input, sums, (6 + len(tangents)) * len(by_input), weigh)
     return posterior.uncentred(state, centre[..., None])
+
+
+def masked_posterior_vjp(
+    problem: PosteriorProblem, cotangents: Tensor, weights: QueryWeights
+) -> Tensor:
+    """Transposed derivatives along cotangents [K, B, C, H, W], of the same shape."""
+    spread = weights.dense(problem.x.dtype, problem.x.device)
+    return weighted_derivatives(problem, cotangents, spread, _itself, spread).derivatives
+
+
+def _itself(products: Tensor) -> Tensor:
+    """Inner products of queries that answer one value each."""
+    return products
+
+
+def weighted_derivatives(
+    problem: PosteriorProblem,
+    directions: Tensor,
+    weights: Tensor,
+    inner: Callable[[Tensor], Tensor],
+    spread: Tensor,
+    *,
+    blend: bool = False,
+) -> TwoPasses:
+    """Derivatives of posteriors with weights along directions, by two scans.
+
+    Args:
+        problem: The problem.
+        directions: Directions [K, B, C, H, W].
+        weights: Weights of the inputs in the distances, [Q, D].
+        inner: Maps products of direction and values [n, D] to their sums per query, [n, Q].
+        spread: Where and how much every query's coefficients count, [Q, D].
+        blend: Whether the posterior weights themselves are spread over the values, too; they are
+            then those of values as they are, if the columns of `spread` sum to 1.
+    """
+    x, shape, (queries, values) = problem.x.flatten(1), problem.x.shape[1:], weights.shape
+    alpha, centre = problem.alpha.to(x.dtype), centre_of(problem).flatten(1)
+    per_image = 6 * values + (3 * len(x) + 3) * max(queries, values)
+    chunk = problem.chunk_size or images_per_chunk(
+        problem.memory_budget, per_image * x.element_size(), problem.count
+    )
+
+    def pieces() -> Iterator[Piece]:
+        for images in problem.chunks(chunk):
+            flat = images.flatten(1)
+            yield Piece(
+                weighted_distances(x, flat, alpha, weights.T),
+                lambda b, u, flat=flat: inner(u.flatten() * (flat - centre[b])),
+                lambda b, coefficients, flat=flat: (
+                    ((coefficients @ spread) * (flat - centre[b])).sum(0).reshape(shape)
+                ),
+            )
+
+    found = two_passes(problem, directions, queries, pieces, blend=blend)
+    if found.blend is None:
+        return found
+    return TwoPasses(found.derivatives, found.blend + centre.reshape(found.blend.shape))
 
 
 def _scan(

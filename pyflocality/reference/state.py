@@ -30,6 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyflocality._transforms import is_differentiated
+
 
 class PosteriorState(NamedTuple):
     """Partial sums of a scan.
@@ -62,10 +64,19 @@ def init(batch: int, queries: int, values: int, like: Tensor) -> PosteriorState:
     )
 
 
+def _exponential(gap: Tensor, scale: Tensor) -> Tensor:
+    """exp(-gap * scale), 0 at infinite gaps."""
+    if not is_differentiated(scale):
+        return torch.exp(-gap * scale)
+    # The derivative by the scale would be 0 times infinity.
+    infinite = torch.isinf(gap)
+    return torch.exp(-gap.masked_fill(infinite, 0.0) * scale).masked_fill(infinite, 0.0)
+
+
 def _decay(minimum: Tensor, new_minimum: Tensor, scale: Tensor) -> Tensor:
     # A state without images has an infinite minimum: its sums are 0 and must stay 0, where the
     # difference or its product with a scale of 0 may be NaN.
-    decay = torch.exp(-(minimum - new_minimum) * scale[:, None])
+    decay = _exponential(minimum - new_minimum, scale[:, None])
     return torch.where(torch.isinf(minimum), 0.0, decay)
 
 
@@ -88,7 +99,7 @@ def update(
     # Infinite distances stand for images that a query is not compared with: without any other
     # so far, the difference to the minimum would be NaN.
     base = torch.where(torch.isinf(minimum), 0.0, minimum)
-    weights = torch.exp(-(distance - base[:, None]) * scale[:, None, None])
+    weights = _exponential(distance - base[:, None], scale[:, None, None])
     decay = _decay(state.minimum, minimum, scale)
     return PosteriorState(
         minimum,
@@ -100,17 +111,31 @@ def update(
 def merge(first: PosteriorState, second: PosteriorState, scale: Tensor) -> PosteriorState:
     """The state after both sets of images."""
     minimum = torch.minimum(first.minimum, second.minimum)
-    one, two = (_decay(state.minimum, minimum, scale) for state in (first, second))
-    return PosteriorState(
-        minimum,
-        first.total * one + second.total * two,
-        first.weighted * one[..., None] + second.weighted * two[..., None],
-    )
+    one, two = (rescaled(state, minimum, scale) for state in (first, second))
+    return PosteriorState(minimum, one.total + two.total, one.weighted + two.weighted)
+
+
+def rescaled(state: PosteriorState, minimum: Tensor, scale: Tensor) -> PosteriorState:
+    """A state with its sums counted from a smaller minimum, [B, Q]."""
+    decay = _decay(state.minimum, minimum, scale)
+    return PosteriorState(minimum, state.total * decay, state.weighted * decay[..., None])
 
 
 def finalize(state: PosteriorState) -> Tensor:
     """The posterior means [B, Q, V]."""
     return state.weighted / state.total[..., None]
+
+
+def posterior_weights(distance: Tensor, state: PosteriorState, scale: Tensor) -> Tensor:
+    """The posterior weights of a chunk's images, [B, n, Q], where `state` has seen all images.
+
+    Args:
+        distance: Weighted squared distances of the chunk, as in `update`, [B, n, Q].
+        state: The state after the scan of all images.
+        scale: Factor of the distances in the exponent, [B].
+    """
+    gap = distance - state.minimum[:, None]
+    return _exponential(gap, scale[:, None, None]) / state.total[:, None]
 
 
 def log_sum_exp(state: PosteriorState, scale: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from pyflocality._problem import PosteriorProblem
 from pyflocality._tangents import centre_of
 from pyflocality.reference import state as posterior
 from pyflocality.reference.state import PosteriorState
+from pyflocality.reference.two_passes import Piece, two_passes
 
 
 def window_posterior_state(problem: PosteriorProblem, window: int) -> PosteriorState:
@@ -50,6 +51,33 @@ def window_posterior_jvp_state(
     planes = 5 * channels + 4 * len(tangents) + 4
     state = _scan(problem, window, sums, planes, weigh)
     return posterior.uncentred(state, centre.flatten(2).transpose(1, 2))
+
+
+def window_posterior_vjp(problem: PosteriorProblem, cotangents: Tensor, window: int) -> Tensor:
+    """Transposed derivatives along cotangents [K, B, C, H, W], of the same shape."""
+    x, centre = problem.x, centre_of(problem)
+    channels, height, width = x.shape[1:]
+    planes = len(x) * (2 * channels + 4) + 5 * channels + 6
+    chunk = problem.chunk_size or images_per_chunk(
+        problem.memory_budget, planes * height * width * x.element_size(), problem.count
+    )
+    alpha = problem.alpha.to(x.dtype)[:, None, None, None, None]
+
+    def pieces() -> Iterator[Piece]:
+        for values in problem.chunks(chunk):
+            difference = x[:, None] - alpha * values
+
+            def spread(b: int, coefficients: Tensor, values: Tensor = values) -> Tensor:
+                planes = box_sum(coefficients.reshape(1, -1, height, width), window)[0]
+                return (planes[:, None] * (values - centre[b])).sum(0)
+
+            yield Piece(
+                box_sum(difference.square().sum(2), window).flatten(2),
+                lambda b, g, values=values: (g * (values - centre[b])).sum(1).flatten(1),
+                spread,
+            )
+
+    return two_passes(problem, cotangents, height * width, pieces).derivatives
 
 
 def _scan(

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import numpy as np
 
-from pyflocality.sources import synthetic
+from pyflocality import synthetic
 from pyflocality.sources.arrays import convert
 from pyflocality.sources.base import Loaded, Request, refuse_split
 

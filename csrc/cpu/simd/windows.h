@@ -1,25 +1,24 @@
 // Sums over windows of tiles of images. Included by kernel files after simd/posterior.h.
 
-// Sums of every `window` neighbours in a line of `length` tiles, zero beyond its ends, whatever
-// the window at three additions an element: the line, with half a window of zeros before and
-// behind, is cut into blocks of one window. A window then is the tail of a block and the head of
-// the next one. All terms are added, none subtracted, so small sums keep their digits beside
-// large ones.
+// Sums of `window` neighbours in a line of `length` tiles, zero beyond its ends, whatever the
+// window at three additions an element: the line, as far as the sums reach, is cut into blocks of
+// one window. A window then is the tail of a block and the head of the next one. All terms are
+// added, none subtracted, so small sums keep their digits beside large ones.
 //
-//   line         values; element x at line + x * stride
-//   first, last  elements to visit
-//   scratch      room for 2 (length + window - 1) tiles
-//   visit        visit(x, sum) for x in [first, last)
+//   line          values; element x at line + x * stride
+//   start, count  sum k, of `count`, begins at element start + k, which may lie before the line
+//   scratch       room for 2 (count + window - 1) tiles
+//   visit         visit(k, sum) for every sum; it may overwrite the line
 template <typename Visit>
-inline void window_sums(const float* line, std::size_t stride, std::size_t length,
-                        std::size_t window, std::size_t first, std::size_t last, float* scratch,
-                        const Visit& visit) {
-  const std::size_t half = window / 2, padded = length + window - 1;
+inline void line_sums(const float* line, std::size_t stride, std::size_t length, std::size_t window,
+                      std::ptrdiff_t start, std::size_t count, float* scratch, const Visit& visit) {
+  const std::size_t padded = count + window - 1;
   float* head = scratch;
   float* tail = scratch + padded * kTileImages;
   const auto value = [&](std::size_t place, int i) {
-    const bool inside = place >= half && place < half + length;
-    return inside ? load(line + (place - half) * stride + i * kLanes) : zero();
+    const std::ptrdiff_t x = start + static_cast<std::ptrdiff_t>(place);
+    const bool inside = x >= 0 && x < static_cast<std::ptrdiff_t>(length);
+    return inside ? load(line + static_cast<std::size_t>(x) * stride + i * kLanes) : zero();
   };
   for (std::size_t block = 0; block < padded; block += window) {
     const std::size_t end = std::min(block + window, padded);
@@ -36,17 +35,28 @@ inline void window_sums(const float* line, std::size_t stride, std::size_t lengt
       }
     }
   }
-  for (std::size_t x = first; x < last; ++x) {
+  for (std::size_t k = 0; k < count; ++k) {
     Vec sum[kTileVectors];
     for (int i = 0; i < kTileVectors; ++i) {
-      sum[i] = load(tail + x * kTileImages + i * kLanes);
+      sum[i] = load(tail + k * kTileImages + i * kLanes);
       // A window that is a block of its own has no head in the next one.
-      if (x % window != 0) {
-        sum[i] = add(sum[i], load(head + (x + window - 1) * kTileImages + i * kLanes));
+      if (k % window != 0) {
+        sum[i] = add(sum[i], load(head + (k + window - 1) * kTileImages + i * kLanes));
       }
     }
-    visit(x, sum);
+    visit(k, sum);
   }
+}
+
+// The same for the windows around elements [first, last): visit(x, sum). The window of x begins
+// half a window before it, the larger half where it is even.
+template <typename Visit>
+inline void window_sums(const float* line, std::size_t stride, std::size_t length,
+                        std::size_t window, std::size_t first, std::size_t last, float* scratch,
+                        const Visit& visit) {
+  const auto start = static_cast<std::ptrdiff_t>(first) - static_cast<std::ptrdiff_t>(window / 2);
+  line_sums(line, stride, length, window, start, last - first, scratch,
+            [&](std::size_t k, Vec(&sum)[kTileVectors]) { visit(first + k, sum); });
 }
 
 inline void store_tile(float* p, const Vec (&tile)[kTileVectors]) {

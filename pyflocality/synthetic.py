@@ -7,6 +7,8 @@ achievable denoising error of such images falls with the noise level at a known 
 
 Values are float32 in [-1, 1]: rounding them to 8 bits would leave the manifold.
 
+`inject_pattern` adds to a real set what is known: one pattern in every image.
+
 References:
     Generalization in diffusion models arises from geometry-adaptive harmonic representations,
     Kadkhodaie, Guth, Simoncelli and Mallat, ICLR 2024 (https://arxiv.org/abs/2310.02557).
@@ -14,12 +16,12 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_count, check_positive
+from pyflocality._checks import check_count, check_float_tensor, check_positive, describe
 from pyflocality.data import TrainingSet
 
 # Seeds the generator of a caller who passes none, so that a set is always the same.
@@ -78,12 +80,46 @@ def render_disks(parameters: DiskParameters, size: int) -> Tensor:
     return image[:, None]
 
 
-def disks(n: int, size: int = 32, *, generator: torch.Generator | None = None) -> TrainingSet:
+def disk_tangents(parameters: DiskParameters, size: int) -> Tensor:
+    """Tangent vectors of the manifold of disks: derivatives of the images by the parameters.
+
+    Args:
+        parameters: Coordinates of n disks.
+        size: Height and width in pixels.
+
+    Returns:
+        Derivatives by x, y, radius, foreground and background, float64 [n, 5, 1, size, size].
+        They are linearly independent where foreground and background differ and the disk lies
+        inside the image.
+    """
+    coordinates = torch.stack([getattr(parameters, f.name) for f in fields(parameters)])
+
+    def render(values: Tensor) -> Tensor:
+        return render_disks(DiskParameters(*values), size)
+
+    rows = []
+    for row in range(len(coordinates)):
+        direction = torch.zeros_like(coordinates)
+        direction[row] = 1.0
+        rows.append(torch.func.jvp(render, (coordinates,), (direction,))[1])
+    return torch.stack(rows, 1)
+
+
+def disks(
+    n: int,
+    size: int = 32,
+    *,
+    centred: bool = False,
+    generator: torch.Generator | None = None,
+) -> TrainingSet:
     """Antialiased disks, one an image, with everything about them drawn at random.
 
     Args:
         n: Number of images.
         size: Height and width in pixels.
+        centred: Put every disk in the middle of its image. Pixels that always lie on the same
+            side of the edge then vary together however far apart they are, so that what a model
+            of them listens to is not local.
         generator: Source of randomness, on the CPU; None always gives the same images.
 
     Returns:
@@ -95,6 +131,9 @@ def disks(n: int, size: int = 32, *, generator: torch.Generator | None = None) -
     """
     n, size = check_count(n, "n"), check_count(size, "size")
     parameters = draw_disks(n, size, _generator(generator))
+    if centred:
+        middle = torch.full_like(parameters.x, size / 2)
+        parameters = replace(parameters, x=middle, y=middle)
     return TrainingSet._of_valid(render_disks(parameters, size).float(), "disks")
 
 
@@ -133,6 +172,66 @@ def c_alpha(
         above, below = (_background(len(part), size, alpha, generator) for _ in range(2))
         part[:, 0] = below + (above - below) * share
     return TrainingSet._of_valid(images, "c_alpha")
+
+
+def inject_pattern(
+    data: TrainingSet,
+    pattern: Tensor,
+    gamma: float,
+    *,
+    generator: torch.Generator | None = None,
+) -> TrainingSet:
+    r"""Blend one pattern into every image of a set, in a random colour.
+
+    .. math:: v_i' [c] = (1 - \gamma) v_i[c] + \gamma \, a_{i,c} W, \qquad
+        a_{i,c} \sim U(-1, 1)
+
+    so the data's variance along the pattern grows by gamma^2 |W|^2 / 3 in every channel. 8-bit
+    images are rounded to 8 bits again.
+
+    Args:
+        data: The set; it is not changed.
+        pattern: W with values in [-1, 1], floating point, [H, W].
+        gamma: Weight of the pattern, in (0, 1].
+        generator: Source of randomness, on the CPU; None always gives the same colours.
+
+    Returns:
+        A set of the same size, dtype and labels.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: The pattern has another shape or range, or gamma is out of range.
+
+    References:
+        Lukoianov, Yuan, Solomon and Sitzmann, Locality in image diffusion models emerges from
+        data statistics, 2025 (figure 4).
+    """
+    if not isinstance(data, TrainingSet):
+        raise TypeError(f"`data` must be a TrainingSet, got {describe(data)}")
+    if data.augmentation is not None:
+        raise ValueError("`data` must not be augmented yet: inject the pattern first")
+    pattern = check_float_tensor(pattern, "pattern").float()
+    channels, height, width = data.image_shape
+    if pattern.shape != (height, width) or pattern.abs().max() > 1:
+        raise ValueError(
+            f"`pattern` must have shape [{height}, {width}] and values in [-1, 1], got "
+            f"{describe(pattern)}"
+        )
+    if not 0 < check_positive(gamma, "gamma") <= 1:
+        raise ValueError(f"`gamma` must be in (0, 1], got {gamma}")
+    source = _generator(generator)
+    images = torch.empty_like(data.images)
+    for start in range(0, len(data), _CHUNK):
+        part = images[start : start + _CHUNK]
+        colour = 2.0 * torch.rand(len(part), channels, 1, 1, generator=source) - 1.0
+        values = data.values(start, start + len(part))
+        mixed = (1 - gamma) * values + gamma * (colour * pattern).to(values.device)
+        if images.dtype == torch.uint8:
+            mixed = ((mixed + 1.0) * 127.5).round()
+        part.copy_(mixed)
+    return TrainingSet(
+        images, data.labels, name=f"{data.name} with a pattern", label_names=data.label_names
+    )
 
 
 def _background(n: int, size: int, alpha: float, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,225 @@
+"""Sets whose images are split over the ranks of a torch.distributed job.
+
+`pyflocality.distributed.shard` gives every rank a part of the set, whose images are
+`ShardedImages`: a tensor that tells its shape and place and refuses all else. The posterior
+operations know it: they scan the images of their own rank, and the choice of their backend
+(`pyflocality._backends.select`) hands out a function that joins what the ranks found. Code that
+would take one rank's images for the whole set fails, with a message, instead of answering wrongly.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pyflocality.reference.state import PosteriorState, finite_factor, rescaled
+from pyflocality.weights import QueryWeights
+
+# Operations whose implementations answer a PosteriorState, on every backend.
+STATE_OPERATIONS = frozenset(
+    f"{name}_posterior{suffix}"
+    for name in ("global", "window", "equivariant", "masked")
+    for suffix in ("", "_jvp")
+)
+# Operations with two scans, whose implementations for these backends join the ranks in between.
+TWO_SCANS = frozenset(
+    {
+        "patch_set",
+        "window_posterior_vjp",
+        "equivariant_posterior_vjp",
+        "masked_posterior_vjp",
+        "filtered_posterior",
+        "filtered_posterior_jvp",
+        "filtered_posterior_vjp",
+    }
+)
+_TWO_SCANS_BACKENDS = ("cpu", "reference")
+
+
+class RankLostError(RuntimeError):
+    """Another rank of the job ended, or did not answer in time."""
+
+
+class Ranks:
+    """The ranks that hold a set together, and what they do with one another's results.
+
+    Args:
+        group: Their process group; None for all ranks of the job.
+
+    Attributes:
+        rank: Number of this rank.
+        count: How many ranks there are.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+
+    def merged(self, state: PosteriorState, scale: Tensor) -> PosteriorState:
+        """The state after the images of all ranks, float64, the same bits on every rank.
+
+        Args:
+            state: The state after this rank's images.
+            scale: Factor of its distances in the exponent, [B].
+        """
+        state = PosteriorState(*(part.detach().double() for part in state))
+        lowest = state.minimum.clone()
+        self._reduce(lowest, dist.ReduceOp.MIN)
+        state = rescaled(state, lowest, finite_factor(scale, torch.float64))
+        sums = torch.cat([state.total.flatten(), state.weighted.flatten()])
+        self._reduce(sums, dist.ReduceOp.SUM)
+        total, weighted = sums.split([state.total.numel(), state.weighted.numel()])
+        return PosteriorState(
+            lowest, total.reshape(state.total.shape), weighted.reshape(state.weighted.shape)
+        )
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks, the same bits on every rank."""
+        total = tensor.detach().clone().contiguous()
+        self._reduce(total, dist.ReduceOp.SUM)
+        return total
+
+    def agree(self, what: str, *tensors: Tensor) -> None:
+        """Raise unless all ranks come here with the same words and the same tensors.
+
+        Raises:
+            ValueError: They do not.
+            RankLostError: A rank is gone.
+        """
+        digest = zlib.crc32(what.encode())
+        for tensor in tensors:
+            digest = zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), digest)
+            digest = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), digest)
+        # The smallest and, negated, the largest.
+        device = tensors[0].device if tensors else None
+        bounds = torch.tensor([digest, -digest], dtype=torch.int64, device=device)
+        self._reduce(bounds, dist.ReduceOp.MIN)
+        if int(bounds[0]) != -int(bounds[1]):
+            raise ValueError(
+                f"{what}: the ranks of a sharded set were called with different arguments (noisy "
+                "images, noise levels or operations); every rank must make the same calls in the "
+                "same order: seed each rank's generator alike"
+            )
+
+    def _reduce(self, tensor: Tensor, op: dist.ReduceOp) -> None:
+        try:
+            dist.all_reduce(tensor, op, group=self.group)
+        # torch has no type of its own for gloo's errors.
+        except RuntimeError as error:
+            cause = " ".join(str(error).split())[:200]
+            raise RankLostError(
+                f"rank {self.rank} of {self.count} cannot reach the others: one of them has ended "
+                f"or did not answer in time ({cause})"
+            ) from error
+
+
+class ShardedImages(Tensor):
+    """The images of one rank, which answer what they look like and nothing else.
+
+    Attributes:
+        ranks: The ranks that hold the set together.
+    """
+
+    ranks: Ranks
+
+    @staticmethod
+    def of(images: Tensor, ranks: Ranks) -> ShardedImages:
+        """Images [n, C, H, W] as those of one rank, sharing their memory."""
+        found = images.as_subclass(ShardedImages)
+        found.ranks = ranks
+        return found
+
+    def __repr__(self) -> str:
+        """Shape and part."""
+        part = f"part {self.ranks.rank + 1} of {self.ranks.count}"
+        return f"ShardedImages({tuple(self.shape)}, {self.dtype}, {part})"
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Let through what describes the images or moves them, and refuse the rest."""
+        if func is Tensor.to:
+            return ShardedImages.of(plain(args[0]).to(*args[1:], **(kwargs or {})), args[0].ranks)
+        if func not in _DESCRIBING:
+            _refuse(func)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+# Getters of attributes, and methods.
+_DESCRIBING = frozenset(
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "ndim", "is_meta", "is_cuda", "nbytes", "itemsize")
+) | {
+    Tensor.__len__,
+    Tensor.dim,
+    Tensor.size,
+    Tensor.numel,
+    Tensor.element_size,
+    Tensor.is_floating_point,
+    Tensor.is_contiguous,
+}
+
+
+def _refuse(func: Callable[..., Any]) -> NoReturn:
+    name = getattr(func, "__name__", str(func))
+    raise NotImplementedError(
+        f"the images of a sharded set are split over ranks, this one holds a part: {name}() would "
+        "take it for the whole set. Posterior operations, the denoisers made of them and `Moments` "
+        "join the ranks; do anything else with the whole set, before pyflocality.distributed.shard"
+    )
+
+
+def plain(images: Tensor) -> Tensor:
+    """The images of this rank alone, where they are those of a sharded set."""
+    if not isinstance(images, ShardedImages):
+        return images
+    with torch._C.DisableTorchFunctionSubclass():
+        return images.as_subclass(Tensor)
+
+
+def ranks_of(images: Tensor) -> Ranks | None:
+    """The ranks that hold the set together, or None for an ordinary one."""
+    return images.ranks if isinstance(images, ShardedImages) else None
+
+
+def sharded_reason(op: str, backend: str, requires_grad: bool) -> str | None:
+    """Why an operation cannot join the ranks of a sharded set, or None if it can."""
+    if op not in STATE_OPERATIONS and not (op in TWO_SCANS and backend in _TWO_SCANS_BACKENDS):
+        return "it cannot join the parts of a sharded set"
+    if requires_grad:
+        return (
+            "torch cannot differentiate through the join of a sharded set: take first derivatives "
+            "by `x` alone, outside of other derivatives"
+        )
+    return None
+
+
+def _tensors_of(argument: Any) -> list[Tensor]:  # noqa: ANN401
+    if isinstance(argument, QueryWeights):
+        is_mask = argument.is_mask
+        return [torch.from_numpy(argument.bits) if is_mask else argument.dense(torch.float64)]
+    return [argument] if isinstance(argument, Tensor) else []
+
+
+def over_ranks(op: str, run: Callable[..., Any], ranks: Ranks) -> Callable[..., Any]:
+    """An implementation of an operation that answers for the images of all ranks."""
+
+    def joined(problem: Any, *arguments: Any) -> Any:  # noqa: ANN401
+        numbers = [argument for argument in arguments if isinstance(argument, int)]
+        tensors = [part for argument in arguments for part in _tensors_of(argument)]
+        ranks.agree(f"{op} {numbers}", problem.x, problem.alpha, problem.scale, *tensors)
+        result = run(problem, *arguments)
+        return ranks.merged(result, problem.scale) if op in STATE_OPERATIONS else result
+
+    return joined

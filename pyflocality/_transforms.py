@@ -1,0 +1,82 @@
+"""What torch is doing with a tensor: differentiating it, mapping over it, or tracing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
+
+
+def is_differentiated(*tensors: Tensor) -> bool:
+    """Whether a derivative by any of the tensors may be asked for, in any of torch's ways."""
+    return any(map(_is_differentiated, tensors))
+
+
+def _is_differentiated(tensor: Tensor) -> bool:
+    return (
+        (torch.is_grad_enabled() and tensor.requires_grad)
+        or functorch.is_functorch_wrapped_tensor(tensor)
+        or (torch._C._is_fwd_grad_enabled() and forward_ad.unpack_dual(tensor).tangent is not None)
+    )
+
+
+def is_traced() -> bool:
+    """Whether operations are being recorded: by `torch.compile`, `torch.func.linearize`, .."""
+    # What Dynamo reads must come first, it does not know the other question.
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def has_readable_values(tensor: Tensor) -> bool:
+    """Whether Python may look at the values: not under `torch.vmap`, nor while it is traced."""
+    if is_traced():
+        return False
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return False
+        tensor = functorch.get_unwrapped(tensor)
+    return True
+
+
+def without_forward_mode() -> AbstractContextManager[None]:
+    """A block without derivatives by forward mode."""
+    return forward_ad._set_fwd_grad_enabled(False)
+
+
+def outside_transforms() -> AbstractContextManager[None]:
+    """A block whose tensors are plain ones, whatever `torch.func` does around it."""
+    return torch._C._DisableFuncTorch()
+
+
+def derivative_along(
+    function: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Value of a function and its derivative along a tangent, by forward mode.
+
+    Also inside a block `torch.autograd.forward_ad.dual_level`, where `torch.func.jvp` refuses.
+    """
+    # A tensor whose elements share memory cannot carry a tangent.
+    x, tangent = x.contiguous(), tangent.contiguous()
+    if forward_ad._current_level < 0 or eager_transforms.JVP_NESTING > 0:
+        return torch.func.jvp(function, (x,), (tangent,))
+    # torch.func.jvp opens a dual level, of which there can be one, unless it is nested in another
+    # torch.func.jvp.
+    with eager_transforms.jvp_increment_nesting() as nesting:
+        value, derivative = torch.func.jvp(function, (x,), (tangent,))
+        return (
+            functorch._unwrap_for_grad(value, nesting),
+            functorch._unwrap_for_grad(derivative, nesting),
+        )
+
+
+def without_derivatives(tensor: Tensor) -> Tensor:
+    """The values of a tensor with readable values, as a constant."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor.detach()

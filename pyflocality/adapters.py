@@ -1,0 +1,340 @@
+"""Between this library and others: their networks as denoisers, our denoisers as their models.
+
+| from | to | how |
+|---|---|---|
+| a diffusers `UNet2DModel` and its scheduler | a denoiser | `from_diffusers` |
+| a network `D(x, sigma)` of EDM or k-diffusion | a denoiser | `from_edm` |
+| a denoiser | a model for diffusers' schedulers and pipelines | `as_diffusers` |
+| a denoiser | a denoiser for azula's samplers | `as_azula` |
+| a denoiser | a model for k-diffusion's samplers | nothing to do: they call `model(x, sigma)` |
+
+None of these packages is needed here: what is converted is used by its attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from pyflocality._checks import check_count, check_float_tensor, describe
+from pyflocality.denoisers.base import Denoiser
+from pyflocality.denoisers.network import NetworkDenoiser
+from pyflocality.noise import NoiseSchedule, _check_times, noise_from_x0
+
+_PREDICTIONS = {"epsilon": "noise", "sample": "x0", "v_prediction": "v"}
+
+
+@dataclass(frozen=True)
+class TableSchedule(NoiseSchedule):
+    """A variance-preserving schedule given by its table of alpha^2, as diffusers keeps them.
+
+    At whole times alpha_t^2 is the table's entry and sigma_t^2 = 1 - alpha_t^2. Between them
+    sigma / alpha is linear in t, as in diffusers' schedulers that visit such times.
+
+    Attributes:
+        values: alpha^2 at the times 0 .. T - 1, falling, in [0, 1).
+
+    Raises:
+        TypeError: `values` is not a sequence of numbers.
+        ValueError: There is no value, or they do not fall within [0, 1).
+    """
+
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Check the table."""
+        values = self.alpha_cumprod
+        falling = values.ndim == 1 and len(values) > 0 and bool((values.diff() < 0).all())
+        if not (falling and values[0] < 1 and values[-1] >= 0):
+            raise ValueError(f"`values` must fall within [0, 1), got {describe(self.values)}")
+
+    @classmethod
+    def of(cls, scheduler: object) -> TableSchedule:
+        """The schedule of a diffusers scheduler, or of a schedule of whole times of ours.
+
+        Args:
+            scheduler: Anything with the table as `alphas_cumprod` (diffusers) or `alpha_cumprod`.
+
+        Raises:
+            TypeError: It has neither.
+        """
+        table = getattr(scheduler, "alphas_cumprod", getattr(scheduler, "alpha_cumprod", None))
+        if not isinstance(table, Tensor):
+            raise TypeError(
+                "`schedule` must be a diffusers scheduler with `alphas_cumprod`, or a schedule of "
+                f"whole times such as DDPMSchedule, got {describe(scheduler)}"
+            )
+        return cls(tuple(table.double().tolist()))
+
+    @cached_property
+    def alpha_cumprod(self) -> Tensor:
+        """alpha^2 at every time: float64 [T]."""
+        return torch.tensor(self.values, dtype=torch.float64, device="cpu")
+
+    def timesteps(self, steps: int) -> Tensor:
+        """Times i * (T // steps) for i = steps - 1 .. 0 ("leading" spacing): int64 [steps].
+
+        Raises:
+            TypeError: `steps` is not a whole number.
+            ValueError: `steps` is not in 1 .. T.
+        """
+        steps, count = check_count(steps, "steps"), len(self.values)
+        if steps > count:
+            raise ValueError(f"`steps` must be at most the schedule's {count} times, got {steps}")
+        return torch.arange(steps - 1, -1, -1, device="cpu") * (count // steps)
+
+    def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
+        times = _check_times(t, 0.0, float(len(self.values) - 1))
+        table = self.alpha_cumprod.to(times.device)
+        before = times.floor().long()
+        alpha_squared = table[before]
+        between = times != before
+        if between.any():
+            after = (before + 1).clamp(max=len(table) - 1)
+            ratios = (1.0 / table - 1.0).sqrt()
+            ratio = torch.lerp(ratios[before], ratios[after], times - before)
+            alpha_squared = torch.where(between, 1.0 / (1.0 + ratio.square()), alpha_squared)
+        return alpha_squared.sqrt(), (1.0 - alpha_squared).sqrt()
+
+
+def from_diffusers(
+    unet: nn.Module, scheduler: object, *, class_labels: int | None = None
+) -> NetworkDenoiser:
+    """A diffusers `UNet2DModel` as a denoiser.
+
+    It gets the time of the scheduler's table whose noise level is nearest (`NetworkDenoiser`),
+    and its output is read by the scheduler's `prediction_type`. Where it has twice the channels
+    of its input, the first half counts: the other is a learned variance. Sample with the same
+    noise levels by `pf.sample(denoiser, schedule=denoiser.takes)`.
+
+    Args:
+        unet: The network, called as `unet(x, t).sample`, with `config.in_channels` and
+            `config.sample_size`.
+        scheduler: The scheduler it was trained with: `alphas_cumprod`, `config.prediction_type`.
+        class_labels: Class to denoise for, where the network is conditioned on one.
+
+    Raises:
+        TypeError: An argument lacks these attributes.
+        ValueError: The prediction type is none of "epsilon", "sample" and "v_prediction".
+    """
+    config = getattr(unet, "config", None)
+    size = getattr(config, "sample_size", None)
+    if not isinstance(unet, nn.Module) or not hasattr(config, "in_channels") or size is None:
+        raise TypeError(
+            "`unet` must be a torch.nn.Module with `config.in_channels` and `config.sample_size`, "
+            f"got {describe(unet)}"
+        )
+    takes = TableSchedule.of(scheduler)
+    prediction = getattr(getattr(scheduler, "config", None), "prediction_type", "epsilon")
+    if prediction not in _PREDICTIONS:
+        raise ValueError(
+            f"`scheduler` must predict one of {', '.join(_PREDICTIONS)}, got {describe(prediction)}"
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    return NetworkDenoiser(
+        _DiffusersOutput(unet, class_labels),
+        _PREDICTIONS[prediction],
+        takes=takes,
+        image_shape=(config.in_channels, height, width),
+    )
+
+
+def from_edm(
+    network: nn.Module,
+    image_shape: Sequence[int] | None = None,
+    *,
+    class_labels: Tensor | None = None,
+) -> NetworkDenoiser:
+    """A network `D(x, sigma)` that answers clean images, alpha = 1, as a denoiser.
+
+    That is the form of EDM's preconditioned networks (Karras et al. 2022) and of k-diffusion's
+    models. For other alpha it sees x / alpha at the noise level sigma / alpha.
+
+    Args:
+        network: The network, called as `network(x, sigma)` with sigma [B].
+        image_shape: Shape (C, H, W); by default EDM's attributes `img_channels` and
+            `img_resolution`.
+        class_labels: Conditioning as the network takes it for one image, [1, L]; the network is
+            then called as `network(x, sigma, class_labels)` with [B, L].
+
+    Raises:
+        TypeError: An argument has the wrong type, or the image shape is unknown.
+        ValueError: `image_shape` is not three positive numbers.
+    """
+    if image_shape is None:
+        channels = getattr(network, "img_channels", None)
+        resolution = getattr(network, "img_resolution", None)
+        if channels is None or resolution is None:
+            raise TypeError(
+                "`image_shape` must be given for a network without `img_channels` and "
+                f"`img_resolution`, got None with {type(network).__name__}"
+            )
+        image_shape = (channels, resolution, resolution)
+    if class_labels is not None:
+        network = _Conditioned(network, class_labels)
+    return NetworkDenoiser(network, "x0", takes="sigma", image_shape=image_shape)
+
+
+def as_diffusers(denoiser: Denoiser, schedule: object) -> DiffusersModel:
+    """A denoiser as a model for diffusers' schedulers, and for its DDPM and DDIM pipelines.
+
+    Args:
+        denoiser: Any denoiser of this library.
+        schedule: What says alpha and sigma at the scheduler's times: best the diffusers scheduler
+            itself, whose prediction type must be "epsilon"; or a schedule of whole times such as
+            `DDPMSchedule`, which differs from the scheduler's float32 table by its rounding.
+
+    Raises:
+        TypeError: `denoiser` is no denoiser, or `schedule` has no table.
+        ValueError: The scheduler expects another prediction than "epsilon".
+    """
+    _check_denoiser(denoiser)
+    prediction = getattr(getattr(schedule, "config", None), "prediction_type", "epsilon")
+    if prediction != "epsilon":
+        raise ValueError(
+            f"`schedule` must have the prediction type 'epsilon', got {describe(prediction)}"
+        )
+    return DiffusersModel(denoiser, TableSchedule.of(schedule))
+
+
+def as_azula(
+    denoiser: Denoiser, schedule: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> AzulaDenoiser:
+    """A denoiser for azula's samplers.
+
+    Args:
+        denoiser: Any denoiser of this library.
+        schedule: Maps times t, from 0 (data) to 1 (noise), to (alpha_t, sigma_t): a schedule of
+            azula, or `CosineSchedule`.
+
+    Raises:
+        TypeError: `denoiser` is no denoiser, or `schedule` cannot be called.
+    """
+    _check_denoiser(denoiser)
+    if not callable(schedule):
+        raise TypeError(f"`schedule` must be a function t -> (alpha, sigma), got {schedule!r}")
+    return AzulaDenoiser(denoiser, schedule)
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusersOutput:
+    """What diffusers reads of a model's answer.
+
+    Attributes:
+        sample: Predicted noise, [B, C, H, W].
+    """
+
+    sample: Tensor
+
+
+class DiffusersModel(nn.Module):
+    """A denoiser that answers the predicted noise (x - alpha x0) / sigma; see `as_diffusers`.
+
+    Attributes:
+        config: `in_channels`, `out_channels` and `sample_size`, as pipelines read them.
+    """
+
+    def __init__(self, denoiser: Denoiser, schedule: TableSchedule) -> None:
+        super().__init__()
+        self.denoiser, self.schedule = denoiser, schedule
+        channels, *size = denoiser.image_shape
+        self.config = SimpleNamespace(
+            in_channels=channels, out_channels=channels, sample_size=tuple(size)
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the denoiser."""
+        return self.denoiser.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that pipelines draw their starting noise in: float32."""
+        return torch.float32
+
+    def forward(
+        self, sample: Tensor, timestep: float | Tensor, *, return_dict: bool = True
+    ) -> DiffusersOutput | tuple[Tensor]:
+        """The predicted noise.
+
+        Args:
+            sample: Noisy images x, [B, C, H, W].
+            timestep: Time of the schedule, a number or a tensor without dimensions or [B].
+            return_dict: Whether the answer has an attribute `sample`, or is a tuple.
+
+        Raises:
+            TypeError: As for the denoiser.
+            ValueError: As for the denoiser, or the time is none of the schedule's.
+        """
+        check_float_tensor(sample, "sample")
+        # Times that schedulers keep on the CPU are moved with the images.
+        alpha, sigma = self.schedule(torch.as_tensor(timestep, device=sample.device))
+        noise = noise_from_x0(sample, self.denoiser(sample, sigma, alpha), alpha, sigma)
+        return DiffusersOutput(noise) if return_dict else (noise,)
+
+
+@dataclass(frozen=True, eq=False)
+class AzulaPosterior:
+    """What azula's samplers read of a denoiser's answer.
+
+    Attributes:
+        mean: Estimates of x0, [B, C, H, W].
+    """
+
+    mean: Tensor
+
+
+class AzulaDenoiser(nn.Module):
+    """A denoiser called with azula's times; see `as_azula`."""
+
+    def __init__(
+        self, denoiser: Denoiser, schedule: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> None:
+        super().__init__()
+        self.denoiser, self.schedule = denoiser, schedule
+
+    def forward(self, x_t: Tensor, t: Tensor) -> AzulaPosterior:
+        """The posterior at time t, known by its mean.
+
+        Args:
+            x_t: Noisy images, [B, C, H, W].
+            t: Time, without dimensions or [B].
+        """
+        alpha, sigma = self.schedule(t)
+        return AzulaPosterior(self.denoiser(x_t, sigma, alpha))
+
+
+class _DiffusersOutput(nn.Module):
+    """The tensor inside a diffusers model's answer."""
+
+    def __init__(self, unet: nn.Module, class_labels: int | None) -> None:
+        super().__init__()
+        self.unet, self.class_labels = unet, class_labels
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        labels = {}
+        if self.class_labels is not None:
+            labels["class_labels"] = torch.full_like(t, self.class_labels)
+        return self.unet(x, t, **labels).sample[:, : x.shape[1]]
+
+
+class _Conditioned(nn.Module):
+    """A network of (x, sigma, class_labels) with one condition for all images."""
+
+    def __init__(self, network: nn.Module, class_labels: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("class_labels", class_labels, persistent=False)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self.network(x, sigma, self.class_labels.expand(len(x), -1))
+
+
+def _check_denoiser(denoiser: object) -> None:
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(f"`denoiser` must be a Denoiser of this library, got {describe(denoiser)}")

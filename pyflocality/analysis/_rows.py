@@ -1,0 +1,95 @@
+"""One row of a Jacobian."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyflocality._budget import memory_budget_bytes
+from pyflocality._checks import check_batch, check_level
+from pyflocality.denoisers.base import Denoiser, PosteriorDenoiser, join_levels, split_levels
+from pyflocality.denoisers.pca_locality import PCALocalityDenoiser
+from pyflocality.denoisers.queries import QueryDenoiser
+from pyflocality.ops import global_posterior_jvp
+
+
+def jacobian_row(
+    denoiser: Denoiser,
+    x: Tensor,
+    pixel: tuple[int, int, int],
+    sigma: float | Tensor,
+    alpha: float | Tensor,
+) -> Tensor:
+    """Derivatives of one output value by the inputs, [B, C, H, W].
+
+    An output whose posterior compares a set of inputs with weights 1 is one value of the optimal
+    denoiser of these inputs alone, whose Jacobian is symmetric: its row is its product with one
+    tangent, in a pass over these inputs of every image. All others take a product with the
+    transposed Jacobian.
+    """
+    x = check_batch(x, denoiser.image_shape, denoiser.device, "x")
+    sigma = check_level(sigma, len(x), x.device, "sigma", allow_zero=False)
+    alpha = check_level(alpha, len(x), x.device, "alpha", allow_zero=False)
+    if _has_rows_of_its_own(denoiser):
+        levels = split_levels(sigma, alpha)
+        near = [denoiser.neighbourhood(pixel, level.sigma, level.alpha) for level in levels]
+        if all(_is_worth(denoiser, inputs, pixel) for inputs in near):
+            rows = [
+                _row_of_inputs(denoiser, x[level.members], inputs, pixel, level.sigma, level.alpha)
+                for level, inputs in zip(levels, near, strict=True)
+            ]
+            return join_levels(rows, levels)
+    cotangent = torch.zeros_like(x)
+    cotangent[(slice(None), *pixel)] = 1.0
+    return denoiser.vjp(x, cotangent[None], sigma, alpha)[0]
+
+
+def _has_rows_of_its_own(denoiser: Denoiser) -> bool:
+    if not isinstance(denoiser, QueryDenoiser) or denoiser.data.augmentation is not None:
+        return False
+    return not isinstance(denoiser, PCALocalityDenoiser) or denoiser.aggregation == "exact"
+
+
+def _is_worth(denoiser: QueryDenoiser, inputs: Tensor | None, pixel: tuple[int, int, int]) -> bool:
+    """Whether the output is one of its inputs, and they fit the memory budget for all images."""
+    if inputs is None or not inputs[pixel]:
+        return False
+    copied = int(inputs.sum()) * len(denoiser.data) * denoiser.data.images.element_size()
+    return bool(inputs.all()) or copied <= memory_budget_bytes(denoiser.memory_budget)
+
+
+def _row_of_inputs(
+    denoiser: PosteriorDenoiser,
+    x: Tensor,
+    inputs: Tensor,
+    pixel: tuple[int, int, int],
+    sigma: float,
+    alpha: float,
+) -> Tensor:
+    """The row of an output that compares some inputs, bool [C, H, W], and is one of them."""
+    chosen = inputs.flatten().nonzero()[:, 0].to(x.device)
+    place = torch.zeros_like(inputs)
+    place[pixel] = True
+    tangent = place.flatten().to(x.device)[chosen].to(x.dtype)
+
+    def at_inputs(images: Tensor) -> Tensor:
+        # All inputs are taken as they lie, without a copy.
+        if len(chosen) == inputs.numel():
+            return images.reshape(len(images), 1, 1, -1)
+        return images.flatten(1).index_select(1, chosen)[:, None, None]
+
+    near = at_inputs(x)
+    found = global_posterior_jvp(
+        near,
+        tangent.expand_as(near)[None],
+        at_inputs(denoiser.data.images),
+        sigma,
+        alpha,
+        temperature=denoiser.temperature,
+        backend=denoiser.backend,
+        dtype=denoiser.dtype,
+        memory_budget=denoiser.memory_budget,
+    )[1][0]
+    row = torch.zeros_like(x).flatten(1)
+    row[:, chosen] = found.flatten(1)
+    return row.reshape(x.shape)

@@ -1,0 +1,163 @@
+r"""From recitation to generation: what samples share with training images and with each other.
+
+Two models of disjoint halves A and B of a set, started from the same noise: where each recites,
+its sample is one of its own training images and the two samples differ; where both have learned
+the distribution they make the same image, which is in neither half.
+
+Similarities are cosines of images from a common mean,
+:math:`\langle a - m, b - m \rangle / (|a - m| \, |b - m|)`: what all images share counts for
+nothing.
+
+References:
+    Kadkhodaie, Guth, Simoncelli and Mallat, Generalization in diffusion models arises from
+    geometry-adaptive harmonic representations, ICLR 2024 (figure 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyflocality._augmentation import enlarged_at
+from pyflocality._checks import check_batch, check_count, describe
+from pyflocality._problem import training_values
+from pyflocality._progress import progress_bar
+from pyflocality.data import TrainingSet
+from pyflocality.denoisers.base import Denoiser, check_set
+from pyflocality.metrics import cosine_similarity
+from pyflocality.moments import Moments
+from pyflocality.noise import NoiseSchedule
+from pyflocality.ops import nearest_images
+from pyflocality.sampling import sample
+
+
+@dataclass(frozen=True, eq=False)
+class Memorization:
+    """How near samples are to a training set.
+
+    Attributes:
+        indices: Nearest training image of each sample, int64 [n]; image i of copy k of an
+            augmented set of N images is k N + i.
+        distances: Distances |s - v|, [n].
+        similarity: Cosines of sample and nearest image from the mean image, float64 [n].
+        ratio: Distance to the nearest over that to the second nearest image, [n]: near 0 for a
+            recited image, near 1 for one that is no closer to any training image than to the
+            next. 0 where the nearest is at distance 0, NaN for a set of one image.
+    """
+
+    indices: Tensor
+    distances: Tensor
+    similarity: Tensor
+    ratio: Tensor
+
+
+def memorization(samples: Tensor, data: TrainingSet, *, mean: Tensor | None = None) -> Memorization:
+    """Compare samples with their nearest training images.
+
+    Args:
+        samples: Images in [-1, 1], floating point, [n, C, H, W].
+        data: The training set.
+        mean: Image that similarities are counted from, [C, H, W]; by default the set's mean.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument has the wrong shape or device.
+    """
+    check_set(data)
+    samples = check_batch(samples, data.image_shape, data.device, "samples")
+    k = min(2, len(data) * data.copies)
+    found = nearest_images(samples, data.images, k=k, augmentation=data.augmentation)
+    distances = found.distances.sqrt()
+    nearest = enlarged_at(data.images, data.augmentation, found.indices[:, 0])
+    mean = Moments.from_data(data).mean if mean is None else mean
+    similarity = cosine_similarity(samples, training_values(nearest, samples.dtype), mean)
+    first, second = distances[:, 0], distances[:, -1]
+    ratio = torch.where(first == 0, 0.0, first / second)
+    if k == 1:
+        ratio = torch.full_like(first, torch.nan)
+    return Memorization(found.indices[:, 0], first, similarity, ratio)
+
+
+@dataclass(frozen=True, eq=False)
+class MemorizationCurve:
+    """Similarities of samples of two models of disjoint sets of N images, as N grows.
+
+    Attributes:
+        sizes: Numbers N of training images of each model.
+        between: Cosines of the samples of the two models, float64 [S, n].
+        nearest: Cosines of the first model's samples and their nearest images of its own
+            training set, float64 [S, n].
+        samples: Samples of both models, [S, 2, n, C, H, W].
+    """
+
+    sizes: tuple[int, ...]
+    between: Tensor
+    nearest: Tensor
+    samples: Tensor
+
+
+def memorization_curve(
+    make_denoiser: Callable[[TrainingSet], Denoiser],
+    data: TrainingSet,
+    sizes: Sequence[int],
+    *,
+    n: int = 8,
+    steps: int = 10,
+    schedule: NoiseSchedule | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = True,
+) -> MemorizationCurve:
+    """Sample from two models of disjoint halves with the same noise, for growing sets.
+
+    The set is put in random order once; the sets of size N are the first N images of either
+    half, so smaller sets lie in larger ones. Similarities are counted from the mean of all data.
+
+    Args:
+        make_denoiser: Makes the model of a set, such as `pf.LocalDenoiser`.
+        data: The images to split.
+        sizes: Numbers of training images of each model, at most half of the images.
+        n: Samples of each model.
+        steps: Steps of the sampling runs.
+        schedule: Noise schedule; by default `DDPMSchedule()`.
+        generator: Source of randomness, for the split and the noise; by default a fixed seed.
+        progress: Show a progress bar.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: A size is out of range.
+    """
+    check_set(data)
+    if not callable(make_denoiser):
+        raise TypeError(f"`make_denoiser` must be callable, got {describe(make_denoiser)}")
+    half = len(data) // 2
+    sizes = tuple(check_count(size, "sizes") for size in sizes)
+    if not sizes or max(sizes) > half:
+        raise ValueError(f"`sizes` must hold numbers from 1 to {half}, half the set, got {sizes}")
+    n = check_count(n, "n")
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    order = torch.randperm(len(data), generator=generator, device=generator.device).cpu()
+    noise = torch.randn(n, *data.image_shape, generator=generator, device=generator.device)
+    mean = Moments.from_data(data).mean
+
+    between, nearest, samples = [], [], []
+    for size in progress_bar(sizes, description="sizes", enabled=progress):
+        pair, models = [], []
+        for members in (order[:size], order[half : half + size]):
+            models.append(data.subset(members))
+            out = sample(
+                make_denoiser(models[-1]),
+                schedule=schedule,
+                steps=steps,
+                x_T=noise.to(data.device),
+                progress=False,
+            )
+            pair.append(out.images)
+        between.append(cosine_similarity(*pair, mean))
+        nearest.append(memorization(pair[0], models[0], mean=mean).similarity)
+        samples.append(torch.stack(pair))
+    return MemorizationCurve(
+        sizes, torch.stack(between), torch.stack(nearest), torch.stack(samples)
+    )

@@ -1,0 +1,258 @@
+r"""Sensitivity fields: how much an output pixel listens to every input.
+
+The field of an output value m at a noisy image x is the absolute row of the Jacobian,
+:math:`|\partial \hat x_0[m] / \partial x|`. For the Wiener filter the rows are those of
+:math:`\alpha S (\alpha^2 S + \sigma^2 I)^{-1}`: it keeps the principal components whose
+signal-to-noise ratio :math:`\alpha^2 \lambda / \sigma^2` is high and drops the others, and its
+fields are close to those of trained networks.
+
+References:
+    Lukoianov, Yuan, Solomon and Sitzmann, Locality in image diffusion models emerges from data
+    statistics, 2025 (figures 1 to 4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyflocality._checks import check_float_tensor, check_level, check_positive, describe
+from pyflocality._progress import progress_bar
+from pyflocality.analysis._rows import jacobian_row
+from pyflocality.denoisers.base import Denoiser
+from pyflocality.moments import Moments
+from pyflocality.noise import DDPMSchedule, NoiseSchedule
+from pyflocality.sampling import sample
+
+Pixel = tuple[int, int, int]
+
+
+def sensitivity(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    pixel: Pixel,
+) -> Tensor:
+    r"""The field :math:`|\partial \hat x_0[c, h, w] / \partial x|` of one output value.
+
+    One product with the transposed Jacobian; where an output has a neighbourhood of its own, a
+    scan of that neighbourhood alone.
+
+    Args:
+        denoiser: Any denoiser of this library.
+        x: Noisy images, [B, C, H, W].
+        sigma: Noise level, a number or [B], positive.
+        alpha: Signal coefficient, a number or [B], positive.
+        pixel: Channel, row and column (c, h, w) of the output value; negative ones count from
+            the end.
+
+    Returns:
+        Fields, not negative, dtype of x, [B, C, H, W].
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument has the wrong shape, device or range.
+    """
+    check_denoiser(denoiser)
+    pixel = check_pixel(pixel, denoiser.image_shape)
+    return jacobian_row(denoiser, x, pixel, sigma, alpha).abs()
+
+
+@dataclass(frozen=True, eq=False)
+class SensitivityRun:
+    """Mean sensitivity fields along a sampling run.
+
+    Attributes:
+        fields: Mean over the samples of the absolute Jacobian rows, [steps, P, C, H, W].
+        timesteps: Time of each step, [steps].
+        alpha: Signal coefficient of each step, [steps].
+        sigma: Noise level of each step, [steps].
+        pixels: The P output values, (c, h, w) each.
+    """
+
+    fields: Tensor
+    timesteps: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    pixels: tuple[Pixel, ...]
+
+    def scaled(self) -> Tensor:
+        """Every field scaled to [0, 1] by its own smallest and largest value."""
+        low = self.fields.amin((-3, -2, -1), keepdim=True)
+        span = self.fields.amax((-3, -2, -1), keepdim=True) - low
+        return (self.fields - low) / torch.where(span > 0, span, 1.0)
+
+
+def sensitivity_along_run(
+    denoiser: Denoiser,
+    pixels: Pixel | list[Pixel],
+    *,
+    n: int = 32,
+    steps: int = 1000,
+    every: int = 1,
+    schedule: NoiseSchedule | None = None,
+    x_T: Tensor | None = None,  # noqa: N803
+    generator: torch.Generator | None = None,
+    progress: bool = True,
+) -> SensitivityRun:
+    """Mean sensitivity fields at the states of a DDIM run (figure 2 of the paper).
+
+    Args:
+        denoiser: Any denoiser of this library.
+        pixels: One output value (c, h, w), or several.
+        n: Number of samples whose fields are averaged.
+        steps: Number of steps of the run.
+        every: Fields are taken at each `every`-th step, the first included.
+        schedule: Noise schedule; by default `DDPMSchedule()`.
+        x_T: Starting states [n, C, H, W]; by default drawn.
+        generator: Source of randomness, as for `sample`.
+        progress: Show a progress bar.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument has the wrong shape or range.
+    """
+    check_denoiser(denoiser)
+    chosen = [pixels] if isinstance(pixels, tuple) else list(pixels)
+    chosen = [check_pixel(pixel, denoiser.image_shape) for pixel in chosen]
+    if not chosen or every < 1:
+        raise ValueError("`pixels` must hold at least one pixel and `every` be at least 1")
+    schedule = DDPMSchedule() if schedule is None else schedule
+    out = sample(
+        denoiser,
+        n if x_T is None else None,
+        schedule=schedule,
+        steps=steps,
+        x_T=x_T,
+        generator=generator,
+        progress=progress,
+    )
+    visited = range(0, steps, every)
+    times = out.timesteps[list(visited)]
+    alpha, sigma = schedule(times)
+    fields = out.x_t.new_zeros(len(visited), len(chosen), *denoiser.image_shape)
+    visits = list(enumerate(visited))
+    for row, step in progress_bar(visits, description="sensitivity", enabled=progress):
+        level = (float(sigma[row]), float(alpha[row]))
+        for column, pixel in enumerate(chosen):
+            found = sensitivity(denoiser, out.x_t[step], *level, pixel=pixel)
+            fields[row, column] = found.mean(0)
+    return SensitivityRun(fields, times, alpha, sigma, tuple(chosen))
+
+
+def high_snr_projection(
+    moments: Moments, sigma: float, alpha: float = 1.0, *, pixel: Pixel, ratio: float = 1.0
+) -> Tensor:
+    r"""Absolute row of the projection on the principal components of high signal-to-noise ratio.
+
+    .. math:: P = \sum_{k : \alpha^2 \lambda_k > c \, \sigma^2} u_k u_k^\top
+
+    is what the Wiener filter tends to where its shrinkage factors are nearly 0 or 1.
+
+    Args:
+        moments: Moments of the training set.
+        sigma: Noise level, positive.
+        alpha: Signal coefficient, positive.
+        pixel: Output value (c, h, w).
+        ratio: The smallest ratio c that counts as high, positive.
+
+    Returns:
+        Float64 [C, H, W].
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
+    """
+    check_moments(moments)
+    shape = tuple(moments.image_shape)
+    row = _flat(check_pixel(pixel, shape), shape)
+    bound = check_positive(ratio, "ratio") * check_positive(sigma, "sigma") ** 2
+    values, vectors = moments.eigh()
+    kept = vectors[:, check_positive(alpha, "alpha") ** 2 * values > bound]
+    return (kept @ kept[row]).abs().reshape(shape)
+
+
+def pattern_variance(moments: Moments, pattern: Tensor) -> float:
+    r"""Variance of the data along a pattern, :math:`\lambda_W = W^\top S W / |W|^2`.
+
+    Args:
+        moments: Moments of the training set.
+        pattern: W, floating point, [C, H, W], not zero.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: The pattern has another shape or is zero.
+    """
+    check_moments(moments)
+    direction = check_float_tensor(pattern, "pattern").detach().double().cpu()
+    if tuple(direction.shape) != tuple(moments.image_shape) or not direction.any():
+        raise ValueError(
+            f"`pattern` must be a non-zero tensor of shape {list(moments.image_shape)}, got "
+            f"{describe(pattern)}"
+        )
+    direction = direction.flatten() / direction.norm()
+    return float(direction @ (moments.covariance.cpu() @ direction))
+
+
+def snr_ruler(
+    moments: Moments, pattern: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0
+) -> Tensor:
+    r"""Signal-to-noise ratio :math:`\alpha^2 \lambda_W / \sigma^2` of a pattern, float64 [L].
+
+    The paper's figure 4 marks the levels where it exceeds 0.1 as those where the pattern shows
+    in the sensitivity fields.
+
+    Args:
+        moments: Moments of the training set.
+        pattern: W, [C, H, W].
+        sigma: Noise levels, a number or [L], positive.
+        alpha: Signal coefficients, a number or [L], positive.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument has the wrong shape or range.
+    """
+    variance = pattern_variance(moments, pattern)
+    levels = max(
+        [len(level) for level in (sigma, alpha) if isinstance(level, Tensor) and level.ndim],
+        default=1,
+    )
+    device = torch.device("cpu")
+    sigma = check_level(sigma, levels, device, "sigma", allow_zero=False)
+    alpha = check_level(alpha, levels, device, "alpha", allow_zero=False)
+    return variance * (alpha / sigma) ** 2
+
+
+def check_denoiser(denoiser: object) -> None:
+    """A denoiser of this library."""
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(
+            "`denoiser` must be a Denoiser (NetworkDenoiser wraps a trained network), got "
+            f"{describe(denoiser)}"
+        )
+
+
+def check_moments(moments: object) -> None:
+    """Moments of a training set."""
+    if not isinstance(moments, Moments):
+        raise TypeError(f"`moments` must be Moments, got {describe(moments)}")
+
+
+def check_pixel(pixel: object, image_shape: tuple[int, int, int]) -> Pixel:
+    """An output value (c, h, w) of an image, counted from the start."""
+    whole = isinstance(pixel, (tuple, list)) and len(pixel) == 3
+    if not whole or not all(isinstance(i, int) and not isinstance(i, bool) for i in pixel):
+        raise TypeError(f"`pixel` must be three whole numbers (c, h, w), got {describe(pixel)}")
+    if not all(-size <= i < size for i, size in zip(pixel, image_shape, strict=True)):
+        raise ValueError(f"`pixel` must lie in an image of {tuple(image_shape)}, got {pixel}")
+    channel, row, column = (i % size for i, size in zip(pixel, image_shape, strict=True))
+    return channel, row, column
+
+
+def _flat(pixel: Pixel, image_shape: tuple[int, ...]) -> int:
+    _, height, width = image_shape
+    return (pixel[0] * height + pixel[1]) * width + pixel[2]

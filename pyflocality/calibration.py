@@ -1,0 +1,256 @@
+"""Windows by noise level, chosen so that a local model moves like a trained network."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pyflocality._checks import check_count, describe
+from pyflocality._progress import progress_bar
+from pyflocality.data import TrainingSet
+from pyflocality.denoisers.base import Denoiser, check_set
+from pyflocality.denoisers.local import LocalDenoiser
+from pyflocality.noise import DDPMSchedule, NoiseSchedule
+from pyflocality.sampling import DenoiserFunction, SampleResult, sample
+
+_FORMAT = "pyflocality window table"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class WindowTable(Sequence[tuple[float, int]]):
+    """Pairs (sigma / alpha, window), as the argument `window` of the denoisers takes them.
+
+    Attributes:
+        ratios: Noise levels sigma / alpha, positive.
+        windows: Sides of the windows that were tried, in pixels.
+        similarities: For each noise level the similarity of each window, in [-1, 1].
+
+    Raises:
+        TypeError: A value has the wrong type.
+        ValueError: There is no level or no window, or a value is out of range.
+    """
+
+    ratios: tuple[float, ...]
+    windows: tuple[int, ...]
+    similarities: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        """Check the table."""
+        _check_numbers(self.ratios, "ratios", 0.0, math.inf)
+        for window in _check_filled(self.windows, "windows"):
+            check_count(window, "windows")
+        if len(self.similarities) != len(self.ratios):
+            raise ValueError(
+                f"`similarities` must have a row for each of {len(self.ratios)} levels, got "
+                f"{len(self.similarities)}"
+            )
+        for row in self.similarities:
+            _check_numbers(row, "similarities", -1.001, 1.001)
+            if len(row) != len(self.windows):
+                raise ValueError(
+                    f"`similarities` must have {len(self.windows)} values a row, got {len(row)}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.ratios)
+
+    def __getitem__(self, index: int) -> tuple[float, int]:
+        """The level at a position, and its best window: of equally good ones the first."""
+        row = self.similarities[index]
+        return self.ratios[index], self.windows[row.index(max(row))]
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write a JSON file with every level's window and the similarities it was chosen by.
+
+        Args:
+            path: File to write; its folder must exist.
+            force: Whether a file that is there may be replaced.
+
+        Raises:
+            FileExistsError: The file is there and `force` is False.
+            OSError: The file cannot be written.
+        """
+        path = Path(path)
+        if path.exists() and not force:
+            raise FileExistsError(f"{path} is already there; pass force=True to replace it")
+        levels = [
+            {"ratio": ratio, "window": window, "similarities": list(row)}
+            for (ratio, window), row in zip(self, self.similarities, strict=True)
+        ]
+        content = {
+            "format": _FORMAT, "version": _VERSION, "windows": list(self.windows), "levels": levels
+        }  # fmt: skip
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> WindowTable:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged, or not a window table of this version.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a JSON file: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(f"{path} does not hold a window table saved by pyflocality")
+        if content.get("version") != _VERSION:
+            raise ValueError(
+                f"{path} has version {content.get('version')} of the format; this release reads "
+                f"version {_VERSION}"
+            )
+        try:
+            levels = content["levels"]
+            table = cls(
+                tuple(level["ratio"] for level in levels),
+                tuple(content["windows"]),
+                tuple(tuple(level["similarities"]) for level in levels),
+            )
+            stated = [level["window"] for level in levels]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        if stated != [window for _, window in table]:
+            raise ValueError(f"{path} is damaged: its windows do not follow from its similarities")
+        return table
+
+
+def calibrate_windows(
+    data: TrainingSet,
+    network: DenoiserFunction,
+    schedule: NoiseSchedule | None = None,
+    *,
+    steps: int = 10,
+    samples: int = 16,
+    windows: Sequence[int] | None = None,
+    model: Callable[[TrainingSet, int], Denoiser] = LocalDenoiser,
+    generator: torch.Generator | None = None,
+    progress: bool = True,
+    batch_size: int | None = None,
+) -> WindowTable:
+    r"""Choose a local model's window at each noise level, by a trained network.
+
+    The network samples from noise by DDIM. At each of its steps the window wins whose score
+
+    .. math::
+        s(x) = (\alpha \hat x_0(x) - x) / \sigma^2
+
+    has the highest cosine similarity with the network's own score at the same states x, by the
+    median over the samples (Kamb and Ganguli 2025).
+
+    Args:
+        data: The training set of the local model, best the one that the network was trained on.
+        network: The trained network, as a function (x, sigma, alpha) -> x0: a `NetworkDenoiser`.
+        schedule: Noise schedule to sample with; by default `DDPMSchedule()`.
+        steps: Number of steps, which is that of noise levels in the table.
+        samples: Images that are sampled.
+        windows: Sides to try; by default the odd numbers from 3 to min(H, W).
+        model: Makes the local model from the set and a side: `LocalDenoiser`,
+            `EquivariantDenoiser`, or a function that sets their options.
+        generator: Source of the starting noise; by default torch's global generator.
+        progress: Show progress bars on standard error.
+        batch_size: Images per call; by default all samples.
+
+    Returns:
+        A table for the argument `window` of the model, with all similarities.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, a window does not fit the images, or the network
+            answers NaN.
+    """
+    shape = check_set(data).image_shape
+    schedule = _check_run(network, schedule)
+    if windows is None:
+        windows = range(3, min(shape[1:]) + 1, 2)
+    windows = tuple(check_count(window, "windows") for window in _check_filled(windows, "windows"))
+    # Refuses a wrong window before any work.
+    models = [model(data, window) for window in windows]
+    shape = (check_count(samples, "samples"), *shape)
+    device = data.device if generator is None else generator.device
+    # The network may be any function, without a shape and a device of its own.
+    noise = torch.randn(shape, generator=generator, device=device).to(data.device)
+    run = sample(
+        network,
+        schedule=schedule,
+        steps=steps,
+        x_T=schedule.init_noise_sigma * noise,
+        progress=progress,
+        batch_size=batch_size,
+    )
+    if not torch.isfinite(run.x0).all():
+        raise ValueError("`network` answered NaN or infinite values")
+    ratios, rows = _similarities(run, schedule, models, progress, batch_size)
+    return WindowTable(ratios, windows, rows)
+
+
+def _check_run(network: object, schedule: object) -> NoiseSchedule:
+    """Check what is sampled; the schedule, with the default filled in."""
+    if not callable(network):
+        raise TypeError(f"`network` must be callable, got {describe(network)}")
+    schedule = DDPMSchedule() if schedule is None else schedule
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"`schedule` must be a NoiseSchedule, got {describe(schedule)}")
+    return schedule
+
+
+@torch.no_grad()
+def _similarities(
+    run: SampleResult,
+    schedule: NoiseSchedule,
+    models: Sequence[Denoiser],
+    progress: bool,
+    batch_size: int | None,
+) -> tuple[tuple[float, ...], tuple[tuple[float, ...], ...]]:
+    """Noise levels sigma / alpha of a run, and the similarities of each model at each."""
+    alphas, sigmas = schedule(run.timesteps)
+    rows: list[list[float]] = [[] for _ in run.timesteps]
+    visits = [(step, model) for step in range(len(rows)) for model in models]
+    for step, model in progress_bar(visits, description="comparing windows", enabled=progress):
+        x, alpha, sigma = run.x_t[step], float(alphas[step]), float(sigmas[step])
+        parts = x.split(len(x) if batch_size is None else batch_size)
+        answers = torch.cat([model(part, sigma, alpha) for part in parts])
+        # The factor 1 / sigma^2 of the score does not change an angle.
+        scores = (alpha * found.double() - x.double() for found in (answers, run.x0[step]))
+        rows[step].append(_median_cosine(*scores))
+    ratios = tuple((sigmas / alphas).tolist())
+    return ratios, tuple(map(tuple, rows))
+
+
+def _median_cosine(a: Tensor, b: Tensor) -> float:
+    """Median over images [n, C, H, W] of the cosine of the angle between a and b."""
+    return float(torch.cosine_similarity(a.flatten(1), b.flatten(1), eps=1e-300).quantile(0.5))
+
+
+def _check_filled(values: object, name: str) -> Sequence:
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"`{name}` must be a sequence, got {describe(values)}")
+    if len(values) == 0:
+        raise ValueError(f"`{name}` must hold at least one value, got none")
+    return values
+
+
+def _check_numbers(values: object, name: str, low: float, high: float) -> None:
+    for value in _check_filled(values, name):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"`{name}` must hold numbers, got {describe(value)}")
+        if not low < value < high:
+            raise ValueError(f"`{name}` must lie between {low:g} and {high:g}, got {value}")

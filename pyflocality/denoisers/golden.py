@@ -1,0 +1,297 @@
+"""Golden subsets: a posterior over the training images nearest to each noisy image."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from pyflocality._budget import memory_budget_bytes
+from pyflocality._checks import check_count, describe
+from pyflocality._transforms import without_derivatives
+from pyflocality.data import TrainingSet
+from pyflocality.denoisers.base import Denoiser, PosteriorDenoiser
+from pyflocality.denoisers.equivariant import EquivariantDenoiser
+from pyflocality.denoisers.filtered import FilteredPosteriorDenoiser
+from pyflocality.denoisers.local import LocalDenoiser
+from pyflocality.denoisers.optimal import OptimalDenoiser
+from pyflocality.denoisers.patch_set import PatchSetDenoiser
+from pyflocality.denoisers.pca_locality import PCALocalityDenoiser
+
+_WRAPPED = (
+    OptimalDenoiser,
+    LocalDenoiser,
+    PCALocalityDenoiser,
+    EquivariantDenoiser,
+    PatchSetDenoiser,
+    FilteredPosteriorDenoiser,
+)
+# Images compared at a time: few enough to stay in a processor's cache.
+_CACHED_IMAGES = 512
+
+
+class SubsetSizes(NamedTuple):
+    """How many images a noise level looks at.
+
+    Attributes:
+        pool: Candidates m that are compared at full resolution.
+        kept: Images k of the posterior.
+    """
+
+    pool: int
+    kept: int
+
+
+def golden_sizes(
+    count: int, k_min: int, k_max: int, sigma: float, alpha: float = 1.0
+) -> SubsetSizes:
+    r"""Sizes of pool and subset at a noise level.
+
+    .. math::
+        g = 1 - \frac{\sigma}{\sqrt{\alpha^2 + \sigma^2}}, \qquad
+        m = \operatorname{round}(k_{max} + (N - k_{max}) g), \qquad
+        k = \operatorname{round}(k_{max} - (k_{max} - k_{min}) g)
+
+    With variance-preserving noise g is 1 - sigma, as published; other noise counts as the
+    variance-preserving noise of the same ratio sigma / alpha.
+
+    Args:
+        count: Training images N.
+        k_min: Images at no noise.
+        k_max: Images at nothing but noise.
+        sigma: Noise level, not negative.
+        alpha: Signal coefficient, positive.
+    """
+    g = 1.0 - sigma / math.hypot(alpha, sigma)
+    kept = max(k_min, round(k_max - (k_max - k_min) * g))
+    return SubsetSizes(round(k_max + (count - k_max) * g), kept)
+
+
+class GoldenSubset(Denoiser):
+    """Any posterior over the training set, over a few images chosen for each noisy image.
+
+    At every noise level a pool of m images is chosen by their distance to x / alpha after
+    average pooling, the k of them nearest at full resolution are kept, and the wrapped denoiser
+    runs over these k alone; `golden_sizes` tells m and k. Much noise takes few candidates and
+    keeps them all, little noise compares all images and keeps the fewest. Nothing bounds the
+    difference to the posterior over the whole set: see `CertifiedSubset` for that.
+
+    The masks of `PCALocalityDenoiser` are those of the whole set. One noisy image is answered at
+    a time: k images as they are stored are all that is gathered. Pooled images are computed once
+    and kept in half precision where they fit half of the memory budget, else pooled anew at each
+    call.
+
+    Derivatives are those of the wrapped denoiser over the subset, which does not change with x
+    but in jumps.
+
+    Args:
+        denoiser: An optimal, local, PCA-locality (exact aggregation), equivariant, patch-set or
+            filtered-posterior denoiser.
+        k_min: Images kept at no noise, 1 to k_max; None is a twentieth of the set.
+        k_max: Images kept at nothing but noise, at most N; None is a tenth of the set.
+        pool_resolution: Height and width that images are pooled to where they are larger.
+        generator: Draws the pool at random instead, as the published code does, anew for every
+            noisy image and call (derivatives asked for later have a draw of their own). None,
+            the default, chooses by pooled distance: the same answer every time.
+
+    Raises:
+        TypeError: `denoiser` is of no such class, or an option has the wrong type.
+        ValueError: An option is out of range; the PCA-locality denoiser averages over batches;
+            the set is augmented; or k_max images exceed the memory budget.
+
+    References:
+        Shang et al., GoldDiff, 2026 (arXiv 2602.16498).
+    """
+
+    def __init__(
+        self,
+        denoiser: PosteriorDenoiser,
+        k_min: int | None = None,
+        k_max: int | None = None,
+        *,
+        pool_resolution: int = 16,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not isinstance(denoiser, _WRAPPED):
+            names = ", ".join(kind.__name__ for kind in _WRAPPED)
+            raise TypeError(f"`denoiser` must be one of {names}, got {describe(denoiser)}")
+        if getattr(denoiser, "aggregation", "exact") != "exact":
+            raise ValueError("`denoiser` must have aggregation='exact', got 'batch_mean'")
+        refuse_augmented(denoiser)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"`generator` must be a torch.Generator, got {describe(generator)}")
+        super().__init__(denoiser.image_shape)
+        data = denoiser.data
+        self.denoiser = denoiser
+        self.k_max = _checked_size(k_max, "k_max", len(data), len(data) / 10)
+        self.k_min = _checked_size(k_min, "k_min", self.k_max, len(data) / 20)
+        self.pool_resolution = check_count(pool_resolution, "pool_resolution")
+        self.generator = generator
+        self._pooled: Tensor | None = None
+        budget = memory_budget_bytes(denoiser.memory_budget)
+        gathered = self.k_max * data.images[0].nbytes
+        if self.k_max < len(data) and gathered > budget:
+            raise ValueError(
+                f"`k_max` must be at most {budget // data.images[0].nbytes}, the images that the "
+                f"denoiser's memory budget of {budget} bytes holds, got {self.k_max}"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the training set, where inputs must be."""
+        return self.denoiser.device
+
+    def sizes(self, sigma: float, alpha: float = 1.0) -> SubsetSizes:
+        """Sizes of pool and subset at a noise level; see `golden_sizes`."""
+        return golden_sizes(len(self.denoiser.data), self.k_min, self.k_max, sigma, alpha)
+
+    def select(self, x: Tensor, sigma: float, alpha: float = 1.0) -> Tensor:
+        """The images of the posterior of one noisy image.
+
+        Args:
+            x: Noisy image, [C, H, W].
+            sigma: Noise level.
+            alpha: Signal coefficient.
+
+        Returns:
+            Positions in the training set in ascending order, int64 [k].
+        """
+        images = self.denoiser.data.images
+        sizes = self.sizes(sigma, alpha)
+        if sizes.kept == len(images):
+            return torch.arange(len(images), device=self.device)
+        y = x.double() / alpha
+        if images.dtype == torch.uint8:
+            y = (y + 1.0) * 127.5
+        y = y.float()
+        pool = self._pool(y, sizes.pool)
+        if pool is not None and len(pool) == sizes.kept:
+            return pool.sort().values
+        distances = _distances(_chunks(images, pool), y)
+        nearest = distances.topk(sizes.kept, largest=False).indices
+        return (nearest if pool is None else pool[nearest]).sort().values
+
+    def _pool(self, y: Tensor, size: int) -> Tensor | None:
+        """Positions of the candidates for y in stored units, ascending; None for all images."""
+        count = len(self.denoiser.data)
+        if size == count:
+            return None
+        if self.generator is not None:
+            device = self.generator.device
+            drawn = torch.randperm(count, generator=self.generator, device=device)[:size]
+            return drawn.to(self.device).sort().values
+        distances = _distances(self._pooled_chunks(), self._pool_images(y[None])[0])
+        return distances.topk(size, largest=False).indices.sort().values
+
+    def _pool_images(self, values: Tensor) -> Tensor:
+        height, width = values.shape[-2:]
+        size = min(self.pool_resolution, height), min(self.pool_resolution, width)
+        return adaptive_avg_pool2d(values, size)
+
+    def _pooled_chunks(self) -> Iterator[Tensor]:
+        """Pooled images in stored units, float32, a few at a time."""
+        data = self.denoiser.data
+        if self._pooled is None or self._pooled.device != self.device:
+            shape = self._pool_images(data.values(0, 1)).shape[1:]
+            size = 2 * len(data) * math.prod(shape)
+            if size > memory_budget_bytes(self.denoiser.memory_budget) // 2:
+                yield from map(self._pool_images, _chunks(data.images, None))
+                return
+            pooled = torch.empty(len(data), *shape, dtype=torch.float16, device=self.device)
+            for part, values in zip(
+                pooled.split(_CACHED_IMAGES), _chunks(data.images, None), strict=True
+            ):
+                part.copy_(self._pool_images(values))
+            # Also where torch is differentiating, and lends its tensors for that long only.
+            self._pooled = without_derivatives(pooled)
+        for part in self._pooled.split(_CACHED_IMAGES):
+            yield part.to(torch.float32, copy=True)
+
+    def _over_subset(self, x: Tensor, sigma: float, alpha: float) -> PosteriorDenoiser:
+        """The wrapped denoiser with the subset of a noisy image [C, H, W] for its training set."""
+        denoiser = self.denoiser
+        if isinstance(denoiser, PCALocalityDenoiser):
+            # From the moments of the whole set; the twin shares them.
+            denoiser.weights_at(sigma, alpha)
+        twin = copy.copy(denoiser)
+        chosen = without_derivatives(self.select(x, sigma, alpha))
+        if len(chosen) < len(denoiser.data):
+            images = denoiser.data.images.index_select(0, chosen)
+            twin.data = TrainingSet._of_valid(images, denoiser.data.name)
+        return twin
+
+    def _subsets(
+        self, x: Tensor, sigma: Tensor, alpha: Tensor
+    ) -> Iterator[tuple[slice, PosteriorDenoiser]]:
+        """For each image of the batch its place and the denoiser over its subset."""
+        levels = without_derivatives(sigma).tolist(), without_derivatives(alpha).tolist()
+        for b, level in enumerate(zip(*levels, strict=True)):
+            yield slice(b, b + 1), self._over_subset(without_derivatives(x[b]), *level)
+
+    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        parts = [
+            denoiser._denoise(x[b], sigma[b], alpha[b])
+            for b, denoiser in self._subsets(x, sigma, alpha)
+        ]
+        return torch.cat(parts) if parts else torch.zeros_like(x)
+
+    def _jvp(
+        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        parts = [
+            denoiser._jvp(x[b], tangents[:, b], sigma[b], alpha[b])
+            for b, denoiser in self._subsets(x, sigma, alpha)
+        ]
+        means, products = zip(*parts, strict=True)
+        return torch.cat(means), torch.cat(products, 1)
+
+    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        parts = [
+            denoiser._vjp(x[b], cotangents[:, b], sigma[b], alpha[b])
+            for b, denoiser in self._subsets(x, sigma, alpha)
+        ]
+        return torch.cat(parts, 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled or copied: not the pooled images, which are computed again."""
+        return self.__dict__ | {"_pooled": None}
+
+    def extra_repr(self) -> str:
+        """What `repr` shows."""
+        return f"k_min={self.k_min}, k_max={self.k_max}"
+
+
+def refuse_augmented(denoiser: PosteriorDenoiser) -> None:
+    """Subsets are of the images themselves: refuse sets with further copies of them."""
+    if getattr(denoiser.data, "augmentation", None) is not None:
+        raise ValueError(
+            "`denoiser` must have a training set without augmentation: subsets of flipped or "
+            "shifted copies are not supported"
+        )
+
+
+def _checked_size(size: object, name: str, largest: int, default: float) -> int:
+    if size is None:
+        return max(1, min(round(default), largest))
+    if check_count(size, name) > largest:
+        raise ValueError(f"`{name}` must be at most {largest}, got {size}")
+    return int(size)
+
+
+def _chunks(images: Tensor, chosen: Tensor | None) -> Iterator[Tensor]:
+    """All or some images in the units in which they are stored, new float32, a few at a time."""
+    count = len(images) if chosen is None else len(chosen)
+    for start in range(0, count, _CACHED_IMAGES):
+        rows = slice(start, start + _CACHED_IMAGES)
+        stored = images[rows] if chosen is None else images.index_select(0, chosen[rows])
+        yield stored.to(torch.float32, copy=True)
+
+
+def _distances(chunks: Iterator[Tensor], y: Tensor) -> Tensor:
+    """Distances of images, a few at a time and overwritten, to one image: float32 [n]."""
+    return torch.cat([values.sub_(y).flatten(1).norm(dim=1) for values in chunks])

@@ -1,0 +1,204 @@
+r"""Linear denoisers for few images: shrinkage of the covariance, and training on noise.
+
+The Wiener filter needs the covariance of the data. The sample covariance of N images of D values
+is a poor estimate where N is not much larger than D: its eigenvalues spread too far, down to
+exact zeros for N <= D, and the filter trusts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from pyflocality._augmentation import copies_of, enlarged_blocks
+from pyflocality._budget import images_per_chunk
+from pyflocality._checks import check_count, check_positive, describe
+from pyflocality._problem import training_values
+from pyflocality.data import TrainingSet
+from pyflocality.denoisers.base import Denoiser, check_set, join_levels, split_levels
+from pyflocality.denoisers.wiener import WienerDenoiser
+from pyflocality.moments import Moments
+
+_BLOCK_BYTES = 64 * 2**20
+# Seeds the noise where no generator is given, so that a denoiser is always the same.
+_SEED = 0
+
+
+class LedoitWolfDenoiser(WienerDenoiser):
+    r"""Wiener filter of a covariance that is shrunk towards a multiple of the identity.
+
+    .. math::
+        S^* = (1 - \rho) S + \rho \, m I, \qquad m = \frac{\operatorname{tr} S}{D}, \qquad
+        \rho = \min\Bigl(1, \frac{\frac1N \bigl( \frac1N \sum_i \lVert v_i - \mu \rVert^4
+            - \lVert S \rVert_F^2 \bigr)}{\lVert S - m I \rVert_F^2} \Bigr)
+
+    with S the covariance with N in the denominator. :math:`\rho` is a consistent estimate of the
+    weight for which :math:`S^*` is closest to the true covariance in the mean square; no further
+    assumption is made on the data. It is near 0 for N far above D and grows where images are few.
+
+    Args:
+        data: The training set; it is read twice.
+
+    Attributes:
+        shrinkage: The weight rho, in [0, 1].
+        mean: Mean of the data, float64 [D].
+        eigenvalues: Eigenvalues of the shrunk covariance, descending, float64 [D].
+        eigenvectors: Their eigenvectors in columns, float64 [D, D].
+
+    Raises:
+        TypeError: `data` is not a TrainingSet.
+
+    References:
+        Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices,
+        2004.
+    """
+
+    def __init__(self, data: TrainingSet) -> None:
+        super().__init__(check_set(data))
+        count = len(data) * copies_of(data.augmentation)
+        fourth = 0.0
+        for values in _centred_blocks(data, self.mean):
+            fourth += float(values.square().sum(1).square().sum())
+        sample = self.eigenvalues * ((count - 1) / count)
+        level = sample.mean()
+        spread = float((sample - level).square().sum())
+        error = (fourth / count - float(sample.square().sum())) / count
+        # Without any spread both estimates are the same.
+        self.shrinkage = min(1.0, max(0.0, error) / spread) if spread > 0 else 1.0
+        self.eigenvalues = (1.0 - self.shrinkage) * sample + self.shrinkage * level
+
+    def extra_repr(self) -> str:
+        """What `repr` shows."""
+        return f"shrinkage={self.shrinkage:.4g}"
+
+
+class NoiseTrainedDenoiser(Denoiser):
+    r"""The linear denoiser that least squares finds on noisy copies of the training images.
+
+    Each image is seen K times with fresh noise, of r times the standard deviation that is to be
+    removed; the mean is known:
+
+    .. math::
+        W = \arg\min_W \sum_{i,k} \lVert (v_i - \mu) - W (\alpha (v_i - \mu) + r \sigma z_{ik})
+        \rVert^2, \qquad \hat x_0 = \mu + W (x - \alpha \mu) .
+
+    That is how a linear network without a bias would be trained. As K grows, W becomes the Wiener
+    filter of the sample covariance at the noise r sigma, so that r > 1 shrinks it: a ridge
+    penalty. With few copies W also learns the accidents of the noise, most of all where N K is
+    near D. Where N K < D the solution of least norm is taken.
+
+    The noise is drawn once, so that W is a smooth function of the noise level; each level costs
+    an eigendecomposition of a [D, D] matrix.
+
+    Args:
+        data: The training set.
+        copies: Noisy copies K of each image.
+        ratio: Standard deviation r of the training noise, in units of the noise to remove.
+        generator: Source of the noise; None always gives the same.
+
+    Attributes:
+        mean: Mean of the data, float64 [D].
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: `copies` or `ratio` is not positive.
+
+    References:
+        Ghane, Akhtiamov and Hassibi, Precise performance of linear denoisers in the proportional
+        regime, 2026.
+    """
+
+    mean: Tensor
+    _signal: Tensor
+    _mixed: Tensor
+    _noise: Tensor
+
+    def __init__(
+        self,
+        data: TrainingSet,
+        copies: int = 1,
+        *,
+        ratio: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(check_set(data).image_shape)
+        self.copies = check_count(copies, "copies")
+        self.ratio = check_positive(ratio, "ratio")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"`generator` must be a torch.Generator, got {describe(generator)}")
+        source = torch.Generator("cpu").manual_seed(_SEED) if generator is None else generator
+        moments = Moments.from_data(data)
+        mean, size = moments.mean.flatten(), data.num_values
+        mixed = torch.zeros(size, size, dtype=torch.float64, device=data.device)
+        noise = torch.zeros_like(mixed)
+        for _ in range(self.copies):
+            for values in _centred_blocks(data, mean):
+                z = torch.randn(
+                    values.shape, generator=source, dtype=torch.float64, device=source.device
+                ).to(values.device)
+                mixed += values.T @ z
+                noise += z.T @ z
+        count = moments.count * self.copies
+        self.register_buffer("mean", mean)
+        # Means over all pairs of v v^T, of v z^T and of z z^T.
+        share = (moments.count - 1) / moments.count
+        self.register_buffer("_signal", share * moments.covariance)
+        self.register_buffer("_mixed", mixed / count)
+        self.register_buffer("_noise", noise / count)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the sums, where inputs must be."""
+        return self.mean.device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseTrainedDenoiser:
+        # Follows moves between devices; stays in float64 whatever dtype the module is cast to.
+        device = fn(torch.empty(0, device=self.device)).device
+        return super()._apply(lambda tensor: tensor.to(device), recurse)
+
+    def matrix(self, sigma: float | Tensor, alpha: float | Tensor = 1.0) -> Tensor:
+        """The matrix W of one noise level, numbers or tensors without dimensions: [D, D]."""
+        noise = self.ratio * sigma
+        target = alpha * self._signal + noise * self._mixed
+        mixed = alpha * noise * self._mixed
+        seen = alpha**2 * self._signal + mixed + mixed.T + noise**2 * self._noise
+        return target @ torch.linalg.pinv(seen, hermitian=True)
+
+    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        mean = self.mean
+        centred = x.double().flatten(1) - alpha[:, None] * mean
+        result = mean + self._filtered(centred[None], sigma, alpha, False)[0]
+        return result.reshape(x.shape).to(x.dtype)
+
+    def _filtered(self, values: Tensor, sigma: Tensor, alpha: Tensor, transposed: bool) -> Tensor:
+        """W, or its transpose, applied to values [K, B, D]."""
+        levels = split_levels(sigma, alpha)
+        parts = []
+        for level in levels:
+            m = level.members
+            matrix = self.matrix(sigma[m][0], alpha[m][0])
+            parts.append(values[:, m] @ (matrix if transposed else matrix.T))
+        return join_levels(parts, levels, 1)
+
+    def _jvp(
+        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        found = self._filtered(tangents.double().flatten(2), sigma, alpha, False)
+        return self._denoise(x, sigma, alpha), found.reshape(tangents.shape).to(x.dtype)
+
+    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        found = self._filtered(cotangents.double().flatten(2), sigma, alpha, True)
+        return found.reshape(cotangents.shape).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """What `repr` shows."""
+        return f"copies={self.copies}, ratio={self.ratio}"
+
+
+def _centred_blocks(data: TrainingSet, mean: Tensor) -> Iterator[Tensor]:
+    """Values of a set, its copies included, less their mean [D]: blocks float64 [n, D]."""
+    size = images_per_chunk(_BLOCK_BYTES, 24 * data.num_values, len(data))
+    for block in enlarged_blocks(data.images, data.augmentation, size):
+        yield training_values(block, torch.float64).flatten(1) - mean

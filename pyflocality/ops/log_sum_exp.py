@@ -1,0 +1,88 @@
+"""Log of the partition sums of posteriors: log-densities up to a constant."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyflocality._augmentation import Augmentation
+from pyflocality._backends import select
+from pyflocality._checks import check_level
+from pyflocality._problem import posterior_problem
+from pyflocality.ops.window_posterior import check_window
+from pyflocality.reference.state import log_sum_exp
+from pyflocality.weights import QueryWeights
+
+
+def posterior_log_sum_exp(
+    x: Tensor,
+    images: Tensor,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    window: int | None = None,
+    weights: QueryWeights | None = None,
+    temperature: float = 1.0,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
+) -> Tensor:
+    r"""Log of the sum that normalises each posterior.
+
+    .. math::
+        L_q = \log \sum_i \exp \left( -\frac{1}{2 \sigma^2 \tau}
+            \sum_d w_q[d] (x[d] - \alpha v_i[d])^2 \right)
+
+    With all weights 1 and temperature 1, :math:`L - \log N - \tfrac D2 \log(2 \pi \sigma^2)` is
+    the log-density of the noisy image.
+
+    Args:
+        x: Noisy images, [B, C, H, W].
+        images: Training images, [N, C, H, W].
+        sigma: Noise level, a number or [B], positive.
+        alpha: Signal coefficient, a number or [B], positive.
+        window: Side of a window around each pixel, as in `window_posterior_mean`: Q = H W.
+        weights: A row of weights for each value, as in `masked_posterior_mean`: Q = C H W.
+            With neither, whole images are compared: Q = 1.
+        temperature: Divides the logits.
+        backend: Backend to run on; None follows `pyflocality.use_backend`.
+        dtype: As in `global_posterior_mean`.
+        memory_budget: As in `global_posterior_mean`.
+        chunk_size: As in `global_posterior_mean`.
+        augmentation: As in `global_posterior_mean`.
+
+    Returns:
+        Float64 [B, Q].
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or range, `sigma` is 0, or both
+            `window` and `weights` are given.
+        BackendUnavailableError: The backend asked for cannot serve this call.
+    """
+    if window is not None and weights is not None:
+        raise ValueError("give `window` or `weights`, not both")
+    problem = posterior_problem(
+        x,
+        images,
+        sigma,
+        alpha,
+        temperature=temperature,
+        dtype=dtype,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+        augmentation=augmentation,
+    )
+    check_level(sigma, len(x), x.device, "sigma", allow_zero=False)
+    if window is not None:
+        run = select("window_posterior", problem.call(), backend)
+        state = run(problem, check_window(window, *x.shape[-2:]))
+    elif weights is not None:
+        run = select("masked_posterior", problem.call(is_mask=weights.is_mask), backend)
+        state = run(problem, weights)
+    else:
+        state = select("global_posterior", problem.call(), backend)(problem)
+    minimum, total, weighted = (part.double() for part in state)
+    return log_sum_exp(type(state)(minimum, total, weighted), problem.scale)

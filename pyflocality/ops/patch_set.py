@@ -1,0 +1,100 @@
+"""Posterior means of all square windows inside an image, laid over one another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyflocality._augmentation import Augmentation
+from pyflocality._backends import Implementation, register, select
+from pyflocality._checks import check_count
+from pyflocality._problem import float32_limits, posterior_problem
+
+register(
+    "patch_set",
+    {
+        "cpu": Implementation(
+            "pyflocality.native.window_adjoint", "patch_set_mean", float32_limits
+        ),
+        "reference": Implementation("pyflocality.reference.patch_set", "patch_set_mean"),
+    },
+)
+
+
+def check_patch(window: object, height: int, width: int) -> int:
+    """A window, odd or even, that fits inside an image."""
+    size = check_count(window, "window")
+    if size > min(height, width):
+        raise ValueError(
+            f"`window` must be at most {min(height, width)}, to fit inside the image, got {size}"
+        )
+    return size
+
+
+def patch_set_mean(
+    x: Tensor,
+    images: Tensor,
+    window: int,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    temperature: float = 1.0,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
+) -> Tensor:
+    r"""One posterior per window that fits inside the image, each answering all of its pixels.
+
+    .. math::
+        \hat x_0[d] = \frac{1}{|\{q : d \in P_q\}|} \sum_{q : d \in P_q} \sum_i p_{q,i} v_i[d],
+        \qquad
+        p_q = \operatorname{softmax}_i \left( -\frac{1}{2 \sigma^2 \tau}
+            \sum_{d \in P_q} (x[d] - \alpha v_i[d])^2 \right)
+
+    with :math:`P_q` the window x window squares inside the image, in all channels.
+
+    Args:
+        x: Noisy images x = alpha x0 + sigma noise, [B, C, H, W].
+        images: Training images, uint8 (u means u / 127.5 - 1) or float in [-1, 1],
+            [N, C, H, W].
+        window: Side of the window in pixels, odd or even, at most min(H, W).
+        sigma: Noise level, a number or [B]; 0 gives the nearest image per window.
+        alpha: Signal coefficient, a number or [B], positive.
+        temperature: Divides the logits.
+        backend: Backend to run on; None follows `pyflocality.use_backend`.
+        dtype: float32 or float64 to compute in; None computes in x's own (half precision
+            computes in float32).
+        memory_budget: Working memory, bytes or a string such as "2GB".
+        chunk_size: Training images at a time; None derives it from the budget. The result does
+            not depend on it beyond rounding.
+        augmentation: Copies of the images that are searched too, as `TrainingSet.augmentation`
+            tells them; None for the images alone.
+
+    Returns:
+        Blended posterior means in [-1, 1], dtype of x, [B, C, H, W].
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or range.
+        BackendUnavailableError: The backend asked for cannot serve this call.
+
+    References:
+        Niedoba, Zwartsenberg, Murphy and Wood, Towards a mechanistic explanation of diffusion
+        model generalization, 2025 (patch set posterior composites).
+    """
+    problem = posterior_problem(
+        x,
+        images,
+        sigma,
+        alpha,
+        temperature=temperature,
+        dtype=dtype,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+        augmentation=augmentation,
+    )
+    window = check_patch(window, *x.shape[-2:])
+    run = select("patch_set", problem.call(), backend)
+    return run(problem, window).to(x.dtype)

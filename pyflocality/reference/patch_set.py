@@ -1,0 +1,75 @@
+"""Posterior means of all square windows inside an image, laid over one another, in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (the name everybody gives it)
+from torch import Tensor
+
+from pyflocality._budget import images_per_chunk
+from pyflocality._problem import PosteriorProblem
+from pyflocality.reference import state as posterior
+
+
+def patch_set_mean(problem: PosteriorProblem, window: int) -> Tensor:
+    """Means of the windows that hold a value, over all these windows: [B, C, H, W].
+
+    Two scans of the images: the first finds every window's posterior, the second adds up the
+    weights of every image over the windows that hold a pixel.
+    """
+    x = problem.x
+    batch, channels, height, width = x.shape
+    # One chunk holds its values and, for the whole batch, differences, their squares and sums,
+    # weights and their sums, and two temporaries of that size.
+    planes = 2 * channels + batch * (2 * channels + 7)
+    chunk = problem.chunk_size or images_per_chunk(
+        problem.memory_budget, planes * height * width * x.element_size(), problem.count
+    )
+    alpha = problem.alpha.to(x.dtype)[:, None, None, None, None]
+    scale = posterior.finite_factor(problem.scale, x.dtype)
+    inside = (height - window + 1, width - window + 1)
+
+    def scan() -> Iterator[tuple[Tensor, Tensor]]:
+        for values in problem.chunks(chunk):
+            squares = (x[:, None] - alpha * values).square().sum(2)
+            yield values, sums_inside(squares, window).flatten(2)
+
+    state = posterior.init(batch, inside[0] * inside[1], 0, x)
+    for _, distance in scan():
+        state = posterior.update(state, distance, scale, _no_values)
+    state = problem.merged(state, scale)
+    sums = torch.zeros_like(x)
+    for values, distance in scan():
+        weights = posterior.posterior_weights(distance, state, scale).unflatten(2, inside)
+        share = spread_inside(weights, window)
+        sums = sums + torch.stack([(share * values[:, c]).sum(1) for c in range(channels)], dim=1)
+    return problem.summed(sums) / windows_over((height, width), window, x)
+
+
+def sums_inside(planes: Tensor, window: int) -> Tensor:
+    """Sums over every window inside the image: [B, n, H, W] -> [B, n, H - k + 1, W - k + 1]."""
+    rows = F.avg_pool2d(planes, (window, 1), 1, divisor_override=1)
+    return F.avg_pool2d(rows, (1, window), 1, divisor_override=1)
+
+
+def spread_inside(planes: Tensor, window: int) -> Tensor:
+    """Sums over the windows that hold a pixel: [B, n, H - k + 1, W - k + 1] -> [B, n, H, W]."""
+    return sums_inside(F.pad(planes, (window - 1,) * 4), window)
+
+
+def windows_over(size: Sequence[int], window: int, like: Tensor) -> Tensor:
+    """How many windows inside an image of that height and width hold each pixel, [H, W]."""
+    rows, columns = (_windows_over(length, window).to(like) for length in size)
+    return rows[:, None] * columns
+
+
+def _windows_over(length: int, window: int) -> Tensor:
+    place = torch.arange(length)
+    first, last = (place - window + 1).clamp(min=0), place.clamp(max=length - window)
+    return last - first + 1
+
+
+def _no_values(weights: Tensor) -> Tensor:
+    return weights.new_zeros(weights.shape[0], weights.shape[2], 0)

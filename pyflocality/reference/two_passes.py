@@ -1,0 +1,114 @@
+r"""Derivatives that take two scans of the training images, in plain torch.
+
+Transposed derivatives, and those of posteriors that answer many values each, are sums over the
+queries of
+
+.. math::
+    \sum_i p_{q,i} \, (c_{q,i} - \mathbb E_q[c]) \, v_i[d]
+
+spread over the inputs or outputs d of query q, with some inner product :math:`c_{q,i}` of a
+direction and image i. The first scan finds every query's posterior and :math:`\mathbb E_q[c]`, the
+second adds up the coefficients of every image over the queries and multiplies them with its
+values: neither holds an image per query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyflocality._problem import PosteriorProblem
+from pyflocality._tangents import jacobian_factor
+from pyflocality.reference import state as posterior
+
+
+class Piece(NamedTuple):
+    """A chunk of n images as the queries see it.
+
+    Attributes:
+        distance: Weighted squared distances, [B, n, Q]; infinite where a query is not compared
+            with an image.
+        inner: Maps a batch element b and a direction [C, H, W] of it to its inner products c
+            with the images, counted from any origin of the query, [n, Q].
+        spread: Maps a batch element b and coefficients [n, Q] to the sum over images and queries
+            of coefficient times values, where the query's values belong, [C, H, W]. The values
+            may be counted from any origin of the query and the place.
+    """
+
+    distance: Tensor
+    inner: Callable[[int, Tensor], Tensor]
+    spread: Callable[[int, Tensor], Tensor]
+
+
+class TwoPasses(NamedTuple):
+    """Results of two scans.
+
+    Attributes:
+        derivatives: Derivatives along the K directions, the factor alpha / (sigma^2 temperature)
+            included, [K, B, C, H, W].
+        blend: The posterior weights themselves spread over the values, [B, C, H, W]; None if it
+            was not asked for.
+    """
+
+    derivatives: Tensor
+    blend: Tensor | None
+
+
+def two_passes(
+    problem: PosteriorProblem,
+    directions: Tensor,
+    queries: int,
+    pieces: Callable[[], Iterable[Piece]],
+    *,
+    blend: bool = False,
+) -> TwoPasses:
+    """Derivatives along K directions by two scans.
+
+    Args:
+        problem: The problem, with B noisy images.
+        directions: Directions [K, B, C, H, W].
+        queries: Queries Q per noisy image.
+        pieces: Starts a scan of all images.
+        blend: Whether the posterior weights themselves are spread over the values, too.
+    """
+    scale = posterior.finite_factor(problem.scale, problem.x.dtype)
+    batch, count = len(problem.x), len(directions)
+    state = posterior.init(batch, queries, count, problem.x)
+    for piece in pieces():
+
+        def weigh(weights: Tensor, piece: Piece = piece) -> Tensor:
+            sums = [
+                (weights[b] * piece.inner(b, direction[b])).sum(0)
+                for b in range(batch)
+                for direction in directions
+            ]
+            return _stacked(sums, weights.new_zeros(batch, count, queries)).transpose(1, 2)
+
+        state = posterior.update(state, piece.distance, scale, weigh)
+    state = problem.merged(state, scale)
+    means = posterior.finalize(state)
+    result = torch.zeros_like(directions)
+    blended = torch.zeros_like(problem.x) if blend else None
+    for piece in pieces():
+        share = posterior.posterior_weights(piece.distance, state, scale)
+        parts = [
+            piece.spread(b, share[b] * (piece.inner(b, directions[k, b]) - means[b, :, k]))
+            for k in range(count)
+            for b in range(batch)
+        ]
+        result = result + _stacked(parts, result)
+        if blended is not None:
+            parts = [piece.spread(b, share[b]) for b in range(batch)]
+            blended = blended + _stacked(parts, blended)
+    result = problem.summed(result)
+    blended = None if blended is None else problem.summed(blended)
+    factor = jacobian_factor(problem)[:, None, None, None]
+    return TwoPasses((result.double() * factor).to(directions.dtype), blended)
+
+
+def _stacked(parts: list[Tensor], like: Tensor) -> Tensor:
+    """The parts in the shape of a tensor that may be empty."""
+    return torch.stack(parts).reshape(like.shape) if parts else like

@@ -1,0 +1,52 @@
+"""One of every kind of denoiser over a training set, for tests of what they all promise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import pyflocality as pf
+
+
+def soft_weights(queries: int, values: int) -> Tensor:
+    """Random weights of all inputs."""
+    return torch.rand(queries, values, generator=torch.Generator().manual_seed(queries))
+
+
+def near_masks(height: int, width: int) -> Tensor:
+    """The pixels around every pixel."""
+
+    def near(length: int) -> Tensor:
+        place = torch.arange(length)
+        return (place[:, None] - place).abs() <= 1
+
+    return near(height)[:, None, :, None] & near(width)[None, :, None, :]
+
+
+MAKERS = {
+    "optimal": lambda data, **o: pf.OptimalDenoiser(data, **o),
+    "nearest": lambda data, **o: pf.NearestDenoiser(data, **o),
+    "wiener": lambda data: pf.WienerDenoiser(data),
+    "pca": lambda data, **o: pf.PCALocalityDenoiser(data, 0.1, **o),
+    "pca_signed": lambda data, **o: pf.PCALocalityDenoiser(data, 0, **o),
+    "pca_batch_mean": lambda data, **o: pf.PCALocalityDenoiser(
+        data, 0.1, aggregation="batch_mean", batch_size=64, **o
+    ),
+    "local": lambda data, **o: pf.LocalDenoiser(data, 3, **o),
+    "local_schedule": lambda data, **o: pf.LocalDenoiser(
+        data, lambda alpha, sigma: 3 if sigma < 0.5 * alpha else 5, **o
+    ),
+    "equivariant": lambda data, **o: pf.EquivariantDenoiser(data, 3, **o),
+    "equivariant_broken": lambda data, **o: pf.EquivariantDenoiser(data, 3, "broken", **o),
+    "patch_set": lambda data, **o: pf.PatchSetDenoiser(data, 3, **o),
+    "patch_set_masks": lambda data, **o: pf.PatchSetDenoiser(
+        data, masks=near_masks(*data.image_shape[1:]), **o
+    ),
+    "filtered": lambda data, **o: pf.FilteredPosteriorDenoiser(
+        data, soft_weights(5, data.num_values), soft_weights(5, data.num_values).sqrt(), **o
+    ),
+    "filtered_own": lambda data, **o: pf.FilteredPosteriorDenoiser(
+        data, soft_weights(data.num_values, data.num_values), **o
+    ),
+    "local_table": lambda data, **o: pf.LocalDenoiser(data, [(0.1, 1), (1.0, 5)], **o),
+}
