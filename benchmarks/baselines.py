@@ -95,6 +95,48 @@ def _answer_pixels(posterior: _Posterior, distance: Tensor, batch: Tensor, sigma
     posterior.add(logits, mean)
 
 
+def equivariant_convolution(
+    x: Tensor, values: Tensor, window: int, sigma: float, alpha: float
+) -> Tensor:
+    """Equivariant local score: images convolved with the patches of each query.
+
+    The square is expanded as |q|^2 - 2 alpha q v + alpha^2 |v|^2; queries are padded circularly,
+    images are searched where a patch fits.
+
+    Args:
+        x: Noisy images, [B, C, H, W].
+        values: Training values, [N, C, H, W].
+        window: Side k of the patches, odd.
+        sigma: Noise level.
+        alpha: Signal coefficient.
+
+    Returns:
+        Posterior means, [B, C, H, W].
+    """
+    _, channels, height, width = x.shape
+    half = window // 2
+    padded = F.pad(x, (half,) * 4, mode="circular")
+    filters = F.unfold(padded, window).transpose(1, 2)
+    ones = x.new_ones(1, channels, window, window)
+    chunk = _images(4 * filters.shape[1] * (height - 2 * half) * (width - 2 * half))
+    rows = []
+    for patches in filters:
+        posterior = _Posterior()
+        for batch in values.split(chunk):
+            inner = F.conv2d(batch, patches.reshape(-1, channels, window, window))
+            norm = F.conv2d(batch.square(), ones)
+            # [n, H W, positions] -> [1, n positions, H W]
+            distance = (
+                (alpha**2 * norm - 2 * alpha * inner).flatten(2).transpose(1, 2).flatten(0, 1)
+            )
+            logits = ((distance + patches.square().sum(1)) / (-2 * sigma**2))[None]
+            inside = batch[:, :, half : height - half, half : width - half]
+            centres = inside.flatten(2).transpose(1, 2).flatten(0, 1)
+            posterior.add(logits, torch.softmax(logits, 1).transpose(1, 2) @ centres)
+        rows.append(posterior.mean())
+    return torch.cat(rows).transpose(1, 2).reshape(x.shape)
+
+
 def global_broadcast(x: Tensor, values: Tensor, sigma: float, alpha: float) -> Tensor:
     """Optimal denoiser: differences of all pairs [B, n, D] by broadcasting, squared and summed."""
     noisy, posterior = x.flatten(1), _Posterior()

@@ -72,6 +72,7 @@ class Plan:
         image_counts: N of the scaling suite.
         batches: B of the scaling suite.
         scaling_images: N where the scaling suite varies something else.
+        equivariant_images: N of the suite that searches all positions.
         tangent_images: N of the tangents suite.
         eager_images: Images that eager yardsticks run on.
         repetitions: Rounds of the long cases; short ones take three times as many.
@@ -84,6 +85,7 @@ class Plan:
     image_counts: tuple[int, ...]
     batches: tuple[int, ...]
     scaling_images: int
+    equivariant_images: int
     tangent_images: int
     eager_images: int
     repetitions: int
@@ -97,6 +99,7 @@ FULL = Plan(
     image_counts=(1_000, 2_000, 5_000, 10_000, 20_000, 50_000),
     batches=(1, 2, 4, 8, 16, 32, 64),
     scaling_images=5_000,
+    equivariant_images=200,
     tangent_images=5_000,
     eager_images=512,
     repetitions=3,
@@ -110,6 +113,7 @@ QUICK = Plan(
     image_counts=(200, 1_000),
     batches=(1, 8),
     scaling_images=500,
+    equivariant_images=20,
     tangent_images=200,
     eager_images=64,
     repetitions=1,
@@ -125,6 +129,8 @@ def cases(plan: Plan) -> list[Case]:
     found = [
         *_pca_locality(plan),
         *_local_score(plan),
+        *_equivariant(plan),
+        *_patch_set(plan),
         *_covariance(plan),
         *_optimal(plan),
         *_tangents(plan),
@@ -164,6 +170,37 @@ def _local_score(plan: Plan) -> list[Case]:
             repetitions=plan.repetitions,
         )
         for window in plan.windows
+    ]
+
+
+def _equivariant(plan: Plan) -> list[Case]:
+    return [
+        Case(
+            "equivariant",
+            "equivariant_posterior",
+            plan.equivariant_images,
+            timestep=MIDDLE,
+            window=7,
+            yardsticks=("eager_convolution",),
+            eager_images=max(4, plan.equivariant_images // 20),
+            check_images=3,
+            repetitions=plan.repetitions,
+        )
+    ]
+
+
+def _patch_set(plan: Plan) -> list[Case]:
+    return [
+        Case(
+            "patch_set",
+            "patch_set",
+            plan.tangent_images,
+            timestep=MIDDLE,
+            window=7,
+            yardsticks=("window_mean",),
+            check_images=67,
+            repetitions=plan.repetitions,
+        )
     ]
 
 

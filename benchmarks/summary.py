@@ -86,6 +86,18 @@ def _local_score(records: Sequence[Record]) -> list[Record]:
     return found
 
 
+def _equivariant(records: Sequence[Record]) -> list[Record]:
+    ratio = records[0]["yardsticks"]["eager_convolution"]["ratio"]["median"]
+    what = f"equivariant, window {records[0]['window']}: times faster than eager convolution"
+    return [_at_least(what, ratio, 10)]
+
+
+def _patch_set(records: Sequence[Record]) -> list[Record]:
+    ratio = records[0]["yardsticks"]["window_mean"]["ratio"]["median"]
+    what = f"patch set, window {records[0]['window']}: time over the local score's"
+    return [_told(what, 1 / ratio)]
+
+
 def _covariance(records: Sequence[Record]) -> list[Record]:
     ratio = records[0]["yardsticks"]["torch_cov"]["ratio"]["median"]
     return [_at_least("covariance, exact: times faster than torch.cov of float32", ratio, 1)]
@@ -118,6 +130,8 @@ def _tangents(records: Sequence[Record]) -> list[Record]:
 _FIGURES: dict[str, Callable[[Sequence[Record]], list[Record]]] = {
     "pca_locality": _pca_locality,
     "local_score": _local_score,
+    "equivariant": _equivariant,
+    "patch_set": _patch_set,
     "covariance": _covariance,
     "optimal": _optimal,
     "tangents": _tangents,

@@ -252,6 +252,36 @@ class WindowWorkload(PosteriorWorkload):
         return self._eager(baselines.window_unfolded_differences, self.arguments(), note)
 
 
+class EquivariantWorkload(WindowWorkload):
+    """Equivariant local score: one posterior per pixel over the patches at all positions."""
+
+    def flops(self) -> int:
+        """As for the local score, for every shift of the images against the noisy image."""
+        _, height, width = self.shape
+        half = self.case.window // 2
+        return super().flops() * (height - 2 * half) * (width - 2 * half)
+
+    def _beside_eager_convolution(self) -> Yardstick:
+        note = "published algorithm: convolution with the unfolded patches of each noisy image"
+        return self._eager(baselines.equivariant_convolution, self.arguments(), note)
+
+
+class PatchSetWorkload(WindowWorkload):
+    """Square patches that answer themselves: two passes, the second spreads the weights."""
+
+    def flops(self) -> int:
+        """Twice the local score's, and a product and a sum more a value."""
+        return 2 * super().flops() + 2 * self.values * self.pairs()
+
+    def _beside_window_mean(self) -> Yardstick:
+        def run() -> object:
+            level = (self.sigma, self.alpha)
+            images, options = self.images, {"backend": self.case.backend}
+            return ops.window_posterior_mean(self.x, images, self.case.window, *level, **options)
+
+        return Yardstick(run, 1.0, "the local score with the same window: one pass")
+
+
 class GlobalWorkload(PosteriorWorkload):
     """Optimal denoiser: one posterior over whole images."""
 
@@ -367,6 +397,8 @@ _WORKLOADS: dict[str, type[Workload]] = {
     "masked_posterior": MaskedWorkload,
     "window_posterior": WindowWorkload,
     "global_posterior": GlobalWorkload,
+    "equivariant_posterior": EquivariantWorkload,
+    "patch_set": PatchSetWorkload,
     "covariance": CovarianceWorkload,
     "masked_posterior_jvp": TangentsWorkload,
     "window_posterior_jvp": TangentsWorkload,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyflocality._checks import check_count, describe
+from pyflocality._mapped import streamed
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,18 @@ def copies_of(augmentation: Augmentation | None) -> int:
 
 
 def enlarged_blocks(
-    images: Tensor, augmentation: Augmentation | None, size: int
+    images: Tensor,
+    augmentation: Augmentation | None,
+    size: int,
+    memory_budget: int | str | None = None,
 ) -> Iterator[Tensor]:
-    """The enlarged set copy by copy, at most `size` images at a time: [n, C, H, W] as stored."""
+    """The enlarged set copy by copy, at most `size` images at a time: [n, C, H, W] as stored.
+
+    A block of a memory-mapped set beyond the memory budget is of use until the next one is asked
+    for.
+    """
     for transform in (augmentation or _NONE).transforms:
-        for start in range(0, len(images), size):
-            yield transform(images[start : start + size])
+        yield from map(transform, streamed(images, size, memory_budget))
 
 
 def enlarged_at(images: Tensor, augmentation: Augmentation | None, positions: Tensor) -> Tensor:

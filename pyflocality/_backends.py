@@ -25,6 +25,7 @@ from types import ModuleType, TracebackType
 import torch
 
 from pyflocality._checks import check_choice
+from pyflocality._mapped import checked_around
 from pyflocality._shards import over_ranks, sharded_reason
 
 logger = logging.getLogger("pyflocality")
@@ -195,6 +196,9 @@ def _chosen(op: str, backend: str, call: Call) -> Callable[..., object]:
     if calls is not None:
         calls.append((op, backend))
     run, ranks = OPERATIONS[op][backend].load(), call.facts.get("ranks")
+    file = call.facts.get("file")
+    if file is not None:
+        run = checked_around(file, run)
     return run if ranks is None else over_ranks(op, run, ranks)
 
 

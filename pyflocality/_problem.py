@@ -19,6 +19,7 @@ from pyflocality._checks import (
     check_positive,
     describe,
 )
+from pyflocality._mapped import mapped_file
 from pyflocality._shards import Ranks, plain, ranks_of
 from pyflocality._transforms import is_differentiated
 from pyflocality.reference.state import PosteriorState
@@ -61,6 +62,7 @@ class PosteriorProblem:
             "images_dtype": self.images.dtype,
             "augmented": self.augmentation is not None,
             "ranks": self.ranks,
+            "file": mapped_file(self.images),
         }
         differentiated = is_differentiated(self.x, self.alpha, self.scale)
         return Call(self.x.device, self.x.dtype, differentiated, facts)
@@ -83,7 +85,7 @@ class PosteriorProblem:
 
     def blocks(self, size: int) -> Iterator[Tensor]:
         """The images as stored, copy by copy, `size` at a time: [n, C, H, W]."""
-        return enlarged_blocks(self.images, self.augmentation, size)
+        return enlarged_blocks(self.images, self.augmentation, size, self.memory_budget)
 
 
 def training_values(images: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from pyflocality._augmentation import copies_of, enlarged_blocks
 from pyflocality._backends import BackendUnavailableError
 from pyflocality._checks import check_float_tensor, describe
+from pyflocality._mapped import mapped_file, streamed
 from pyflocality._moment_sums import BLOCK_BYTES, ByteSums, FloatSums, kind_of_sums
 from pyflocality._progress import progress_bar
 from pyflocality._shards import plain, ranks_of
@@ -97,6 +99,9 @@ class Moments:
         if not isinstance(images, Tensor):
             raise TypeError(f"`data` must be a TrainingSet or a torch.Tensor, got {describe(data)}")
         ranks, images = ranks_of(images), plain(images)
+        file = mapped_file(images)
+        if file is not None:
+            file.check()
         _check_images(images, "data")
         moments = cls()
         augmentation = getattr(data, "augmentation", None)
@@ -105,6 +110,8 @@ class Moments:
         total = copies_of(augmentation) * -(-len(images) // size)
         for block in progress_bar(blocks, description="moments", total=total, enabled=progress):
             moments._take(block, backend)
+        if file is not None:
+            file.check()
         if ranks is not None:
             sums = moments._whole()
             ranks.agree(f"Moments of {sums.kind} {moments._image_shape} {augmentation}")
@@ -337,9 +344,9 @@ def _images_per_block(images: Tensor) -> int:
     return max(1, BLOCK_BYTES // (per_value * images[0].numel()))
 
 
-def _blocks(images: Tensor) -> tuple[Tensor, ...]:
+def _blocks(images: Tensor) -> Iterator[Tensor]:
     """Views of a few images each."""
-    return images.split(_images_per_block(images))
+    return streamed(images, _images_per_block(images))
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

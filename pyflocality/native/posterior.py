@@ -18,12 +18,14 @@ import torch
 
 from pyflocality._backends import native_module
 from pyflocality._budget import memory_budget_bytes
+from pyflocality._mapped import exceeds_budget
 from pyflocality._problem import PosteriorProblem
 from pyflocality.reference.state import PosteriorState, merge
 from pyflocality.weights import QueryWeights
 
-# Images copied at a time where their memory is not contiguous or holds no such copy of them.
-_COPIED_BYTES = 64 * 2**20
+# Images at a time where they are read from a file that exceeds the memory budget, or are copied:
+# where their memory is not contiguous or holds no such copy of them.
+_BLOCK_BYTES = 64 * 2**20
 # Distances count in powers of two; the factor must stay positive and finite in float32.
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 2.0**-126, 2.0**120
 
@@ -285,11 +287,12 @@ def image_blocks(problem: PosteriorProblem) -> Iterator[np.ndarray]:
     """The images and their copies as stored, as a kernel takes them: [n, D] at a time."""
     values = problem.images[0].numel()
     images, size = problem.images, problem.chunk_size
-    if size is None and problem.augmentation is None and images.is_contiguous():
+    at_once = images.is_contiguous() and not exceeds_budget(images, problem.memory_budget)
+    if size is None and problem.augmentation is None and at_once:
         yield images.reshape(-1, values).numpy()
         return
     if size is None:
-        bytes_at_a_time = min(_COPIED_BYTES, memory_budget_bytes(problem.memory_budget) // 4)
+        bytes_at_a_time = min(_BLOCK_BYTES, memory_budget_bytes(problem.memory_budget) // 4)
         size = max(1, bytes_at_a_time // (values * images.element_size()))
     for part in problem.blocks(size):
         yield part.contiguous().reshape(-1, values).numpy()

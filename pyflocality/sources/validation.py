@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyflocality._checks import describe
+from pyflocality._mapped import remember, streamed
 
 # Large sets are checked and hashed in pieces of this many bytes.
 _BLOCK_BYTES = 64 * 2**20
@@ -37,6 +38,7 @@ def as_image_tensor(images: object) -> Tensor:
         with warnings.catch_warnings():
             # Read-only memory is fine: nothing ever writes to the images.
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            remember(images)
             return torch.from_numpy(images)
     if hasattr(images, "__dlpack__"):
         return torch.from_dlpack(images)
@@ -79,8 +81,7 @@ def checked_shape(images: Tensor) -> Tensor:
 def blocks(images: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Pieces of a set that are small beside memory, with the number of their first image."""
     step = max(1, _BLOCK_BYTES // (images[0].numel() * images.element_size()))
-    for start in range(0, len(images), step):
-        yield start, images[start : start + step]
+    yield from zip(range(0, len(images), step), streamed(images, step), strict=True)
 
 
 def check_range(images: Tensor, name: str) -> None:
