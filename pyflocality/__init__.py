@@ -10,7 +10,17 @@ The model throughout: a noisy image is `x = alpha * x0 + sigma * noise`; images 
 
 from __future__ import annotations
 
-from pyflocality import adapters, analysis, distributed, masks, metrics, ops, synthetic, wavelets
+from pyflocality import (
+    adapters,
+    analysis,
+    distributed,
+    masks,
+    metrics,
+    ops,
+    packing,
+    synthetic,
+    wavelets,
+)
 from pyflocality._backends import BackendUnavailableError, trace_backends, use_backend
 from pyflocality._config import show_config
 from pyflocality._version import __version__
@@ -91,6 +101,7 @@ __all__ = [
     "masks_from_maps",
     "metrics",
     "ops",
+    "packing",
     "sample",
     "show_config",
     "synthetic",

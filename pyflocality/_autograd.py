@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 
 from pyflocality._backends import requested_backend, use_backend
 from pyflocality._operators import FUNCTIONS, LIBRARY, denoiser_of
-from pyflocality._transforms import derivative_along, is_traced
+from pyflocality._transforms import derivative_along, in_full_precision, is_traced
 
 if TYPE_CHECKING:
     from pyflocality.denoisers.base import Denoiser
@@ -102,7 +102,8 @@ class RowMap:
         def pushed(*given: Tensor) -> Tensor:
             _refuse_tracing()
             along = _with_one_free(self.plain, given[:-1], number)
-            return derivative_along(along, given[number], given[-1])[1]
+            with in_full_precision(given[0].device):
+                return derivative_along(along, given[number], given[-1])[1]
 
         axes = (*self.axes, self.axes[number])
         return apply(RowMap(pushed, pushed, axes, self.axis), *arguments, tangent)
@@ -113,7 +114,8 @@ class RowMap:
         def pulled(*given: Tensor) -> Tensor:
             _refuse_tracing()
             along = _with_one_free(self.plain, given[:-1], number)
-            return torch.func.vjp(along, given[number])[1](given[-1])[0]
+            with in_full_precision(given[0].device):
+                return torch.func.vjp(along, given[number])[1](given[-1])[0]
 
         axes = (*self.axes, self.axis)
         return apply(RowMap(pulled, pulled, axes, self.axes[number]), *arguments, cotangent)
@@ -129,7 +131,7 @@ class Estimate(RowMap):
 
     def __init__(self, denoiser: Denoiser, backend: str) -> None:
         def plain(x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-            with use_backend(backend):
+            with use_backend(backend), in_full_precision(x.device):
                 return denoiser._denoise(x, sigma, alpha) if len(x) > 0 else torch.zeros_like(x)
 
         super().__init__(self._registered("estimate"), plain, (0, 0, 0), 0)

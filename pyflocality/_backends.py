@@ -12,6 +12,7 @@ Whoever names a backend gets that backend or an error, never another one.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -27,6 +28,7 @@ import torch
 from pyflocality._checks import check_choice
 from pyflocality._mapped import checked_around
 from pyflocality._shards import over_ranks, sharded_reason
+from pyflocality._transforms import in_full_precision
 
 logger = logging.getLogger("pyflocality")
 
@@ -199,7 +201,14 @@ def _chosen(op: str, backend: str, call: Call) -> Callable[..., object]:
     file = call.facts.get("file")
     if file is not None:
         run = checked_around(file, run)
-    return run if ranks is None else over_ranks(op, run, ranks)
+    run = run if ranks is None else over_ranks(op, run, ranks)
+
+    @functools.wraps(run)
+    def in_own_precision(*arguments: object, **options: object) -> object:
+        with in_full_precision(call.device):
+            return run(*arguments, **options)
+
+    return in_own_precision
 
 
 class use_backend:  # noqa: N801  (reads as a function, like torch.no_grad)

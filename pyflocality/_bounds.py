@@ -36,6 +36,8 @@ import torch
 from torch import Tensor
 
 from pyflocality._budget import images_per_chunk
+from pyflocality._mapped import streamed
+from pyflocality._problem import training_values
 from pyflocality.data import TrainingSet
 from pyflocality.moments import Moments
 
@@ -156,9 +158,10 @@ def build_index(
     energies = torch.empty(count, dtype=torch.float64, device=data.device)
     lowest, highest = centre.new_full((values,), torch.inf), centre.new_full((values,), -torch.inf)
     chunk = images_per_chunk(memory_budget, 8 * (3 * values + 2 * components), min(count, 2048))
-    for start in range(0, count, chunk):
+    blocks_read = streamed(data.images, chunk, memory_budget)
+    for start, stored in zip(range(0, count, chunk), blocks_read, strict=True):
         rows = slice(start, start + chunk)
-        images = data.values(start, start + chunk, dtype=torch.float64).flatten(1)
+        images = training_values(stored, torch.float64).flatten(1)
         lowest = torch.minimum(lowest, images.amin(0))
         highest = torch.maximum(highest, images.amax(0))
         images = images - centre

@@ -86,6 +86,18 @@ def check_level(
     return level.expand(batch)
 
 
+def check_one_level(value: float | Tensor, name: str, *, allow_zero: bool) -> float:
+    """A noise-schedule coefficient for a single image or a whole call, as a number."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a number, got {describe(value)}")
+    if not (value >= 0 if allow_zero else value > 0) or value == math.inf:
+        bound = "not negative" if allow_zero else "positive"
+        raise ValueError(f"`{name}` must be finite and {bound}, got {describe(value)}")
+    return float(value)
+
+
 def check_magnitude(x: Tensor, alpha: Tensor, name: str) -> None:
     """Noisy images whose squared distances are finite numbers in float32, on every backend.
 

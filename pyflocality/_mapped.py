@@ -128,6 +128,12 @@ def checked_around(file: MappedFile, run: Callable[..., Any]) -> Callable[..., A
     return checked
 
 
+def read_checked(images: Tensor, read: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401
+    """What a function reads of images, once the file that they may map is known to be the same."""
+    file = mapped_file(images)
+    return (read if file is None else checked_around(file, read))(*arguments)
+
+
 def exceeds_budget(images: Tensor, memory_budget: int | str | None) -> bool:
     """Whether images are mapped and larger than the memory budget."""
     return images.nbytes > memory_budget_bytes(memory_budget) and mapped_file(images) is not None

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from pyflocality._transforms import without_forward_mode
+from pyflocality._transforms import in_full_precision, without_forward_mode
 
 if TYPE_CHECKING:
     from pyflocality.denoisers.base import Denoiser
@@ -41,21 +41,24 @@ def denoiser_of(handle: int) -> Denoiser:
 
 def _estimate(denoiser: Denoiser, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
     x, sigma, alpha = denoiser._checked(x, sigma, alpha)
-    return denoiser._denoise(x, sigma, alpha) if len(x) > 0 else torch.zeros_like(x)
+    with in_full_precision(x.device):
+        return denoiser._denoise(x, sigma, alpha) if len(x) > 0 else torch.zeros_like(x)
 
 
 def _directional(
     denoiser: Denoiser, x: Tensor, sigma: Tensor, alpha: Tensor, tangents: Tensor
 ) -> Tensor:
     x, sigma, alpha = denoiser._checked(x, sigma, alpha)
-    return _of_finite(lambda part: denoiser._jvp(x, part, sigma, alpha)[1], tangents)
+    with in_full_precision(x.device):
+        return _of_finite(lambda part: denoiser._jvp(x, part, sigma, alpha)[1], tangents)
 
 
 def _transposed(
     denoiser: Denoiser, x: Tensor, sigma: Tensor, alpha: Tensor, cotangents: Tensor
 ) -> Tensor:
     x, sigma, alpha = denoiser._checked(x, sigma, alpha)
-    return _of_finite(lambda part: denoiser._vjp(x, part, sigma, alpha), cotangents)
+    with in_full_precision(x.device):
+        return _of_finite(lambda part: denoiser._vjp(x, part, sigma, alpha), cotangents)
 
 
 def _of_finite(product: Callable[[Tensor], Tensor], directions: Tensor) -> Tensor:

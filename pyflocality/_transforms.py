@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -47,6 +47,14 @@ def has_readable_values(tensor: Tensor) -> bool:
 def without_forward_mode() -> AbstractContextManager[None]:
     """A block without derivatives by forward mode."""
     return forward_ad._set_fwd_grad_enabled(False)
+
+
+def in_full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """A block in which `torch.autocast` lowers no precision."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def outside_transforms() -> AbstractContextManager[None]:

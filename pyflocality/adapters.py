@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pyflocality._checks import check_count, check_float_tensor, describe
-from pyflocality.denoisers.base import Denoiser
+from pyflocality.denoisers.base import Denoiser, check_denoiser
 from pyflocality.denoisers.network import NetworkDenoiser
 from pyflocality.noise import NoiseSchedule, _check_times, noise_from_x0
 
@@ -164,8 +164,10 @@ def from_edm(
 
     Raises:
         TypeError: An argument has the wrong type, or the image shape is unknown.
-        ValueError: `image_shape` is not three positive numbers.
+        ValueError: `image_shape` is not three positive numbers, or `class_labels` not [1, L].
     """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"`network` must be a torch.nn.Module, got {describe(network)}")
     if image_shape is None:
         channels = getattr(network, "img_channels", None)
         resolution = getattr(network, "img_resolution", None)
@@ -176,6 +178,10 @@ def from_edm(
             )
         image_shape = (channels, resolution, resolution)
     if class_labels is not None:
+        if not isinstance(class_labels, Tensor):
+            raise TypeError(f"`class_labels` must be a torch.Tensor, got {describe(class_labels)}")
+        if class_labels.ndim != 2 or len(class_labels) != 1:
+            raise ValueError(f"`class_labels` must be [1, L], got {describe(class_labels)}")
         network = _Conditioned(network, class_labels)
     return NetworkDenoiser(network, "x0", takes="sigma", image_shape=image_shape)
 
@@ -193,7 +199,7 @@ def as_diffusers(denoiser: Denoiser, schedule: object) -> DiffusersModel:
         TypeError: `denoiser` is no denoiser, or `schedule` has no table.
         ValueError: The scheduler expects another prediction than "epsilon".
     """
-    _check_denoiser(denoiser)
+    check_denoiser(denoiser)
     prediction = getattr(getattr(schedule, "config", None), "prediction_type", "epsilon")
     if prediction != "epsilon":
         raise ValueError(
@@ -215,7 +221,7 @@ def as_azula(
     Raises:
         TypeError: `denoiser` is no denoiser, or `schedule` cannot be called.
     """
-    _check_denoiser(denoiser)
+    check_denoiser(denoiser)
     if not callable(schedule):
         raise TypeError(f"`schedule` must be a function t -> (alpha, sigma), got {schedule!r}")
     return AzulaDenoiser(denoiser, schedule)
@@ -333,8 +339,3 @@ class _Conditioned(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         return self.network(x, sigma, self.class_labels.expand(len(x), -1))
-
-
-def _check_denoiser(denoiser: object) -> None:
-    if not isinstance(denoiser, Denoiser):
-        raise TypeError(f"`denoiser` must be a Denoiser of this library, got {describe(denoiser)}")

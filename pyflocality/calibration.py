@@ -63,8 +63,10 @@ class WindowTable(Sequence[tuple[float, int]]):
     def __len__(self) -> int:
         return len(self.ratios)
 
-    def __getitem__(self, index: int) -> tuple[float, int]:
+    def __getitem__(self, index: int | slice) -> tuple[float, int] | list[tuple[float, int]]:
         """The level at a position, and its best window: of equally good ones the first."""
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
         row = self.similarities[index]
         return self.ratios[index], self.windows[row.index(max(row))]
 
@@ -77,11 +79,16 @@ class WindowTable(Sequence[tuple[float, int]]):
 
         Raises:
             FileExistsError: The file is there and `force` is False.
+            FileNotFoundError: The folder of `path` does not exist.
             OSError: The file cannot be written.
         """
         path = Path(path)
         if path.exists() and not force:
             raise FileExistsError(f"{path} is already there; pass force=True to replace it")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path.parent} is not a folder to save {path.name} in")
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder, expected the name of a file")
         levels = [
             {"ratio": ratio, "window": window, "similarities": list(row)}
             for (ratio, window), row in zip(self, self.similarities, strict=True)
@@ -178,7 +185,7 @@ def calibrate_windows(
             answers NaN.
     """
     shape = check_set(data).image_shape
-    schedule = _check_run(network, schedule)
+    schedule = _check_run(network, schedule, model, generator)
     if windows is None:
         windows = range(3, min(shape[1:]) + 1, 2)
     windows = tuple(check_count(window, "windows") for window in _check_filled(windows, "windows"))
@@ -202,10 +209,15 @@ def calibrate_windows(
     return WindowTable(ratios, windows, rows)
 
 
-def _check_run(network: object, schedule: object) -> NoiseSchedule:
-    """Check what is sampled; the schedule, with the default filled in."""
-    if not callable(network):
-        raise TypeError(f"`network` must be callable, got {describe(network)}")
+def _check_run(
+    network: object, schedule: object, model: object, generator: object
+) -> NoiseSchedule:
+    """Check what is sampled and compared; the schedule, with the default filled in."""
+    for name, given in (("network", network), ("model", model)):
+        if not callable(given):
+            raise TypeError(f"`{name}` must be callable, got {describe(given)}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"`generator` must be a torch.Generator, got {describe(generator)}")
     schedule = DDPMSchedule() if schedule is None else schedule
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"`schedule` must be a NoiseSchedule, got {describe(schedule)}")

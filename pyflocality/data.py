@@ -130,6 +130,7 @@ class TrainingSet:
         | .npy | [N, H, W], [N, C, H, W] or [N, H, W, C], uint8 or float, memory-mapped |
         | .npz | the same under `images`, `x` or `arr_0`; labels under `labels` or `y` |
         | MNIST idx, idx.gz | a file of images, labels beside it; or the folder of four files |
+        | packed set | folder written by `pyflocality pack`, memory-mapped, with its labels |
         | CIFAR | `cifar-10-batches-py`, `cifar-10-batches-bin`, `cifar-100-python` (fine labels) |
 
         A builtin name wins over a folder of that name, which is `"./digits"`. The modules of

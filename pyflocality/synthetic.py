@@ -210,7 +210,11 @@ def inject_pattern(
         raise TypeError(f"`data` must be a TrainingSet, got {describe(data)}")
     if data.augmentation is not None:
         raise ValueError("`data` must not be augmented yet: inject the pattern first")
-    pattern = check_float_tensor(pattern, "pattern").float()
+    # Values are computed in the precision in which they are stored.
+    kind = torch.promote_types(
+        data.dtype if data.dtype.is_floating_point else torch.float32, torch.float32
+    )
+    pattern = check_float_tensor(pattern, "pattern").to(kind)
     channels, height, width = data.image_shape
     if pattern.shape != (height, width) or pattern.abs().max() > 1:
         raise ValueError(
@@ -224,7 +228,7 @@ def inject_pattern(
     for start in range(0, len(data), _CHUNK):
         part = images[start : start + _CHUNK]
         colour = 2.0 * torch.rand(len(part), channels, 1, 1, generator=source) - 1.0
-        values = data.values(start, start + len(part))
+        values = data.values(start, start + len(part), dtype=kind)
         mixed = (1 - gamma) * values + gamma * (colour * pattern).to(values.device)
         if images.dtype == torch.uint8:
             mixed = ((mixed + 1.0) * 127.5).round()

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from pyflocality._checks import describe
 
+# Weighted squared distances of the largest images allowed stay finite in float32.
+_LARGEST = 1e9
+
 
 class QueryWeights:
     """Weights of D inputs for Q queries, kept small and expanded on demand.
@@ -15,7 +18,7 @@ class QueryWeights:
     Boolean weights (masks) are kept as bits, float weights as they are.
 
     Args:
-        weights: bool or float [Q, D]; float weights must be finite.
+        weights: bool or float [Q, D]; float weights must be finite, and at most 1e9.
         signed: Whether negative weights are taken. The published PCA-locality rule has them at
             threshold 0; for anything else they are a mistake.
         name: What error messages call them.
@@ -28,7 +31,8 @@ class QueryWeights:
 
     Raises:
         TypeError: The weights are neither a bool nor a float tensor.
-        ValueError: They are not a matrix, or hold NaN, infinities or unwanted negatives.
+        ValueError: They are not a matrix, or hold NaN, infinities, unwanted negatives or values
+            beyond 1e9.
     """
 
     def __init__(self, weights: Tensor, *, signed: bool = False, name: str = "weights") -> None:
@@ -50,6 +54,12 @@ class QueryWeights:
                 raise ValueError(f"`{name}` holds NaN or infinite values")
             if not signed and (weights < 0).any():
                 raise ValueError(f"`{name}` holds negative values")
+            lowest, highest = weights.aminmax()
+            if max(-float(lowest), float(highest)) > _LARGEST:
+                raise ValueError(
+                    f"`{name}` must be at most {_LARGEST:g}, got values from {float(lowest):g} to "
+                    f"{float(highest):g}"
+                )
             self._values = weights.detach()
 
     @classmethod

@@ -10,6 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+# Workers of pytest-xdist share the cores.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    _WORKERS = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -79,7 +79,7 @@ def answers(data: pf.TrainingSet, backend: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def refusals(data: pf.TrainingSet) -> dict[str, str]:
+def refusals(data: pf.TrainingSet, rank: int) -> dict[str, str]:
     """What a sharded set answers to those who would take a part of it for the whole."""
     x, _, sigma, alpha = arguments()
     attempts = {
@@ -90,6 +90,8 @@ def refusals(data: pf.TrainingSet) -> dict[str, str]:
         "batch mean": lambda: pf.PCALocalityDenoiser(data, aggregation="batch_mean")(x, 1.0),
         "operation": lambda: ops.nearest_images(x, data.images),
         "golden": lambda: pf.GoldenSubset(pf.OptimalDenoiser(data))(x, sigma, alpha),
+        "differ": lambda: pf.OptimalDenoiser(data)(x + rank, 1.0),
+        "other operation": lambda: pf.LocalDenoiser(data, 3 + 2 * rank)(x, 1.0),
         "twice": lambda: pf.distributed.shard(data),
         "pickle": lambda: torch.save(data, os.devnull),
         "by sigma": lambda: (
@@ -118,7 +120,7 @@ def main() -> None:
             result = {
                 "cpu": answers(data, "auto"),
                 "float64": answers(pf.distributed.shard(whole_set(torch.float64)), "reference"),
-                "refusals": refusals(data),
+                "refusals": refusals(data, rank),
                 "repr": repr(data),
                 "length": len(data),
             }
@@ -128,8 +130,6 @@ def main() -> None:
         x = arguments()[0]
         denoiser(x, 1.0)
         (out / f"ready-{rank}").touch()
-        if mode == "differ":
-            denoiser(x + rank, 1.0)
         if mode == "killed" and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         if mode == "stuck" and rank == 1:

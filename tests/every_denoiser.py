@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 import pyflocality as pf
+from pyflocality._certificate import SubsetPlan
+
+
+class ReadingSubset(pf.CertifiedSubset):
+    """A certified subset that reads by its bounds even where a scan would take less time.
+
+    Sets of tests are so small that it would call the wrapped denoiser for every image.
+    """
+
+    def plan(self, sigma: float, alpha: float = 1.0) -> SubsetPlan:
+        """The plan, with all three stages and as many images as it takes."""
+        index, found = self.index, super().plan(sigma, alpha)
+        images = len(index.energies)
+        return dataclasses.replace(found, stages=len(index.stages), pays=True, limit=images)
+
+
+def golden(denoiser: pf.Denoiser) -> pf.GoldenSubset:
+    """A golden subset of a quarter of the images, or half of them."""
+    count = len(denoiser.data)
+    return pf.GoldenSubset(denoiser, max(1, count // 4), max(1, count // 2), pool_resolution=2)
 
 
 def soft_weights(queries: int, values: int) -> Tensor:
@@ -48,5 +70,8 @@ MAKERS = {
     "filtered_own": lambda data, **o: pf.FilteredPosteriorDenoiser(
         data, soft_weights(data.num_values, data.num_values), **o
     ),
+    "golden": lambda data, **o: golden(pf.LocalDenoiser(data, 3, **o)),
+    "golden_pca": lambda data, **o: golden(pf.PCALocalityDenoiser(data, 0.1, **o)),
+    "certified": lambda data, **o: ReadingSubset(pf.OptimalDenoiser(data, **o), 0),
     "local_table": lambda data, **o: pf.LocalDenoiser(data, [(0.1, 1), (1.0, 5)], **o),
 }

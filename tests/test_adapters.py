@@ -308,3 +308,17 @@ def test_wrong_arguments_are_refused(denoiser):
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    ("network", "labels", "error", "name"),
+    [
+        (3, torch.zeros(1, 3), TypeError, "`network`"),
+        (nn.Identity(), [1.0], TypeError, "`class_labels`"),
+        (nn.Identity(), torch.zeros(3), ValueError, "`class_labels`"),
+        (nn.Identity(), torch.zeros(2, 3), ValueError, "`class_labels`"),
+    ],
+)
+def test_wrong_networks_and_labels_are_refused(network, labels, error, name):
+    with pytest.raises(error, match=name):
+        adapters.from_edm(network, (1, 4, 5), class_labels=labels)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from truth import random_images
 
@@ -256,6 +259,157 @@ def test_models_of_one_image_recite_it(data):
     torch.testing.assert_close(curve.between[0], pf.metrics.cosine_similarity(first, second, mean))
 
 
+def test_fields_of_centred_disks_are_not_local():
+    """They follow the covariance: far pixels that vary together count more than near ones."""
+    sigma, alpha, size = 0.6, 0.9, 16
+    data = synthetic.disks(3000, size, centred=True)
+    flat = data.values(dtype=torch.float64).flatten(1)
+    centred = flat - flat.mean(0)
+    covariance = centred.T @ centred / (len(flat) - 1)
+    noisy_covariance = alpha**2 * covariance + sigma**2 * torch.eye(size**2, dtype=torch.float64)
+    rows = alpha * torch.linalg.solve(noisy_covariance, covariance)
+    wiener = pf.WienerDenoiser(data)
+    x = torch.randn(1, 1, size, size, generator=torch.Generator().manual_seed(8)).double()
+    correlation = torch.corrcoef(flat.T).reshape(size, size, size, size)
+    # Output, a near pixel that is often across the edge, a far one that seldom is.
+    for output, near, far in (
+        ((8, 10), (8, 12), (8, 5)),
+        ((2, 2), (5, 6), (13, 13)),
+        ((8, 8), (8, 11), (5, 7)),
+    ):
+        field = analysis.sensitivity(wiener, x, sigma, alpha, pixel=(0, *output))[0, 0]
+        expected = rows[output[0] * size + output[1]].abs().reshape(size, size)
+        torch.testing.assert_close(field, expected, rtol=1e-6, atol=1e-9)
+        reach = [math.dist(output, place) for place in (near, far)]
+        agreement = [float(correlation[(*output, *place)]) for place in (near, far)]
+        assert reach[0] < reach[1] and agreement[0] < agreement[1] - 0.1
+        assert field[far] > 1.5 * field[near]
+    # Where the disks lie anywhere, the same output listens to what is around it.
+    moving = pf.WienerDenoiser(synthetic.disks(3000, size))
+    field = analysis.sensitivity(moving, x, sigma, alpha, pixel=(0, 8, 10))[0, 0]
+    assert field[8, 12] > 1.5 * field[8, 5]
+
+
+RECITING = {
+    "optimal": lambda data: pf.OptimalDenoiser(data.subset([0])),
+    "local": lambda data: pf.LocalDenoiser(data.subset([0]), 3),
+    "wiener": lambda data: pf.WienerDenoiser(data.subset([0])),
+}
+
+
+@pytest.mark.parametrize("name", RECITING)
+def test_the_jacobian_of_one_image_has_no_spectrum_but_0(name, data, x):
+    denoiser = RECITING[name](data)
+    for symmetrized in (True, False):
+        found = analysis.jacobian_spectrum(
+            denoiser, x[0], SIGMA, ALPHA, k=3, symmetrized=symmetrized
+        )
+        assert found.values.abs().max() < 1e-12 and found.values.is_complex() == (not symmetrized)
+        lengths = found.vectors.flatten(1).norm(dim=1)
+        torch.testing.assert_close(lengths, torch.ones(3, dtype=torch.float64))
+    triplets = analysis.jacobian_singular(denoiser, x[0], SIGMA, ALPHA, k=3)
+    assert triplets.values.abs().max() < 1e-12 and triplets.left.shape == (3, *SHAPE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_spectra_of_half_precision_images_are_computed_in_single(dtype, data, x):
+    denoiser, image = pf.LocalDenoiser(data, 3), x[0].to(dtype)
+    found = analysis.jacobian_spectrum(denoiser, image, SIGMA, ALPHA, k=4)
+    exact = analysis.jacobian_spectrum(denoiser, image.double(), SIGMA, ALPHA, k=4)
+    torch.testing.assert_close(found.values, exact.values, rtol=1e-5, atol=1e-6)
+    assert found.residuals.max() < 1e-5
+
+
+def test_concentration_stays_within_its_ends(x):
+    same = pf.OptimalDenoiser(pf.TrainingSet(torch.full((3, *SHAPE), 7, dtype=torch.uint8)))
+    found = analysis.posterior_concentration(same, x.float(), SIGMA, ALPHA)
+    torch.testing.assert_close(
+        found.effective_sample_size, torch.full((2, 1), 3.0, dtype=torch.float64)
+    )
+    torch.testing.assert_close(
+        found.entropy, torch.full((2, 1), math.log(3), dtype=torch.float64), rtol=0, atol=1e-6
+    )
+
+
+def test_the_runs_of_a_curve_start_at_the_noise_of_their_schedule(data, monkeypatch):
+    started = []
+    run = analysis.memorization_curve.__globals__["sample"]
+
+    def spy(*arguments, **options):
+        started.append(options["x_T"])
+        return run(*arguments, **options)
+
+    monkeypatch.setitem(analysis.memorization_curve.__globals__, "sample", spy)
+    deviations = []
+    for schedule in (pf.DDPMSchedule(), pf.KarrasSchedule()):
+        analysis.memorization_curve(
+            pf.OptimalDenoiser, data, [2], n=20, steps=2, schedule=schedule, progress=False
+        )
+        deviations.append(float(started[-1].std()))
+    assert deviations[0] == pytest.approx(1.0, rel=0.2)
+    assert deviations[1] == pytest.approx(80 * deviations[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_similarities_are_counted_from_the_mean_of_all_copies(augmented, data, monkeypatch):
+    monkeypatch.setitem(analysis.memorization.__globals__, "_BLOCK", 3 * SIZE)
+    whole = data.augmented(flip=True, shifts=1) if augmented else data
+    samples = data.values(0, 2, dtype=torch.float64) * 0.5
+    found = analysis.memorization(samples, whole)
+    mean = pf.Moments.from_data(whole).mean
+    given = analysis.memorization(samples, whole, mean=mean)
+    torch.testing.assert_close(found.similarity, given.similarity, rtol=1e-12, atol=1e-12)
+    assert (
+        given.similarity - analysis.memorization(samples, whole, mean=0 * mean).similarity
+    ).any()
+
+
+def test_memorization_needs_no_covariance(data, monkeypatch):
+    # Its products of D^2 values would take minutes and gigabytes where images are large.
+    monkeypatch.setattr(pf.Moments, "from_data", None)
+    found = analysis.memorization(data.values(1, 2), data)
+    assert found.indices.tolist() == [1]
+    curve = analysis.memorization_curve(pf.OptimalDenoiser, data, [1], n=1, steps=1, progress=False)
+    assert curve.nearest.shape == (1, 1)
+
+
+def test_pixels_in_every_form(data):
+    denoiser = pf.LocalDenoiser(data, 3)
+    run = functools.partial(analysis.sensitivity_along_run, denoiser, n=1, steps=2, progress=False)
+    generators = [torch.Generator().manual_seed(1) for _ in range(4)]
+    one = run((1, 2, 3), generator=generators[0])
+    for form, generator in zip(
+        ([1, 2, 3], [(1, 2, -2)], ((np.int64(1), 2, 3),)), generators[1:], strict=True
+    ):
+        other = run(form, generator=generator)
+        assert torch.equal(other.fields, one.fields) and other.pixels == ((1, 2, 3),)
+
+
+def test_no_images_have_no_fields(data, x):
+    for denoiser in (pf.LocalDenoiser(data, 3), pf.PatchSetDenoiser(data, 3)):
+        found = analysis.sensitivity(denoiser, x[:0], SIGMA, pixel=(0, 0, 0))
+        assert found.shape == (0, *SHAPE)
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+@pytest.mark.parametrize("name", ["optimal", "local", "pca"])
+def test_fields_of_a_sharded_set(name, data, x):
+    expected = analysis.sensitivity(make(name, data), x, SIGMA, ALPHA, pixel=(1, 2, 3))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        denoiser = make(name, pf.distributed.shard(data))
+        found = analysis.sensitivity(denoiser, x, SIGMA, ALPHA, pixel=(1, 2, 3))
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_pattern_is_injected_in_the_precision_of_the_set(data):
+    exact = pf.TrainingSet(data.values(dtype=torch.float64) / 3)
+    injected = synthetic.inject_pattern(exact, torch.zeros(SHAPE[1:]), 0.25)
+    torch.testing.assert_close(injected.images, 0.75 * exact.images, rtol=0, atol=1e-15)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -266,6 +420,36 @@ def test_models_of_one_image_recite_it(data):
         (lambda d, x: analysis.jacobian_spectrum(d, x, 1.0), ValueError, "`x`"),
         (lambda d, x: analysis.jacobian_spectrum(d, x[0], 1.0, k=SIZE), ValueError, "`k`"),
         (lambda d, x: analysis.jacobian_trace(d, x, 1.0, probes=1), ValueError, "`probes`"),
+        (lambda d, x: analysis.jacobian_trace(d, None, 1.0), TypeError, "`x`"),
+        (lambda d, x: analysis.local_linearity(d, x[0], 1.0), ValueError, "`x`"),
+        (lambda d, x: analysis.jacobian_spectrum(d, x[0], 1.0, seed=-1), ValueError, "`seed`"),
+        (lambda d, x: analysis.sensitivity_along_run(d, 3), TypeError, "`pixels`"),
+        (lambda d, x: analysis.sensitivity_along_run(d, []), TypeError, "`pixels`"),
+        (lambda d, x: analysis.sensitivity_along_run(d, (0, 9, 0)), ValueError, "`pixels`"),
+        (
+            lambda d, x: analysis.sensitivity_along_run(d, (0, 0, 0), every=2.5),
+            TypeError,
+            "`every`",
+        ),
+        (
+            lambda d, x: analysis.sensitivity_along_run(d, (0, 0, 0), n=5, x_T=x),
+            ValueError,
+            "`n`",
+        ),
+        (lambda d, x: analysis.posterior_concentration(d, x[:0], 1.0), ValueError, "`x`"),
+        (
+            lambda d, x: analysis.posterior_concentration(
+                pf.PCALocalityDenoiser(d.data, aggregation="batch_mean"), x, 1.0
+            ),
+            TypeError,
+            "`aggregation`",
+        ),
+        (lambda d, x: analysis.memorization(x[:0], d.data), ValueError, "`samples`"),
+        (
+            lambda d, x: analysis.memorization_curve(pf.LocalDenoiser, d.data, 5),
+            TypeError,
+            "`sizes`",
+        ),
         (
             lambda d, x: analysis.posterior_concentration(pf.WienerDenoiser(d.data), x, 1.0),
             TypeError,

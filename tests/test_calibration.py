@@ -107,11 +107,16 @@ def test_tables_are_saved_and_loaded(tmp_path):
     TABLE.save(path)
     # Of equally good windows the first counts.
     assert list(TABLE) == [(10.0, 5), (0.5, 3)] and len(TABLE) == 2 and TABLE[-1] == (0.5, 3)
+    assert TABLE[1:] == [(0.5, 3)] and TABLE[::-1] == [(0.5, 3), (10.0, 5)]
     assert pf.WindowTable.load(path) == TABLE == pickle.loads(pickle.dumps(TABLE))
     assert json.loads(path.read_text())["levels"][0]["window"] == 5
     with pytest.raises(FileExistsError, match="windows.json is already there"):
         TABLE.save(path)
     TABLE.save(path, force=True)
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder to save w.json in"):
+        TABLE.save(tmp_path / "nowhere" / "w.json")
+    with pytest.raises(IsADirectoryError, match="is a folder, expected the name of a file"):
+        TABLE.save(tmp_path, force=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["windows.json"]
 
 
@@ -149,6 +154,8 @@ def test_wrong_arguments_are_refused_before_any_work(data):
         (lambda: calibrate(data=smooth()), TypeError, "`data` must be a TrainingSet"),
         (lambda: calibrate(network=3), TypeError, "`network` must be callable"),
         (lambda: calibrate(schedule="ddpm"), TypeError, "`schedule`"),
+        (lambda: calibrate(model=3), TypeError, "`model` must be callable"),
+        (lambda: calibrate(generator=3), TypeError, "`generator` must be a torch.Generator"),
         (lambda: calibrate(windows=[4]), ValueError, "`window` must be odd"),
         (lambda: calibrate(windows=[]), ValueError, "`windows` must hold at least one"),
         (lambda: calibrate(windows=7), TypeError, "`windows` must be a sequence"),

@@ -303,6 +303,7 @@ def test_derivatives_are_those_of_the_wrapped_denoiser(low_rank):
         certified.jvp(x, tangents, 0.5), denoiser.jvp(x, tangents, 0.5), strict=True
     ):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert certified.symmetric_jacobian and denoiser.symmetric_jacobian
     gradients = []
     for model in (certified, denoiser):
         leaf = x.clone().requires_grad_()
@@ -352,6 +353,15 @@ def test_wrong_options(case, low_rank):
 
 def test_wrong_calls(low_rank):
     certified = pf.CertifiedSubset(pf.OptimalDenoiser(low_rank))
+    for level, error, name in (
+        ((-0.3,), ValueError, "sigma"),
+        ((float("nan"),), ValueError, "sigma"),
+        (("much",), TypeError, "sigma"),
+        ((0.3, 0.0), ValueError, "alpha"),
+        ((0.3, float("inf")), ValueError, "alpha"),
+    ):
+        with pytest.raises(error, match=f"`{name}` must be"):
+            certified.plan(*level)
     with pytest.raises(ValueError, match="`x` must have shape"):
         certified.certify(torch.zeros(2, 1, 6, 6), 0.3)
     with pytest.raises(ValueError, match="`sigma`"):

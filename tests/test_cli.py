@@ -171,6 +171,42 @@ def test_every_denoiser(run, source, images, tmp_path, arguments, build):
     torch.testing.assert_close(saved, result.images, rtol=0, atol=1e-6)
 
 
+SUBSETS = {
+    "golden": (
+        ["--subset", "golden", "--threshold", 0.1],
+        lambda data: pf.GoldenSubset(pf.PCALocalityDenoiser(data, 0.1)),
+        {"name": "golden", "k_min": 1, "k_max": 2},
+    ),
+    "certified": (
+        ["--subset", "certified", "--denoiser", "optimal"],
+        lambda data: pf.CertifiedSubset(pf.OptimalDenoiser(data)),
+        {"name": "certified", "tol": 1e-3},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUBSETS)
+def test_subsets_are_searched(run, source, images, tmp_path, name):
+    arguments, build, told = SUBSETS[name]
+    out = tmp_path / "out"
+    code, stdout, _ = run(*small(source, out, "--seed", 5, "--json", *arguments))
+    assert code == 0
+    generator = torch.Generator().manual_seed(5)
+    data = pf.TrainingSet(images)
+    result = pf.sample(build(data), 3, steps=2, generator=generator, progress=False)
+    saved = torch.from_numpy(np.load(out / "samples.npy"))
+    torch.testing.assert_close(saved, result.images, rtol=0, atol=1e-6)
+    record = json.loads(stdout)
+    assert record["subset"] == told
+    # Both are made of the covariance, which is computed once and told.
+    assert "moments" in record["seconds"]
+    if name == "golden":
+        generator.manual_seed(5)
+        whole = pf.PCALocalityDenoiser(data, 0.1)
+        result = pf.sample(whole, 3, steps=2, generator=generator, progress=False)
+        assert (saved - result.images).abs().max() > 1e-2
+
+
 def test_the_table_of_denoisers_fits_library_and_command():
     parameters = inspect.signature(generate).parameters
     for entry in DENOISERS.values():
@@ -245,6 +281,15 @@ WRONG = {
     "label": (["--label", 2], "--label"),
     "label name": (["--label", "cat"], "--label"),
     "unknown option": (["--treshold", 0.1], "--treshold"),
+    "subset": (["--subset", "silver"], "--subset"),
+    "foreign subset": (["--denoiser", "local", "--subset", "certified"], "--subset"),
+    "subset of moments": (["--denoiser", "wiener", "--subset", "golden"], "--subset"),
+    "subset of mirror images": (["--subset", "golden", "--flip"], "--flip"),
+    "subset of batches": (["--subset", "golden", "--aggregation", "batch-mean"], "--aggregation"),
+    "moments of no use": (
+        ["--denoiser", "optimal", "--subset", "golden", "--moments", "x"],
+        "--moments",
+    ),
 }
 
 
@@ -347,7 +392,7 @@ def test_a_missing_extra_is_one_line_with_the_cure(run, tmp_path, monkeypatch):
         (MemoryError(), 1, "MemoryError"),
     ],
 )
-def test_what_goes_wrong_midway_leaves_nothing(
+def test_what_goes_wrong_midway_leaves_answers_alone(
     run, source, tmp_path, monkeypatch, error, code, words
 ):
     def fail(*arguments, **options):
@@ -357,7 +402,14 @@ def test_what_goes_wrong_midway_leaves_nothing(
     found, stdout, stderr = run(*small(source, tmp_path / "out"))
     assert (found, stdout) == (code, "")
     assert words in stderr and stderr.count("\n") == 1
-    assert os.listdir(tmp_path) == ["tiny.npz"]
+    assert_only_answers_are_left(tmp_path)
+
+
+def assert_only_answers_are_left(folder):
+    """Nothing but the hidden file from which the same run goes on."""
+    assert sorted(os.listdir(folder)) == ["out", "tiny.npz"]
+    (left,) = os.listdir(folder / "out")
+    assert left.startswith(".generate-") and left.endswith(".answers")
 
 
 def test_a_fault_of_the_library_is_not_hidden(source, tmp_path, monkeypatch):
@@ -367,7 +419,7 @@ def test_a_fault_of_the_library_is_not_hidden(source, tmp_path, monkeypatch):
     monkeypatch.setattr("pyflocality.cli._generate._write", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main([str(word) for word in small(source, tmp_path / "out")])
-    assert os.listdir(tmp_path) == ["tiny.npz"]
+    assert_only_answers_are_left(tmp_path)
 
 
 def test_progress_is_told_on_standard_error(run, source, tmp_path):

@@ -74,6 +74,11 @@ def test_memorize(tmp_path):
         (["sensitivity", "digits", "--pixel", "1"], "`--pixel` must be channel,row,column"),
         (["sensitivity", "digits", "--pixel", "0,8,0"], "`--pixel` must lie in an image"),
         (["spectrum", "digits", "--t", "high"], "`--t` must be numbers"),
+        (["spectrum", "digits", "--t", "300,300"], "`--t` must hold different times"),
+        (
+            ["spectrum", "digits", "--schedule", "flow", "--t", "0.5,1"],
+            "`--t` must be times with both signal and noise",
+        ),
         (["spectrum", "digits", "--image", 5000], "`--image` must be from 0 to 1796"),
         (["memorize", "digits", "--sizes", "1,2000"], "`--sizes` must hold numbers from 1 to 898"),
         (["memorize", "digits", "--window", 3, "--denoiser", "optimal"], "`--window` belongs to"),

@@ -123,15 +123,10 @@ def test_what_would_take_a_part_for_the_whole_is_refused(results):
     for name in ("nearest", "operation"):
         assert "cannot join the parts of a sharded set" in told[name], told[name]
     assert "cannot differentiate through the join" in told["by sigma"], told["by sigma"]
+    for name in ("differ", "other operation"):
+        assert "called with different arguments" in told[name], told[name]
     assert "sharded already" in told["twice"]
     assert "cannot be pickled" in told["pickle"]
-
-
-def test_ranks_that_differ_are_told(tmp_path):
-    for process in run_ranks("differ", 2, tmp_path):
-        code, said = ended(process, 60)
-        assert code != 0
-        assert "called with different arguments" in said
 
 
 @pytest.mark.parametrize("mode", ["killed", "stuck"])

@@ -226,6 +226,9 @@ def test_derivatives_are_those_over_the_subset(name, data):
         slope = (golden(x + step * u, sigma) - golden(x - step * u, sigma)) / (2 * step)
         torch.testing.assert_close(found, slope, rtol=0, atol=1e-5)
     transposed = golden.vjp(x, tangents, sigma)
+    # What is known to be symmetric is, and the rest is not.
+    assert golden.symmetric_jacobian == (name == "optimal")
+    assert ((transposed - products).abs().max() < 1e-9) == golden.symmetric_jacobian
     torch.testing.assert_close(
         (transposed[0] * tangents[1]).sum(), (tangents[0] * products[1]).sum()
     )
@@ -311,8 +314,60 @@ def test_wrong_options(case, data):
         pf.GoldenSubset(make(data), **options)
 
 
+WRONG_SIZES = {
+    "no images": ((0, 1, 1, 0.3), ValueError, "`count`"),
+    "k_max large": ((10, 2, 11, 0.3), ValueError, "`k_max` must be at most 10"),
+    "k_min large": ((10, 6, 5, 0.3), ValueError, "`k_min` must be at most 5"),
+    "sigma": ((10, 2, 5, -0.3), ValueError, "`sigma` must be finite and not negative"),
+    "sigma nan": ((10, 2, 5, float("nan")), ValueError, "`sigma`"),
+    "sigma type": ((10, 2, 5, "much"), TypeError, "`sigma` must be a number"),
+    "alpha": ((10, 2, 5, 0.3, 0.0), ValueError, "`alpha` must be finite and positive"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SIZES)
+def test_wrong_sizes(case):
+    arguments, error, message = WRONG_SIZES[case]
+    with pytest.raises(error, match=message):
+        golden_sizes(*arguments)
+
+
+def test_levels_may_be_what_schedules_answer(data):
+    alpha, sigma = pf.DDPMSchedule()(300)
+    golden = pf.GoldenSubset(pf.OptimalDenoiser(data))
+    assert golden.sizes(torch.tensor(0.75), torch.ones(1)) == golden.sizes(0.75)
+    assert len(golden.select(noisy(data)[0], sigma, alpha)) == golden.sizes(sigma, alpha).kept
+
+
+def test_the_budget_does_not_change_the_pool():
+    """Averages that half precision rounds into ties, with and without keeping them."""
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(1))
+    values = torch.linspace(-0.501, -0.5, 100)[order].reshape(100, 1, 1, 1)
+    data = pf.TrainingSet(values.expand(100, 1, 4, 4).contiguous())
+    x = torch.full((1, 4, 4), -0.5)
+    chosen = []
+    # The kept averages take 800 bytes.
+    for budget in (1600, 1599):
+        denoiser = pf.OptimalDenoiser(data, memory_budget=budget)
+        golden = pf.GoldenSubset(denoiser, 5, 10, pool_resolution=2)
+        chosen.append(golden.select(x, 5.0))
+        assert (golden._pooled is None) == (budget == 1599)
+    assert torch.equal(*chosen)
+
+
 def test_wrong_calls(data):
     golden = pf.GoldenSubset(pf.OptimalDenoiser(data))
+    x = torch.zeros(SHAPE)
+    for arguments, error, message in (
+        ((torch.zeros(1, *SHAPE), 0.3), ValueError, r"`x` must have shape \[3, 6, 6\]"),
+        ((x.to(torch.uint8), 0.3), TypeError, "`x` must have a floating-point"),
+        ((x.numpy(), 0.3), TypeError, "`x` must be a torch.Tensor"),
+        ((x * torch.nan, 0.3), ValueError, "`x` holds NaN"),
+        ((x, -0.3), ValueError, "`sigma`"),
+        ((x, 0.3, 0.0), ValueError, "`alpha`"),
+    ):
+        with pytest.raises(error, match=message):
+            golden.select(*arguments)
     with pytest.raises(ValueError, match="`x` must have shape"):
         golden(torch.zeros(2, 1, 6, 6), 0.3)
     with pytest.raises(ValueError, match="`alpha`"):

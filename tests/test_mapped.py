@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from every_denoiser import ReadingSubset
 
 import pyflocality as pf
 from pyflocality._mapped import _files, mapped_file, streamed
@@ -69,6 +70,16 @@ def test_pages_behind_a_scan_are_given_back(path, rng, monkeypatch):
     moments = pf.Moments.from_data(pf.TrainingSet(torch.from_numpy(np.load(path))))
     assert torch.equal(pf.Moments.from_data(data).covariance, moments.covariance)
     assert resident_bytes(path) < BUDGET + 2**17
+    denoiser = pf.OptimalDenoiser(data)
+    golden = pf.GoldenSubset(denoiser)
+    for read in (
+        # Without noise all images are compared, and nothing else is read.
+        lambda: golden.select(x[0], 0.0),
+        lambda: len(list(golden._pooled_chunks())),
+        lambda: pf.CertifiedSubset(denoiser, moments=moments).index,
+    ):
+        read()
+        assert resident_bytes(path) < BUDGET + 2**17
     data.content_key()
     assert resident_bytes(path) < BUDGET + 2**17
 
@@ -86,7 +97,12 @@ def test_streamed_blocks_are_the_images(path):
 def test_a_changed_file_is_noticed(path, rng, damage):
     data = pf.TrainingSet.load(path)
     x = torch.randn(1, 2, 16, 16, generator=rng)
-    denoisers = [pf.OptimalDenoiser(data), pf.NearestDenoiser(data.subset(slice(3, 9)))]
+    denoisers = [
+        pf.OptimalDenoiser(data),
+        pf.NearestDenoiser(data.subset(slice(3, 9))),
+        pf.GoldenSubset(pf.OptimalDenoiser(data)),
+        ReadingSubset(pf.OptimalDenoiser(data)),
+    ]
     for denoiser in denoisers:
         denoiser(x, 1.0)
     if damage == "replaced":

@@ -270,6 +270,46 @@ def test_wrong_options_are_refused(case):
         pf.NetworkDenoiser(given.pop("module"), **given)
 
 
+@pytest.mark.parametrize("part", [nn.Dropout(0.5), nn.BatchNorm2d(2)])
+def test_derivatives_of_what_changes_from_call_to_call_are_refused(part):
+    module = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), part)
+    denoiser = pf.NetworkDenoiser(module, "residual", takes="nothing", image_shape=SHAPE)
+    x = noisy(dtype=torch.float32)
+    message = rf"`module` must be in evaluation mode .* {type(part).__name__} '1'"
+    for product in (denoiser.jvp, denoiser.vjp):
+        with pytest.raises(ValueError, match=message):
+            product(x, x[None], 0.5)
+    # Training itself goes on.
+    denoiser(x, 0.5).square().sum().backward()
+    assert module[0].weight.grad.abs().max() > 0
+    denoiser.eval()
+    full = torch.autograd.functional.jacobian(lambda x: denoiser(x, 0.5), x)
+    expected = torch.einsum("bchwaijk,aijk->bchw", full, x)
+    torch.testing.assert_close(denoiser.jvp(x, x[None], 0.5)[1][0], expected)
+
+
+@pytest.mark.parametrize("product", ["jvp", "vjp"])
+def test_parameters_get_gradients_through_products_where_the_input_has_them(product):
+    x = noisy(1)
+    u = torch.ones(1, *x.shape, dtype=torch.float64)
+
+    def size(denoiser, x):
+        found = getattr(denoiser, product)(x, u, 0.5)
+        return (found[1] if product == "jvp" else found).square().sum()
+
+    def moved(step):
+        denoiser = mixing()
+        denoiser.module.first.weight.data[0, 0, 1, 1] += step
+        return denoiser
+
+    denoiser = mixing()
+    assert not size(denoiser, x).requires_grad
+    size(denoiser, x.clone().requires_grad_()).backward()
+    expected = float(size(moved(1e-5), x) - size(moved(-1e-5), x)) / 2e-5
+    found = float(denoiser.module.first.weight.grad[0, 0, 1, 1])
+    assert found == pytest.approx(expected, rel=1e-5) and abs(expected) > 1e-3
+
+
 def test_wrong_calls_are_refused():
     denoiser, x = mixing(), noisy()
     cropping = pf.NetworkDenoiser(nn.AvgPool2d(2), takes="nothing", image_shape=SHAPE)
@@ -368,3 +408,40 @@ def test_published_network_all_eigenvalues(golden, published):
     assert float(jacobian.trace()) == pytest.approx(float(file["s75_trace"]), rel=1e-5)
     antisymmetric = (jacobian - jacobian.T).norm() / jacobian.norm()
     assert float(antisymmetric) == pytest.approx(float(file["s75_asym_ratio"]), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["s25", "s75"])
+def test_published_network_by_the_analysis(level, golden, published):
+    """Their figures from full Jacobians, ours without a matrix."""
+    pytest.importorskip("scipy", reason="spectra need SciPy")
+    file = {key[4:]: value for key, value in golden("bfcnn_public.npz").items() if level in key}
+    # In the network's own terms: where values are moved, f(x) = J x holds up to a constant.
+    denoiser = pf.NetworkDenoiser(
+        published.module, "residual", takes="nothing", image_shape=(1, 40, 40)
+    )
+    y, sigma = torch.from_numpy(file["y"]), int(level[1:]) / 255
+    found = pf.analysis.jacobian_spectrum(denoiser, y, sigma, k=20)
+    np.testing.assert_allclose(found.values.numpy(), file["eig_sym_top20"], rtol=0, atol=2e-5)
+    top = torch.from_numpy(file["eigvec_sym_top5"]).double()
+    overlaps = (found.vectors[:5, 0] * top).sum((1, 2)).abs()
+    torch.testing.assert_close(overlaps, torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-4)
+    assert found.residuals.max() < 5e-5
+
+    singular = pf.analysis.jacobian_singular(denoiser, y, sigma, k=20)
+    np.testing.assert_allclose(singular.values.numpy(), file["sv_top20"], rtol=0, atol=5e-5)
+
+    found = pf.analysis.jacobian_spectrum(denoiser, y, sigma, k=20, symmetrized=False)
+    expected = file["eig_nonsym_top20"]
+    np.testing.assert_allclose(
+        found.values.abs().numpy(), np.sort(np.abs(expected))[::-1], rtol=0, atol=2e-4
+    )
+    distances = np.abs(found.values.numpy()[:, None] - expected[None])
+    # Conjugate pairs may be cut by the number that is asked for.
+    assert (distances.min(0) < 5e-4).sum() >= 19
+
+    # Theirs is the rounding of float32.
+    assert file["Jy_minus_f_rel"] < 2e-6
+    assert pf.analysis.local_linearity(denoiser, y, sigma).max() < 5e-6
+    exact = pf.analysis.local_linearity(denoiser.double(), y.double(), sigma)
+    assert exact.max() < 1e-12

@@ -224,3 +224,43 @@ def test_ctrl_c_ends_a_pass(rng):
             patch_set_mean(x, images, 7, 0.5, backend="cpu")
     timer.join()
     assert time.perf_counter() - started < 60
+
+
+def test_masks_hold_the_share_that_is_asked_for(rng):
+    maps = torch.rand(4, 3, 4, 3, generator=rng)
+    maps[2, 1] = 0
+    for share in (0.1, 0.5, 0.93, 1):
+        masks = pf.masks_from_maps(maps, share)
+        for y in range(4):
+            for x in range(3):
+                values = maps[y, x].double().flatten().numpy()
+                largest = np.argsort(-values, kind="stable")
+                count = next(
+                    n for n in range(13) if values[largest[:n]].sum() >= share * values.sum() - 1e-9
+                )
+                expected = np.zeros(12, bool)
+                expected[largest[:count]] = True
+                assert (masks[y, x].flatten().numpy() == expected).all()
+    assert masks[2, 1].sum() == 0 and masks[0, 0].all()
+
+
+MAPS = torch.ones(2, 3, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("maps", "share", "error", "message"),
+    [
+        (MAPS.int(), 0.5, TypeError, "`maps` must be a floating-point tensor"),
+        (MAPS[0], 0.5, ValueError, "`maps` must have shape"),
+        (MAPS[:, :2], 0.5, ValueError, "`maps` must have shape"),
+        (-MAPS, 0.5, ValueError, "`maps` holds"),
+        (MAPS * torch.inf, 0.5, ValueError, "`maps` holds"),
+        (MAPS, 0, ValueError, "`share`"),
+        (MAPS, 1.01, ValueError, "`share` must be in"),
+        (MAPS, float("nan"), ValueError, "`share`"),
+        (MAPS, "half", TypeError, "`share` must be a number"),
+    ],
+)
+def test_wrong_maps_are_refused(maps, share, error, message):
+    with pytest.raises(error, match=message):
+        pf.masks_from_maps(maps, share)

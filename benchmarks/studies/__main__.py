@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.cpu_suite import write_json
 from benchmarks.machine import machine_facts
 
-STUDIES = ("disks", "regularity", "pattern", "memorize", "eigenpairs")
+STUDIES = ("disks", "regularity", "pattern", "memorize", "eigenpairs", "streaming", "planner")
 SCHEMA = 1
 
 
@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="replace --out where it exists")
     parser.add_argument("--mnist", type=Path, help="zip or folder of MNIST's training images")
     parser.add_argument("--cifar10", type=Path, help="zip of CIFAR-10's training images")
+    parser.add_argument("--scratch", type=Path, help="folder for large temporary files")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, for a look")
     options = parser.parse_args(arguments)
     if options.out.exists() and not options.force:
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--{name} is required for the study {options.study!r}")
 
     started, clock = datetime.now(timezone.utc), time.perf_counter()
-    sources = {name: getattr(options, name) for name in study.NEEDS}
+    names = (*study.NEEDS, *getattr(study, "ACCEPTS", ()))
+    sources = {name: getattr(options, name) for name in names}
     results, pictures = study.run(quick=options.quick, **sources)
     report = {
         "schema": SCHEMA,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyflocality._budget import memory_budget_bytes
 from pyflocality._checks import check_batch, check_level
+from pyflocality._shards import ranks_of
 from pyflocality.denoisers.base import Denoiser, PosteriorDenoiser, join_levels, split_levels
 from pyflocality.denoisers.pca_locality import PCALocalityDenoiser
 from pyflocality.denoisers.queries import QueryDenoiser
@@ -30,7 +31,7 @@ def jacobian_row(
     x = check_batch(x, denoiser.image_shape, denoiser.device, "x")
     sigma = check_level(sigma, len(x), x.device, "sigma", allow_zero=False)
     alpha = check_level(alpha, len(x), x.device, "alpha", allow_zero=False)
-    if _has_rows_of_its_own(denoiser):
+    if len(x) > 0 and _has_rows_of_its_own(denoiser):
         levels = split_levels(sigma, alpha)
         near = [denoiser.neighbourhood(pixel, level.sigma, level.alpha) for level in levels]
         if all(_is_worth(denoiser, inputs, pixel) for inputs in near):
@@ -45,7 +46,10 @@ def jacobian_row(
 
 
 def _has_rows_of_its_own(denoiser: Denoiser) -> bool:
-    if not isinstance(denoiser, QueryDenoiser) or denoiser.data.augmentation is not None:
+    if not isinstance(denoiser, QueryDenoiser):
+        return False
+    # The inputs are taken from the images as they are stored, all of them.
+    if denoiser.data.augmentation is not None or ranks_of(denoiser.data.images) is not None:
         return False
     return not isinstance(denoiser, PCALocalityDenoiser) or denoiser.aggregation == "exact"
 

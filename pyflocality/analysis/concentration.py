@@ -65,7 +65,7 @@ def posterior_concentration(
 
     def log_sum(factor: float) -> Tensor:
         temperature = denoiser.temperature / factor
-        return denoiser.log_sum_exp(x, sigma, alpha, temperature=temperature).double()
+        return denoiser.log_sum_exp(x, sigma, alpha, temperature=temperature)
 
     plain, doubled = log_sum(1.0), log_sum(2.0)
     slope = torch.zeros_like(plain)

@@ -21,17 +21,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyflocality._augmentation import enlarged_at
+from pyflocality._augmentation import enlarged_at, enlarged_blocks
 from pyflocality._checks import check_batch, check_count, describe
 from pyflocality._problem import training_values
 from pyflocality._progress import progress_bar
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, check_set
 from pyflocality.metrics import cosine_similarity
-from pyflocality.moments import Moments
-from pyflocality.noise import NoiseSchedule
+from pyflocality.noise import DDPMSchedule, NoiseSchedule
 from pyflocality.ops import nearest_images
 from pyflocality.sampling import sample
+
+# Values of the training set that are summed at a time.
+_BLOCK = 2**22
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +70,13 @@ def memorization(samples: Tensor, data: TrainingSet, *, mean: Tensor | None = No
     """
     check_set(data)
     samples = check_batch(samples, data.image_shape, data.device, "samples")
+    if len(samples) == 0:
+        raise ValueError(f"`samples` must hold at least one image, got {describe(samples)}")
     k = min(2, len(data) * data.copies)
     found = nearest_images(samples, data.images, k=k, augmentation=data.augmentation)
     distances = found.distances.sqrt()
     nearest = enlarged_at(data.images, data.augmentation, found.indices[:, 0])
-    mean = Moments.from_data(data).mean if mean is None else mean
+    mean = _mean_image(data) if mean is None else mean
     similarity = cosine_similarity(samples, training_values(nearest, samples.dtype), mean)
     first, second = distances[:, 0], distances[:, -1]
     ratio = torch.where(first == 0, 0.0, first / second)
@@ -133,14 +137,18 @@ def memorization_curve(
     if not callable(make_denoiser):
         raise TypeError(f"`make_denoiser` must be callable, got {describe(make_denoiser)}")
     half = len(data) // 2
+    if not isinstance(sizes, Sequence):
+        raise TypeError(f"`sizes` must be numbers of images, got {describe(sizes)}")
     sizes = tuple(check_count(size, "sizes") for size in sizes)
     if not sizes or max(sizes) > half:
         raise ValueError(f"`sizes` must hold numbers from 1 to {half}, half the set, got {sizes}")
     n = check_count(n, "n")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     order = torch.randperm(len(data), generator=generator, device=generator.device).cpu()
+    schedule = DDPMSchedule() if schedule is None else schedule
     noise = torch.randn(n, *data.image_shape, generator=generator, device=generator.device)
-    mean = Moments.from_data(data).mean
+    start = schedule.init_noise_sigma * noise.to(data.device)
+    mean = _mean_image(data)
 
     between, nearest, samples = [], [], []
     for size in progress_bar(sizes, description="sizes", enabled=progress):
@@ -151,7 +159,7 @@ def memorization_curve(
                 make_denoiser(models[-1]),
                 schedule=schedule,
                 steps=steps,
-                x_T=noise.to(data.device),
+                x_T=start,
                 progress=False,
             )
             pair.append(out.images)
@@ -161,3 +169,12 @@ def memorization_curve(
     return MemorizationCurve(
         sizes, torch.stack(between), torch.stack(nearest), torch.stack(samples)
     )
+
+
+def _mean_image(data: TrainingSet) -> Tensor:
+    """Mean of the images and their copies, float64 [C, H, W], without `Moments`' D^2 products."""
+    size = max(1, _BLOCK // data.num_values)
+    total = torch.zeros(data.image_shape, dtype=torch.float64, device=data.device)
+    for block in enlarged_blocks(data.images, data.augmentation, size):
+        total += training_values(block, torch.float64).sum(0)
+    return total / (len(data) * data.copies)

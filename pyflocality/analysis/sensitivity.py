@@ -13,15 +13,23 @@ References:
 
 from __future__ import annotations
 
+import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_float_tensor, check_level, check_positive, describe
+from pyflocality._checks import (
+    check_count,
+    check_float_tensor,
+    check_level,
+    check_positive,
+    describe,
+)
 from pyflocality._progress import progress_bar
 from pyflocality.analysis._rows import jacobian_row
-from pyflocality.denoisers.base import Denoiser
+from pyflocality.denoisers.base import Denoiser, check_denoiser
 from pyflocality.moments import Moments
 from pyflocality.noise import DDPMSchedule, NoiseSchedule
 from pyflocality.sampling import sample
@@ -89,9 +97,9 @@ class SensitivityRun:
 
 def sensitivity_along_run(
     denoiser: Denoiser,
-    pixels: Pixel | list[Pixel],
+    pixels: Pixel | Sequence[Pixel],
     *,
-    n: int = 32,
+    n: int | None = None,
     steps: int = 1000,
     every: int = 1,
     schedule: NoiseSchedule | None = None,
@@ -104,7 +112,7 @@ def sensitivity_along_run(
     Args:
         denoiser: Any denoiser of this library.
         pixels: One output value (c, h, w), or several.
-        n: Number of samples whose fields are averaged.
+        n: Number of samples whose fields are averaged: by default those of `x_T`, or 32.
         steps: Number of steps of the run.
         every: Fields are taken at each `every`-th step, the first included.
         schedule: Noise schedule; by default `DDPMSchedule()`.
@@ -117,14 +125,12 @@ def sensitivity_along_run(
         ValueError: An argument has the wrong shape or range.
     """
     check_denoiser(denoiser)
-    chosen = [pixels] if isinstance(pixels, tuple) else list(pixels)
-    chosen = [check_pixel(pixel, denoiser.image_shape) for pixel in chosen]
-    if not chosen or every < 1:
-        raise ValueError("`pixels` must hold at least one pixel and `every` be at least 1")
+    chosen = _check_pixels(pixels, denoiser.image_shape)
+    every = check_count(every, "every")
     schedule = DDPMSchedule() if schedule is None else schedule
     out = sample(
         denoiser,
-        n if x_T is None else None,
+        32 if n is None and x_T is None else n,
         schedule=schedule,
         steps=steps,
         x_T=x_T,
@@ -227,30 +233,34 @@ def snr_ruler(
     return variance * (alpha / sigma) ** 2
 
 
-def check_denoiser(denoiser: object) -> None:
-    """A denoiser of this library."""
-    if not isinstance(denoiser, Denoiser):
-        raise TypeError(
-            "`denoiser` must be a Denoiser (NetworkDenoiser wraps a trained network), got "
-            f"{describe(denoiser)}"
-        )
-
-
 def check_moments(moments: object) -> None:
     """Moments of a training set."""
     if not isinstance(moments, Moments):
         raise TypeError(f"`moments` must be Moments, got {describe(moments)}")
 
 
-def check_pixel(pixel: object, image_shape: tuple[int, int, int]) -> Pixel:
+def check_pixel(pixel: object, image_shape: tuple[int, int, int], name: str = "pixel") -> Pixel:
     """An output value (c, h, w) of an image, counted from the start."""
-    whole = isinstance(pixel, (tuple, list)) and len(pixel) == 3
-    if not whole or not all(isinstance(i, int) and not isinstance(i, bool) for i in pixel):
-        raise TypeError(f"`pixel` must be three whole numbers (c, h, w), got {describe(pixel)}")
+    if not isinstance(pixel, Sequence) or len(pixel) != 3 or not all(map(_is_whole, pixel)):
+        raise TypeError(f"`{name}` must be three whole numbers (c, h, w), got {describe(pixel)}")
     if not all(-size <= i < size for i, size in zip(pixel, image_shape, strict=True)):
-        raise ValueError(f"`pixel` must lie in an image of {tuple(image_shape)}, got {pixel}")
-    channel, row, column = (i % size for i, size in zip(pixel, image_shape, strict=True))
+        raise ValueError(f"`{name}` must lie in an image of {tuple(image_shape)}, got {pixel}")
+    channel, row, column = (int(i) % size for i, size in zip(pixel, image_shape, strict=True))
     return channel, row, column
+
+
+def _check_pixels(pixels: object, image_shape: tuple[int, int, int]) -> list[Pixel]:
+    """One output value or several, at least one."""
+    if not isinstance(pixels, Sequence) or len(pixels) == 0:
+        raise TypeError(
+            f"`pixels` must be one output value (c, h, w) or several, got {describe(pixels)}"
+        )
+    several = [pixels] if any(map(_is_whole, pixels)) else pixels
+    return [check_pixel(pixel, image_shape, "pixels") for pixel in several]
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, numbers.Integral) and not isinstance(number, bool)
 
 
 def _flat(pixel: Pixel, image_shape: tuple[int, ...]) -> int:

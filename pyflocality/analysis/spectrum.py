@@ -22,9 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_count, check_level, describe
-from pyflocality.analysis.sensitivity import check_denoiser
-from pyflocality.denoisers.base import Denoiser
+from pyflocality._checks import check_batch, check_count, check_level, describe
+from pyflocality.denoisers.base import Denoiser, check_denoiser
 
 # Relative accuracy asked of the solvers: products in float32 are good for some 1e-6.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -101,8 +100,9 @@ def jacobian_spectrum(
         seed: Seed of the solver's starting vector.
 
     Returns:
-        Eigenpairs and their residuals: symmetrised, the k largest eigenvalues; else the k
-        largest by absolute value. float64 if x is, else computed in float32.
+        Eigenpairs and their residuals, on the CPU: symmetrised, the k largest eigenvalues; else
+        the k largest by absolute value. Products are computed in float64 if x is, else in
+        float32. All eigenvalues are 0 where the Jacobian is, as where one image is recited.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -112,13 +112,21 @@ def jacobian_spectrum(
     linalg = _solvers()
     jacobian = _Jacobian(denoiser, x, sigma, alpha)
     k = jacobian.check_k(k)
-    options = {"v0": jacobian.start(seed), "tol": jacobian.tolerance}
+    start = jacobian.start(seed)
+    options = {"v0": start, "tol": jacobian.tolerance}
+    product = jacobian.symmetric if symmetrized else jacobian.forward
+    operator = jacobian.operator(linalg, product, None)
+    if jacobian.is_zero(product, start):
+        kind = np.float64 if symmetrized else np.complex128
+        values, vectors = np.zeros(k, kind), np.eye(jacobian.size, k, dtype=kind)
+        residuals = torch.zeros(k, dtype=torch.float64)
+        return Spectrum(
+            torch.from_numpy(values), jacobian.images(vectors), residuals, jacobian.products
+        )
     if symmetrized:
-        operator = jacobian.operator(linalg, jacobian.symmetric, None)
         values, vectors = linalg.eigsh(operator, k, which="LA", **options)
         order = np.argsort(-values)
     else:
-        operator = jacobian.operator(linalg, jacobian.forward, None)
         values, vectors = linalg.eigs(operator, k, which="LM", **options)
         order = np.argsort(-np.abs(values), kind="stable")
     values, vectors = values[order], vectors[:, order]
@@ -149,8 +157,12 @@ def jacobian_singular(
     jacobian = _Jacobian(denoiser, x, sigma, alpha)
     k = jacobian.check_k(k)
     operator = jacobian.operator(linalg, jacobian.forward, jacobian.transposed)
-    options = {"v0": jacobian.start(seed), "tol": jacobian.tolerance}
-    left, values, right = linalg.svds(operator, k, **options)
+    start = jacobian.start(seed)
+    if jacobian.is_zero(lambda v: jacobian.transposed(jacobian.forward(v)), start):
+        vectors = jacobian.images(np.eye(jacobian.size, k))
+        zeros = torch.zeros(k, dtype=torch.float64)
+        return SingularSpectrum(zeros, vectors, vectors.clone(), jacobian.products)
+    left, values, right = linalg.svds(operator, k, v0=start, tol=jacobian.tolerance)
     order = np.argsort(-values)
     return SingularSpectrum(
         torch.from_numpy(values[order].copy()),
@@ -188,6 +200,7 @@ def jacobian_trace(
         ValueError: An argument has the wrong shape or range.
     """
     check_denoiser(denoiser)
+    x = check_batch(x, denoiser.image_shape, denoiser.device, "x")
     probes = check_count(probes, "probes", minimum=2)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     found = []
@@ -206,8 +219,8 @@ def local_linearity(
 ) -> Tensor:
     """How far a denoiser is from its own linearisation: |J x - f(x)| / |f(x)|, float64 [B].
 
-    0 for bias-free networks, which are piecewise linear, and for the Wiener filter of centred
-    data.
+    0 for bias-free networks, which are piecewise linear, if their range of values is centred on 0
+    (another one adds a constant to x), and for the Wiener filter of centred data.
 
     Args:
         denoiser: Any denoiser of this library.
@@ -220,6 +233,7 @@ def local_linearity(
         ValueError: An argument has the wrong shape or range.
     """
     check_denoiser(denoiser)
+    x = check_batch(x, denoiser.image_shape, denoiser.device, "x")
     answer, product = denoiser.jvp(x, x[None], sigma, alpha)
     answer, product = answer.double().flatten(1), product[0].double().flatten(1)
     return (product - answer).norm(dim=1) / answer.norm(dim=1)
@@ -240,9 +254,12 @@ class _Jacobian:
             )
         sigma = check_level(sigma, 1, x.device, "sigma", allow_zero=False)
         alpha = check_level(alpha, 1, x.device, "alpha", allow_zero=False)
-        self.denoiser, self.x, self.level = denoiser, x.detach(), (sigma, alpha)
+        x = check_batch(x, denoiser.image_shape, denoiser.device, "x").detach()
+        # In half precision the products would be too coarse for the solvers.
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        self.denoiser, self.x, self.level = denoiser, x, (sigma, alpha)
         self.size = x.numel()
-        self.tolerance = _TOLERANCE[torch.float64 if x.dtype == torch.float64 else torch.float32]
+        self.tolerance = _TOLERANCE[x.dtype]
         self.products = 0
 
     def check_k(self, k: int) -> int:
@@ -253,7 +270,15 @@ class _Jacobian:
 
     def start(self, seed: int) -> np.ndarray:
         """A starting vector for the solvers."""
+        seed = check_count(seed, "seed", minimum=0)
         return np.random.default_rng(seed).standard_normal(self.size)
+
+    def is_zero(self, product: Callable[[np.ndarray], np.ndarray], start: np.ndarray) -> bool:
+        """Whether a random vector is mapped to 0, and with it, for sure, every vector.
+
+        So it is where a model recites one image. The solvers refuse such an operator.
+        """
+        return not product(start[:, None]).any()
 
     def forward(self, vectors: np.ndarray) -> np.ndarray:
         """J v of vectors [D, n]."""

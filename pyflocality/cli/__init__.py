@@ -1,6 +1,7 @@
 """The command line.
 
-    pyflocality generate | compare | moments | sensitivity | spectrum | memorize | doctor
+    pyflocality generate | compare | moments | sensitivity | spectrum | memorize | pack
+    | plan | doctor
 
 Every command answers a mistake with one line on standard error. Exit codes: 0 done, 1 this
 machine cannot do it (missing package, backend, memory, disk), 2 wrong arguments or inputs,
@@ -19,6 +20,8 @@ from pyflocality.cli._compare import compare
 from pyflocality.cli._doctor import doctor
 from pyflocality.cli._generate import generate
 from pyflocality.cli._moments import moments
+from pyflocality.cli._pack import pack
+from pyflocality.cli._plan import plan
 
 app = typer.Typer(
     name="pyflocality",
@@ -27,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, compare, moments, sensitivity, spectrum, memorize, doctor):
+for _command in (generate, compare, moments, sensitivity, spectrum, memorize, pack, plan, doctor):
     app.command()(_command)
 
 

@@ -162,7 +162,12 @@ def spectrum(
     times = [int(time) if time.is_integer() else time for time in _parse_numbers(t, "t", float)]
     sampling = Sampling(1, 1, schedule.value, "ddim", seed)
     sampling.check()
+    names = [f"t = {time:g}" for time in times]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`t` must hold different times, got {t!r}")
     levels = [sampling.noise_schedule()(time) for time in times]
+    if not all(alpha > 0 and sigma > 0 for alpha, sigma in levels):
+        raise ValueError(f"`t` must be times with both signal and noise, got {t!r}")
     _need("scipy", "analysis")
 
     def work(job: _Job) -> tuple[_Arrays, Figure, dict[str, Any]]:
@@ -176,10 +181,10 @@ def spectrum(
         noise = torch.randn(1, *job.data.image_shape, generator=generator)
         clean = job.data.values(image, image + 1)
         spectra = {}
-        for time_, (alpha, sigma) in zip(times, levels, strict=True):
-            with job.stages(f"t = {time_:g}", f"eigenpairs at t = {time_:g}"):
+        for name, (alpha, sigma) in zip(names, levels, strict=True):
+            with job.stages(name, f"eigenpairs at {name}"):
                 x = alpha * clean + sigma * noise
-                spectra[f"t = {time_:g}"] = analysis.jacobian_spectrum(found, x, sigma, alpha, k=k)
+                spectra[name] = analysis.jacobian_spectrum(found, x, sigma, alpha, k=k)
         arrays = {
             "values": torch.stack([s.values for s in spectra.values()]).numpy(),
             "vectors": torch.stack([s.vectors for s in spectra.values()]).numpy(),

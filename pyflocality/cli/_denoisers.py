@@ -27,6 +27,7 @@ class Entry:
         needs_moments: Whether it is made of moments: "no", "also" beside the images, or "only".
         required: Options that must be given.
         centred: Whether its window lies around a pixel, so that its side must be odd.
+        subsets: Ways in which it can search part of the images, keys of `SUBSETS`.
     """
 
     class_name: str
@@ -36,7 +37,14 @@ class Entry:
     needs_moments: str = "no"
     required: tuple[str, ...] = ()
     centred: bool = False
+    subsets: tuple[str, ...] = ()
 
+
+# Classes in `pyflocality.denoisers` that wrap a denoiser, and what tells how much they search.
+SUBSETS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "golden": ("GoldenSubset", ("k_min", "k_max")),
+    "certified": ("CertifiedSubset", ("tol",)),
+}
 
 _SCAN = {"backend": "backend", "memory_budget": "memory_budget"}
 
@@ -53,6 +61,7 @@ DENOISERS: dict[str, Entry] = {
         },
         ("masked_posterior",),
         needs_moments="also",
+        subsets=("golden",),
     ),
     "local": Entry(
         "LocalDenoiser",
@@ -60,6 +69,7 @@ DENOISERS: dict[str, Entry] = {
         {"window": "window", "temperature": "temperature", **_SCAN},
         ("window_posterior",),
         centred=True,
+        subsets=("golden",),
     ),
     "equivariant": Entry(
         "EquivariantDenoiser",
@@ -67,6 +77,7 @@ DENOISERS: dict[str, Entry] = {
         {"window": "window", "boundary": "boundary", "temperature": "temperature", **_SCAN},
         ("equivariant_posterior",),
         centred=True,
+        subsets=("golden",),
     ),
     "patch-set": Entry(
         "PatchSetDenoiser",
@@ -74,12 +85,14 @@ DENOISERS: dict[str, Entry] = {
         {"window": "window", "temperature": "temperature", **_SCAN},
         ("patch_set",),
         required=("window",),
+        subsets=("golden",),
     ),
     "optimal": Entry(
         "OptimalDenoiser",
         "one posterior per image: recites the training set",
         {"temperature": "temperature", **_SCAN},
         ("global_posterior",),
+        subsets=("golden", "certified"),
     ),
     "wiener": Entry("WienerDenoiser", "the best linear one", {}, (), needs_moments="only"),
     "ledoit-wolf": Entry(
@@ -158,6 +171,46 @@ class DenoiserOptions:
         return {
             option: getattr(denoiser, argument) for option, argument in self.entry.options.items()
         }
+
+
+@dataclass(frozen=True)
+class SubsetOptions:
+    """A search of part of the images, as it is asked for.
+
+    Attributes:
+        name: Key of `SUBSETS`.
+    """
+
+    name: str
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether it is made of moments."""
+        return self.name == "certified"
+
+    def check(self, denoiser: DenoiserOptions, *, flip: bool) -> None:
+        """Refuse what cannot be wrapped, before any work."""
+        if self.name not in denoiser.entry.subsets:
+            names = " or ".join(
+                name for name, entry in DENOISERS.items() if self.name in entry.subsets
+            )
+            raise ValueError(f"`subset` {self.name} is of {names}, not of {denoiser.name}")
+        if flip:
+            raise ValueError("`subset` is of the images themselves, it does not go with `flip`")
+        if denoiser.given.get("aggregation") == "batch_mean":
+            raise ValueError("`subset` does not go with `aggregation` batch-mean")
+
+    def build(self, denoiser: Denoiser, moments: Moments | None) -> Denoiser:
+        """The denoiser over subsets."""
+        from pyflocality import denoisers
+
+        make = getattr(denoisers, SUBSETS[self.name][0])
+        return make(denoiser, moments=moments) if self.needs_moments else make(denoiser)
+
+    def in_force(self, denoiser: Denoiser) -> dict[str, Any]:
+        """Name and sizes, as the denoiser over subsets has them."""
+        sizes = SUBSETS[self.name][1]
+        return {"name": self.name, **{size: getattr(denoiser, size) for size in sizes}}
 
 
 def split_options(names: Sequence[str], given: Mapping[str, Any]) -> list[DenoiserOptions]:

@@ -11,7 +11,8 @@ import typer
 
 from pyflocality.cli import _generate_options as options
 from pyflocality.cli import _options as common
-from pyflocality.cli._denoisers import DenoiserOptions
+from pyflocality.cli._checkpoint import KeptAnswers
+from pyflocality.cli._denoisers import DenoiserOptions, SubsetOptions
 from pyflocality.cli._errors import reported
 from pyflocality.cli._files import Outputs
 from pyflocality.cli._generate_options import Sampling
@@ -41,6 +42,7 @@ class Plan:
 
     source: SourceOptions
     denoiser: DenoiserOptions
+    subset: SubsetOptions | None
     sampling: Sampling
     flip: bool
     moments: Path | None
@@ -54,9 +56,17 @@ class Plan:
         """Refuse everything that can be refused without the images."""
         self.source.check()
         self.denoiser.check()
+        if self.subset is not None:
+            self.subset.check(self.denoiser, flip=self.flip)
         self.sampling.check()
-        if self.moments is not None and self.denoiser.entry.needs_moments == "no":
+        if self.moments is not None and not self.needs_moments:
             raise ValueError(f"`moments` is of no use to the denoiser {self.denoiser.name}")
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether anything is made of moments."""
+        by_subset = self.subset is not None and self.subset.needs_moments
+        return self.denoiser.entry.needs_moments != "no" or by_subset
 
     @property
     def singles(self) -> list[Path]:
@@ -82,6 +92,7 @@ def generate(
     temperature: options.Temperature = None,
     aggregation: options.Aggregation = None,
     loader_batch: options.LoaderBatch = None,
+    subset: options.Subset = None,
     moments: options.MomentsFile = None,
     backend: options.Backend = None,
     memory_budget: options.MemoryBudget = None,
@@ -107,7 +118,8 @@ def generate(
 
     Writes into the folder --out: samples.png (the images, each above the training image nearest
     to it), samples.npy (their values, float32 in [-1, 1]), trajectory.png (the way from noise to
-    image) and run.json (settings, versions, timings).
+    image) and run.json (settings, versions, timings). A run that was interrupted goes on behind
+    its last finished step when it is started again with the same options.
     """
     given = given_options(
         window,
@@ -122,6 +134,7 @@ def generate(
     plan = Plan(
         SourceOptions(source, resolution, channels, split, label, device),
         DenoiserOptions(denoiser.value, given),
+        None if subset is None else SubsetOptions(subset.value),
         Sampling(n, steps, schedule.value, sampler.value, seed),
         flip,
         moments,
@@ -134,9 +147,11 @@ def generate(
     plan.check()
     start = time.perf_counter()
     with Outputs(plan.files, force=force) as outputs:
-        text = finished(_run(plan, outputs), start)
+        record, kept = _run(plan, outputs)
+        text = finished(record, start)
         outputs.temporary[plan.files[-1]].write_text(text + "\n", encoding="utf-8")
         outputs.commit()
+    kept.forget()
     if as_json:
         typer.echo(text)
     else:
@@ -144,41 +159,55 @@ def generate(
         typer.echo(f"{n} images in {time.perf_counter() - start:.1f} s: {listed}")
 
 
-def _run(plan: Plan, outputs: Outputs) -> dict[str, Any]:
-    """Load, sample and draw; the record of it."""
+def _run(plan: Plan, outputs: Outputs) -> tuple[dict[str, Any], KeptAnswers]:
+    """Load, sample and draw; the record of it, and the answers that were kept on the way."""
     from pyflocality import Moments, trace_backends
+    from pyflocality._backends import requested_backend
 
     stages = Stages(announce=plan.progress)
     moments = None if plan.moments is None else Moments.load(plan.moments)
     with trace_backends() as backends:
         with stages("load", f"loading {plan.source.source}"):
             data = plan.source.load(progress=plan.progress).augmented(flip=plan.flip)
-        if plan.denoiser.entry.needs_moments != "no":
+        if plan.needs_moments:
             moments = complete_moments(data, moments, stages)
         denoiser = plan.denoiser.build(data, moments)
-        observed = ObservedDenoiser(denoiser)
+        searched = denoiser if plan.subset is None else plan.subset.build(denoiser, moments)
+        observed = ObservedDenoiser(searched)
         sampling = plan.sampling
+        settings = {
+            "data": data_record(data, flip=plan.flip),
+            "denoiser": {"name": plan.denoiser.name, **plan.denoiser.in_force(denoiser)},
+            "subset": None if plan.subset is None else plan.subset.in_force(searched),
+            "software": software(),
+        }
+        others = {
+            "moments": None if plan.moments is None else moments.content_key(),
+            "sampling": asdict(sampling),
+            "backend": requested_backend(None),
+        }
+        kept = KeptAnswers(observed, plan.out, settings | others)
         with stages("sampling", f"sampling {sampling.n} images in {sampling.steps} steps"):
-            result = draw(observed, sampling, progress=plan.progress)
+            result = draw(kept, sampling, progress=plan.progress)
         neighbours = None
         if plan.nearest:
             budget = plan.denoiser.given.get("memory_budget")
             neighbours = neighbours_of(result.images, data, budget, stages)
     _write(plan, outputs, result, data, neighbours)
-    return {
+    record = {
         "command": "generate",
         "source": asdict(plan.source),
-        "data": data_record(data, flip=plan.flip),
-        "denoiser": {"name": plan.denoiser.name, **plan.denoiser.in_force(denoiser)},
+        **settings,
         "moments": None if plan.moments is None else str(plan.moments),
         "sampling": sampling_record(sampling, result.timesteps),
-        "software": software(),
         "backends": backends_record(backends),
         "seconds": stages.seconds,
         "calls": observed.calls,
+        "resumed_calls": kept.found,
         "nearest": None if neighbours is None else neighbour_record(neighbours, data),
         "files": [path.name for path in plan.files],
     }
+    return record, kept
 
 
 def _write(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyflocality.cli._denoisers import DENOISERS
+from pyflocality.cli._denoisers import DENOISERS, SUBSETS
 from pyflocality.cli._options import MODEL, OUTPUT
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ SamplerName = _choice("SamplerName", ["ddim", "euler", "heun"])
 BackendName = _choice("BackendName", ["auto", "reference", "cpu", "triton", "cuda"])
 BoundaryName = _choice("BoundaryName", ["circular", "broken"])
 AggregationName = _choice("AggregationName", ["exact", "batch-mean"])
+SubsetName = _choice("SubsetName", list(SUBSETS))
 
 _DENOISERS_HELP = "; ".join(f"{name}: {entry.summary}" for name, entry in DENOISERS.items())
 
@@ -121,6 +122,15 @@ LoaderBatch = Annotated[
     int | None,
     typer.Option(
         help="Images a batch of --aggregation batch-mean. 256 if not given.", rich_help_panel=MODEL
+    ),
+]
+Subset = Annotated[
+    SubsetName | None,
+    typer.Option(
+        help="Search part of the images. golden: the nearest to each noisy image, a twentieth to "
+        "a tenth of the set, without a bound on the difference; certified, for optimal: until the "
+        "rest holds at most a thousandth of the posterior, proven.",
+        rich_help_panel=MODEL,
     ),
 ]
 Flip = Annotated[

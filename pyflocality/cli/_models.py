@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pyflocality import Moments, SampleResult, TrainingSet
+    from pyflocality.cli._checkpoint import KeptAnswers
     from pyflocality.cli._generate_options import Sampling
     from pyflocality.ops.nearest import Neighbours
 
@@ -53,7 +54,9 @@ def complete_moments(data: TrainingSet, moments: Moments | None, stages: Stages)
     return moments
 
 
-def draw(observed: ObservedDenoiser, sampling: Sampling, *, progress: bool) -> SampleResult:
+def draw(
+    observed: ObservedDenoiser | KeptAnswers, sampling: Sampling, *, progress: bool
+) -> SampleResult:
     """Sample; the same seed starts every denoiser from the same noise."""
     import torch
 

@@ -22,7 +22,8 @@ Source = Annotated[
     typer.Argument(
         metavar="SOURCE",
         help="Training images: digits, photos, disks or c_alpha (builtin sets), a folder or .zip "
-        "of images, a .npy or .npz file, MNIST idx files, a folder of CIFAR batches.",
+        "of images, a .npy or .npz file, MNIST idx files, a folder of CIFAR batches, a folder "
+        "that `pyflocality pack` wrote.",
         show_default=False,
     ),
 ]

@@ -8,6 +8,7 @@ value per image of the batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from pyflocality._autograd import (
     directional,
     estimate,
+    has_parameters,
     jvp_by_torch,
     transposed,
     vjp_by_torch,
@@ -33,6 +35,7 @@ from pyflocality._checks import (
 from pyflocality._operators import new_handle
 from pyflocality._tangents import check_directions
 from pyflocality._transforms import (
+    in_full_precision,
     is_differentiated,
     is_traced,
     outside_transforms,
@@ -55,7 +58,8 @@ class Denoiser(nn.Module):
 
     A subclass defines `_denoise`, in operations that torch differentiates wherever its arguments
     are differentiated, and better derivatives than torch's in `_jvp` and `_vjp`. Where it has
-    parameters, all its operations are left to torch.
+    parameters, all its operations are left to torch, `torch.autocast` included; others compute in
+    full precision inside it.
 
     Args:
         image_shape: Shape (C, H, W) of the images it denoises.
@@ -133,7 +137,8 @@ class Denoiser(nn.Module):
         if in_parts or is_differentiated(x, tangents, sigma, alpha):
             found = directional(self, x, sigma, alpha, tangents)
             return estimate(self, x, sigma, alpha), found
-        with torch.no_grad():
+        own = nullcontext() if has_parameters(self) else in_full_precision(x.device)
+        with torch.no_grad(), own:
             return self._jvp(x, tangents, sigma, alpha)
 
     def vjp(
@@ -241,6 +246,15 @@ def join_batch(parts: Sequence[Tensor], members: Sequence[Members], axis: int = 
     if len(parts) == 1:
         return parts[0]
     return torch.cat(list(parts), axis).index_select(axis, torch.cat(list(members)).argsort())
+
+
+def check_denoiser(denoiser: object) -> None:
+    """A denoiser of this library."""
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(
+            "`denoiser` must be a Denoiser (NetworkDenoiser wraps a trained network), got "
+            f"{describe(denoiser)}"
+        )
 
 
 def check_set(data: object) -> TrainingSet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections import OrderedDict
@@ -19,7 +20,8 @@ from pyflocality._certificate import (
     read_certified,
     subset_stages,
 )
-from pyflocality._checks import describe
+from pyflocality._checks import check_one_level, describe
+from pyflocality._mapped import read_checked
 from pyflocality._transforms import is_differentiated
 from pyflocality.denoisers.base import Denoiser
 from pyflocality.denoisers.golden import refuse_augmented
@@ -91,6 +93,8 @@ class CertifiedSubset(Denoiser):
             is augmented.
     """
 
+    symmetric_jacobian = True
+
     def __init__(
         self, denoiser: OptimalDenoiser, tol: float = 1e-3, *, moments: Moments | None = None
     ) -> None:
@@ -139,8 +143,20 @@ class CertifiedSubset(Denoiser):
         return self._index
 
     def plan(self, sigma: float, alpha: float = 1.0) -> SubsetPlan:
-        """What is done at a noise level; see the description of the class."""
-        level = (float(sigma), float(alpha))
+        """What is done at a noise level; see the description of the class.
+
+        Args:
+            sigma: Noise level, not negative.
+            alpha: Signal coefficient, positive.
+
+        Raises:
+            TypeError: A level is not a number.
+            ValueError: A level is out of range.
+        """
+        level = (
+            check_one_level(sigma, "sigma", allow_zero=True),
+            check_one_level(alpha, "alpha", allow_zero=False),
+        )
         if level not in self._plans:
             index, scale = self.index, self._scale(*level)
             self._plans[level] = plan_level(index, scale, self._tolerance(torch.float32))
@@ -158,7 +174,7 @@ class CertifiedSubset(Denoiser):
 
         Args:
             x: Noisy images, [B, C, H, W].
-            sigma: Noise level, a number or [B]; at 0 a tie of different images cannot be
+            sigma: Noise level, a number or [B]; near 0 a tie, of equal images too, cannot be
                 certified, and the bound is the range of the data.
             alpha: Signal coefficient, a number or [B], positive.
 
@@ -211,7 +227,8 @@ class CertifiedSubset(Denoiser):
 
     def _read(self, noisy: Tensor, sigma: float, alpha: float, limit: int | None) -> Reading | None:
         """One certified answer; None where more than `limit` images would have to be read."""
-        return read_certified(
+        read = functools.partial(
+            read_certified,
             self.denoiser.data,
             self.index,
             noisy.detach().double().flatten() / alpha,
@@ -221,6 +238,7 @@ class CertifiedSubset(Denoiser):
             limit=limit,
             memory_budget=self.denoiser.memory_budget,
         )
+        return read_checked(self.denoiser.data.images, read)
 
     def _scale(self, sigma: float, alpha: float) -> float:
         """Factor of the squared distances of x / alpha in the exponent."""

@@ -43,7 +43,7 @@ class FilteredPosteriorDenoiser(PosteriorDenoiser):
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: The weights have the wrong shape, or are negative, NaN or infinite.
+        ValueError: The weights have the wrong shape, or are negative, NaN or above 1e9.
 
     References:
         Niedoba, Zwartsenberg, Murphy and Wood, Towards a mechanistic explanation of diffusion
@@ -69,7 +69,8 @@ class FilteredPosteriorDenoiser(PosteriorDenoiser):
         values = data.num_values
         if response_weights is not None:
             responses = self._as_weights(response_weights, "response_weights")
-            self._weights, self._responses = check_pair(self._weights, responses, values)
+            names = "query_weights", "response_weights"
+            self._weights, self._responses = check_pair(self._weights, responses, values, names)
         elif self._weights.shape != (values, values):
             raise ValueError(
                 f"`query_weights` must have shape [{values}, {values}] where every query answers "

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from pyflocality._budget import memory_budget_bytes
-from pyflocality._checks import check_count, describe
+from pyflocality._checks import check_count, check_float_tensor, check_one_level, describe
+from pyflocality._mapped import read_checked, streamed
 from pyflocality._transforms import without_derivatives
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, PosteriorDenoiser
@@ -66,7 +67,16 @@ def golden_sizes(
         k_max: Images at nothing but noise.
         sigma: Noise level, not negative.
         alpha: Signal coefficient, positive.
+
+    Raises:
+        TypeError: An argument is no number.
+        ValueError: Not 1 <= k_min <= k_max <= count, or a level is out of range.
     """
+    check_count(count, "count")
+    k_max = _checked_size(k_max, "k_max", count)
+    k_min = _checked_size(k_min, "k_min", k_max)
+    sigma = check_one_level(sigma, "sigma", allow_zero=True)
+    alpha = check_one_level(alpha, "alpha", allow_zero=False)
     g = 1.0 - sigma / math.hypot(alpha, sigma)
     kept = max(k_min, round(k_max - (k_max - k_min) * g))
     return SubsetSizes(round(k_max + (count - k_max) * g), kept)
@@ -128,8 +138,11 @@ class GoldenSubset(Denoiser):
         super().__init__(denoiser.image_shape)
         data = denoiser.data
         self.denoiser = denoiser
-        self.k_max = _checked_size(k_max, "k_max", len(data), len(data) / 10)
-        self.k_min = _checked_size(k_min, "k_min", self.k_max, len(data) / 20)
+        self.symmetric_jacobian = denoiser.symmetric_jacobian
+        k_max = max(1, round(len(data) / 10)) if k_max is None else k_max
+        self.k_max = _checked_size(k_max, "k_max", len(data))
+        k_min = max(1, min(round(len(data) / 20), self.k_max)) if k_min is None else k_min
+        self.k_min = _checked_size(k_min, "k_min", self.k_max)
         self.pool_resolution = check_count(pool_resolution, "pool_resolution")
         self.generator = generator
         self._pooled: Tensor | None = None
@@ -154,13 +167,27 @@ class GoldenSubset(Denoiser):
         """The images of the posterior of one noisy image.
 
         Args:
-            x: Noisy image, [C, H, W].
-            sigma: Noise level.
-            alpha: Signal coefficient.
+            x: Noisy image, floating point, [C, H, W].
+            sigma: Noise level, not negative.
+            alpha: Signal coefficient, positive.
 
         Returns:
             Positions in the training set in ascending order, int64 [k].
+
+        Raises:
+            TypeError: x is not a floating-point tensor, or a level is not a number.
+            ValueError: x has the wrong shape or device or holds NaN, or a level is out of range.
         """
+        x = check_float_tensor(x, "x")
+        if tuple(x.shape) != self.image_shape or x.device != self.device:
+            expected = f"shape {list(self.image_shape)} on {self.device}"
+            raise ValueError(f"`x` must have {expected}, got {describe(x)}")
+        sigma = check_one_level(sigma, "sigma", allow_zero=True)
+        alpha = check_one_level(alpha, "alpha", allow_zero=False)
+        images = self.denoiser.data.images
+        return read_checked(images, self._select, x, sigma, alpha)
+
+    def _select(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
         images = self.denoiser.data.images
         sizes = self.sizes(sigma, alpha)
         if sizes.kept == len(images):
@@ -172,7 +199,8 @@ class GoldenSubset(Denoiser):
         pool = self._pool(y, sizes.pool)
         if pool is not None and len(pool) == sizes.kept:
             return pool.sort().values
-        distances = _distances(_chunks(images, pool), y)
+        chunks = _chunks(images, pool, self.denoiser.memory_budget)
+        distances = _distances(chunks, y)
         nearest = distances.topk(sizes.kept, largest=False).indices
         return (nearest if pool is None else pool[nearest]).sort().values
 
@@ -198,13 +226,15 @@ class GoldenSubset(Denoiser):
         data = self.denoiser.data
         if self._pooled is None or self._pooled.device != self.device:
             shape = self._pool_images(data.values(0, 1)).shape[1:]
-            size = 2 * len(data) * math.prod(shape)
-            if size > memory_budget_bytes(self.denoiser.memory_budget) // 2:
-                yield from map(self._pool_images, _chunks(data.images, None))
+            size, budget = 2 * len(data) * math.prod(shape), self.denoiser.memory_budget
+            if size > memory_budget_bytes(budget) // 2:
+                # Rounded like those that are kept: the budget must not change the answer.
+                for values in _chunks(data.images, None, budget):
+                    yield self._pool_images(values).half().float()
                 return
             pooled = torch.empty(len(data), *shape, dtype=torch.float16, device=self.device)
             for part, values in zip(
-                pooled.split(_CACHED_IMAGES), _chunks(data.images, None), strict=True
+                pooled.split(_CACHED_IMAGES), _chunks(data.images, None, budget), strict=True
             ):
                 part.copy_(self._pool_images(values))
             # Also where torch is differentiating, and lends its tensors for that long only.
@@ -219,10 +249,15 @@ class GoldenSubset(Denoiser):
             # From the moments of the whole set; the twin shares them.
             denoiser.weights_at(sigma, alpha)
         twin = copy.copy(denoiser)
-        chosen = without_derivatives(self.select(x, sigma, alpha))
-        if len(chosen) < len(denoiser.data):
-            images = denoiser.data.images.index_select(0, chosen)
-            twin.data = TrainingSet._of_valid(images, denoiser.data.name)
+        images = denoiser.data.images
+
+        def gather() -> Tensor:
+            chosen = without_derivatives(self._select(x, sigma, alpha))
+            return images.index_select(0, chosen) if len(chosen) < len(images) else images
+
+        chosen = read_checked(images, gather)
+        if chosen is not images:
+            twin.data = TrainingSet._of_valid(chosen, denoiser.data.name)
         return twin
 
     def _subsets(
@@ -275,20 +310,21 @@ def refuse_augmented(denoiser: PosteriorDenoiser) -> None:
         )
 
 
-def _checked_size(size: object, name: str, largest: int, default: float) -> int:
-    if size is None:
-        return max(1, min(round(default), largest))
+def _checked_size(size: object, name: str, largest: int) -> int:
     if check_count(size, name) > largest:
         raise ValueError(f"`{name}` must be at most {largest}, got {size}")
     return int(size)
 
 
-def _chunks(images: Tensor, chosen: Tensor | None) -> Iterator[Tensor]:
+def _chunks(
+    images: Tensor, chosen: Tensor | None, memory_budget: int | str | None
+) -> Iterator[Tensor]:
     """All or some images in the units in which they are stored, new float32, a few at a time."""
-    count = len(images) if chosen is None else len(chosen)
-    for start in range(0, count, _CACHED_IMAGES):
-        rows = slice(start, start + _CACHED_IMAGES)
-        stored = images[rows] if chosen is None else images.index_select(0, chosen[rows])
+    if chosen is None:
+        parts = streamed(images, _CACHED_IMAGES, memory_budget)
+    else:
+        parts = (images.index_select(0, rows) for rows in chosen.split(_CACHED_IMAGES))
+    for stored in parts:
         yield stored.to(torch.float32, copy=True)
 
 

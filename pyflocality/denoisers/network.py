@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from pyflocality._autograd import vjp_by_torch
@@ -59,7 +61,10 @@ class NetworkDenoiser(Denoiser):
     The network is evaluated in the dtype and on the device of its parameters, in the mode
     (`.train()` or `.eval()`) it is in; the rest is computed in at least float32. Gradients flow
     as through any module, to x and to the parameters. `jvp` sends its directions through it in
-    batches (`torch.vmap` over forward mode), `vjp` goes back through one graph for each.
+    batches (`torch.vmap` over forward mode), `vjp` goes back through one graph for each; both
+    keep what is needed for further derivatives, by the parameters too, only where x, the
+    directions or a level require grad. They refuse a network whose dropout or batch
+    normalisation is in training mode, which is another function at every call.
 
     Args:
         module: The network; its output has the shape of its input.
@@ -72,7 +77,7 @@ class NetworkDenoiser(Denoiser):
         TypeError: An argument has the wrong type.
         ValueError: `predicts`, `takes` or `value_range` is none of the possible ones, or
             `image_shape` is not three positive numbers; on a call, the network answers with
-            another shape.
+            another shape, or derivatives are asked of dropout in training mode.
 
     References:
         Ho, Jain and Abbeel, Denoising diffusion probabilistic models, 2020 (noise).
@@ -140,6 +145,7 @@ class NetworkDenoiser(Denoiser):
         def along(tangent: Tensor) -> Tensor:
             return torch.func.jvp(lambda z: self._denoise(z, sigma, alpha), (x,), (tangent,))[1]
 
+        _check_same_every_time(self.module)
         estimates = self._denoise(x, sigma, alpha)
         if tangents.numel() == 0:
             return estimates, torch.zeros_like(tangents)
@@ -149,6 +155,7 @@ class NetworkDenoiser(Denoiser):
             return estimates, torch.cat([torch.vmap(along)(part) for part in parts])
 
     def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        _check_same_every_time(self.module)
         products = vjp_by_torch(self._denoise, x, cotangents, sigma, alpha)
         # Parameters alone are no reason to keep the graph.
         differentiated = is_differentiated(x, cotangents, sigma, alpha)
@@ -200,6 +207,18 @@ class _ForwardMode(TorchFunctionMode):
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
+
+
+def _check_same_every_time(module: nn.Module) -> None:
+    """Refuse derivatives of what is another function at every call."""
+    for name, part in module.named_modules():
+        dropout = isinstance(part, _DropoutNd) and part.p > 0
+        norm = isinstance(part, _BatchNorm) and part.track_running_stats
+        if part.training and (dropout or norm):
+            raise ValueError(
+                "`module` must be in evaluation mode for derivatives (call `.eval()`), its "
+                f"{type(part).__name__} {name!r} is in training mode"
+            )
 
 
 def _check_image_shape(image_shape: object) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyflocality._checks import describe
+from pyflocality._checks import check_positive, describe
 from pyflocality._transforms import outside_transforms
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Level, PosteriorDenoiser, join_levels, split_levels
@@ -162,7 +162,7 @@ def masks_from_maps(maps: Tensor, share: float) -> Tensor:
         their values, the first of equals first, until the share is reached.
 
     Raises:
-        TypeError: `maps` is not a floating-point tensor.
+        TypeError: `maps` is not a floating-point tensor, or `share` not a number.
         ValueError: `maps` has the wrong shape or holds NaN or negative values, or `share` is
             out of range.
     """
@@ -172,7 +172,7 @@ def masks_from_maps(maps: Tensor, share: float) -> Tensor:
         raise ValueError(f"`maps` must have shape [H, W, H, W], got {describe(maps)}")
     if not (maps >= 0).all() or not torch.isfinite(maps).all():
         raise ValueError("`maps` holds NaN, infinite or negative values")
-    if not 0 < share <= 1:
+    if check_positive(share, "share") > 1:
         raise ValueError(f"`share` must be in (0, 1], got {share}")
     flat = maps.double().flatten(2)
     sorted_values, order = flat.sort(dim=-1, descending=True, stable=True)

@@ -156,7 +156,10 @@ class PCALocalityDenoiser(QueryDenoiser):
 
     def _queries(self, sigma: float, alpha: float) -> dict[str, Any]:
         if self.aggregation != "exact":
-            raise TypeError("posteriors of a PCALocalityDenoiser need aggregation='exact'")
+            raise TypeError(
+                "`aggregation` must be 'exact' where posteriors are looked at, got "
+                f"{self.aggregation!r}"
+            )
         return {"weights": self.weights_at(sigma, alpha)}
 
     def _over_levels(

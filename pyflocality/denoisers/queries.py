@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_positive
+from pyflocality._checks import check_positive, describe
 from pyflocality.denoisers.base import PosteriorDenoiser, join_levels, split_levels
 from pyflocality.ops.log_sum_exp import posterior_log_sum_exp
 from pyflocality.weights import QueryWeights
@@ -40,9 +40,11 @@ class QueryDenoiser(PosteriorDenoiser):
 
         Raises:
             TypeError: An argument has the wrong type.
-            ValueError: An argument has the wrong shape, device or range.
+            ValueError: An argument has the wrong shape, device or range; there is no image.
         """
         x, sigma, alpha = self._checked(x, sigma, alpha)
+        if len(x) == 0:
+            raise ValueError(f"`x` must hold at least one image, got {describe(x)}")
         options = self._posterior_options
         if temperature is not None:
             options["temperature"] = check_positive(temperature, "temperature")

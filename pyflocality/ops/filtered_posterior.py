@@ -246,15 +246,18 @@ def filtered_posterior_vjp(
 
 
 def check_pair(
-    weights: Tensor | QueryWeights, responses: Tensor | QueryWeights, values: int
+    weights: Tensor | QueryWeights,
+    responses: Tensor | QueryWeights,
+    values: int,
+    names: tuple[str, str] = ("weights", "responses"),
 ) -> tuple[QueryWeights, QueryWeights]:
     """Weights and responses of the same queries, with an answer for every value.
 
     Values that no query answers are left to one more query without weights, whose posterior is
-    uniform.
+    uniform. Error messages call the two by `names`.
     """
     pair = []
-    for name, given in (("weights", weights), ("responses", responses)):
+    for name, given in zip(names, (weights, responses), strict=True):
         if not isinstance(given, QueryWeights):
             given = QueryWeights(given, name=name)
         if given.shape[1] != values:
@@ -265,7 +268,7 @@ def check_pair(
         pair.append(given)
     if pair[0].shape != pair[1].shape:
         raise ValueError(
-            f"`responses` must have shape {list(pair[0].shape)} like the weights, got "
+            f"`{names[1]}` must have shape {list(pair[0].shape)} like `{names[0]}`, got "
             f"{list(pair[1].shape)}"
         )
     unanswered = ~pair[1].answered

@@ -20,7 +20,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import numpy as np
 
 from pyflocality.sources import cache
 from pyflocality.sources.base import Loaded, Request, choose_split
-from pyflocality.sources.images import ColourFoundError, ImageFiles, decode_job
+from pyflocality.sources.images import ColourFoundError, ImageFiles, LabelledFiles, decode_job
 
 SUFFIXES = frozenset(
     ".png .jpg .jpeg .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .tga".split()
@@ -84,6 +84,22 @@ def load_zip(path: Path, request: Request) -> Loaded:
         return _load(tree, path.name, request)
 
 
+@contextmanager
+def open_files(path: Path, request: Request) -> Iterator[LabelledFiles]:
+    """The images of a folder or a zip archive, still encoded."""
+    with _zip_tree(path) if path.is_file() else nullcontext(_folder_tree(path)) as tree:
+        selection = _select(tree, request.split)
+        labels, label_names = _labels(tree, selection)
+        fingerprint = {"tree": tree.fingerprint, "files": sorted(tree.files.items())}
+        files = _image_files(tree, selection)
+        yield LabelledFiles(files, path.resolve().name, labels, label_names, fingerprint)
+
+
+def _image_files(tree: Tree, selection: Selection) -> ImageFiles:
+    total_bytes = sum(tree.files[name][0] for name in selection.names)
+    return ImageFiles(selection.names, tree.read, tree.path, total_bytes)
+
+
 def _load(tree: Tree, name: str, request: Request) -> Loaded:
     total_bytes = sum(size for size, _ in tree.files.values())
     fingerprint = None
@@ -96,8 +112,7 @@ def _load(tree: Tree, name: str, request: Request) -> Loaded:
     selection = _select(tree, request.split)
     labels, label_names = _labels(tree, selection)
     source = replace(source, labels=labels, label_names=label_names)
-    chosen_bytes = sum(tree.files[name][0] for name in selection.names)
-    files = ImageFiles(selection.names, tree.read, tree.path, chosen_bytes)
+    files = _image_files(tree, selection)
     try:
         return cache.run_job(decode_job(files, request), source, request)
     except ColourFoundError:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -49,6 +49,25 @@ class ImageFiles:
     read: Callable[[str], bytes]
     path: Callable[[str], str]
     total_bytes: int
+
+
+@dataclass(frozen=True)
+class LabelledFiles:
+    """Image files and their classes.
+
+    Attributes:
+        files: The files.
+        name: What to call the set.
+        labels: Class of each image [N], or None.
+        label_names: Name of each class, or None.
+        fingerprint: What identifies the source, cheaply.
+    """
+
+    files: ImageFiles
+    name: str
+    labels: np.ndarray | None
+    label_names: tuple[str, ...] | None
+    fingerprint: dict[str, Any]
 
 
 class ColourFoundError(Exception):
@@ -104,9 +123,9 @@ class _Decoder:
         """Decode the files from `start` on, a block of them."""
         return [self.decode(name) for name in self.files.names[start : start + _BLOCK]]
 
-    def decode_all(self) -> Iterator[np.ndarray]:
-        """Decode all files in order, large images in several threads."""
-        starts = range(0, len(self.files.names), _BLOCK)
+    def decode_all(self, first: int = 0) -> Iterator[np.ndarray]:
+        """Decode all files from one on, in order, large images in several threads."""
+        starts = range(first, len(self.files.names), _BLOCK)
         if self.files.total_bytes < _MIN_BYTES_FOR_THREADS * len(self.files.names):
             for start in starts:
                 yield from self.decode_block(start)
@@ -184,3 +203,17 @@ def decode_job(files: ImageFiles, request: Request, *, colour: bool = False) -> 
     first = _Decoder(files, request, channels).decode(files.names[0])
     decoder = _Decoder(files, request, len(first), first.shape)
     return DecodeJob((len(files.names), *first.shape), first.dtype, decoder.decode_all)
+
+
+def decode_from(
+    files: ImageFiles, request: Request, shape: tuple[int, ...], first: int
+) -> Iterator[np.ndarray]:
+    """Go on with a job of `decode_job` whose images have a known shape [C, H, W].
+
+    Args:
+        files: All files.
+        request: Size and channels asked for.
+        shape: Shape of every image.
+        first: The first file to decode.
+    """
+    return _Decoder(files, request, shape[0], shape).decode_all(first)

@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 
 from pyflocality._checks import describe
-from pyflocality.sources import arrays, builtin, cifar, folder, mnist_idx
+from pyflocality.sources import arrays, builtin, cifar, folder, mnist_idx, packed
 from pyflocality.sources.base import Loaded, Request
 
 FORMATS = (
     "a folder of images, a .zip of images, a .npy or .npz file, an MNIST idx file (.gz or not) "
-    "or the folder of its four files, a folder of CIFAR batches"
+    "or the folder of its four files, a folder of CIFAR batches, a folder that `pyflocality pack` "
+    "wrote"
 )
 
 
@@ -54,6 +55,8 @@ def open_source(source: str | os.PathLike[str], request: Request) -> Loaded:
 
 
 def _open_folder(path: Path, request: Request) -> Loaded:
+    if packed.is_packed(path):
+        return packed.load_packed(path, request)
     if mnist_idx.find_splits(path):
         return mnist_idx.load_idx_folder(path, request)
     if cifar.find_layout(path) is not None:

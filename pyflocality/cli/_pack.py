@@ -1,0 +1,65 @@
+"""`pyflocality pack`: a source decoded once into memory-mapped bytes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pyflocality.cli import _options as common
+from pyflocality.cli._errors import reported
+from pyflocality.cli._options import parse_resolution
+
+
+@reported()
+def pack(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder or .zip of images, a .tar or a folder of .tar shards (webdataset), a "
+            "folder with a saved dataset or parquet files of the library `datasets`.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)
+    ],
+    resolution: common.Resolution = None,
+    channels: common.Channels = None,
+    split: common.Split = None,
+    as_json: common.Json = False,
+    progress: common.Progress = True,
+) -> None:
+    """Decode a big set once, into a folder that every other command maps into memory.
+
+    Run it again after an interruption or a full disk: it goes on behind what is finished. A
+    finished set is compared with its checksums.
+    """
+    from pyflocality import packing
+    from pyflocality.sources.packed import read_manifest
+
+    start = time.perf_counter()
+    packing.pack(
+        source,
+        out,
+        resolution=parse_resolution(resolution),
+        channels=channels,
+        split=split,
+        progress=progress,
+    )
+    manifest = read_manifest(out)
+    seconds = time.perf_counter() - start
+    if as_json:
+        names = ("name", "shape", "bytes", "label_names")
+        record = {name: manifest[name] for name in names} | {"seconds": round(seconds, 4)}
+        typer.echo(json.dumps(record, indent=2))
+        return
+    count, *shape = manifest["shape"]
+    size = "x".join(map(str, shape))
+    typer.echo(
+        f"{count:,} images {size}, {manifest['bytes'] / 1e9:.2f} GB in {seconds:.1f} s: {out}"
+    )

@@ -1,0 +1,101 @@
+"""`pyflocality plan`: what a step would cost, before anything is decoded or scanned."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Annotated, Any
+
+import typer
+
+from pyflocality.cli import _generate_options as options
+from pyflocality.cli import _options as common
+from pyflocality.cli._errors import reported
+
+
+@reported()
+def plan(
+    images: Annotated[int, typer.Option(help="Training images.", show_default=False)],
+    shape: Annotated[
+        str,
+        typer.Option(help="Channels, height and width, such as 3x64x64.", show_default=False),
+    ],
+    batch: Annotated[int, typer.Option(help="Images made at a time.")] = 1,
+    device: Annotated[
+        str, typer.Option(help="cpu measures how long a step takes here; of others costs are told.")
+    ] = "cpu",
+    memory_budget: options.MemoryBudget = None,
+    as_json: common.Json = False,
+    progress: common.Progress = True,
+) -> None:
+    """Tell what one denoising step of every model costs: operations, bytes, time and memory."""
+    from dataclasses import asdict
+
+    from pyflocality._budget import memory_budget_bytes
+    from pyflocality._checks import check_count
+    from pyflocality._costs import COSTS, Setting, cost_of, seconds_of
+    from pyflocality._progress import progress_bar
+
+    memory_budget_bytes(memory_budget)
+    setting = Setting(
+        check_count(images, "images"),
+        _parse_shape(shape),
+        check_count(batch, "batch"),
+        memory_budget,
+    )
+    models = progress_bar(COSTS, description="measuring", enabled=progress and device == "cpu")
+    record: dict[str, Any] = {
+        "images": images,
+        "shape": list(setting.shape),
+        "batch": batch,
+        "device": device,
+        "set_bytes": images * setting.values,
+        "models": {
+            model: asdict(cost_of(model, setting))
+            | {"seconds": seconds_of(model, setting) if device == "cpu" else None}
+            for model in models
+        },
+    }
+    typer.echo(json.dumps(record, indent=2) if as_json else _table(record))
+
+
+def _parse_shape(text: str) -> tuple[int, int, int]:
+    """Channels, height and width of "3x64x64"."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise ValueError(f"`shape` must be CxHxW such as 3x64x64, got {text!r}")
+    return int(match[1]), int(match[2]), int(match[3])
+
+
+def _table(record: dict[str, Any]) -> str:
+    from pyflocality._costs import WINDOW
+
+    size = "x".join(map(str, record["shape"]))
+    lines = [
+        f"{record['images']:,} images {size}: {_bytes(record['set_bytes'])}; "
+        f"one step for {record['batch']:,} noisy images",
+        f"{'model':<14}{'operations':>13}{'bytes':>11}{'scans':>7}{'memory':>11}{'time':>12}",
+    ]
+    for model, cost in record["models"].items():
+        told = "not measured" if cost["seconds"] is None else f"{cost['seconds']:.3g} s"
+        lines.append(
+            f"{model:<14}{cost['flops'] / 1e9:>10,.1f} G  {_bytes(cost['bytes']):>10}"
+            f"{cost['scans']:>7}{_bytes(cost['working_bytes']):>11}{told:>13}"
+        )
+    lines.append(
+        f"Windows of {WINDOW} pixels; the masks of pca-locality are such windows too: real ones "
+        "follow the data. Memory is beside the images, at most."
+    )
+    if record["device"] == "cpu":
+        lines.append("Time is measured here on a few images in memory, and extrapolated.")
+    else:
+        lines.append(f"Time not measured on this device: {record['device']}.")
+    return "\n".join(lines)
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"

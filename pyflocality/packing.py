@@ -1,0 +1,301 @@
+"""Big sets in one file: decode a source once, resumably, into memory-mapped bytes.
+
+`pack` writes the format of `pyflocality.sources.packed`, which `TrainingSet.load` maps into
+memory. Finished blocks of images are noted as they reach the disk: whatever ends a run, a full
+disk too, the next one goes on behind the last of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from pyflocality._progress import progress_bar
+from pyflocality.sources import cache, folder, hub_dataset, tar_shards
+from pyflocality.sources.base import Request
+from pyflocality.sources.images import ColourFoundError, LabelledFiles, decode_from, decode_job
+from pyflocality.sources.packed import (
+    FORMAT,
+    IMAGES,
+    JOURNAL,
+    LABELS,
+    MANIFEST,
+    VERSION,
+    checksum_of,
+    read_manifest,
+)
+
+# Images of a block are decoded, written and noted together.
+_BLOCK_BYTES = 32 * 2**20
+
+
+def pack(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    resolution: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    split: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Decode a set of images into a folder that `TrainingSet.load` maps into memory.
+
+    A run that was interrupted goes on where it ended, after the blocks on the disk have been
+    compared with their checksums; a finished set is compared with its checksums and left as it is.
+
+    Args:
+        source: A folder or .zip of images as `TrainingSet.load` takes them, a .tar or a folder
+            of .tar shards (webdataset), or a folder with a saved dataset or parquet files of the
+            library `datasets`.
+        out: The folder to write; it is made if need be.
+        resolution: As in `TrainingSet.load`.
+        channels: As in `TrainingSet.load`.
+        split: As in `TrainingSet.load`.
+        progress: Whether to show progress on standard error.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: The source is damaged, empty or of mixed sizes; what is in `out` is damaged.
+        FileExistsError: `out` holds something else.
+        OSError: The disk is full, or cannot be written to.
+        ImportError: The source needs a package that is not installed.
+    """
+    request = Request.checked(resolution, channels, split, None, progress)
+    path, target = Path(os.path.expanduser(source)), Path(os.path.expanduser(out))
+    with _open(path, request) as files:
+        wanted = {"source": files.fingerprint, "request": [resolution, channels, split]}
+        key = zlib.crc32(json.dumps(wanted, default=list).encode())
+        _check_target(target, key)
+        if (target / MANIFEST).is_file():
+            verify(target, progress=progress)
+            return target
+        target.mkdir(parents=True, exist_ok=True)
+        try:
+            _write(files, request, target, key, colour=False)
+        except ColourFoundError:
+            (target / JOURNAL).unlink()
+            _write(files, request, target, key, colour=True)
+    return target
+
+
+def verify(out: str | os.PathLike[str], *, progress: bool = True) -> None:
+    """Compare every byte of a packed set's images with the checksums of its manifest.
+
+    Raises:
+        ValueError: The set is damaged; the message tells which images.
+    """
+    target = Path(out)
+    manifest = read_manifest(target)
+    path, blocks = target / IMAGES, manifest["blocks_crc32"]
+    if path.stat().st_size != manifest["bytes"]:
+        raise ValueError(
+            f"{path}: damaged: has {path.stat().st_size} bytes, expected {manifest['bytes']}"
+        )
+    with open(path, "rb") as file:
+        _compare(file, manifest["shape"], manifest["images_per_block"], blocks, progress)
+
+
+def _open(path: Path, request: Request) -> AbstractContextManager[LabelledFiles]:
+    if not path.exists():
+        raise ValueError(f"`source` must be the path of a folder or an archive, got {str(path)!r}")
+    if hub_dataset.is_dataset(path):
+        return hub_dataset.open_files(path, request)
+    if path.is_dir() or path.suffix.lower() == ".tar":
+        if tar_shards.find_shards(path):
+            return tar_shards.open_files(path, request)
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        return folder.open_files(path, request)
+    tar_shards.find_shards(path)
+    raise ValueError(
+        f"{path}: not a format that is packed; `source` must be a folder or .zip of images, tar "
+        "shards or a dataset's folder"
+    )
+
+
+def _check_target(target: Path, key: int) -> None:
+    """Refuse a folder that holds anything but this set, finished or begun."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"{target} is a file, expected the name of a folder")
+    if (target / MANIFEST).is_file():
+        found = read_manifest(target)["key"]
+    else:
+        header = _read_journal(target)
+        found = None if header is None else header[0]["key"]
+        if found is None:
+            raise FileExistsError(f"{target} is not empty: pack into a folder of its own")
+    if found != key:
+        raise FileExistsError(
+            f"{target} holds a set of another source or of other options: remove it first"
+        )
+
+
+def _read_journal(target: Path) -> tuple[dict[str, Any], list[int]] | None:
+    """What was begun and the checksums of its finished blocks, or None without a journal."""
+    try:
+        lines = (target / JOURNAL).read_text(encoding="ascii").splitlines(keepends=True)
+    except OSError:
+        return None
+    # A line that was cut short tells of nothing.
+    whole = [line for line in lines if line.endswith("\n")]
+    return (json.loads(whole[0]), [int(line) for line in whole[1:]]) if whole else None
+
+
+def _write(files: LabelledFiles, request: Request, target: Path, key: int, colour: bool) -> None:
+    """Decode what is missing, then write labels and manifest."""
+    begun = _read_journal(target)
+    if begun is None:
+        job = decode_job(files.files, request, colour=colour)
+        per_block = max(1, _BLOCK_BYTES // int(np.prod(job.shape[1:])))
+        (target / IMAGES).unlink(missing_ok=True)
+        header = {"key": key, "shape": list(job.shape), "images_per_block": per_block}
+        begun = header, []
+        with _durable(target / JOURNAL, "w") as journal:
+            journal.write(json.dumps(header) + "\n")
+    header, finished = begun
+    _decode(files, request, target, header, finished)
+    labels_crc = None
+    if files.labels is not None:
+        with _replacing(target / LABELS) as file:
+            np.save(file, files.labels)
+        labels_crc = zlib.crc32((target / LABELS).read_bytes())
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "key": key,
+        "name": files.name,
+        "shape": header["shape"],
+        "dtype": "uint8",
+        "label_names": files.label_names,
+        "labels_crc32": labels_crc,
+        "bytes": (target / IMAGES).stat().st_size,
+        "checksum": cache.checksum(target / IMAGES),
+        "images_per_block": header["images_per_block"],
+        "blocks_crc32": finished,
+    }
+    with _replacing(target / MANIFEST) as file:
+        text = json.dumps(manifest | {"self": checksum_of(manifest)})
+        file.write(text.encode())
+    (target / JOURNAL).unlink()
+
+
+def _decode(
+    files: LabelledFiles,
+    request: Request,
+    target: Path,
+    header: dict[str, Any],
+    finished: list[int],
+) -> None:
+    """Append the missing blocks to the array; `finished` grows with them."""
+    shape, per_block = header["shape"], header["images_per_block"]
+    first = min(len(finished) * per_block, shape[0])
+    with open(target / IMAGES, "a+b") as array, open(target / JOURNAL, "a") as journal:
+        start = _begin_array(array, shape)
+        if finished:
+            _compare(array, shape, per_block, finished, request.progress)
+        size = int(np.prod(shape[1:]))
+        array.truncate(start + first * size)
+        _check_space(target, (shape[0] - first) * size)
+        # A line cut short must not swallow the next one.
+        journal.truncate(_end_of_last_line(target / JOURNAL))
+        with closing(decode_from(files.files, request, tuple(shape[1:]), first)) as decoded:
+            shown = progress_bar(
+                decoded,
+                description=f"packing {files.name}",
+                total=shape[0] - first,
+                enabled=request.progress,
+            )
+            while block := list(islice(shown, per_block)):
+                content = np.stack(block).tobytes()
+                array.write(content)
+                _flush(array)
+                crc = zlib.crc32(content)
+                journal.write(f"{crc}\n")
+                _flush(journal)
+                finished.append(crc)
+
+
+def _begin_array(array: IO[bytes], shape: list[int]) -> int:
+    """Write the header where there is none; the position behind it."""
+    array.seek(0)
+    if array.read(6) != b"\x93NUMPY":
+        array.truncate(0)
+        header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
+        np.lib.format.write_array_header_1_0(array, header)
+        _flush(array)
+    array.seek(0)
+    np.lib.format.read_magic(array)
+    np.lib.format.read_array_header_1_0(array)
+    return array.tell()
+
+
+def _end_of_last_line(path: Path) -> int:
+    return path.read_bytes().rfind(b"\n") + 1
+
+
+def _compare(
+    array: IO[bytes], shape: list[int], per_block: int, expected: list[int], progress: bool
+) -> None:
+    """Compare finished blocks with their checksums."""
+    array.seek(0)
+    np.lib.format.read_magic(array)
+    np.lib.format.read_array_header_1_0(array)
+    size = int(np.prod(shape[1:]))
+    for number, crc in enumerate(
+        progress_bar(expected, description="comparing checksums", enabled=progress)
+    ):
+        start, stop = number * per_block, min((number + 1) * per_block, shape[0])
+        if zlib.crc32(array.read((stop - start) * size)) != crc:
+            raise ValueError(
+                f"{array.name}: damaged: images {start} to {stop - 1} do not match their "
+                "checksum: remove the folder and pack again"
+            )
+
+
+def _check_space(target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk is too full: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
+            str(target),
+        )
+
+
+def _flush(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def _durable(path: Path, mode: str) -> Iterator[IO[Any]]:
+    """A file whose contents are on the disk after the block."""
+    with open(path, mode) as file:
+        yield file
+        _flush(file)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with _durable(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,98 @@
+"""An interrupted `generate` goes on behind its last finished step, to the same bits."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from pyflocality.cli import main
+from pyflocality.cli._record import ObservedDenoiser
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+ARGUMENTS = ["--denoiser", "local", "--window", "3", "--n", "2", "--steps", "6", "--no-progress"]
+
+
+def generate(out, *more):
+    return main(["generate", "digits", "--out", str(out), *ARGUMENTS, *more])
+
+
+def record(out):
+    return json.loads((out / "run.json").read_text())
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Stop a run in the middle of a call of the denoiser."""
+    whole = ObservedDenoiser.__call__
+
+    def stop(calls, error=KeyboardInterrupt):
+        def call(self, *arguments):
+            if len(self.calls) == calls:
+                raise error
+            return whole(self, *arguments)
+
+        monkeypatch.setattr(ObservedDenoiser, "__call__", call)
+
+    yield stop
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun"])
+def test_goes_on_to_the_same_bits(tmp_path, stop_after, sampler):
+    assert generate(tmp_path / "whole", "--sampler", sampler) == 0
+    assert record(tmp_path / "whole")["resumed_calls"] == 0
+    out = tmp_path / "out"
+    stop_after(4)
+    assert generate(out, "--sampler", sampler) == 130
+    left = [path.name for path in out.iterdir()]
+    assert len(left) == 1 and left[0].endswith(".answers")
+    stop_after(100)
+    assert generate(out, "--sampler", sampler) == 0
+    found = record(out)
+    calls = 6 if sampler == "ddim" else 11
+    assert (found["resumed_calls"], len(found["calls"])) == (4, calls - 4)
+    whole = np.load(tmp_path / "whole" / "samples.npy")
+    assert np.array_equal(np.load(out / "samples.npy"), whole)
+    assert not list(out.glob(".*"))
+
+
+def test_other_settings_begin_anew(tmp_path, stop_after):
+    stop_after(4)
+    assert generate(tmp_path / "out") == 130
+    stop_after(100)
+    assert generate(tmp_path / "out", "--seed", "1") == 0
+    assert record(tmp_path / "out")["resumed_calls"] == 0
+
+
+@pytest.mark.parametrize("damage", ["cut short", "changed"])
+def test_damaged_answers_are_made_again(tmp_path, stop_after, damage):
+    assert generate(tmp_path / "whole") == 0
+    out = tmp_path / "out"
+    stop_after(4)
+    assert generate(out) == 130
+    (kept,) = out.iterdir()
+    content = bytearray(kept.read_bytes())
+    if damage == "cut short":
+        content = content[:-7]
+    else:
+        # In the second of four answers.
+        content[len(content) // 4 + 100] ^= 1
+    kept.write_bytes(content)
+    stop_after(100)
+    assert generate(out) == 0
+    assert record(out)["resumed_calls"] == (3 if damage == "cut short" else 1)
+    whole = np.load(tmp_path / "whole" / "samples.npy")
+    assert np.array_equal(np.load(out / "samples.npy"), whole)
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    from pyflocality.cli import _checkpoint
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_checkpoint, "open", full, raising=False)
+    assert generate(tmp_path / "out") == 0
+    assert capsys.readouterr().err.count("could not be resumed") == 1

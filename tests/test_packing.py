@@ -1,0 +1,271 @@
+"""Packed sets: every kind of source, interruptions, full disks and damage."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import re
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pyflocality as pf
+from pyflocality import packing
+from pyflocality.cli import main
+from pyflocality.packing import pack, verify
+
+COUNT = 23
+
+
+@pytest.fixture
+def pixels():
+    """Colour images, uint8 [N, 3, 8, 6]."""
+    return np.random.default_rng(5).integers(0, 256, (COUNT, 3, 8, 6), dtype=np.uint8)
+
+
+def png(image: np.ndarray) -> bytes:
+    """A PNG file of an image [C, H, W]."""
+    file = io.BytesIO()
+    plane = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+    Image.fromarray(plane).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path, pixels):
+    """A folder with a subfolder for each of two classes."""
+    root = tmp_path / "images"
+    for index, image in enumerate(pixels):
+        name = root / ("cat" if index < 9 else "dog") / f"{index:03d}.png"
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.write_bytes(png(image))
+    return root
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture
+def shards(tmp_path, pixels):
+    """Two webdataset shards with classes."""
+    root = tmp_path / "shards"
+    root.mkdir()
+    for number, members in enumerate(np.array_split(np.arange(COUNT), 2)):
+        with tarfile.open(root / f"shard-{number:04d}.tar", "w") as archive:
+            for index in members:
+                add(archive, f"sample{index:04d}.cls", str(index % 4).encode())
+                add(archive, f"sample{index:04d}.png", png(pixels[index]))
+                add(archive, f"sample{index:04d}.json", b"{}")
+    return root
+
+
+@pytest.fixture
+def few_a_block(monkeypatch):
+    """Four images a block."""
+    monkeypatch.setattr(packing, "_BLOCK_BYTES", 4 * 3 * 8 * 6)
+
+
+def check(out: Path, pixels: np.ndarray, labels: list[int] | None) -> pf.TrainingSet:
+    """The set that was packed holds these images and classes, mapped into memory."""
+    data = pf.TrainingSet.load(out, progress=False)
+    assert torch.equal(data.images, torch.from_numpy(pixels))
+    assert (None if data.labels is None else data.labels.tolist()) == labels
+    assert "memory-mapped" in repr(data)
+    verify(out, progress=False)
+    return data
+
+
+def test_folder(folder, pixels, tmp_path, few_a_block):
+    out = pack(folder, tmp_path / "out", progress=False)
+    data = check(out, pixels, [0] * 9 + [1] * (COUNT - 9))
+    assert data.label_names == ("cat", "dog")
+    assert {path.name for path in out.iterdir()} == {"images.npy", "labels.npy", "manifest.json"}
+    before = (out / "images.npy").stat().st_mtime_ns
+    pack(folder, out, progress=False)
+    assert (out / "images.npy").stat().st_mtime_ns == before
+
+
+def test_zip(pixels, tmp_path, few_a_block):
+    path = tmp_path / "images.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for index, image in enumerate(pixels):
+            archive.writestr(f"{index:03d}.png", png(image))
+    check(pack(path, tmp_path / "out", progress=False), pixels, None)
+
+
+def test_tar_shards(shards, pixels, tmp_path, few_a_block):
+    labels = [index % 4 for index in range(COUNT)]
+    check(pack(shards, tmp_path / "out", progress=False), pixels, labels)
+    first = shards / "shard-0000.tar"
+    check(pack(first, tmp_path / "one", progress=False), pixels[:12], labels[:12])
+
+
+def test_damaged_shards_are_named(shards, tmp_path):
+    second = shards / "shard-0001.tar"
+    whole = second.read_bytes()
+    second.write_bytes(whole[: len(whole) // 2 - 100])
+    with pytest.raises(ValueError, match=re.escape(str(second))):
+        pack(shards, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    (shards / "more.tar.gz").touch()
+    with pytest.raises(ValueError, match="compressed tar archives are not read"):
+        pack(shards, tmp_path / "out", progress=False)
+
+
+def test_samples_without_class_are_refused(shards, tmp_path, pixels):
+    with tarfile.open(shards / "shard-0001.tar", "a") as archive:
+        add(archive, "sample9999.png", png(pixels[0]))
+    with pytest.raises(ValueError, match="sample9999 has no .cls file"):
+        pack(shards, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("layout", ["saved", "parquet"])
+def test_datasets_library(layout, pixels, tmp_path, few_a_block, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="needs the library datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hub"))
+    labels = [index % 2 for index in range(COUNT)]
+    features = datasets.Features(
+        {"picture": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    cells = [{"bytes": png(image), "path": None} for image in pixels]
+    table = datasets.Dataset.from_dict({"picture": cells, "label": labels}, features)
+    path = tmp_path / "set"
+    if layout == "saved":
+        table.save_to_disk(str(path))
+    else:
+        path.mkdir()
+        table.to_parquet(str(path / "train-00000-of-00001.parquet"))
+    out = pack(path, tmp_path / "out", progress=False)
+    assert check(out, pixels, labels).label_names == ("a", "b")
+
+
+def test_an_interrupted_run_goes_on(folder, pixels, tmp_path, few_a_block, monkeypatch):
+    out = tmp_path / "out"
+    decoded = []
+    whole = packing.decode_from
+
+    def interrupted(files, request, shape, first):
+        for index, image in enumerate(whole(files, request, shape, first), first):
+            if index == 14:
+                raise KeyboardInterrupt
+            decoded.append(index)
+            yield image
+
+    monkeypatch.setattr(packing, "decode_from", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder, out, progress=False)
+    with pytest.raises(ValueError, match="not packed to its end"):
+        pf.TrainingSet.load(out)
+    # A block that was cut short while it was written, and a line that was.
+    with open(out / "images.npy", "ab") as file:
+        file.write(b"half a block")
+    with open(out / "packing.jsonl", "a") as file:
+        file.write("12")
+
+    firsts = []
+
+    def counted(files, request, shape, first):
+        firsts.append(first)
+        return whole(files, request, shape, first)
+
+    monkeypatch.setattr(packing, "decode_from", counted)
+    pack(folder, out, progress=False)
+    # Three blocks of four were finished.
+    assert decoded == list(range(14)) and firsts == [12]
+    check(out, pixels, [0] * 9 + [1] * (COUNT - 9))
+
+
+def test_a_full_disk_loses_nothing(folder, pixels, tmp_path, few_a_block, monkeypatch):
+    out = tmp_path / "out"
+    flushes = []
+    whole = packing._flush
+
+    def full(file):
+        flushes.append(file.name)
+        if len(flushes) == 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(file)
+
+    monkeypatch.setattr(packing, "_flush", full)
+    with pytest.raises(OSError, match="No space left"):
+        pack(folder, out, progress=False)
+    finished = (out / "packing.jsonl").read_text().count("\n") - 1
+    assert finished >= 1
+    monkeypatch.setattr(packing, "_flush", whole)
+    pack(folder, out, progress=False)
+    check(out, pixels, [0] * 9 + [1] * (COUNT - 9))
+
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="the disk is too full"):
+        pack(folder, tmp_path / "other", progress=False)
+
+
+def test_colour_found_late(folder, pixels, tmp_path, few_a_block):
+    for index in range(6):
+        (folder / "cat" / f"{index:03d}.png").write_bytes(png(pixels[index][:1]))
+    expected = pixels.copy()
+    expected[:6] = expected[:6, :1]
+    check(pack(folder, tmp_path / "out", progress=False), expected, [0] * 9 + [1] * 14)
+
+
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy", "manifest.json"])
+def test_damage_is_found(name, folder, tmp_path, few_a_block):
+    out = pack(folder, tmp_path / "out", progress=False)
+    content = bytearray((out / name).read_bytes())
+    content[-20] ^= 1
+    (out / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(out / name))):
+        pf.TrainingSet.load(out)
+    if name == "images.npy":
+        with pytest.raises(ValueError, match="images 20 to 22 do not match"):
+            pack(folder, out, progress=False)
+        (out / name).write_bytes(content[:-1])
+        with pytest.raises(ValueError, match="damaged: has"):
+            pf.TrainingSet.load(out)
+
+
+def test_finished_blocks_that_changed_are_found(folder, tmp_path, few_a_block, monkeypatch):
+    out = tmp_path / "out"
+    whole = packing._check_space
+    monkeypatch.setattr(packing, "_replacing", lambda path: (_ for _ in ()).throw(OSError("stop")))
+    with pytest.raises(OSError, match="stop"):
+        pack(folder, out, progress=False)
+    monkeypatch.undo()
+    monkeypatch.setattr(packing, "_check_space", whole)
+    content = bytearray((out / "images.npy").read_bytes())
+    content[128] ^= 1
+    (out / "images.npy").write_bytes(content)
+    with pytest.raises(ValueError, match="images 0 to 3 do not match"):
+        pack(folder, out, progress=False)
+
+
+def test_other_contents_are_left_alone(folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "letter.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty"):
+        pack(folder, out, progress=False)
+    assert [path.name for path in out.iterdir()] == ["letter.txt"]
+    done = pack(folder, tmp_path / "done", progress=False)
+    with pytest.raises(FileExistsError, match="of another source or of other options"):
+        pack(folder, done, resolution=4, progress=False)
+
+
+def test_command(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["pack", str(folder), str(out), "--resolution", "4", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["shape"] == [COUNT, 3, 4, 4] and record["label_names"] == ["cat", "dog"]
+    assert len(pf.TrainingSet.load(out)) == COUNT
+    assert main(["pack", str(tmp_path / "nowhere"), str(out)]) == 2
+    assert "`SOURCE` must be the path" in capsys.readouterr().err

@@ -1,0 +1,78 @@
+"""The cost model of `pyflocality plan` counts what the formulas ask for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pyflocality import _costs
+from pyflocality._costs import COSTS, Setting, cost_of, seconds_of
+from pyflocality.cli import main
+
+
+def test_costs_of_a_small_set():
+    setting = Setting(10, (3, 8, 9), 2, "1MB")
+    values, pixels = 3 * 8 * 9, 8 * 9
+    assert cost_of("optimal", setting).flops == 10 * 2 * 5 * values
+    local = cost_of("local", setting)
+    assert local.flops == 10 * 2 * (5 * values + 6 * pixels)
+    assert local.bytes == 10 * values + 2 * 2 * 4 * values
+    assert local.working_bytes == 2**20
+    patches = cost_of("patch-set", setting)
+    assert patches.scans == 2 and patches.flops == 2 * local.flops
+    # Windows of 7 fit at 2 x 3 places.
+    assert cost_of("equivariant", setting).flops == 6 * local.flops
+    assert cost_of("pca-locality", setting).flops == 10 * 2 * values * (3 + 3 * 49)
+    assert cost_of("pca-locality", setting).working_bytes == 2**20 + 24 * values**2
+    assert cost_of("wiener", setting).flops == 4 * 2 * values**2
+
+
+def test_scans_cost_in_proportion():
+    small, large = Setting(100, (3, 8, 8), 2), Setting(300, (3, 8, 8), 8)
+    for model in set(COSTS) - {"wiener"}:
+        assert cost_of(model, large).flops == pytest.approx(12 * cost_of(model, small).flops)
+
+
+def test_time_lies_on_the_line_through_two_measurements(monkeypatch):
+    """A machine that takes 10 ms and 1 ms for every image and noisy image."""
+    measured = []
+
+    def step(model, setting):
+        return lambda count: (setting.batch, count)
+
+    def timed(step, count):
+        batch, count = step(count)
+        measured.append((batch, count))
+        return (0.001 * count + 0.01) * batch
+
+    monkeypatch.setattr(_costs, "_step", step)
+    monkeypatch.setattr(_costs, "_timed", timed)
+    found = seconds_of("local", Setting(50_000, (1, 8, 8), 20))
+    assert found == pytest.approx(20 * (50 + 0.01), rel=1e-6)
+    # Of twenty noisy images five take about as long as a measurement may.
+    assert max(batch for batch, _ in measured) == 5
+    assert max(count for _, count in measured) < 1000
+
+
+def test_measured_on_this_machine():
+    for model in COSTS:
+        seconds = seconds_of(model, Setting(3, (1, 9, 9), 2))
+        assert 0 < seconds < 5
+    assert seconds_of("pca-locality", Setting(3, (3, 64, 64), 1)) is None
+
+
+def test_command(capsys):
+    arguments = ["plan", "--images", "1281167", "--shape", "3x64x64", "--batch", "64"]
+    assert main([*arguments, "--device", "h200", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["set_bytes"] == 1281167 * 12288
+    assert record["models"]["optimal"]["flops"] == 5.0 * 1281167 * 64 * 12288
+    assert all(cost["seconds"] is None for cost in record["models"].values())
+    assert main([*arguments, "--device", "h200"]) == 0
+    assert "Time not measured on this device: h200." in capsys.readouterr().out
+    assert main(["plan", "--images", "20", "--shape", "1x8x8", "--no-progress"]) == 0
+    out = capsys.readouterr().out
+    assert "Time is measured here" in out and "not measured" not in out
+    for wrong in (["--shape", "64"], ["--images", "0"], ["--memory-budget", "much"]):
+        assert main([*arguments, *wrong]) == 2
