@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -29,6 +31,18 @@ COMPILE_ARGS = {
 }
 LINK_ARGS = {"unix": ["-pthread"]}
 REQUIRE_NATIVE = os.environ.get("PYFLOCALITY_REQUIRE_NATIVE") == "1"
+
+
+def _compile_side_by_side(compiler: Any) -> None:  # noqa: ANN401
+    """Let a compiler of setuptools work on as many sources at a time as there are cores."""
+    compile_some = compiler.compile
+
+    def compile_all(sources: list[str], *arguments: Any, **options: Any) -> list[str]:  # noqa: ANN401
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            parts = pool.map(lambda source: compile_some([source], *arguments, **options), sources)
+            return [path for part in parts for path in part]
+
+    compiler.compile = compile_all
 
 
 class BuildNative(build_ext):
@@ -59,6 +73,7 @@ class BuildNative(build_ext):
             ext.include_dirs.append(pybind11.get_include())
             ext.extra_compile_args = COMPILE_ARGS.get(self.compiler.compiler_type, [])
             ext.extra_link_args = LINK_ARGS.get(self.compiler.compiler_type, [])
+            _compile_side_by_side(self.compiler)
             super().build_extension(ext)
         except (BaseError, CCompilerError, ImportError, OSError) as error:
             if REQUIRE_NATIVE:
