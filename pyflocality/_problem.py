@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -23,6 +24,28 @@ from pyflocality._mapped import mapped_file
 from pyflocality._shards import Ranks, plain, ranks_of
 from pyflocality._transforms import is_differentiated
 from pyflocality.reference.state import PosteriorState
+
+
+class PosteriorOptions(TypedDict, total=False):
+    """Options of every posterior operation, all of them keywords that may be left out.
+
+    Attributes:
+        temperature: Divides the logits of the posterior, positive; 1 by default.
+        dtype: float32 or float64 to compute in; by default x's own (half precision computes in
+            float32).
+        memory_budget: Working memory, bytes or a string such as "2GB"; by default the environment
+            variable PYFLOCALITY_MEMORY_BUDGET, else 1 GB.
+        chunk_size: Training images at a time; by default what fits the budget. The result does
+            not depend on it beyond rounding.
+        augmentation: Copies of the images that are searched too, as `TrainingSet.augmentation`
+            tells them; by default the images alone.
+    """
+
+    temperature: float
+    dtype: torch.dtype | None
+    memory_budget: int | str | None
+    chunk_size: int | None
+    augmentation: Augmentation | None
 
 
 @dataclass(frozen=True)
@@ -138,7 +161,7 @@ def posterior_problem(
     chunk_size: int | None = None,
     augmentation: Augmentation | None = None,
 ) -> PosteriorProblem:
-    """Check the arguments that every posterior operation takes."""
+    """Check the arguments that every posterior operation takes; see `PosteriorOptions`."""
     images = check_images(images)
     x = check_batch(x, images.shape[1:], images.device, "x")
     sigma = check_level(sigma, len(x), x.device, "sigma", allow_zero=True)

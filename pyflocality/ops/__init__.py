@@ -6,6 +6,7 @@ Each operation has one file here, and a file of the same name for every backend 
 
 from __future__ import annotations
 
+from pyflocality._problem import PosteriorOptions
 from pyflocality.ops.covariance import accumulate_covariance
 from pyflocality.ops.equivariant_posterior import (
     equivariant_posterior_jvp,
@@ -18,6 +19,7 @@ from pyflocality.ops.filtered_posterior import (
     filtered_posterior_vjp,
 )
 from pyflocality.ops.global_posterior import global_posterior_jvp, global_posterior_mean
+from pyflocality.ops.log_sum_exp import posterior_log_sum_exp
 from pyflocality.ops.masked_posterior import (
     masked_posterior_jvp,
     masked_posterior_mean,
@@ -32,6 +34,7 @@ from pyflocality.ops.window_posterior import (
 )
 
 __all__ = [
+    "PosteriorOptions",
     "accumulate_covariance",
     "equivariant_posterior_jvp",
     "equivariant_posterior_mean",
@@ -46,6 +49,7 @@ __all__ = [
     "masked_posterior_vjp",
     "nearest_images",
     "patch_set_mean",
+    "posterior_log_sum_exp",
     "window_posterior_jvp",
     "window_posterior_mean",
     "window_posterior_vjp",

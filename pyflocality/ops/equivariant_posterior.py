@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from pyflocality._augmentation import Augmentation
 from pyflocality._backends import Implementation, register, select
 from pyflocality._checks import check_choice
-from pyflocality._problem import float32_limits, posterior_problem
+from pyflocality._problem import PosteriorOptions, float32_limits, posterior_problem
 from pyflocality._tangents import check_tangents, jacobian_factor, tangent_call
 from pyflocality.ops.window_posterior import check_window
 from pyflocality.reference.state import finalize, finalize_jvp
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 BOUNDARIES = ("circular", "broken")
 
@@ -63,12 +66,8 @@ def equivariant_posterior_mean(
     alpha: float | Tensor = 1.0,
     *,
     boundary: str = "circular",
-    temperature: float = 1.0,
     backend: str | None = None,
-    dtype: torch.dtype | None = None,
-    memory_budget: int | str | None = None,
-    chunk_size: int | None = None,
-    augmentation: Augmentation | None = None,
+    **options: Unpack[PosteriorOptions],
 ) -> Tensor:
     r"""One posterior per pixel, over the patches of all images at all positions.
 
@@ -94,15 +93,8 @@ def equivariant_posterior_mean(
         sigma: Noise level, a number or [B]; 0 gives the centre of the nearest patch.
         alpha: Signal coefficient, a number or [B], positive.
         boundary: "circular" or "broken".
-        temperature: Divides the logits.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        dtype: float32 or float64 to compute in; None computes in x's own (half precision
-            computes in float32).
-        memory_budget: Working memory, bytes or a string such as "2GB".
-        chunk_size: Training images at a time; None derives it from the budget. The result does
-            not depend on it beyond rounding.
-        augmentation: Copies of the images that are searched too, as `TrainingSet.augmentation`
-            tells them; None for the images alone.
+        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
 
     Returns:
         Posterior means in [-1, 1], dtype of x, [B, C, H, W].
@@ -116,17 +108,7 @@ def equivariant_posterior_mean(
         Kamb and Ganguli, An analytic theory of creativity in convolutional diffusion models,
         2025 (the equivariant local score models, ELS and bbELS).
     """
-    problem = posterior_problem(
-        x,
-        images,
-        sigma,
-        alpha,
-        temperature=temperature,
-        dtype=dtype,
-        memory_budget=memory_budget,
-        chunk_size=chunk_size,
-        augmentation=augmentation,
-    )
+    problem = posterior_problem(x, images, sigma, alpha, **options)
     boundary = check_choice(boundary, "boundary", BOUNDARIES)
     window = check_patch_window(window, *x.shape[-2:], boundary)
     run = select("equivariant_posterior", problem.call(), backend)
@@ -144,12 +126,8 @@ def equivariant_posterior_jvp(
     alpha: float | Tensor = 1.0,
     *,
     boundary: str = "circular",
-    temperature: float = 1.0,
     backend: str | None = None,
-    dtype: torch.dtype | None = None,
-    memory_budget: int | str | None = None,
-    chunk_size: int | None = None,
-    augmentation: Augmentation | None = None,
+    **options: Unpack[PosteriorOptions],
 ) -> tuple[Tensor, Tensor]:
     r"""`equivariant_posterior_mean` and its derivatives along K tangents, in one pass.
 
@@ -165,12 +143,8 @@ def equivariant_posterior_jvp(
         sigma: Noise level, a number or [B], positive.
         alpha: Signal coefficient, a number or [B], positive.
         boundary: "circular" or "broken".
-        temperature: Divides the logits.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        dtype: As in `equivariant_posterior_mean`.
-        memory_budget: As in `equivariant_posterior_mean`.
-        chunk_size: As in `equivariant_posterior_mean`.
-        augmentation: As in `equivariant_posterior_mean`.
+        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
 
     Returns:
         Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.
@@ -180,17 +154,7 @@ def equivariant_posterior_jvp(
         ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(
-        x,
-        images,
-        sigma,
-        alpha,
-        temperature=temperature,
-        dtype=dtype,
-        memory_budget=memory_budget,
-        chunk_size=chunk_size,
-        augmentation=augmentation,
-    )
+    problem = posterior_problem(x, images, sigma, alpha, **options)
     directions = check_tangents(tangents, x, sigma, problem)
     boundary = check_choice(boundary, "boundary", BOUNDARIES)
     window = check_patch_window(window, *x.shape[-2:], boundary)
@@ -212,12 +176,8 @@ def equivariant_posterior_vjp(
     alpha: float | Tensor = 1.0,
     *,
     boundary: str = "circular",
-    temperature: float = 1.0,
     backend: str | None = None,
-    dtype: torch.dtype | None = None,
-    memory_budget: int | str | None = None,
-    chunk_size: int | None = None,
-    augmentation: Augmentation | None = None,
+    **options: Unpack[PosteriorOptions],
 ) -> Tensor:
     r"""Transposed derivatives of `equivariant_posterior_mean` along K cotangents, in two passes.
 
@@ -237,12 +197,8 @@ def equivariant_posterior_vjp(
         sigma: Noise level, a number or [B], positive.
         alpha: Signal coefficient, a number or [B], positive.
         boundary: "circular" or "broken".
-        temperature: Divides the logits.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        dtype: As in `equivariant_posterior_mean`.
-        memory_budget: As in `equivariant_posterior_mean`.
-        chunk_size: As in `equivariant_posterior_mean`.
-        augmentation: As in `equivariant_posterior_mean`.
+        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
 
     Returns:
         Transposed products, the derivatives of sum(g * mean) by x, dtype of x, [K, B, C, H, W].
@@ -252,17 +208,7 @@ def equivariant_posterior_vjp(
         ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(
-        x,
-        images,
-        sigma,
-        alpha,
-        temperature=temperature,
-        dtype=dtype,
-        memory_budget=memory_budget,
-        chunk_size=chunk_size,
-        augmentation=augmentation,
-    )
+    problem = posterior_problem(x, images, sigma, alpha, **options)
     directions = check_tangents(cotangents, x, sigma, problem, "cotangents")
     boundary = check_choice(boundary, "boundary", BOUNDARIES)
     window = check_patch_window(window, *x.shape[-2:], boundary)

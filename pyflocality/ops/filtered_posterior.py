@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from pyflocality._augmentation import Augmentation
 from pyflocality._backends import Implementation, register, select
-from pyflocality._problem import posterior_problem
+from pyflocality._problem import PosteriorOptions, posterior_problem
 from pyflocality._tangents import check_tangents, tangent_call
 from pyflocality._transforms import outside_transforms
 from pyflocality.ops.masked_posterior import mask_limits
 from pyflocality.weights import QueryWeights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 register(
     "filtered_posterior",
@@ -50,12 +54,8 @@ def filtered_posterior_mean(
     sigma: float | Tensor,
     alpha: float | Tensor = 1.0,
     *,
-    temperature: float = 1.0,
     backend: str | None = None,
-    dtype: torch.dtype | None = None,
-    memory_budget: int | str | None = None,
-    chunk_size: int | None = None,
-    augmentation: Augmentation | None = None,
+    **options: Unpack[PosteriorOptions],
 ) -> Tensor:
     r"""Blend of Q posterior means, each over its own weighting of the inputs.
 
@@ -75,15 +75,8 @@ def filtered_posterior_mean(
         responses: Response weights r, bool or float, [Q, D].
         sigma: Noise level, a number or [B]; 0 gives the nearest image per query.
         alpha: Signal coefficient, a number or [B], positive.
-        temperature: Divides the logits.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        dtype: float32 or float64 to compute in; None computes in x's own (half precision
-            computes in float32).
-        memory_budget: Working memory, bytes or a string such as "2GB".
-        chunk_size: Training images at a time; None derives it from the budget. The result does
-            not depend on it beyond rounding.
-        augmentation: Copies of the images that are searched too, as `TrainingSet.augmentation`
-            tells them; None for the images alone.
+        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
 
     Returns:
         Blended posterior means in [-1, 1], dtype of x, [B, C, H, W].
@@ -98,17 +91,7 @@ def filtered_posterior_mean(
         model generalization, 2025 (patch set posterior composites), and its 2026 sequel
         (filtered posterior mean composites).
     """
-    problem = posterior_problem(
-        x,
-        images,
-        sigma,
-        alpha,
-        temperature=temperature,
-        dtype=dtype,
-        memory_budget=memory_budget,
-        chunk_size=chunk_size,
-        augmentation=augmentation,
-    )
+    problem = posterior_problem(x, images, sigma, alpha, **options)
     with outside_transforms():
         weights, responses = check_pair(weights, responses, problem.images[0].numel())
     call = problem.call(is_mask=weights.is_mask and responses.is_mask)
@@ -125,12 +108,8 @@ def filtered_posterior_jvp(
     sigma: float | Tensor,
     alpha: float | Tensor = 1.0,
     *,
-    temperature: float = 1.0,
     backend: str | None = None,
-    dtype: torch.dtype | None = None,
-    memory_budget: int | str | None = None,
-    chunk_size: int | None = None,
-    augmentation: Augmentation | None = None,
+    **options: Unpack[PosteriorOptions],
 ) -> tuple[Tensor, Tensor]:
     r"""`filtered_posterior_mean` and its derivatives along K tangents, in two passes.
 
@@ -147,12 +126,8 @@ def filtered_posterior_jvp(
         responses: Response weights r, bool or float, [Q, D].
         sigma: Noise level, a number or [B], positive.
         alpha: Signal coefficient, a number or [B], positive.
-        temperature: Divides the logits.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        dtype: As in `filtered_posterior_mean`.
-        memory_budget: As in `filtered_posterior_mean`.
-        chunk_size: As in `filtered_posterior_mean`.
-        augmentation: As in `filtered_posterior_mean`.
+        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
 
     Returns:
         Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.
@@ -162,17 +137,7 @@ def filtered_posterior_jvp(
         ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(
-        x,
-        images,
-        sigma,
-        alpha,
-        temperature=temperature,
-        dtype=dtype,
-        memory_budget=memory_budget,
-        chunk_size=chunk_size,
-        augmentation=augmentation,
-    )
+    problem = posterior_problem(x, images, sigma, alpha, **options)
     directions = check_tangents(tangents, x, sigma, problem)
     with outside_transforms():
         weights, responses = check_pair(weights, responses, problem.images[0].numel())
@@ -190,12 +155,8 @@ def filtered_posterior_vjp(
     sigma: float | Tensor,
     alpha: float | Tensor = 1.0,
     *,
-    temperature: float = 1.0,
     backend: str | None = None,
-    dtype: torch.dtype | None = None,
-    memory_budget: int | str | None = None,
-    chunk_size: int | None = None,
-    augmentation: Augmentation | None = None,
+    **options: Unpack[PosteriorOptions],
 ) -> Tensor:
     r"""Transposed derivatives of `filtered_posterior_mean` along K cotangents, in two passes.
 
@@ -212,12 +173,8 @@ def filtered_posterior_vjp(
         responses: Response weights r, bool or float, [Q, D].
         sigma: Noise level, a number or [B], positive.
         alpha: Signal coefficient, a number or [B], positive.
-        temperature: Divides the logits.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        dtype: As in `filtered_posterior_mean`.
-        memory_budget: As in `filtered_posterior_mean`.
-        chunk_size: As in `filtered_posterior_mean`.
-        augmentation: As in `filtered_posterior_mean`.
+        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
 
     Returns:
         Transposed products, the derivatives of sum(g * mean) by x, dtype of x, [K, B, C, H, W].
@@ -227,17 +184,7 @@ def filtered_posterior_vjp(
         ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(
-        x,
-        images,
-        sigma,
-        alpha,
-        temperature=temperature,
-        dtype=dtype,
-        memory_budget=memory_budget,
-        chunk_size=chunk_size,
-        augmentation=augmentation,
-    )
+    problem = posterior_problem(x, images, sigma, alpha, **options)
     directions = check_tangents(cotangents, x, sigma, problem, "cotangents")
     with outside_transforms():
         weights, responses = check_pair(weights, responses, problem.images[0].numel())

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from pyflocality._augmentation import Augmentation
 from pyflocality._backends import Implementation, register, select
-from pyflocality._problem import float32_limits, posterior_problem
+from pyflocality._problem import PosteriorOptions, float32_limits, posterior_problem
 from pyflocality._tangents import check_tangents, jacobian_factor, tangent_call
 from pyflocality.reference.state import finalize, finalize_jvp
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 register(
     "global_posterior",
@@ -41,12 +44,8 @@ def global_posterior_mean(
     sigma: float | Tensor,
     alpha: float | Tensor = 1.0,
     *,
-    temperature: float = 1.0,
     backend: str | None = None,
-    dtype: torch.dtype | None = None,
-    memory_budget: int | str | None = None,
-    chunk_size: int | None = None,
-    augmentation: Augmentation | None = None,
+    **options: Unpack[PosteriorOptions],
 ) -> Tensor:
     r"""Posterior mean of the clean image given a noisy one.
 
@@ -61,15 +60,8 @@ def global_posterior_mean(
             [N, C, H, W].
         sigma: Noise level, a number or [B]; 0 gives the nearest image (ties share weight).
         alpha: Signal coefficient, a number or [B], positive.
-        temperature: Divides the logits.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        dtype: float32 or float64 to compute in; None computes in x's own (half precision
-            computes in float32).
-        memory_budget: Working memory, bytes or a string such as "2GB".
-        chunk_size: Training images at a time; None derives it from the budget. The result does
-            not depend on it beyond rounding.
-        augmentation: Copies of the images that are searched too, as `TrainingSet.augmentation`
-            tells them; None for the images alone.
+        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
 
     Returns:
         Posterior means in [-1, 1], dtype of x, [B, C, H, W].
@@ -79,17 +71,7 @@ def global_posterior_mean(
         ValueError: An argument has the wrong shape, device or range.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(
-        x,
-        images,
-        sigma,
-        alpha,
-        temperature=temperature,
-        dtype=dtype,
-        memory_budget=memory_budget,
-        chunk_size=chunk_size,
-        augmentation=augmentation,
-    )
+    problem = posterior_problem(x, images, sigma, alpha, **options)
     run = select("global_posterior", problem.call(), backend)
     return finalize(run(problem)).reshape(x.shape).to(x.dtype)
 
@@ -101,12 +83,8 @@ def global_posterior_jvp(
     sigma: float | Tensor,
     alpha: float | Tensor = 1.0,
     *,
-    temperature: float = 1.0,
     backend: str | None = None,
-    dtype: torch.dtype | None = None,
-    memory_budget: int | str | None = None,
-    chunk_size: int | None = None,
-    augmentation: Augmentation | None = None,
+    **options: Unpack[PosteriorOptions],
 ) -> tuple[Tensor, Tensor]:
     r"""`global_posterior_mean` and its derivatives along K tangents, in one pass over the images.
 
@@ -120,12 +98,8 @@ def global_posterior_jvp(
         images: Training images, [N, C, H, W].
         sigma: Noise level, a number or [B], positive.
         alpha: Signal coefficient, a number or [B], positive.
-        temperature: Divides the logits.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        dtype: As in `global_posterior_mean`.
-        memory_budget: As in `global_posterior_mean`.
-        chunk_size: As in `global_posterior_mean`.
-        augmentation: As in `global_posterior_mean`.
+        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
 
     Returns:
         Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.
@@ -135,17 +109,7 @@ def global_posterior_jvp(
         ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(
-        x,
-        images,
-        sigma,
-        alpha,
-        temperature=temperature,
-        dtype=dtype,
-        memory_budget=memory_budget,
-        chunk_size=chunk_size,
-        augmentation=augmentation,
-    )
+    problem = posterior_problem(x, images, sigma, alpha, **options)
     directions = check_tangents(tangents, x, sigma, problem)
     run = select("global_posterior_jvp", tangent_call(problem, directions), backend)
     state = run(problem, directions)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from pyflocality._augmentation import Augmentation
 from pyflocality._backends import select
 from pyflocality._checks import check_level
-from pyflocality._problem import posterior_problem
+from pyflocality._problem import PosteriorOptions, posterior_problem
+from pyflocality.ops.masked_posterior import square_weights
 from pyflocality.ops.window_posterior import check_window
 from pyflocality.reference.state import log_sum_exp
 from pyflocality.weights import QueryWeights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def posterior_log_sum_exp(
@@ -21,13 +25,9 @@ def posterior_log_sum_exp(
     alpha: float | Tensor = 1.0,
     *,
     window: int | None = None,
-    weights: QueryWeights | None = None,
-    temperature: float = 1.0,
+    weights: Tensor | QueryWeights | None = None,
     backend: str | None = None,
-    dtype: torch.dtype | None = None,
-    memory_budget: int | str | None = None,
-    chunk_size: int | None = None,
-    augmentation: Augmentation | None = None,
+    **options: Unpack[PosteriorOptions],
 ) -> Tensor:
     r"""Log of the sum that normalises each posterior.
 
@@ -46,12 +46,8 @@ def posterior_log_sum_exp(
         window: Side of a window around each pixel, as in `window_posterior_mean`: Q = H W.
         weights: A row of weights for each value, as in `masked_posterior_mean`: Q = C H W.
             With neither, whole images are compared: Q = 1.
-        temperature: Divides the logits.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        dtype: As in `global_posterior_mean`.
-        memory_budget: As in `global_posterior_mean`.
-        chunk_size: As in `global_posterior_mean`.
-        augmentation: As in `global_posterior_mean`.
+        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
 
     Returns:
         Float64 [B, Q].
@@ -64,25 +60,16 @@ def posterior_log_sum_exp(
     """
     if window is not None and weights is not None:
         raise ValueError("give `window` or `weights`, not both")
-    problem = posterior_problem(
-        x,
-        images,
-        sigma,
-        alpha,
-        temperature=temperature,
-        dtype=dtype,
-        memory_budget=memory_budget,
-        chunk_size=chunk_size,
-        augmentation=augmentation,
-    )
+    problem = posterior_problem(x, images, sigma, alpha, **options)
     check_level(sigma, len(x), x.device, "sigma", allow_zero=False)
     if window is not None:
         run = select("window_posterior", problem.call(), backend)
         state = run(problem, check_window(window, *x.shape[-2:]))
     elif weights is not None:
+        weights = square_weights(weights, problem.images[0].numel())
         run = select("masked_posterior", problem.call(is_mask=weights.is_mask), backend)
         state = run(problem, weights)
     else:
         state = select("global_posterior", problem.call(), backend)(problem)
-    minimum, total, weighted = (part.double() for part in state)
-    return log_sum_exp(type(state)(minimum, total, weighted), problem.scale)
+    exact = state._replace(minimum=state.minimum.double(), total=state.total.double())
+    return log_sum_exp(exact, problem.scale)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from pyflocality._augmentation import Augmentation
 from pyflocality._backends import Call, Implementation, register, select
-from pyflocality._problem import float32_limits, posterior_problem
+from pyflocality._problem import PosteriorOptions, float32_limits, posterior_problem
 from pyflocality._tangents import check_tangents, jacobian_factor, tangent_call
 from pyflocality._transforms import outside_transforms
 from pyflocality.reference.state import finalize, finalize_jvp
 from pyflocality.weights import QueryWeights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def mask_limits(call: Call) -> str | None:
@@ -54,7 +57,7 @@ register(
 )
 
 
-def _square_weights(weights: Tensor | QueryWeights, values: int) -> QueryWeights:
+def square_weights(weights: Tensor | QueryWeights, values: int) -> QueryWeights:
     """Weights with a row for every one of an image's values."""
     if not isinstance(weights, QueryWeights):
         with outside_transforms():
@@ -74,12 +77,8 @@ def masked_posterior_mean(
     sigma: float | Tensor,
     alpha: float | Tensor = 1.0,
     *,
-    temperature: float = 1.0,
     backend: str | None = None,
-    dtype: torch.dtype | None = None,
-    memory_budget: int | str | None = None,
-    chunk_size: int | None = None,
-    augmentation: Augmentation | None = None,
+    **options: Unpack[PosteriorOptions],
 ) -> Tensor:
     r"""One posterior per output value, over its own weighting of the inputs.
 
@@ -98,15 +97,8 @@ def masked_posterior_mean(
             bool or float [D, D], or a `QueryWeights` that is used again and again.
         sigma: Noise level, a number or [B]; 0 gives the nearest image per output value.
         alpha: Signal coefficient, a number or [B], positive.
-        temperature: Divides the logits.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        dtype: float32 or float64 to compute in; None computes in x's own (half precision
-            computes in float32).
-        memory_budget: Working memory, bytes or a string such as "2GB".
-        chunk_size: Training images at a time; None derives it from the budget. The result does
-            not depend on it beyond rounding.
-        augmentation: Copies of the images that are searched too, as `TrainingSet.augmentation`
-            tells them; None for the images alone.
+        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
 
     Returns:
         Posterior means in [-1, 1], dtype of x, [B, C, H, W].
@@ -120,18 +112,8 @@ def masked_posterior_mean(
         Lukoianov, Yuan, Solomon and Sitzmann, Locality in image diffusion models emerges from
         data statistics, 2025, proposition A.7.
     """
-    problem = posterior_problem(
-        x,
-        images,
-        sigma,
-        alpha,
-        temperature=temperature,
-        dtype=dtype,
-        memory_budget=memory_budget,
-        chunk_size=chunk_size,
-        augmentation=augmentation,
-    )
-    weights = _square_weights(weights, problem.images[0].numel())
+    problem = posterior_problem(x, images, sigma, alpha, **options)
+    weights = square_weights(weights, problem.images[0].numel())
     run = select("masked_posterior", problem.call(is_mask=weights.is_mask), backend)
     return finalize(run(problem, weights)).reshape(x.shape).to(x.dtype)
 
@@ -144,12 +126,8 @@ def masked_posterior_jvp(
     sigma: float | Tensor,
     alpha: float | Tensor = 1.0,
     *,
-    temperature: float = 1.0,
     backend: str | None = None,
-    dtype: torch.dtype | None = None,
-    memory_budget: int | str | None = None,
-    chunk_size: int | None = None,
-    augmentation: Augmentation | None = None,
+    **options: Unpack[PosteriorOptions],
 ) -> tuple[Tensor, Tensor]:
     r"""`masked_posterior_mean` and its derivatives along K tangents, in one pass over the images.
 
@@ -165,12 +143,8 @@ def masked_posterior_jvp(
             or a `QueryWeights`.
         sigma: Noise level, a number or [B], positive.
         alpha: Signal coefficient, a number or [B], positive.
-        temperature: Divides the logits.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        dtype: As in `masked_posterior_mean`.
-        memory_budget: As in `masked_posterior_mean`.
-        chunk_size: As in `masked_posterior_mean`.
-        augmentation: As in `masked_posterior_mean`.
+        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
 
     Returns:
         Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.
@@ -180,19 +154,9 @@ def masked_posterior_jvp(
         ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(
-        x,
-        images,
-        sigma,
-        alpha,
-        temperature=temperature,
-        dtype=dtype,
-        memory_budget=memory_budget,
-        chunk_size=chunk_size,
-        augmentation=augmentation,
-    )
+    problem = posterior_problem(x, images, sigma, alpha, **options)
     directions = check_tangents(tangents, x, sigma, problem)
-    weights = _square_weights(weights, problem.images[0].numel())
+    weights = square_weights(weights, problem.images[0].numel())
     call = tangent_call(problem, directions, is_mask=weights.is_mask)
     run = select("masked_posterior_jvp", call, backend)
     mean, jv = finalize_jvp(run(problem, directions, weights), 1, jacobian_factor(problem))
@@ -208,12 +172,8 @@ def masked_posterior_vjp(
     sigma: float | Tensor,
     alpha: float | Tensor = 1.0,
     *,
-    temperature: float = 1.0,
     backend: str | None = None,
-    dtype: torch.dtype | None = None,
-    memory_budget: int | str | None = None,
-    chunk_size: int | None = None,
-    augmentation: Augmentation | None = None,
+    **options: Unpack[PosteriorOptions],
 ) -> Tensor:
     r"""Transposed derivatives of `masked_posterior_mean` along K cotangents, in two passes.
 
@@ -229,12 +189,8 @@ def masked_posterior_vjp(
             or a `QueryWeights`.
         sigma: Noise level, a number or [B], positive.
         alpha: Signal coefficient, a number or [B], positive.
-        temperature: Divides the logits.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        dtype: As in `masked_posterior_mean`.
-        memory_budget: As in `masked_posterior_mean`.
-        chunk_size: As in `masked_posterior_mean`.
-        augmentation: As in `masked_posterior_mean`.
+        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
 
     Returns:
         Transposed products, the derivatives of sum(g * mean) by x, dtype of x, [K, B, C, H, W].
@@ -244,19 +200,9 @@ def masked_posterior_vjp(
         ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(
-        x,
-        images,
-        sigma,
-        alpha,
-        temperature=temperature,
-        dtype=dtype,
-        memory_budget=memory_budget,
-        chunk_size=chunk_size,
-        augmentation=augmentation,
-    )
+    problem = posterior_problem(x, images, sigma, alpha, **options)
     directions = check_tangents(cotangents, x, sigma, problem, "cotangents")
-    weights = _square_weights(weights, problem.images[0].numel())
+    weights = square_weights(weights, problem.images[0].numel())
     call = tangent_call(problem, directions, is_mask=weights.is_mask)
     run = select("masked_posterior_vjp", call, backend)
     return run(problem, directions, weights).reshape(cotangents.shape).to(x.dtype)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from pyflocality._augmentation import Augmentation
 from pyflocality._backends import Implementation, register, select
 from pyflocality._checks import check_count
-from pyflocality._problem import float32_limits, posterior_problem
+from pyflocality._problem import PosteriorOptions, float32_limits, posterior_problem
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 register(
     "patch_set",
@@ -38,12 +41,8 @@ def patch_set_mean(
     sigma: float | Tensor,
     alpha: float | Tensor = 1.0,
     *,
-    temperature: float = 1.0,
     backend: str | None = None,
-    dtype: torch.dtype | None = None,
-    memory_budget: int | str | None = None,
-    chunk_size: int | None = None,
-    augmentation: Augmentation | None = None,
+    **options: Unpack[PosteriorOptions],
 ) -> Tensor:
     r"""One posterior per window that fits inside the image, each answering all of its pixels.
 
@@ -62,15 +61,8 @@ def patch_set_mean(
         window: Side of the window in pixels, odd or even, at most min(H, W).
         sigma: Noise level, a number or [B]; 0 gives the nearest image per window.
         alpha: Signal coefficient, a number or [B], positive.
-        temperature: Divides the logits.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        dtype: float32 or float64 to compute in; None computes in x's own (half precision
-            computes in float32).
-        memory_budget: Working memory, bytes or a string such as "2GB".
-        chunk_size: Training images at a time; None derives it from the budget. The result does
-            not depend on it beyond rounding.
-        augmentation: Copies of the images that are searched too, as `TrainingSet.augmentation`
-            tells them; None for the images alone.
+        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
 
     Returns:
         Blended posterior means in [-1, 1], dtype of x, [B, C, H, W].
@@ -84,17 +76,7 @@ def patch_set_mean(
         Niedoba, Zwartsenberg, Murphy and Wood, Towards a mechanistic explanation of diffusion
         model generalization, 2025 (patch set posterior composites).
     """
-    problem = posterior_problem(
-        x,
-        images,
-        sigma,
-        alpha,
-        temperature=temperature,
-        dtype=dtype,
-        memory_budget=memory_budget,
-        chunk_size=chunk_size,
-        augmentation=augmentation,
-    )
+    problem = posterior_problem(x, images, sigma, alpha, **options)
     window = check_patch(window, *x.shape[-2:])
     run = select("patch_set", problem.call(), backend)
     return run(problem, window).to(x.dtype)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from pyflocality._augmentation import Augmentation
 from pyflocality._backends import Implementation, register, select
 from pyflocality._checks import check_count
-from pyflocality._problem import float32_limits, posterior_problem
+from pyflocality._problem import PosteriorOptions, float32_limits, posterior_problem
 from pyflocality._tangents import check_tangents, jacobian_factor, tangent_call
 from pyflocality.reference.state import finalize, finalize_jvp
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 register(
     "window_posterior",
@@ -68,12 +71,8 @@ def window_posterior_mean(
     sigma: float | Tensor,
     alpha: float | Tensor = 1.0,
     *,
-    temperature: float = 1.0,
     backend: str | None = None,
-    dtype: torch.dtype | None = None,
-    memory_budget: int | str | None = None,
-    chunk_size: int | None = None,
-    augmentation: Augmentation | None = None,
+    **options: Unpack[PosteriorOptions],
 ) -> Tensor:
     r"""One posterior per pixel, over the window around it, at the same place of every image.
 
@@ -92,15 +91,8 @@ def window_posterior_mean(
         window: Side of the window in pixels, odd, at most 2 max(H, W) - 1.
         sigma: Noise level, a number or [B]; 0 gives the nearest image per window.
         alpha: Signal coefficient, a number or [B], positive.
-        temperature: Divides the logits.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        dtype: float32 or float64 to compute in; None computes in x's own (half precision
-            computes in float32).
-        memory_budget: Working memory, bytes or a string such as "2GB".
-        chunk_size: Training images at a time; None derives it from the budget. The result does
-            not depend on it beyond rounding.
-        augmentation: Copies of the images that are searched too, as `TrainingSet.augmentation`
-            tells them; None for the images alone.
+        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
 
     Returns:
         Posterior means in [-1, 1], dtype of x, [B, C, H, W].
@@ -114,17 +106,7 @@ def window_posterior_mean(
         Kamb and Ganguli, An analytic theory of creativity in convolutional diffusion models,
         2025 (the local score model, LS).
     """
-    problem = posterior_problem(
-        x,
-        images,
-        sigma,
-        alpha,
-        temperature=temperature,
-        dtype=dtype,
-        memory_budget=memory_budget,
-        chunk_size=chunk_size,
-        augmentation=augmentation,
-    )
+    problem = posterior_problem(x, images, sigma, alpha, **options)
     window = check_window(window, *x.shape[-2:])
     run = select("window_posterior", problem.call(), backend)
     # [B, H W, C] -> [B, C, H, W]
@@ -139,12 +121,8 @@ def window_posterior_jvp(
     sigma: float | Tensor,
     alpha: float | Tensor = 1.0,
     *,
-    temperature: float = 1.0,
     backend: str | None = None,
-    dtype: torch.dtype | None = None,
-    memory_budget: int | str | None = None,
-    chunk_size: int | None = None,
-    augmentation: Augmentation | None = None,
+    **options: Unpack[PosteriorOptions],
 ) -> tuple[Tensor, Tensor]:
     r"""`window_posterior_mean` and its derivatives along K tangents, in one pass over the images.
 
@@ -159,12 +137,8 @@ def window_posterior_jvp(
         window: Side of the window in pixels, odd, at most 2 max(H, W) - 1.
         sigma: Noise level, a number or [B], positive.
         alpha: Signal coefficient, a number or [B], positive.
-        temperature: Divides the logits.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        dtype: As in `window_posterior_mean`.
-        memory_budget: As in `window_posterior_mean`.
-        chunk_size: As in `window_posterior_mean`.
-        augmentation: As in `window_posterior_mean`.
+        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
 
     Returns:
         Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.
@@ -174,17 +148,7 @@ def window_posterior_jvp(
         ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(
-        x,
-        images,
-        sigma,
-        alpha,
-        temperature=temperature,
-        dtype=dtype,
-        memory_budget=memory_budget,
-        chunk_size=chunk_size,
-        augmentation=augmentation,
-    )
+    problem = posterior_problem(x, images, sigma, alpha, **options)
     directions = check_tangents(tangents, x, sigma, problem)
     window = check_window(window, *x.shape[-2:])
     run = select("window_posterior_jvp", tangent_call(problem, directions), backend)
@@ -204,12 +168,8 @@ def window_posterior_vjp(
     sigma: float | Tensor,
     alpha: float | Tensor = 1.0,
     *,
-    temperature: float = 1.0,
     backend: str | None = None,
-    dtype: torch.dtype | None = None,
-    memory_budget: int | str | None = None,
-    chunk_size: int | None = None,
-    augmentation: Augmentation | None = None,
+    **options: Unpack[PosteriorOptions],
 ) -> Tensor:
     r"""Transposed derivatives of `window_posterior_mean` along K cotangents, in two passes.
 
@@ -224,12 +184,8 @@ def window_posterior_vjp(
         window: Side of the window in pixels, odd, at most 2 max(H, W) - 1.
         sigma: Noise level, a number or [B], positive.
         alpha: Signal coefficient, a number or [B], positive.
-        temperature: Divides the logits.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        dtype: As in `window_posterior_mean`.
-        memory_budget: As in `window_posterior_mean`.
-        chunk_size: As in `window_posterior_mean`.
-        augmentation: As in `window_posterior_mean`.
+        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
 
     Returns:
         Transposed products, the derivatives of sum(g * mean) by x, dtype of x, [K, B, C, H, W].
@@ -239,17 +195,7 @@ def window_posterior_vjp(
         ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(
-        x,
-        images,
-        sigma,
-        alpha,
-        temperature=temperature,
-        dtype=dtype,
-        memory_budget=memory_budget,
-        chunk_size=chunk_size,
-        augmentation=augmentation,
-    )
+    problem = posterior_problem(x, images, sigma, alpha, **options)
     directions = check_tangents(cotangents, x, sigma, problem, "cotangents")
     window = check_window(window, *x.shape[-2:])
     run = select("window_posterior_vjp", tangent_call(problem, directions), backend)
