@@ -1,0 +1,1 @@
+"""Trained networks that analytical denoisers are measured against."""
