@@ -89,7 +89,10 @@ class Training:
         """One step of the optimizer and of the average."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.rate * min(1.0, (self.steps + 1) / WARM_UP)
-        loss = self.loss(self.unet, self.batch(), self.options.seed * 1_000_000_007 + self.steps)
+        seed = self.options.seed * 1_000_000_007 + self.steps
+        # Dropout draws from torch's own generator.
+        torch.manual_seed(seed)
+        loss = self.loss(self.unet, self.batch(), seed)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
