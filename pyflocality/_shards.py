@@ -9,6 +9,7 @@ would take one rank's images for the whole set fails, with a message, instead of
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -84,6 +85,56 @@ class Ranks:
         self._reduce(total, dist.ReduceOp.SUM)
         return total
 
+    def part(self, count: int) -> slice:
+        """Which of `count` things in a row are this rank's; the parts differ by one at most."""
+        start, stop = (count * (self.rank + i) // self.count for i in (0, 1))
+        return slice(start, stop)
+
+    def gathered(self, own: Tensor | None, rows: slice, like: Tensor) -> Tensor:
+        """A tensor of which every rank has some rows, bit for bit the same on every rank.
+
+        Args:
+            own: The rows of this rank, or None where it has none.
+            rows: Which they are; every row is some rank's, and no row two ranks'.
+            like: Any tensor of the result's shape, dtype and device.
+        """
+        whole = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+        if own is not None:
+            whole[rows] = own
+        # Sums of bytes with zeros: those of numbers would lose the sign of a zero.
+        return self.summed(whole.view(torch.uint8)).view(like.dtype)
+
+    def of_first(self, tensor: Tensor | None, like: Tensor) -> Tensor | None:
+        """What rank 0 has, a tensor of the form of `like` or None, on every rank."""
+        there = self.summed(torch.tensor(int(tensor is not None), device=like.device))
+        return self.gathered(tensor, slice(None), like) if int(there) else None
+
+    def nearest(self, indices: Tensor, distances: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The nearest images of the whole set from those of the parts.
+
+        Args:
+            indices: Positions in this rank's part, image i of copy j at j `count` + i, [B, k].
+            distances: Their distances, ascending, [B, k].
+            count: Images of this rank's part, copies not included.
+
+        Returns:
+            Positions in the whole set, image i of copy j at j N + i, and distances, [B, k].
+        """
+        here = slice(self.rank, self.rank + 1)
+        counts = indices.new_zeros(self.count)
+        counts = self.gathered(counts.new_tensor(count), here, counts)
+        whole, start = int(counts.sum()), int(counts[: self.rank].sum())
+        indices = indices // count * whole + indices % count + start
+        found = []
+        for own in (indices, distances):
+            every = own.new_empty(self.count, *own.shape)
+            found.append(torch.cat(list(self.gathered(own, here, every)), 1))
+        # By position first, so that among equal distances the earlier image comes first.
+        order = found[0].argsort(1)
+        order = order.gather(1, found[1].gather(1, order).argsort(dim=1, stable=True))
+        order = order[:, : indices.shape[1]]
+        return found[0].gather(1, order), found[1].gather(1, order)
+
     def agree(self, what: str, *tensors: Tensor) -> None:
         """Raise unless all ranks come here with the same words and the same tensors.
 
@@ -101,9 +152,9 @@ class Ranks:
         self._reduce(bounds, dist.ReduceOp.MIN)
         if int(bounds[0]) != -int(bounds[1]):
             raise ValueError(
-                f"{what}: the ranks of a sharded set were called with different arguments (noisy "
-                "images, noise levels or operations); every rank must make the same calls in the "
-                "same order: seed each rank's generator alike"
+                f"{what}: the ranks were called with different arguments (noisy images, noise "
+                "levels or operations); every rank must make the same calls in the same order: "
+                "seed each rank's generator alike"
             )
 
     def _reduce(self, tensor: Tensor, op: dist.ReduceOp) -> None:
@@ -111,7 +162,8 @@ class Ranks:
             dist.all_reduce(tensor, op, group=self.group)
         # torch has no type of its own for gloo's errors.
         except RuntimeError as error:
-            cause = " ".join(str(error).split())[:200]
+            # Its first sentence, without the place in torch's own sources.
+            cause = re.sub(r"\[\S+:\d+\] ", "", " ".join(str(error).split())).split(". ")[0][:200]
             raise RankLostError(
                 f"rank {self.rank} of {self.count} cannot reach the others: one of them has ended "
                 f"or did not answer in time ({cause})"
@@ -195,7 +247,8 @@ def ranks_of(images: Tensor) -> Ranks | None:
 
 def sharded_reason(op: str, backend: str, requires_grad: bool) -> str | None:
     """Why an operation cannot join the ranks of a sharded set, or None if it can."""
-    if op not in STATE_OPERATIONS and not (op in TWO_SCANS and backend in _TWO_SCANS_BACKENDS):
+    joins = op in STATE_OPERATIONS or op == "nearest"
+    if not joins and not (op in TWO_SCANS and backend in _TWO_SCANS_BACKENDS):
         return "it cannot join the parts of a sharded set"
     if requires_grad:
         return (
@@ -220,6 +273,8 @@ def over_ranks(op: str, run: Callable[..., Any], ranks: Ranks) -> Callable[..., 
         tensors = [part for argument in arguments for part in _tensors_of(argument)]
         ranks.agree(f"{op} {numbers}", problem.x, problem.alpha, problem.scale, *tensors)
         result = run(problem, *arguments)
+        if op == "nearest":
+            return ranks.nearest(*result, len(problem.images))
         return ranks.merged(result, problem.scale) if op in STATE_OPERATIONS else result
 
     return joined

@@ -24,31 +24,41 @@ under `torchrun --nproc-per-node 4 script.py`. The sums are joined in float64; w
 between numbers of ranks is where float32 sums of the scans begin and end, a few float32 rounding
 errors of the result. Moments of 8-bit images are sums of integers, bit-identical for every number
 of ranks.
+
+Where every rank can hold, or map, the whole set, the samples can be split instead:
+`split_samples(denoiser)` has each rank denoise its part of a batch. `pyflocality generate` does
+either when `torchrun` starts it.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pyflocality._checks import check_positive, describe
 from pyflocality._shards import RankLostError, Ranks, ShardedImages, ranks_of
 from pyflocality.data import TrainingSet
 
-__all__ = ["RankLostError", "ranks", "shard"]
+__all__ = ["RankLostError", "ranks", "shard", "split_samples"]
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Numbers the blocks inside which this process joins others; every rank has as many.
+_blocks = itertools.count()
 
 
 @contextmanager
 def ranks(*, timeout: float = 600.0) -> Iterator[None]:
     """Join the ranks that `torchrun` started, for the length of a `with` block.
+
+    Blocks may follow one another, the same number on every rank.
 
     NCCL joins them where every rank of the machine has a GPU of its own, which becomes the
     current one, gloo anywhere else. A rank that ends is noticed at once or, at the latest, after
@@ -80,7 +90,12 @@ def ranks(*, timeout: float = 600.0) -> Iterator[None]:
     if has_gpus:
         torch.cuda.set_device(local)
     backend = "cuda:nccl,cpu:gloo" if has_gpus else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+    patience = timedelta(seconds=seconds)
+    store, rank, count = next(dist.rendezvous("env://", timeout=patience))
+    # The addresses of an earlier block's ranks are still in the store.
+    store = dist.PrefixStore(f"pyflocality/{next(_blocks)}", store)
+    store.set_timeout(patience)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=patience)
     try:
         yield
     finally:
@@ -95,9 +110,9 @@ def shard(data: TrainingSet, group: dist.ProcessGroup | None = None) -> Training
 
     What is made of the part joins the ranks on its own: the optimal, local, equivariant, PCA
     locality (exact aggregation), patch set, filtered and Wiener denoisers, their first
-    derivatives, and `Moments.from_data`. Everything else that would read the images raises. All
-    ranks must make the same calls in the same order with the same arguments, so seed their
-    generators alike: that is checked, and costs a copy of the arguments to the CPU.
+    derivatives, `Moments.from_data` and `ops.nearest_images`. Everything else that would read the
+    images raises. All ranks must make the same calls in the same order with the same arguments, so
+    seed their generators alike: that is checked, and costs a copy of the arguments to the CPU.
 
     Args:
         data: The whole set, the same on every rank.
@@ -114,11 +129,7 @@ def shard(data: TrainingSet, group: dist.ProcessGroup | None = None) -> Training
     """
     if not isinstance(data, TrainingSet):
         raise TypeError(f"`data` must be a TrainingSet, got {describe(data)}")
-    if not dist.is_initialized():
-        raise ValueError(
-            "there is no process group: call shard inside `with pyflocality.distributed.ranks():` "
-            "or after torch.distributed.init_process_group"
-        )
+    _check_group("shard")
     if ranks_of(data.images) is not None:
         raise ValueError(f"`data` must be the whole set, {data!r} is sharded already")
     members = Ranks(group)
@@ -127,7 +138,85 @@ def shard(data: TrainingSet, group: dist.ProcessGroup | None = None) -> Training
         raise ValueError(
             f"`data` must have at least {members.count} images, one for each rank, got {len(data)}"
         )
-    start, stop = (len(data) * (members.rank + i) // members.count for i in (0, 1))
-    part = copy.copy(data.subset(slice(start, stop)))
+    part = copy.copy(data.subset(members.part(len(data))))
     part.images = ShardedImages.of(part.images, members)
     return part
+
+
+def split_samples(
+    denoiser: Callable[..., Tensor], group: dist.ProcessGroup | None = None
+) -> Callable[..., Tensor]:
+    """A denoiser of whose batches every rank does a part.
+
+    It is made for `pyflocality.sample`::
+
+        with pf.distributed.ranks():
+            denoiser = pf.distributed.split_samples(pf.OptimalDenoiser(data))
+            result = pf.sample(denoiser, 64, generator=torch.Generator().manual_seed(0))
+
+    Every rank holds the whole set, or maps it, and gets all answers. They are the bits of
+    one process where an image's answer does not depend on the others of its batch, and on the
+    number of threads, else they differ by rounding.
+
+    All ranks must make the same calls in the same order with the same arguments, so seed their
+    generators alike: that is checked. No gradients are recorded.
+
+    Args:
+        denoiser: Any function (x, sigma, alpha) -> x0 of x [B, C, H, W] whose answers have the
+            shape and dtype of x; sigma and alpha are numbers, or tensors [B]. Not one of a
+            sharded set, which joins the ranks on its own.
+        group: The ranks that share the work; None for all ranks of the job.
+
+    Returns:
+        The function, with the attributes `image_shape` and `device` of `denoiser`.
+
+    Raises:
+        TypeError: `denoiser` is not callable.
+        ValueError: There is no process group, or `denoiser` is of a sharded set. Calls raise it,
+            too, where the ranks make different ones.
+        RankLostError: A rank is gone; its calls raise it, too.
+    """
+    if not callable(denoiser):
+        raise TypeError(f"`denoiser` must be callable, got {describe(denoiser)}")
+    _check_group("split_samples")
+    data = getattr(denoiser, "data", None)
+    if isinstance(data, TrainingSet) and ranks_of(data.images) is not None:
+        raise ValueError("`denoiser` must be of a whole set: one of a sharded set joins the ranks")
+    return _SplitSamples(denoiser, Ranks(group))
+
+
+class _SplitSamples:
+    """What `split_samples` returns."""
+
+    def __init__(self, denoiser: Callable[..., Tensor], ranks: Ranks) -> None:
+        self._denoiser, self._ranks = denoiser, ranks
+        self.image_shape = getattr(denoiser, "image_shape", None)
+        self.device = getattr(denoiser, "device", None)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0) -> Tensor:
+        """The answers to all of x."""
+        levels = [torch.as_tensor(level, dtype=torch.float64) for level in (sigma, alpha)]
+        self._ranks.agree("split_samples", x, *levels)
+        rows = self._ranks.part(len(x))
+        own = None
+        if rows.stop > rows.start:
+            sigma, alpha = (
+                level[rows] if isinstance(level, Tensor) and level.ndim else level
+                for level in (sigma, alpha)
+            )
+            own = self._denoiser(x[rows], sigma, alpha)
+            if own.shape != x[rows].shape or own.dtype != x.dtype:
+                raise ValueError(
+                    f"`denoiser` must return images like {describe(x[rows])}, got {describe(own)}"
+                )
+        return self._ranks.gathered(own, rows, x)
+
+
+def _check_group(name: str) -> None:
+    if not dist.is_initialized():
+        raise ValueError(
+            f"there is no process group: call {name} inside "
+            "`with pyflocality.distributed.ranks():` or after "
+            "torch.distributed.init_process_group"
+        )

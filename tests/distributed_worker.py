@@ -10,7 +10,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +26,8 @@ def whole_set(dtype: torch.dtype) -> pf.TrainingSet:
     """The set that every rank knows and shards."""
     generator = torch.Generator().manual_seed(11)
     images = torch.randint(0, 256, (COUNT, *SHAPE), generator=generator, dtype=torch.uint8)
+    # The first image once more, on the last rank: as near as itself to anything.
+    images[-1] = images[0]
     if dtype == torch.uint8:
         return pf.TrainingSet(images)
     return pf.TrainingSet((images.double() / 127.5 - 1).clamp(-1, 1).to(dtype))
@@ -35,6 +39,46 @@ def arguments() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
     x = torch.randn(2, *SHAPE, generator=generator)
     directions = torch.randn(3, 2, *SHAPE, generator=generator)
     return x, directions, torch.tensor(SIGMAS), torch.tensor(ALPHAS)
+
+
+def values_of_first(data: pf.TrainingSet) -> torch.Tensor:
+    """Values of the first image of the whole set, of which `data` may be a part."""
+    return whole_set(data.dtype).values(0, 1, dtype=torch.float64)
+
+
+def split_answers(split: Callable[[pf.LocalDenoiser], Any]) -> dict[str, torch.Tensor]:
+    """What is sampled when the batches of a denoiser are split.
+
+    Args:
+        split: Makes a denoiser of which every rank does a part of the batch.
+    """
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        generator = torch.Generator().manual_seed(14)
+        start = torch.randn(5, *SHAPE, generator=generator).to(dtype)
+        for count in (1, 5):
+            drawn = pf.sample(
+                split(pf.LocalDenoiser(whole_set(torch.uint8), 3)),
+                steps=3,
+                sampler=pf.DDIM(eta=1.0),
+                x_T=start[:count],
+                generator=generator,
+                progress=False,
+            )
+            found[f"{count} {dtype}"] = drawn.images
+    # Levels of their own for the images.
+    x = torch.stack([-torch.zeros(SHAPE), *start[:2].float()])
+    levels = torch.tensor([0.1, 0.5, 2.0]), torch.tensor([1.0, 0.9, 0.5])
+    found["levels"] = split(pf.LocalDenoiser(whole_set(torch.uint8), 3))(x, *levels)
+    found["signs"] = torch.signbit(split(_Negative())(x, 1.0, 1.0))
+    return found
+
+
+class _Negative:
+    """A denoiser that answers minus zero."""
+
+    def __call__(self, x: torch.Tensor, sigma: float, alpha: float) -> torch.Tensor:
+        return -torch.zeros_like(x)
 
 
 def answers(data: pf.TrainingSet, backend: str) -> dict[str, torch.Tensor]:
@@ -69,6 +113,11 @@ def answers(data: pf.TrainingSet, backend: str) -> dict[str, torch.Tensor]:
     found["flipped"] = flipped(x, sigma, alpha)
     # No noise: the nearest image, which lies on one of the ranks.
     found["nearest"] = models["optimal"](x, 0.0)
+    flips = data.augmented(flip=True).augmentation
+    first = values_of_first(data)
+    for name, queries in (("neighbours", x), ("ties", torch.cat([first, first.flip(3)]))):
+        near = ops.nearest_images(queries.to(x.dtype), data.images, k=3, augmentation=flips)
+        found |= {name: near.indices, f"{name}, distances": near.distances}
     moments = pf.Moments.from_data(data)
     found |= {"mean": moments.mean, "covariance": moments.covariance}
     found["count"] = torch.tensor(moments.count)
@@ -82,13 +131,18 @@ def answers(data: pf.TrainingSet, backend: str) -> dict[str, torch.Tensor]:
 def refusals(data: pf.TrainingSet, rank: int) -> dict[str, str]:
     """What a sharded set answers to those who would take a part of it for the whole."""
     x, _, sigma, alpha = arguments()
+    whole = pf.OptimalDenoiser(whole_set(torch.uint8))
     attempts = {
         "values": lambda: data.values(0, 2),
         "subset": lambda: data.subset([0]),
         "key": data.content_key,
         "nearest": lambda: pf.NearestDenoiser(data)(x, sigma, alpha),
         "batch mean": lambda: pf.PCALocalityDenoiser(data, aggregation="batch_mean")(x, 1.0),
-        "operation": lambda: ops.nearest_images(x, data.images),
+        "samples": lambda: pf.distributed.split_samples(pf.OptimalDenoiser(data))(x, 1.0),
+        "samples differ": lambda: pf.distributed.split_samples(whole)(x + rank, 1.0),
+        "samples of a shape": lambda: pf.distributed.split_samples(lambda x, *_: x[:, :1])(
+            torch.cat([x, x]), 1.0
+        ),
         "golden": lambda: pf.GoldenSubset(pf.OptimalDenoiser(data))(x, sigma, alpha),
         "differ": lambda: pf.OptimalDenoiser(data)(x + rank, 1.0),
         "other operation": lambda: pf.LocalDenoiser(data, 3 + 2 * rank)(x, 1.0),
@@ -120,6 +174,7 @@ def main() -> None:
             result = {
                 "cpu": answers(data, "auto"),
                 "float64": answers(pf.distributed.shard(whole_set(torch.float64)), "reference"),
+                "split": split_answers(pf.distributed.split_samples),
                 "refusals": refusals(data, rank),
                 "repr": repr(data),
                 "length": len(data),

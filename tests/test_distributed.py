@@ -12,11 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_worker import ALPHAS, COUNT, SIGMAS, answers, arguments, whole_set
+from distributed_worker import (
+    ALPHAS,
+    COUNT,
+    SIGMAS,
+    answers,
+    arguments,
+    split_answers,
+    whole_set,
+)
 from truth import filtered_posterior_mean, values_of, window_weights
 
 import pyflocality as pf
-from pyflocality._shards import Ranks, ShardedImages
+from pyflocality._shards import Ranks, ShardedImages, sharded_reason
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo here"
@@ -115,15 +123,38 @@ def test_parts_cover_the_set(results):
     assert f"part {len(results)} of {len(results)}" in results[-1]["repr"]
 
 
+def test_split_samples_are_those_of_one_process(results):
+    expected = split_answers(lambda denoiser: denoiser)
+    for result in results:
+        assert set(result["split"]) == set(expected)
+        for name, found in result["split"].items():
+            assert found.dtype == expected[name].dtype
+            assert torch.equal(found, expected[name]), name
+    assert expected["signs"].all()
+
+
+def test_equally_near_images_come_in_the_order_of_the_set(results):
+    # The first image lies twice in the set, and so do its mirror images.
+    ties = results[-1]["cpu"]["ties"]
+    assert ties[:, :2].tolist() == [[0, COUNT - 1], [COUNT, 2 * COUNT - 1]]
+    assert (results[-1]["cpu"]["ties, distances"][:, :2] < 1e-5).all()
+
+
+def test_operations_that_cannot_join_are_refused():
+    assert sharded_reason("nearest", "reference", False) is None
+    reason = sharded_reason("patch_set", "triton", False)
+    assert reason == "it cannot join the parts of a sharded set"
+
+
 def test_what_would_take_a_part_for_the_whole_is_refused(results):
     told = results[0]["refusals"]
     assert {name: text for name, text in told.items() if text == "answered"} == {}
-    for name in ("values", "subset", "key", "batch mean"):
+    for name in ("values", "subset", "key", "batch mean", "nearest"):
         assert "would take it for the whole set" in told[name], told[name]
-    for name in ("nearest", "operation"):
-        assert "cannot join the parts of a sharded set" in told[name], told[name]
+    assert "`denoiser` must return images like" in told["samples of a shape"]
     assert "cannot differentiate through the join" in told["by sigma"], told["by sigma"]
-    for name in ("differ", "other operation"):
+    assert "`denoiser` must be of a whole set" in told["samples"]
+    for name in ("differ", "other operation", "samples differ"):
         assert "called with different arguments" in told[name], told[name]
     assert "sharded already" in told["twice"]
     assert "cannot be pickled" in told["pickle"]
@@ -149,6 +180,10 @@ def test_refused_without_a_job(monkeypatch):
         pf.distributed.shard(data)
     with pytest.raises(TypeError, match="`data` must be a TrainingSet"):
         pf.distributed.shard(data.images)
+    with pytest.raises(ValueError, match="call split_samples inside"):
+        pf.distributed.split_samples(pf.OptimalDenoiser(data))
+    with pytest.raises(TypeError, match="`denoiser` must be callable"):
+        pf.distributed.split_samples(data)
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="RANK is not set"), pf.distributed.ranks():
         pass

@@ -4,6 +4,7 @@ The samplers of the command line are functions of the starting noise, which the 
 the denoiser's answers. So the answers are all that has to be kept: a run that is started again
 with the same settings gets them back without asking the denoiser, and makes the same images to the
 bit. They lie in a hidden file in the folder of the results, which is gone once these are written.
+Of several ranks rank 0 keeps the file, and hands its answers to the others.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pyflocality.cli._record import ObservedDenoiser
+    from pyflocality._shards import Ranks
+    from pyflocality.sampling import DenoiserFunction
 
 # Checksums of a question and of the answer to it, and the size of the answer in bytes.
 _HEADER = struct.Struct("<IIQ")
@@ -34,6 +36,7 @@ class KeptAnswers:
         denoiser: The denoiser that answers.
         folder: Folder of the results.
         settings: All that the answers depend on; other settings have another file.
+        ranks: The ranks that ask alike; None for one process alone.
 
     Attributes:
         path: The file.
@@ -41,21 +44,28 @@ class KeptAnswers:
     """
 
     def __init__(
-        self, denoiser: ObservedDenoiser, folder: Path, settings: Mapping[str, Any]
+        self,
+        denoiser: DenoiserFunction,
+        folder: Path,
+        settings: Mapping[str, Any],
+        ranks: Ranks | None = None,
     ) -> None:
-        self.denoiser = denoiser
+        self.denoiser, self.ranks = denoiser, ranks
         self.image_shape, self.device = denoiser.image_shape, denoiser.device
         text = json.dumps(settings, sort_keys=True, default=str)
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.path = folder / f".generate-{key}.answers"
         self.found = 0
         self._end = 0
-        self._replaying = self._keeping = True
+        self._replaying = True
+        self._keeping = ranks is None or ranks.rank == 0
 
     def __call__(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
         """The kept answer, or else the denoiser's, which is kept."""
         question = zlib.crc32(struct.pack("<dd", sigma, alpha), zlib.crc32(_bytes(x)))
-        answer = self._kept(question, x) if self._replaying else None
+        answer = self._kept(question, x) if self._replaying and self._keeping else None
+        if self._replaying and self.ranks is not None:
+            answer = self.ranks.of_first(answer, x)
         if answer is not None:
             self.found += 1
             return answer

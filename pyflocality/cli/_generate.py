@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,22 +18,28 @@ from pyflocality.cli._files import Outputs
 from pyflocality.cli._generate_options import Sampling
 from pyflocality.cli._models import (
     backends_record,
-    complete_moments,
     data_record,
     draw,
     finished,
     given_options,
+    moments_of,
     neighbour_record,
     neighbour_values,
     neighbours_of,
     sampling_record,
+    with_eigenvectors,
 )
-from pyflocality.cli._options import SourceOptions
+from pyflocality.cli._options import SourceOptions, parse_device
+from pyflocality.cli._ranks import joined, split_in_force
 from pyflocality.cli._record import ObservedDenoiser, Stages, software
 
 if TYPE_CHECKING:
-    from pyflocality import SampleResult, TrainingSet
+    from pyflocality import Moments, SampleResult, TrainingSet
+    from pyflocality._shards import Ranks
     from pyflocality.ops.nearest import Neighbours
+
+# Denoisers that read the images themselves, and so the whole set.
+_WHOLE_SET = ("ledoit-wolf", "nearest")
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class Plan:
     sampling: Sampling
     flip: bool
     moments: Path | None
+    global_share: float | None
+    split_over: str | None
     out: Path
     individual: bool
     trajectory: bool
@@ -61,6 +69,43 @@ class Plan:
         self.sampling.check()
         if self.moments is not None and not self.needs_moments:
             raise ValueError(f"`moments` is of no use to the denoiser {self.denoiser.name}")
+        if self.global_share is not None:
+            self._check_share(self.global_share)
+        if self.split_over is not None:
+            self._check_ranks()
+
+    def _check_share(self, share: float) -> None:
+        if not 0 <= share <= 1:
+            raise ValueError(f"`global_share` must lie in [0, 1], got {share}")
+        if self.source.label is None:
+            raise ValueError("`global_share` is of a class: it needs `label`")
+        if self.denoiser.entry.needs_moments == "no":
+            raise ValueError(f"`global_share` is of no use to the denoiser {self.denoiser.name}")
+
+    def _check_ranks(self) -> None:
+        """Refuse what several ranks cannot do."""
+        if ":" in self.source.device:
+            raise ValueError(
+                "`device` must be cpu or cuda under torchrun, which gives each rank a GPU of its "
+                f"own, got {self.source.device!r}"
+            )
+        if self.split_over == "samples":
+            return
+        whole = self.denoiser.name if self.denoiser.name in _WHOLE_SET else None
+        if self.subset is not None:
+            whole = "`subset`"
+        if self.denoiser.given.get("aggregation") == "batch_mean":
+            whole = "`aggregation` batch-mean"
+        if whole is not None:
+            raise ValueError(
+                f"`split_over` must be samples for {whole}, which needs the whole set on every rank"
+            )
+
+    def part(self, data: TrainingSet) -> TrainingSet:
+        """What this process searches of a set."""
+        from pyflocality.distributed import shard
+
+        return shard(data) if self.split_over == "images" else data
 
     @property
     def needs_moments(self) -> bool:
@@ -94,6 +139,8 @@ def generate(
     loader_batch: options.LoaderBatch = None,
     subset: options.Subset = None,
     moments: options.MomentsFile = None,
+    global_share: options.GlobalShare = None,
+    split_over: options.SplitOver = None,
     backend: options.Backend = None,
     memory_budget: options.MemoryBudget = None,
     device: common.Device = "cpu",
@@ -120,6 +167,10 @@ def generate(
     to it), samples.npy (their values, float32 in [-1, 1]), trajectory.png (the way from noise to
     image) and run.json (settings, versions, timings). A run that was interrupted goes on behind
     its last finished step when it is started again with the same options.
+
+    Started by torchrun, as in `torchrun --nproc-per-node 4 -m pyflocality generate SOURCE --out
+    DIR -n 64`, the ranks share the work: see --split-over. Rank 0 alone writes files and prints.
+    Start it again where a rank was lost.
     """
     given = given_options(
         window,
@@ -138,6 +189,8 @@ def generate(
         Sampling(n, steps, schedule.value, sampler.value, seed),
         flip,
         moments,
+        global_share,
+        split_in_force(None if split_over is None else split_over.value),
         out,
         individual,
         trajectory,
@@ -146,12 +199,16 @@ def generate(
     )
     plan.check()
     start = time.perf_counter()
-    with Outputs(plan.files, force=force) as outputs:
-        record, kept = _run(plan, outputs)
-        text = finished(record, start)
-        outputs.temporary[plan.files[-1]].write_text(text + "\n", encoding="utf-8")
-        outputs.commit()
-    kept.forget()
+    with joined() as ranks:
+        if ranks is not None and ranks.rank > 0:
+            _find(replace(plan, progress=False), Stages(announce=False), ranks)
+            return
+        with Outputs(plan.files, force=force) as outputs:
+            record, kept = _run(plan, outputs, ranks)
+            text = finished(record, start)
+            outputs.temporary[plan.files[-1]].write_text(text + "\n", encoding="utf-8")
+            outputs.commit()
+        kept.forget()
     if as_json:
         typer.echo(text)
     else:
@@ -159,72 +216,119 @@ def generate(
         typer.echo(f"{n} images in {time.perf_counter() - start:.1f} s: {listed}")
 
 
-def _run(plan: Plan, outputs: Outputs) -> tuple[dict[str, Any], KeptAnswers]:
+@dataclass(frozen=True)
+class _Found:
+    """What a run came to, the same on every rank.
+
+    `settings`, for the record, are those that the answers depend on; rank 0 alone has them.
+    """
+
+    data: TrainingSet
+    settings: dict[str, Any]
+    calls: list[dict[str, float]]
+    kept: KeptAnswers
+    result: SampleResult
+    neighbours: Neighbours | None
+
+
+def _run(plan: Plan, outputs: Outputs, ranks: Ranks | None) -> tuple[dict[str, Any], KeptAnswers]:
     """Load, sample and draw; the record of it, and the answers that were kept on the way."""
-    from pyflocality import Moments, trace_backends
-    from pyflocality._backends import requested_backend
+    from pyflocality import trace_backends
 
     stages = Stages(announce=plan.progress)
-    moments = None if plan.moments is None else Moments.load(plan.moments)
     with trace_backends() as backends:
-        with stages("load", f"loading {plan.source.source}"):
-            data = plan.source.load(progress=plan.progress).augmented(flip=plan.flip)
-        if plan.needs_moments:
-            moments = complete_moments(data, moments, stages)
-        denoiser = plan.denoiser.build(data, moments)
-        searched = denoiser if plan.subset is None else plan.subset.build(denoiser, moments)
-        observed = ObservedDenoiser(searched)
-        sampling = plan.sampling
-        settings = {
-            "data": data_record(data, flip=plan.flip),
-            "denoiser": {"name": plan.denoiser.name, **plan.denoiser.in_force(denoiser)},
-            "subset": None if plan.subset is None else plan.subset.in_force(searched),
-            "software": software(),
-        }
-        others = {
-            "moments": None if plan.moments is None else moments.content_key(),
-            "sampling": asdict(sampling),
-            "backend": requested_backend(None),
-        }
-        kept = KeptAnswers(observed, plan.out, settings | others)
-        with stages("sampling", f"sampling {sampling.n} images in {sampling.steps} steps"):
-            result = draw(kept, sampling, progress=plan.progress)
-        neighbours = None
-        if plan.nearest:
-            budget = plan.denoiser.given.get("memory_budget")
-            neighbours = neighbours_of(result.images, data, budget, stages)
-    _write(plan, outputs, result, data, neighbours)
+        found = _find(plan, stages, ranks)
+    _write(plan, outputs, found)
+    neighbours = found.neighbours
     record = {
         "command": "generate",
         "source": asdict(plan.source),
-        **settings,
+        **found.settings,
         "moments": None if plan.moments is None else str(plan.moments),
-        "sampling": sampling_record(sampling, result.timesteps),
+        "sampling": sampling_record(plan.sampling, found.result.timesteps),
         "backends": backends_record(backends),
         "seconds": stages.seconds,
-        "calls": observed.calls,
-        "resumed_calls": kept.found,
-        "nearest": None if neighbours is None else neighbour_record(neighbours, data),
+        "calls": found.calls,
+        "resumed_calls": found.kept.found,
+        "nearest": None if neighbours is None else neighbour_record(neighbours, found.data),
         "files": [path.name for path in plan.files],
     }
-    return record, kept
+    return record, found.kept
 
 
-def _write(
+def _find(plan: Plan, stages: Stages, ranks: Ranks | None) -> _Found:
+    """Load and sample, on every rank alike."""
+    from pyflocality import Moments
+    from pyflocality._backends import requested_backend
+    from pyflocality.distributed import shard, split_samples
+
+    given = None if plan.moments is None else Moments.load(plan.moments)
+    with stages("load", f"loading {plan.source.source}"):
+        everything = plan.source.load_all(progress=plan.progress).augmented(flip=plan.flip)
+        data = plan.source.of_label(everything)
+        searched = plan.part(data).to(parse_device(plan.source.device))
+    moments = None
+    if plan.needs_moments:
+        moments = _moments(plan, everything, data, searched, given, stages)
+    denoiser = plan.denoiser.build(searched, moments)
+    over_subset = denoiser if plan.subset is None else plan.subset.build(denoiser, moments)
+    observed = ObservedDenoiser(over_subset)
+    # All that the answers depend on; rank 0 alone looks the answers up.
+    settings, others = {}, {}
+    if ranks is None or ranks.rank == 0:
+        settings = {
+            "data": data_record(data, flip=plan.flip),
+            "denoiser": {"name": plan.denoiser.name, **plan.denoiser.in_force(denoiser)},
+            "subset": None if plan.subset is None else plan.subset.in_force(over_subset),
+            "global_share": plan.global_share,
+            "ranks": ranks and {"count": ranks.count, "split_over": plan.split_over},
+            "software": software(),
+        }
+        others = {
+            "all_classes": None if plan.global_share is None else everything.content_key(),
+            "moments": None if given is None else given.content_key(),
+            "sampling": asdict(plan.sampling),
+            "backend": requested_backend(None),
+        }
+    asked = split_samples(observed) if plan.split_over == "samples" else observed
+    kept = KeptAnswers(asked, plan.out, settings | others, ranks)
+    with stages("sampling", f"sampling {plan.sampling.n} images in {plan.sampling.steps} steps"):
+        result = draw(kept, plan.sampling, progress=plan.progress)
+    neighbours = None
+    if plan.nearest:
+        budget = plan.denoiser.given.get("memory_budget")
+        scanned = shard(searched) if plan.split_over == "samples" else searched
+        neighbours = neighbours_of(result.images, scanned, budget, stages)
+    return _Found(data, settings, observed.calls, kept, result, neighbours)
+
+
+def _moments(
     plan: Plan,
-    outputs: Outputs,
-    result: SampleResult,
+    everything: TrainingSet,
     data: TrainingSet,
-    neighbours: Neighbours | None,
-) -> None:
+    searched: TrainingSet,
+    given: Moments | None,
+    stages: Stages,
+) -> Moments:
+    """What the denoiser is made of: the moments of the data, leaning on those of all classes."""
+    if plan.global_share is None:
+        return with_eigenvectors(moments_of(data, searched, given, stages), stages)
+    # Both on the CPU, where moments of a file are.
+    overall = moments_of(everything, plan.part(everything), given, stages)
+    own = moments_of(data, plan.part(data), None, stages)
+    return with_eigenvectors(own.blended(overall, plan.global_share), stages)
+
+
+def _write(plan: Plan, outputs: Outputs, found: _Found) -> None:
     """Write values and pictures under their temporary names."""
     import numpy as np
 
     from pyflocality import pictures
 
     files = {path.name: temporary for path, temporary in outputs.temporary.items()}
+    result, neighbours = found.result, found.neighbours
     images = result.images.cpu()
-    nearest = None if neighbours is None else neighbour_values(neighbours, data)
+    nearest = None if neighbours is None else neighbour_values(neighbours, found.data)
     pictures.sample_sheet(images, nearest).save(files["samples.png"])
     np.save(files["samples.npy"], images.float().numpy())
     if plan.trajectory:

@@ -37,6 +37,7 @@ SamplerName = _choice("SamplerName", ["ddim", "euler", "heun"])
 BackendName = _choice("BackendName", ["auto", "reference", "cpu", "triton", "cuda"])
 BoundaryName = _choice("BoundaryName", ["circular", "broken"])
 AggregationName = _choice("AggregationName", ["exact", "batch-mean"])
+SplitName = _choice("SplitName", ["images", "samples"])
 SubsetName = _choice("SubsetName", list(SUBSETS))
 
 _DENOISERS_HELP = "; ".join(f"{name}: {entry.summary}" for name, entry in DENOISERS.items())
@@ -66,8 +67,9 @@ Against = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+# torchrun's parser takes --n for the beginning of options of its own.
 Count = Annotated[
-    int, typer.Option("--n", help="How many images to make.", rich_help_panel=SAMPLING)
+    int, typer.Option("--n", "-n", help="How many images to make.", rich_help_panel=SAMPLING)
 ]
 Steps = Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=SAMPLING)]
 Schedule = Annotated[
@@ -146,6 +148,24 @@ MomentsFile = Annotated[
     typer.Option(
         "--moments",
         help="Moments of the set, as `pyflocality moments` writes them.",
+        rich_help_panel=MODEL,
+    ),
+]
+GlobalShare = Annotated[
+    float | None,
+    typer.Option(
+        help="With --label: weight, from 0 to 1, of the covariance of the images of all classes "
+        "in that of the class, which is mostly noise where the class has few images. --moments "
+        "are then those of all classes. 0 if not given.",
+        rich_help_panel=MODEL,
+    ),
+]
+SplitOver = Annotated[
+    SplitName | None,
+    typer.Option(
+        help="Under torchrun, what the ranks divide among them. images: every rank searches its "
+        "part of the training images; samples: every rank makes its part of the --n images, "
+        "with all training images in its memory or mapped. images if not given.",
         rich_help_panel=MODEL,
     ),
 ]

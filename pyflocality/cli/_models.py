@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterable
@@ -32,6 +33,20 @@ def given_options(window: str | None, **others: object) -> dict[str, Any]:
 
 def complete_moments(data: TrainingSet, moments: Moments | None, stages: Stages) -> Moments:
     """Moments of the data, computed unless they are at hand, and their eigenvectors."""
+    return with_eigenvectors(moments_of(data, data, moments, stages), stages)
+
+
+def moments_of(
+    data: TrainingSet, part: TrainingSet, moments: Moments | None, stages: Stages
+) -> Moments:
+    """Moments of the data, computed unless they are at hand.
+
+    Args:
+        data: The whole set.
+        part: What this rank holds of it, where it is sharded; else the set itself.
+        moments: What is at hand.
+        stages: Where the time is noted.
+    """
     from pyflocality import Moments
 
     if moments is not None and tuple(moments.image_shape) != data.image_shape:
@@ -47,8 +62,13 @@ def complete_moments(data: TrainingSet, moments: Moments | None, stages: Stages)
         )
     if moments is None:
         with stages("moments", f"covariance of {count:,} images"):
-            moments = Moments.from_data(data, progress=stages.announce)
-    size = data.num_values
+            moments = Moments.from_data(part, progress=stages.announce)
+    return moments
+
+
+def with_eigenvectors(moments: Moments, stages: Stages) -> Moments:
+    """The same moments, with the eigenvectors computed."""
+    size = math.prod(moments.image_shape)
     with stages("eigenvectors", f"eigenvectors of the covariance ({size:,} x {size:,})"):
         moments.eigh()
     return moments
@@ -76,7 +96,7 @@ def draw(
 def neighbours_of(
     images: Tensor, data: TrainingSet, memory_budget: str | None, stages: Stages
 ) -> Neighbours:
-    """The training image nearest to each image."""
+    """The training image nearest to each image; `data` may be a part of a sharded set."""
     from pyflocality.ops import nearest_images
 
     with stages("nearest", "looking for the nearest training images"):
@@ -97,7 +117,8 @@ def neighbour_values(neighbours: Neighbours, data: TrainingSet) -> Tensor:
     from pyflocality._augmentation import enlarged_at
     from pyflocality._problem import training_values
 
-    found = enlarged_at(data.images, data.augmentation, neighbours.indices[:, 0])
+    positions = neighbours.indices[:, 0].to(data.device)
+    found = enlarged_at(data.images, data.augmentation, positions)
     return training_values(found, torch.float32).cpu()
 
 

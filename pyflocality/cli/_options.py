@@ -97,20 +97,27 @@ class SourceOptions:
 
     def load(self, *, progress: bool) -> TrainingSet:
         """The training set, on its device."""
+        return self.of_label(self.load_all(progress=progress)).to(parse_device(self.device))
+
+    def load_all(self, *, progress: bool) -> TrainingSet:
+        """The images of all classes, on the CPU."""
         from pyflocality import TrainingSet
 
-        data = TrainingSet.load(
+        return TrainingSet.load(
             self.source,
             resolution=parse_resolution(self.resolution),
             channels=self.channels,
             split=self.split,
             progress=progress,
         )
-        if self.label is not None:
-            named = self.label in (data.label_names or ())
-            number = re.fullmatch(r"-?\d+", self.label) is not None and not named
-            data = data.with_label(int(self.label) if number else self.label)
-        return data.to(parse_device(self.device))
+
+    def of_label(self, data: TrainingSet) -> TrainingSet:
+        """The images of the class that is asked for, all of them where none is."""
+        if self.label is None:
+            return data
+        named = self.label in (data.label_names or ())
+        number = re.fullmatch(r"-?\d+", self.label) is not None and not named
+        return data.with_label(int(self.label) if number else self.label)
 
 
 def parse_resolution(text: str | None) -> int | tuple[int, int] | None:

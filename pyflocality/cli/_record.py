@@ -33,12 +33,13 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str, message: str) -> Iterator[None]:
-        """Time a block as a stage."""
+        """Time a block as a stage, or as one more piece of it."""
         if self.announce:
             typer.echo(message, err=True)
         start = time.perf_counter()
         yield
-        self.seconds[name] = round(time.perf_counter() - start, 4)
+        spent = time.perf_counter() - start
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 4)
 
 
 class ObservedDenoiser:
