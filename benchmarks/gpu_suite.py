@@ -1,10 +1,11 @@
 """The GPU suite in one command, from a checkout, on a machine with an NVIDIA GPU.
 
-    python -m benchmarks.gpu_suite --out benchmarks/results/NAME.json
+    python -m benchmarks.gpu_suite --out benchmarks/results/NAME.json [--cifar10 ZIP --mnist ZIP]
 
-runs every case (checked against float64 before it is timed, in turns with its yardsticks, from a
-cold L2 cache) and the kernels' tests, within `--budget` seconds. Results are written after every
-case. `--dry-run` runs the same code on tiny sizes in Triton's interpreter, without a GPU: its
+runs first calls with and without what was compiled before, every case (checked against float64
+before it is timed, in turns with its yardsticks, from a cold L2 cache) and the kernels' tests,
+within `--budget` seconds. Kernels that no operation uses yet take part. Results are written after
+every case. `--dry-run` runs the same code on tiny sizes in Triton's interpreter, without a GPU: its
 numbers mean nothing, but whatever would fail for a silly reason fails there.
 """
 
@@ -23,18 +24,14 @@ from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
+
+from .gpu_kernels import ROOT, enter_kernels, find_checkout_packages, pretend_gpu
 
 if TYPE_CHECKING:
-    import torch
-
-    from benchmarks.gpu_cases import GpuCase, GpuPlan, GpuSet
+    from .gpu_cases import GpuCase, GpuPlan
+    from .gpu_workload import GpuSet
 
 SCHEMA = 1
-ROOT = Path(__file__).resolve().parents[1]
-# Larger than the L2 cache of any GPU so far.
-_FLUSH_BYTES = 256 * 2**20
-_MOST_ROUNDS = 30
 # Seconds that are left for the tests at the end, and that a case must have left to start.
 _TEST_SECONDS, _LEAST_SECONDS = 120, 10
 
@@ -50,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         # Before anything imports Triton.
         os.environ["TRITON_INTERPRET"] = "1"
-    _find_checkout_packages()
+    find_checkout_packages()
     import torch
 
-    from benchmarks.gpu_cases import gpu_cases
+    from .gpu_cases import gpu_cases
 
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device: --dry-run runs without one")
@@ -79,7 +76,8 @@ class Suite:
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
 
-        from benchmarks.gpu_cases import DRY, FULL, QUICK
+        from .gpu_cases import DRY, FULL, QUICK
+        from .gpu_machine import Timer
 
         self.options = options
         self.start = time.perf_counter()
@@ -91,7 +89,8 @@ class Suite:
 
     def run(self, cases: Sequence[GpuCase]) -> dict[str, Any]:
         """Run all cases, then the tests."""
-        from benchmarks.machine import machine_facts
+        from .gpu_machine import gpu_facts, gpu_state
+        from .machine import machine_facts
 
         self.report = {
             "schema": SCHEMA,
@@ -101,14 +100,19 @@ class Suite:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": machine_facts() | gpu_facts(),
             "gpu_before": gpu_state(),
+            "entered": [],
+            "start": {},
             "results": [],
             "tests": {},
         }
         if self.options.commit:
             self.report["machine"]["commit"] = self.options.commit
         with ExitStack() as stack:
+            self.report["entered"] = enter_kernels(stack)
             if self.options.dry_run:
-                _pretend_gpu(stack)
+                pretend_gpu(stack)
+            if self.options.start:
+                self.report["start"] = self._start_times()
             for case in cases:
                 self._take(self._record(case))
         if self.options.tests:
@@ -119,6 +123,11 @@ class Suite:
         self.report["gpu_after"] = gpu_state()
         self._write()
         return self.report
+
+    def _start_times(self) -> dict[str, Any]:
+        from .gpu_start import OPERATIONS, start_times
+
+        return start_times(OPERATIONS[:1] if self.options.dry_run else OPERATIONS)
 
     def _record(self, case: GpuCase) -> dict[str, Any]:
         """Run a case; a failure is a record like any other."""
@@ -144,17 +153,16 @@ class Suite:
         """Why the backend cannot serve the case."""
         from pyflocality import _backends
 
-        op = "masked_posterior" if case.op == "ddim" else case.op
-        if case.backend not in _backends.OPERATIONS[op]:
-            return f"{op} is not registered for the backend {case.backend}"
         if self.options.dry_run and case.backend != "triton":
             return "a dry run has no CUDA device"
         return _backends.machine_reason(case.backend)
 
     def _measure(self, case: GpuCase) -> dict[str, Any]:
         import pyflocality as pf
-        from benchmarks.gpu_cases import GpuWorkload
-        from benchmarks.runner import spread
+
+        from .gpu_workload import GpuWorkload
+        from .libraries import UnavailableError
+        from .runner import spread
 
         workload = GpuWorkload(case, self._set(case.data), self.plan, self.options.dry_run)
         with pf.trace_backends() as calls:
@@ -171,6 +179,8 @@ class Suite:
                 functions[name], shares[name], note = workload.yardstick(name)
                 functions[name]()
                 beside[name] = {"note": note}
+            except UnavailableError as reason:
+                beside[name] = {"unavailable": str(reason)}
             except Exception as error:  # noqa: BLE001  (the case itself is still worth a number)
                 functions.pop(name, None)
                 beside[name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
@@ -193,12 +203,17 @@ class Suite:
         }
 
     def _set(self, name: str) -> GpuSet:
-        from benchmarks.gpu_cases import GpuSet
+        from .gpu_workload import MASK_THRESHOLD, GpuSet
 
         if name not in self.sets:
-            count, shape = self.plan.small if name == "cifar" else self.plan.large
-            real = None if name != "cifar" or self.options.dry_run else self.options.cifar10
-            self.sets[name] = GpuSet.on(self.device, count, shape, real)
+            # The published threshold of the masks for MNIST.
+            (count, shape), real, threshold = {
+                "cifar": (self.plan.small, self.options.cifar10, MASK_THRESHOLD),
+                "64x64": (self.plan.large, None, MASK_THRESHOLD),
+                "mnist": (self.plan.digits, self.options.mnist, 0.005),
+            }[name]
+            real = None if self.options.dry_run else real
+            self.sets[name] = GpuSet.on(self.device, count, shape, real, threshold)
         return self.sets[name]
 
     def _left(self) -> float:
@@ -210,7 +225,7 @@ class Suite:
         self._write()
 
     def _write(self) -> None:
-        from benchmarks.cpu_suite import write_json
+        from .cpu_suite import write_json
 
         self.report["seconds"] = time.perf_counter() - self.start
         write_json(self.report, self.options.out)
@@ -221,64 +236,6 @@ class Suite:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-class Timer:
-    """Times functions on a device, each from a cold cache.
-
-    Args:
-        device: A CUDA device, timed by its events; a CPU in dry runs.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        import torch
-
-        self._cuda = device.type == "cuda"
-        self._flush = torch.empty(_FLUSH_BYTES if self._cuda else 1, dtype=torch.int8)
-        self._flush = self._flush.to(device)
-
-    def in_turns(
-        self, functions: dict[str, Callable[[], object]], budget: float
-    ) -> dict[str, list[float]]:
-        """Seconds of each function, A B A B .., until the budget is spent; one round at least."""
-        seconds: dict[str, list[float]] = {name: [] for name in functions}
-        start = time.perf_counter()
-        for _ in range(_MOST_ROUNDS):
-            for name, function in functions.items():
-                seconds[name].append(self._time(function))
-            if not self._cuda or time.perf_counter() - start > budget:
-                break
-        return seconds
-
-    def _time(self, function: Callable[[], object]) -> float:
-        import torch
-
-        self._flush.zero_()
-        if not self._cuda:
-            start = time.perf_counter()
-            function()
-            return time.perf_counter() - start
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        first.record()
-        function()
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last) / 1e3
-
-    def peak_memory(self, function: Callable[[], object]) -> int | None:
-        """Most bytes a run holds beyond what was there; None on a CPU."""
-        import torch
-
-        if not self._cuda:
-            function()
-            return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
 
 
 def run_tests(seconds: float) -> dict[str, Any]:
@@ -307,41 +264,6 @@ def run_tests(seconds: float) -> dict[str, Any]:
     return runs | {"exit_code": max(run["exit_code"] or 0 for run in runs.values())}
 
 
-def gpu_facts() -> dict[str, Any]:
-    """GPU, driver and the versions that matter."""
-    import torch
-
-    facts: dict[str, Any] = {"cuda": torch.version.cuda, "gpu": None}
-    for package in ("triton", "cupy"):
-        found = importlib.util.find_spec(package)
-        facts[package] = importlib.import_module(package).__version__ if found else None
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        facts |= {
-            "gpu": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
-            "driver": _smi("driver_version"),
-        }
-    return facts
-
-
-def gpu_state() -> dict[str, str | None]:
-    """Clocks, temperature and power, where they can be read."""
-    names = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-    return {name: _smi(name) for name in names}
-
-
-def _smi(query: str) -> str | None:
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
-    try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 def line_of(record: dict[str, Any]) -> str:
     """A case in one line."""
     head = f"{record['id']:<58} "
@@ -350,7 +272,9 @@ def line_of(record: dict[str, Any]) -> str:
     seconds, memory = record["seconds"], record["peak_extra_bytes"]
     times = " ".join(f"{seconds[key] * 1e3:8.3f}" for key in ("median", "p20", "p80"))
     beside = ", ".join(
-        f"{name} x{mark['ratio']['median']:.3g}" if "ratio" in mark else f"{name} FAILED"
+        f"{name} x{mark['ratio']['median']:.3g}"
+        if "ratio" in mark
+        else f"{name} {'FAILED' if 'failed' in mark else 'unavailable'}"
         for name, mark in record["yardsticks"].items()
     )
     room = "" if memory is None else f"{memory / 2**20:7.0f} MiB  "
@@ -371,51 +295,18 @@ def table(report: dict[str, Any]) -> str:
     if steps:
         total = sum(record["seconds"]["median"] for record in steps)
         lines.append(f"sum of {len(steps)} PCA-locality steps at B = 8: {total * 1e3:.1f} ms")
+    for op, calls in report["start"].items():
+        told = ", ".join(
+            f"{name} {call['first_seconds']:.2f} s" if "first_seconds" in call else f"{name} FAILED"
+            for name, call in calls.items()
+        )
+        lines.append(f"first call of {op}: {told}")
     for name, run in report["tests"].items():
         if isinstance(run, dict):
             lines.append(f"tests {name}: exit code {run['exit_code']}: {run['tail'][-1:]}")
     if report["dry_run"]:
         lines.append("dry run: no number means anything")
     return "\n".join(lines)
-
-
-def _pretend_gpu(stack: ExitStack) -> None:
-    """Let the Triton backend serve CPU tensors: its kernels run in the interpreter."""
-    from pyflocality import _backends
-
-    machine, device = _backends.machine_reason, _backends._device_reason
-    stack.enter_context(
-        mock.patch.object(
-            _backends,
-            "machine_reason",
-            lambda backend: None if backend == "triton" else machine(backend),
-        )
-    )
-    stack.enter_context(
-        mock.patch.object(
-            _backends,
-            "_device_reason",
-            lambda backend, on: None if backend == "triton" else device(backend, on),
-        )
-    )
-
-
-def _find_checkout_packages() -> None:
-    """Make the checkout importable as it is, where the package is not installed."""
-    sys.path.append(str(ROOT))
-    import pyflocality
-
-    for name in ("kernels", "csrc"):
-        full = f"pyflocality.{name}"
-        if importlib.util.find_spec(full) is None:
-            folder = ROOT / name
-            spec = importlib.util.spec_from_file_location(
-                full, folder / "__init__.py", submodule_search_locations=[str(folder)]
-            )
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[full] = module
-            spec.loader.exec_module(module)
-            setattr(pyflocality, name, module)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -430,7 +321,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--budget", type=float, default=510.0, help="seconds to finish within")
     parser.add_argument("--case", default="", help="run only cases with this in their name")
-    parser.add_argument("--cifar10", help="CIFAR-10's training images; synthetic without them")
+    parser.add_argument("--cifar10", help="CIFAR-10's training images; synthetic ones without them")
+    parser.add_argument("--mnist", help="MNIST's training images; synthetic ones without them")
+    parser.add_argument(
+        "--no-start", dest="start", action="store_false", help="no first calls in new processes"
+    )
     parser.add_argument("--commit", help="commit to record where git does not tell")
     parser.add_argument(
         "--no-tests", dest="tests", action="store_false", help="benchmarks only, without pytest"

@@ -240,10 +240,10 @@ def global_posterior_state(
     noisy = problem.x.detach().double().reshape(batch, dim) / unit[:, None] - 0.5
     factor = finite_power(problem.scale * unit.square()).float()
     # Distances to all images and one more sum per split, for some groups of queries at a time.
-    splits, split_images = _splits(len(problem.images), dim, config)
+    splits, split_images = splits_of(len(problem.images), dim, config)
     per_group = QUERIES * (4 * len(problem.images) + 4 * (splits + 2) * dim)
     groups = max(1, memory_budget_bytes(problem.memory_budget) // per_group)
-    together = min(groups * QUERIES, triton.cdiv(batch, QUERIES) * QUERIES)
+    together = max(1, min(groups * QUERIES, batch))
     parts = [
         _scan(problem, queries, factors, split_images, config)
         for queries, factors in zip(noisy.split(together), factor.split(together), strict=True)
@@ -254,7 +254,7 @@ def global_posterior_state(
     return PosteriorState((minimum * unit.square())[:, None], total[:, None], weighted[:, None, :])
 
 
-def _splits(count: int, dim: int, config: Config) -> tuple[int, int]:
+def splits_of(count: int, dim: int, config: Config) -> tuple[int, int]:
     """Number of splits and images of a split; of the set alone, so that the bits are too."""
     wanted = max(1, PROGRAMS // triton.cdiv(dim, config.sum_d))
     split = triton.cdiv(triton.cdiv(count, wanted), config.sum_n) * config.sum_n
@@ -267,7 +267,7 @@ def _scan(
 ) -> PosteriorState:
     """State of some queries in bytes: minimum [B], total [B], weighted u - 128 [B, D]."""
     batch, device = len(noisy), noisy.device
-    rows = triton.cdiv(batch, QUERIES) * QUERIES
+    rows = max(1, triton.cdiv(batch, QUERIES)) * QUERIES
     padding = rows - batch
     noisy = torch.nn.functional.pad(noisy, (0, 0, 0, padding))
     factor = torch.nn.functional.pad(factor, (0, padding), value=1.0)
@@ -295,34 +295,13 @@ def _scan_chunk(
 ) -> PosteriorState:
     """States of the splits of some images: [S, B], [S, B] and [S, B, D]."""
     (count, dim), rows = images.shape, len(factor)
-    digits, quantum, common = queries
-    distances = torch.empty(rows, count, device=images.device)
-    groups = rows // QUERIES
-    block_d, launch = config.distance_d, config.distance
-    if dim % 16 != 0:
-        block_d, launch = config.odd_d, config.odd
-    distances_kernel[(triton.cdiv(count, config.distance_n), groups)](
-        images,
-        digits,
-        norms,
-        quantum,
-        common,
-        distances,
-        count,
-        dim,
-        QUERIES=QUERIES,
-        SEGMENT=SEGMENT,
-        BLOCK_N=config.distance_n,
-        BLOCK_D=block_d,
-        NUM_STAGES=launch.num_stages,
-        **launch.options(),
-    )
+    distances = distances_of(images, norms, queries, config)
     # A minimum is exact in any order.
     minimum = distances.amin(1)
     splits = triton.cdiv(count, split)
     total = torch.empty(splits, rows, device=images.device)
     weighted = torch.empty(splits, rows, dim, device=images.device)
-    weighted_sums_kernel[(triton.cdiv(dim, config.sum_d), groups, splits)](
+    weighted_sums_kernel[(triton.cdiv(dim, config.sum_d), rows // QUERIES, splits)](
         images,
         distances,
         minimum,
@@ -340,3 +319,38 @@ def _scan_chunk(
         **config.weighted.options(),
     )
     return PosteriorState(minimum.expand(splits, rows).contiguous(), total, weighted)
+
+
+def distances_of(
+    images: Tensor, norms: Tensor, queries: tuple[Tensor, Tensor, Tensor], config: Config
+) -> Tensor:
+    """Squared distances of queries, a multiple of QUERIES of them, to images: [R, n].
+
+    Args:
+        images: Bytes [n, D].
+        norms: Their squared norms, int64 [n].
+        queries: What `fixed_point` answers.
+        config: Shapes of the kernels.
+    """
+    (count, dim), (digits, quantum, common) = images.shape, queries
+    distances = torch.empty(len(digits), count, device=images.device)
+    block_d, launch = config.distance_d, config.distance
+    if dim % 16 != 0:
+        block_d, launch = config.odd_d, config.odd
+    distances_kernel[(triton.cdiv(count, config.distance_n), len(digits) // QUERIES)](
+        images,
+        digits,
+        norms,
+        quantum,
+        common,
+        distances,
+        count,
+        dim,
+        QUERIES=QUERIES,
+        SEGMENT=SEGMENT,
+        BLOCK_N=config.distance_n,
+        BLOCK_D=block_d,
+        NUM_STAGES=launch.num_stages,
+        **launch.options(),
+    )
+    return distances

@@ -235,7 +235,10 @@ def test_vjp_and_rows(rng):
     cotangent = torch.randn(problem.x.shape, generator=rng)
     exact = derivative(problem.x.double(), cotangent)
     plain = derivative(problem.x, cotangent)
-    assert_within_budget(window_posterior_vjp(problem, cotangent, 3), exact, plain, 27)
+    found = window_posterior_vjp(problem, torch.stack([cotangent, -2 * cotangent]), 3)
+    assert_within_budget(found[0], exact, plain, 27)
+    assert torch.equal(found[1], -2 * found[0])
+    assert window_posterior_vjp(problem, found[:0], 3).shape == (0, *problem.x.shape)
 
     outputs = [(0, 0, 0), (2, 3, 4), (1, 5, 7)]
     rows = window_posterior_rows(problem, outputs, 3)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_kernels import KERNELS
 from pyflocality._backends import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +36,7 @@ def run_suite(*arguments: str) -> subprocess.CompletedProcess[str]:
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
     """What a dry run writes and prints."""
     out = tmp_path_factory.mktemp("results") / "dry.json"
-    done = run_suite("--dry-run", "--no-tests", "--out", str(out))
+    done = run_suite("--dry-run", "--no-tests", "--budget", "1500", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text(encoding="utf-8")), done.stdout
 
@@ -45,17 +46,16 @@ def test_every_case_runs_or_tells_why_not(dry_run):
     report, _ = dry_run
     assert report["dry_run"] and report["results"]
     for record in report["results"]:
-        op = "masked_posterior" if record["op"] == "ddim" else record["op"]
-        runs = record["backend"] == "triton" and "triton" in OPERATIONS[op]
-        assert record["status"] == ("ok" if runs else "unavailable"), record
-        if not runs:
-            assert record["reason"]
+        if record["backend"] == "cuda":
+            assert record["status"] == "unavailable"
+            assert record["reason"] == "a dry run has no CUDA device"
             continue
+        assert record["status"] == "ok", record
         assert record["check"].get("error", 0) <= record["check"].get("budget", 0)
         assert record["seconds"]["p20"] <= record["seconds"]["median"] <= record["seconds"]["p80"]
         for mark in record["yardsticks"].values():
             assert "failed" not in mark, mark
-            assert mark["ratio"]["median"] > 0
+            assert "unavailable" in mark or mark["ratio"]["median"] > 0
 
 
 @needs_triton
@@ -78,9 +78,47 @@ def test_each_operation_of_the_kernels_has_a_case(dry_run):
         ("global_posterior", "triton"),
         ("equivariant_posterior", "triton"),
         ("covariance", "triton"),
+        ("masked_posterior_jvp", "triton"),
+        ("global_posterior_jvp", "triton"),
         ("window_posterior", "cuda"),
+        ("window_posterior_jvp", "cuda"),
+        ("window_posterior_vjp", "cuda"),
+        ("patch_set", "cuda"),
         ("ddim", "triton"),
     }
+    beside = {name for record in report["results"] for name in record.get("yardsticks", ())}
+    assert beside >= {"matmul", "copy", "eager", "compiled", "keops", "without_tangents"}
+    assert {record["id"].split("/")[2].split("-")[0] for record in report["results"]} == {
+        "cifar",
+        "64x64",
+        "mnist",
+    }
+
+
+@needs_triton
+def test_kernels_take_part_before_the_library_uses_them(dry_run):
+    report, _ = dry_run
+    entered = {f"{op}/{backend}" for op, (backend, *_) in KERNELS.items()}
+    used = {f"{op}/{name}" for op, table in OPERATIONS.items() for name in table}
+    assert set(report["entered"]) == entered - used
+
+
+@needs_triton
+def test_first_calls_are_timed_in_new_processes(dry_run):
+    report, printed = dry_run
+    (calls,) = report["start"].values()
+    assert set(calls) == {"compiled", "cached"}
+    for call in calls.values():
+        assert call["first_seconds"] > 0 and call["second_seconds"] > 0, call
+    assert "first call of masked_posterior" in printed
+
+
+def test_kernels_exist():
+    for op, (_, module, function) in KERNELS.items():
+        assert op in OPERATIONS
+        path = module.replace(".", "/") + ".py"
+        source = ROOT / (path if module.startswith("kernels") else f"pyflocality/{path}")
+        assert f"def {function}(" in source.read_text(encoding="utf-8")
 
 
 def test_results_are_not_overwritten(tmp_path):

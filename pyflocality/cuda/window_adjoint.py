@@ -57,7 +57,7 @@ def patch_set_mean(problem: PosteriorProblem, window: int) -> Tensor:
 
 
 def window_posterior_vjp(problem: PosteriorProblem, cotangents: Tensor, window: int) -> Tensor:
-    r"""The transposed derivative of the window posterior mean at a cotangent g.
+    r"""The transposed derivatives of the window posterior mean at K cotangents g.
 
     .. math::
         (J^T g)[c, d] = \frac{\alpha}{\sigma^2 \tau} \sum_{q: d \in \Omega_q} \sum_i p_{q,i}
@@ -65,11 +65,11 @@ def window_posterior_vjp(problem: PosteriorProblem, cotangents: Tensor, window: 
 
     Args:
         problem: x float32 [B, C, H, W] and images uint8 or float32 [N, C, H, W] on one GPU.
-        cotangents: g, [B, C, H, W].
+        cotangents: g, [K, B, C, H, W].
         window: Odd side of the window.
 
     Returns:
-        The derivative of sum(g * mean) by x, float32 [B, C, H, W].
+        The derivatives of sum(g * mean) by x, float32 [K, B, C, H, W].
 
     Raises:
         ValueError: An image too large for a block's memory.
@@ -82,9 +82,11 @@ def window_posterior_vjp(problem: PosteriorProblem, cotangents: Tensor, window: 
         chosen = stored.part(part)
         merged = scan(chosen, window)
         mean = (merged[:, 2:] / merged[:, 1:2]).float().contiguous()
-        sums = _adjoint(chosen, merged, window, cotangents[part], mean)
-        pieces.append(sums * chosen.slope[:, None, None, None])
-    return torch.cat(pieces).float()
+        slope = chosen.slope[:, None, None, None]
+        pieces.append(torch.empty_like(cotangents[:, part]))
+        for g, result in zip(cotangents, pieces[-1], strict=True):
+            result.copy_(_adjoint(chosen, merged, window, g[part], mean) * slope)
+    return torch.cat(pieces, 1)
 
 
 def windows_over(length: int, window: int) -> Tensor:

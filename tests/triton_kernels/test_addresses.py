@@ -9,7 +9,13 @@ import torch
 from truth import random_images
 
 from pyflocality._problem import posterior_problem
-from pyflocality.kernels import _masked_products, global_posterior, masked_posterior
+from pyflocality.kernels import (
+    _masked_products,
+    global_posterior,
+    global_posterior_jvp,
+    masked_posterior,
+    masked_posterior_jvp,
+)
 from pyflocality.reference.state import finalize
 from pyflocality.weights import QueryWeights
 
@@ -81,6 +87,40 @@ def test_masked_kernels(monkeypatch, rng, name, matrices):
     other = posterior_problem(x, images.clone(), 0.4, 0.9)
     assert torch.equal(finalize(masked_posterior.masked_posterior_state(other, weights)), near)
     assert far.launches > 0
+
+
+def test_masked_kernel_with_tangents(monkeypatch, rng):
+    images = random_images(rng, 130, (1, 8, 8), torch.uint8)
+    x, tangents = torch.randn(2, 1, 8, 8, generator=rng), torch.randn(1, 2, 1, 8, 8, generator=rng)
+    masks = torch.rand(64, 64, generator=rng) < 0.6
+    masks[:, [1, 2, 30]] = True
+    problem, weights = posterior_problem(x, images, 0.4, 0.9), QueryWeights(masks)
+    near = masked_posterior_jvp.masked_posterior_jvp_state(problem, tangents, weights)
+    # Images; cores; norms.
+    far = Spreading(masked_posterior_jvp.masked_posterior_jvp_kernel, {0: 19, 5: 21, 6: 20})
+    monkeypatch.setattr(masked_posterior_jvp, "masked_posterior_jvp_kernel", far)
+    other = posterior_problem(x, images.clone(), 0.4, 0.9)
+    again = masked_posterior_jvp.masked_posterior_jvp_state(other, tangents, weights)
+    assert torch.equal(again.weighted, near.weighted)
+    assert far.launches > 0
+
+
+def test_coefficient_sums_of_the_global_posterior(rng):
+    stored = torch.randint(0, 256, (40, 128), generator=rng, dtype=torch.uint8)
+    sums = spread(torch.zeros(16, 128))
+    global_posterior_jvp.coefficient_sums_kernel[(1, 1, 1)](
+        spread(stored),
+        torch.full((16, 40), 2.0),
+        sums,
+        40,
+        STRIDE,
+        40,
+        QUERIES=16,
+        BLOCK_N=32,
+        BLOCK_D=128,
+        NUM_STAGES=2,
+    )
+    assert torch.equal(sums, 2 * (stored.float() - 128).sum(0).expand(16, -1))
 
 
 def test_weighted_sums_of_the_global_posterior(rng):

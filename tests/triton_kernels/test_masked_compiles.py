@@ -9,6 +9,7 @@ from pyflocality.kernels import _masked_products as products
 from pyflocality.kernels import state
 from pyflocality.kernels._mask_plan import OUTPUTS
 from pyflocality.kernels.masked_posterior import CONFIGS
+from pyflocality.kernels.masked_posterior_jvp import JVP_CONFIGS
 
 HALF, SINGLE, INDEX = "*fp16", "*fp32", "*i32"
 LISTS = {"inputs_ptr": INDEX, "starts_ptr": INDEX, "parents_ptr": INDEX}
@@ -100,9 +101,10 @@ def test_scan(arch, parts, parents):
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("arch", [80, 90])
-def test_core_sums(arch, parts):
-    config = CONFIGS[arch]
+@pytest.mark.parametrize(
+    ("arch", "config"), [(80, CONFIGS[80]), (80, JVP_CONFIGS[80]), (90, CONFIGS[90])]
+)
+def test_core_sums(arch, config, parts):
     values = constants(config, config.cores, BATCH=config.batch, PARTS=parts, HAS_PARENTS=True)
     code = compiled(products.core_sums_kernel, SUMS, arch, config.cores, values)
     code.assert_fits(wgmma=True)
@@ -110,9 +112,10 @@ def test_core_sums(arch, parts):
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("arch", [80, 90])
-def test_squared_norms(arch, parts):
-    config = CONFIGS[arch]
+@pytest.mark.parametrize(
+    ("arch", "config"), [(80, CONFIGS[80]), (80, JVP_CONFIGS[80]), (90, CONFIGS[90])]
+)
+def test_squared_norms(arch, config, parts):
     values = constants(config, config.norms, PARTS=parts, HAS_PARENTS=True)
     code = compiled(products.squared_norms_kernel, NORMS, arch, config.norms, values)
     code.assert_fits()

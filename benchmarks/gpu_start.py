@@ -1,0 +1,91 @@
+"""How long the first call of a kernel takes: compiled there and then, and from the disk's cache.
+
+    python -m benchmarks.gpu_start OPERATION
+
+runs one operation twice in a fresh process and prints the seconds of both calls as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from .gpu_kernels import KERNELS, ROOT, enter_kernels, find_checkout_packages, pretend_gpu
+
+# A kernel of each kind: several small ones, one large one, and one that NVRTC compiles.
+OPERATIONS = ("masked_posterior", "equivariant_posterior", "window_posterior")
+_SECONDS = 100
+
+
+def start_times(operations: Sequence[str] = OPERATIONS) -> dict[str, dict[str, object]]:
+    """First calls in a process of their own, with empty caches, then with those that it left."""
+    found = {}
+    for op in operations:
+        with tempfile.TemporaryDirectory() as folder:
+            caches = {"TRITON_CACHE_DIR": folder, "CUPY_CACHE_DIR": folder}
+            found[op] = {name: _run(op, os.environ | caches) for name in ("compiled", "cached")}
+    return found
+
+
+def _run(op: str, environment: dict[str, str]) -> dict[str, object]:
+    command = [sys.executable, "-m", f"{__package__}.gpu_start", op]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=True,
+        )
+    except subprocess.CalledProcessError as error:
+        return {"failed": (error.stderr.splitlines() or ["no message"])[-1]}
+    except subprocess.TimeoutExpired:
+        return {"failed": f"more than {_SECONDS} s"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def first_calls(op: str) -> dict[str, float]:
+    """Seconds of the first call of an operation in this process, and of the second."""
+    find_checkout_packages()
+    import torch
+
+    function = _call(op, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    seconds = []
+    with ExitStack() as stack:
+        enter_kernels(stack)
+        if not torch.cuda.is_available():
+            pretend_gpu(stack)
+        for _ in range(2):
+            start = time.perf_counter()
+            # The result is copied to the CPU: the call is over then.
+            function().cpu()
+            seconds.append(time.perf_counter() - start)
+    return {"first_seconds": seconds[0], "second_seconds": seconds[1]}
+
+
+def _call(op: str, device) -> Callable:
+    import torch
+
+    from pyflocality import ops
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (64, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    images, backend = images.to(device), KERNELS[op][0]
+    x = torch.randn(1, 3, 8, 8, generator=generator).to(device)
+    if op == "masked_posterior":
+        masks = torch.ones(192, 192, dtype=torch.bool)
+        return lambda: ops.masked_posterior_mean(x, images, masks, 0.5, backend=backend)
+    mean = getattr(ops, f"{op}_mean")
+    return lambda: mean(x, images, 3, 0.5, backend=backend)
+
+
+if __name__ == "__main__":
+    print(json.dumps(first_calls(sys.argv[1])))

@@ -1,0 +1,40 @@
+"""Ahead-of-time compiles of every shipped configuration of the masked posterior with tangents."""
+
+from __future__ import annotations
+
+import pytest
+from test_masked_compiles import SCAN, compiled, constants
+
+from pyflocality.kernels.masked_posterior_jvp import (
+    JVP_CONFIGS,
+    LARGEST_SLOTS,
+    PARTS,
+    SLOTS,
+    masked_posterior_jvp_kernel,
+)
+
+# In the order of the kernel's arguments.
+TYPES = {name: kind for name, kind in SCAN.items() if name not in ("total_ptr", "weighted_ptr")}
+TYPES |= dict.fromkeys(["centre_ptr", "offset_ptr", "sums_ptr"], "*fp32")
+
+
+@pytest.mark.parametrize(
+    ("slots", "parents"),
+    [*((slots, True) for slots in sorted({*SLOTS, LARGEST_SLOTS})), (LARGEST_SLOTS, False)],
+)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_scan(arch, slots, parents):
+    config = JVP_CONFIGS[arch]
+    values = constants(
+        config,
+        config.scan,
+        IMAGES=config.batch // slots,
+        SLOTS=slots,
+        PARTS=PARTS,
+        HAS_PARENTS=parents,
+    )
+    code = compiled(masked_posterior_jvp_kernel, TYPES, arch, config.scan, values)
+    code.assert_fits(wgmma=True)
+    assert code.has_async_copies
+    # Products of two steps overlap: not every wait is for the last one.
+    assert arch == 80 or max(code.waits) > 0, str(code)
