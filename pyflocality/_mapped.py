@@ -1,47 +1,69 @@
-"""Memory-mapped images: read ahead, forgotten behind, and checked for changes of their file.
+"""Memory-mapped images: scanned in blocks, read ahead, and checked for changes of their file.
 
 Tensors that map a file are known by their memory, so nothing has to be carried along with them.
-A set that is larger than the memory budget is read in blocks: the system is asked to read the next
-block while this one is in use, and the pages of the last one are given back, so that neither the
-memory of the process nor what it maps grows with the set. What was given back stays in the
-system's own cache of the file for as long as nobody else needs that memory.
+A set that is larger than the memory budget is scanned in blocks that are read from its file into
+one buffer, while the system is asked to fetch the block after them: neither the memory of the
+process nor what it maps grows with the set, and a file that somebody cuts short, or a disk that
+fails, ends the scan with an error that names the file. What was read stays in the system's own
+cache for as long as nobody else needs that memory.
+
+Sets within the budget stay where they are: kernels read them from the map, which reading into a
+buffer first would slow down by a third or more where they do little else. So do those who pick
+single images (`TrainingSet.values`, subsets, golden subsets). Such reads are checked before and
+after, but a file that is cut short in between takes the process with it (SIGBUS), as it does for
+every program that maps it.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pyflocality._budget import memory_budget_bytes
 
-_PAGE = mmap.PAGESIZE
-# Linux maps the pages around one that is asked for, too, so many bytes at a time.
-_AROUND = 64 * 2**10
 # By the address of the mapped memory.
 _files: dict[int, MappedFile] = {}
+# Where files are read by moving their position, one at a time does.
+_moving = threading.Lock()
 
 
 class MappedFile:
-    """A file that is mapped into memory.
+    """A file that is mapped into memory, and open for as long as it is.
 
     Attributes:
         path: The file.
+        address: Where its memory starts.
+        size: Bytes that are mapped.
     """
 
-    def __init__(self, array: np.memmap) -> None:
-        memory = array._mmap
+    def __init__(self, array: np.memmap, address: int) -> None:
         self.path = os.fspath(array.filename)
-        self._memory = weakref.ref(memory)
-        self.address = np.frombuffer(memory, np.uint8).ctypes.data
-        self.size = len(memory)
-        self._identity = _identity(self.path)
-        weakref.finalize(memory, _files.pop, self.address, None)
+        self.address, self.size = address, len(array._mmap)
+        # Maps start at whole pages of the file.
+        self._start = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
+        # Also what was deleted or replaced can be read on, as it can be from the map.
+        self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._identity = _identity(os.fstat(self._descriptor))
+
+    def close(self) -> None:
+        """Close the file once nothing maps it any more."""
+        os.close(self._descriptor)
+
+    def begins_with(self, content: np.ndarray) -> bool:
+        """Whether the file has all that is mapped, and first of all these bytes."""
+        if os.fstat(self._descriptor).st_size < self._start + self.size:
+            return False
+        found = np.empty_like(content)
+        self._fill(memoryview(found), self._start)
+        return bool((found == content).all())
 
     def check(self) -> None:
         """Raise unless the file is as it was when it was mapped.
@@ -51,60 +73,130 @@ class MappedFile:
         Raises:
             ValueError: The file has been changed, cut short or replaced.
         """
-        now = _identity(self.path)
-        if now is None or self._identity is None or now == self._identity:
+        try:
+            now = _identity(os.stat(self.path))
+        except OSError:
             return
         before = self._identity
+        if now == before:
+            return
         what = "replaced by another file"
         if now[:2] == before[:2]:
             what = f"changed (it has {now[2]} bytes, and had {before[2]})"
-        raise ValueError(
-            f"{self.path}: the file of a memory-mapped training set was {what} while it was in "
-            "use: results of it are of no use; load the set again"
-        )
+        raise ValueError(_useless(self.path, what))
 
-    def advise(self, part: Tensor, advice: str) -> None:
-        """Tell the system what becomes of the memory of some images, where it takes such advice.
+    def read(self, part: Tensor, buffer: Tensor) -> Tensor:
+        """The values of some images, read from the file and not from the map.
 
         Args:
-            part: The images, a slice of the mapped ones.
-            advice: `"MADV_WILLNEED"` to read them now, `"MADV_DONTNEED"` to give back their
-                pages, but for one that the next image shares.
+            part: The images, any slice of the mapped ones, [n, C, H, W].
+            buffer: Memory for them, one-dimensional, of the same dtype.
+
+        Returns:
+            The images in the memory of the buffer, in the order in which the file has them.
+
+        Raises:
+            ValueError: The file has been changed or ends too early.
+            OSError: It cannot be read.
         """
-        memory = self._memory()
-        option = getattr(mmap, advice, None)
-        if memory is None or option is None or part.numel() == 0:
+        order = _file_order(part)
+        stored = part.permute(order)
+        inner = _dense_dimensions(stored)
+        outer = stored.shape[: stored.ndim - inner]
+        target = buffer[: part.numel()].reshape(stored.shape)
+        run = part.nbytes // max(1, int(np.prod(outer)))
+        content = memoryview(target.reshape(-1).view(torch.uint8).numpy())
+        first, steps = self._start + part.data_ptr() - self.address, stored.stride()
+        for number, index in enumerate(np.ndindex(*outer)):
+            ahead = sum(i * step for i, step in zip(index, steps, strict=False))
+            piece = content[number * run : (number + 1) * run]
+            self._fill(piece, first + ahead * part.element_size())
+        return target.permute([order.index(axis) for axis in range(len(order))])
+
+    def fetch(self, part: Tensor) -> None:
+        """Have the system read some images, where it takes such advice and they lie in a row."""
+        if part.numel() == 0 or not hasattr(os, "posix_fadvise"):
             return
-        start, stop = (bound - self.address for bound in _extent(part))
-        # What is given back although it is of use is read again from the system's cache.
-        start = start // _AROUND * _AROUND
-        if advice == "MADV_DONTNEED":
-            stop = stop // _PAGE * _PAGE
-        if stop > start:
-            memory.madvise(option, start, stop - start)
+        if _dense_dimensions(part.permute(_file_order(part))) == part.ndim:
+            start = self._start + part.data_ptr() - self.address
+            os.posix_fadvise(self._descriptor, start, part.nbytes, os.POSIX_FADV_WILLNEED)
+
+    def _fill(self, content: memoryview, position: int) -> None:
+        """Fill memory with what the file has from a position on."""
+        filled = 0
+        while filled < len(content):
+            try:
+                got = _read_at(self._descriptor, content[filled:], position + filled)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self.path) from error
+            if got == 0:
+                self.check()
+                raise ValueError(_useless(self.path, "cut short"))
+            filled += got
 
 
-def _identity(path: str) -> tuple[int, ...] | None:
-    """What tells a file and its contents from others, without reading it; None if it is gone."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
+def _useless(path: str, what: str) -> str:
+    return (
+        f"{path}: the file of a memory-mapped training set was {what} while it was in use: "
+        "results of it are of no use; load the set again"
+    )
+
+
+def _read_at(descriptor: int, content: memoryview, position: int) -> int:
+    """Read into memory from a position on; how many bytes there were."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [content], position)
+    with _moving:
+        os.lseek(descriptor, position, os.SEEK_SET)
+        found = os.read(descriptor, len(content))
+    content[: len(found)] = found
+    return len(found)
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """What tells a file and its contents from others, without reading it."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _extent(part: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte of a tensor and of the one past its last."""
-    last = sum((size - 1) * step for size, step in zip(part.shape, part.stride(), strict=True))
-    return part.data_ptr(), part.data_ptr() + (last + 1) * part.element_size()
+def _file_order(part: Tensor) -> list[int]:
+    """The dimensions of a tensor, those of the largest steps in memory first."""
+    return sorted(range(part.ndim), key=lambda axis: (part.shape[axis] > 1, -part.stride(axis)))
 
 
-def remember(array: np.ndarray) -> None:
-    """Take note of an array that maps a file; of others nothing is noted."""
-    if not isinstance(array, np.memmap) or getattr(array, "_mmap", None) is None:
+def _dense_dimensions(stored: Tensor) -> int:
+    """How many of the last dimensions lie in memory without gaps."""
+    run = 1
+    for count, axis in enumerate(reversed(range(stored.ndim))):
+        if stored.shape[axis] > 1 and stored.stride(axis) != run:
+            return count
+        run *= stored.shape[axis]
+    return stored.ndim
+
+
+def remember(array: object) -> None:
+    """Take note of an array that maps a file and holds what the file holds; not of others."""
+    memory = getattr(array, "_mmap", None)
+    if not isinstance(array, np.memmap) or memory is None:
         return
-    file = MappedFile(array)
-    _files.setdefault(file.address, file)
+    content = np.frombuffer(memory, np.uint8)
+    address = content.ctypes.data
+    if address in _files:
+        return
+    try:
+        file = MappedFile(array, address)
+    except OSError:
+        # Deleted by now: the map is all there is.
+        return
+    if file.begins_with(content[: mmap.PAGESIZE]):
+        _files[address] = file
+        weakref.finalize(memory, _forget, address)
+    else:
+        # Replaced by now.
+        file.close()
+
+
+def _forget(address: int) -> None:
+    _files.pop(address).close()
 
 
 def mapped_file(images: Tensor) -> MappedFile | None:
@@ -140,21 +232,19 @@ def exceeds_budget(images: Tensor, memory_budget: int | str | None) -> bool:
 
 
 def streamed(images: Tensor, size: int, memory_budget: int | str | None = None) -> Iterator[Tensor]:
-    """Images, `size` at a time: [n, ...].
+    """Images, `size` at a time: [n, ...], each of use until the next one is asked for.
 
     Args:
         images: The images, [N, ...].
         size: Images at a time.
-        memory_budget: Mapped images that are larger are read ahead and forgotten behind.
+        memory_budget: Mapped images that are larger are read into one buffer, block by block.
     """
-    file = mapped_file(images) if exceeds_budget(images, memory_budget) else None
+    if not exceeds_budget(images, memory_budget):
+        yield from images.split(size)
+        return
+    file = mapped_file(images)
+    buffer = images.new_empty(images[:size].numel())
     for start in range(0, len(images), size):
-        part = images[start : start + size]
-        if file is None:
-            yield part
-            continue
-        file.advise(images[start + size : start + 2 * size], "MADV_WILLNEED")
-        try:
-            yield part
-        finally:
-            file.advise(part, "MADV_DONTNEED")
+        block = file.read(images[start : start + size], buffer)
+        file.fetch(images[start + size : start + 2 * size])
+        yield block

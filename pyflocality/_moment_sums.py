@@ -1,4 +1,4 @@
-"""The running totals behind `pyflocality.Moments`: exact for bytes, float64 otherwise."""
+"""The totals behind `pyflocality.Moments`: exact for bytes, float64 otherwise, or of a blend."""
 
 from __future__ import annotations
 
@@ -157,6 +157,32 @@ class FloatSums:
         add_upper_product(self.scatter, scaled[None])
         self.centre = self.centre + difference * (count / together)
         self.count = together
+
+
+class Blend:
+    """Mean [D] and covariance [D, D], float64, that no images stand behind: they are final."""
+
+    kind = "blended"
+
+    def __init__(self, count: int, centre: Tensor, matrix: Tensor) -> None:
+        self.count, self.centre, self.matrix = count, centre, matrix
+
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers live."""
+        return self.centre.device
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The numbers by the names that the constructor takes them under."""
+        return {"centre": self.centre, "matrix": self.matrix}
+
+    def mean(self) -> Tensor:
+        """Mean in [-1, 1], float64, [D]."""
+        return self.centre.clone()
+
+    def covariance(self) -> Tensor:
+        """Covariance, float64, [D, D]."""
+        return self.matrix
 
 
 def _symmetric(band: Callable[[slice, slice], Tensor], like: Tensor, count: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyflocality._augmentation import Augmentation, check_augmentation, copies_of, enlarged_blocks
 from pyflocality._backends import Call
+from pyflocality._budget import images_per_chunk
 from pyflocality._checks import (
     check_batch,
     check_compute_dtype,
@@ -20,7 +21,7 @@ from pyflocality._checks import (
     check_positive,
     describe,
 )
-from pyflocality._mapped import mapped_file
+from pyflocality._mapped import exceeds_budget, mapped_file
 from pyflocality._shards import Ranks, plain, ranks_of
 from pyflocality._transforms import is_differentiated
 from pyflocality.reference.state import PosteriorState
@@ -100,6 +101,16 @@ class PosteriorProblem:
     def summed(self, sums: Tensor) -> Tensor:
         """Sums over the images of all ranks, from those over this rank's."""
         return sums if self.ranks is None else self.ranks.summed(sums)
+
+    def images_at_a_time(self, bytes_per_image: int) -> int:
+        """Images of a chunk: as asked for, or as many as fit the budget with their temporaries."""
+        per_image = bytes_per_image + self.buffer_bytes(1)
+        return self.chunk_size or images_per_chunk(self.memory_budget, per_image, self.count)
+
+    def buffer_bytes(self, size: int) -> int:
+        """Memory into which `size` images at a time are read; 0 where they lie in memory."""
+        beyond = exceeds_budget(self.images, self.memory_budget)
+        return min(size, len(self.images)) * self.images[0].nbytes if beyond else 0
 
     def chunks(self, chunk_size: int) -> Iterator[Tensor]:
         """The training values in [-1, 1], `chunk_size` images at a time: [n, C, H, W]."""

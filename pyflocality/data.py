@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyflocality._augmentation import Augmentation, check_augmentation, copies_of
 from pyflocality._checks import describe
+from pyflocality._mapped import read_checked, remember
 from pyflocality._shards import ranks_of
 from pyflocality.sources.base import MappedImages, Request
 from pyflocality.sources.validation import (
@@ -28,6 +29,7 @@ from pyflocality.sources.validation import (
     as_labels,
     as_positions,
     blocks,
+    check_copy,
     check_range,
     checked_names,
     checked_shape,
@@ -169,6 +171,7 @@ class TrainingSet:
 
         request = Request.checked(resolution, channels, split, cache_dir, progress)
         loaded = open_source(source, request)
+        remember(loaded.images)
         try:
             data = cls(
                 loaded.images, loaded.labels, name=loaded.name, label_names=loaded.label_names
@@ -275,11 +278,13 @@ class TrainingSet:
         Args:
             indices: A slice, a range, a sequence, array or tensor of whole numbers (negative
                 ones count from the end), or a mask [N] of booleans. Positions in a row share
-                the memory of this set, any others are copied.
+                the memory of this set, any others are copied: of a memory-mapped set no more
+                than the memory budget (`PYFLOCALITY_MEMORY_BUDGET`, 1 GB without it).
 
         Raises:
             TypeError: `indices` is none of these.
-            ValueError: `indices` selects nothing, or leaves the set.
+            ValueError: `indices` selects nothing, or leaves the set; or the copy of images that
+                are scattered over a memory-mapped file exceeds the memory budget.
         """
         positions = as_positions(indices, len(self))
         start, stop = int(positions[0]), int(positions[-1]) + 1
@@ -289,7 +294,8 @@ class TrainingSet:
             images = self.images[start:stop]
             mapped = None if self._mapped is None else self._mapped.part(start, stop)
         else:
-            images = self.images[positions.to(self.device)]
+            check_copy(self.images, len(positions), self.name)
+            images = read_checked(self.images, self.images.__getitem__, positions.to(self.device))
         labels = None if self.labels is None else self.labels[positions.to(self.device)]
         return self._of_valid(
             images, self.name, labels, self.label_names, mapped, self.augmentation
@@ -298,12 +304,16 @@ class TrainingSet:
     def with_label(self, label: int | str) -> TrainingSet:
         """The images of one class.
 
+        Where they lie in a row (`pyflocality pack --sort-by-label` sees to that) they share the
+        memory of this set; else they are copied, as `subset` copies them.
+
         Args:
             label: Number of the class, or its name where the set has `label_names`.
 
         Raises:
             TypeError: `label` is neither a whole number nor a string.
-            ValueError: The set has no labels, or no image of that class.
+            ValueError: The set has no labels, or no image of that class; or the copy exceeds the
+                memory budget.
         """
         if isinstance(label, bool) or not isinstance(label, (numbers.Integral, str)):
             raise TypeError(f"`label` must be a whole number or a name, got {describe(label)}")
@@ -387,4 +397,6 @@ class TrainingSet:
         """Restore a pickled set; raises ValueError if the file it maps is no longer the same."""
         self.__dict__.update({"_content_key": None, "augmentation": None} | state)
         if self._mapped is not None:
-            self.images = checked_shape(as_image_tensor(self._mapped.open()))
+            array = self._mapped.open()
+            remember(array)
+            self.images = checked_shape(as_image_tensor(array))

@@ -14,10 +14,8 @@ on every backend and device.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import numbers
 import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,14 +27,13 @@ from pyflocality._augmentation import copies_of, enlarged_blocks
 from pyflocality._backends import BackendUnavailableError
 from pyflocality._checks import check_float_tensor, describe
 from pyflocality._mapped import mapped_file, streamed
-from pyflocality._moment_sums import BLOCK_BYTES, ByteSums, FloatSums, kind_of_sums
+from pyflocality._moment_files import checksum, read_moments, write_moments
+from pyflocality._moment_sums import BLOCK_BYTES, Blend, ByteSums, FloatSums, kind_of_sums
 from pyflocality._progress import progress_bar
 from pyflocality._shards import plain, ranks_of
 
 if TYPE_CHECKING:
     from pyflocality.data import TrainingSet
-
-_FORMAT, _FORMAT_VERSION = "pyflocality-moments", 1
 
 
 class Eigen(NamedTuple):
@@ -72,7 +69,7 @@ class Moments:
     """
 
     def __init__(self) -> None:
-        self._sums: ByteSums | FloatSums | None = None
+        self._sums: ByteSums | FloatSums | Blend | None = None
         self._image_shape: tuple[int, ...] | None = None
         self._interrupted = False
         self._covariance: Tensor | None = None
@@ -163,7 +160,7 @@ class Moments:
         return self._eigen
 
     def update(self, batch: Tensor, *, backend: str | None = None) -> None:
-        """Take in a batch of images.
+        """Take in a batch of images; moments that were `blended` take in none.
 
         Large batches cost less: each call reads and writes the D x D totals.
 
@@ -176,10 +173,11 @@ class Moments:
         Raises:
             TypeError: `batch` is not a tensor, or neither uint8 nor floating-point.
             ValueError: The shape, device or kind of dtype differs from the first batch's, there
-                are no images, or they hold NaN or infinite values.
+                are no images, they hold NaN or infinite values, or these moments are `blended`.
             BackendUnavailableError: The backend that was asked for cannot run here.
         """
         _check_images(batch, "batch")
+        self._refuse_blend("take in no further images")
         if self._sums is not None:
             self._check_fits(batch, self._whole())
         self._take(batch, backend)
@@ -189,10 +187,12 @@ class Moments:
 
         Raises:
             TypeError: `other` is not `Moments`.
-            ValueError: The image shapes, devices or kinds of dtype differ.
+            ValueError: The image shapes, devices or kinds of dtype differ, or either is `blended`.
         """
         if not isinstance(other, Moments):
             raise TypeError(f"`other` must be Moments, got {describe(other)}")
+        for one in (self, other):
+            one._refuse_blend("cannot be merged")
         merged = Moments()
         if self._sums is None and other._sums is None:
             return merged
@@ -211,8 +211,56 @@ class Moments:
         merged._sums, merged._image_shape = mine.merged(theirs), self._image_shape
         return merged
 
+    def blended(self, other: Moments, share: float) -> Moments:
+        r"""Moments of a few images with a covariance that leans on that of many, as a new object.
+
+        Mean and count are those of these moments, and with covariances :math:`S` of these and
+        :math:`S'` of `other`
+
+        .. math::
+            S_{\text{blend}} = (1 - \text{share})\, S + \text{share}\, S' .
+
+        A class of n images has a covariance of rank n - 1 at most: it is singular where n <= D,
+        and its eigenvectors are mostly noise where n is not many times D. The covariance of all
+        classes, blended in, gives it full rank and steadies it; with share 0 it is the class's
+        own, with share 1 all classes have the same.
+
+        A blend is no sum over images any more: `update` and `merge` refuse it.
+
+        Args:
+            other: Moments of images of the same shape, on the same device.
+            share: Weight of `other`, from 0 to 1.
+
+        Raises:
+            TypeError: `other` is not `Moments`, or `share` not a number.
+            ValueError: Image shapes or devices differ, `share` leaves 0..1, or either has no
+                images.
+
+        References:
+            Friedman, Regularized discriminant analysis, 1989.
+        """
+        if not isinstance(other, Moments):
+            raise TypeError(f"`other` must be Moments, got {describe(other)}")
+        if isinstance(share, bool) or not isinstance(share, numbers.Real):
+            raise TypeError(f"`share` must be a number, got {describe(share)}")
+        if not 0 <= share <= 1:
+            raise ValueError(f"`share` must lie in [0, 1], got {share!r}")
+        sums, device = self._whole(), other._whole().device
+        if other.image_shape != self.image_shape:
+            raise ValueError(
+                f"`other` must have image shape {self.image_shape}, got {other.image_shape}"
+            )
+        if device != sums.device:
+            raise ValueError(f"`other` must be on {sums.device}, got moments on {device}")
+        covariance = self.covariance * (1.0 - float(share))
+        covariance.add_(other.covariance, alpha=float(share))
+        result = Moments()
+        result._sums = Blend(sums.count, sums.mean(), covariance)
+        result._image_shape = self._image_shape
+        return result
+
     def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
-        """Write the totals to a safetensors file, from which `load` goes on exactly.
+        """Write the totals, or a blend, to a safetensors file from which `load` goes on exactly.
 
         Args:
             path: The file; its folder must exist. It appears whole or not at all.
@@ -224,9 +272,6 @@ class Moments:
             OSError: The file cannot be written, on a full disk for example.
             ValueError: There are no images yet.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         path = Path(path)
         sums = self._whole()
         if path.exists() and not force:
@@ -234,21 +279,7 @@ class Moments:
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path.parent} is not a folder to save {path.name} in")
         header = {"kind": sums.kind, "count": sums.count, "image_shape": list(self.image_shape)}
-        tensors = {name: tensor.cpu() for name, tensor in sums.tensors().items()}
-        metadata = {
-            "format": _FORMAT,
-            "version": str(_FORMAT_VERSION),
-            "moments": json.dumps(header),
-            "sha256": _checksum(json.dumps(header), tensors),
-        }
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            save_file(tensors, temporary, metadata)
-            os.replace(temporary, path)
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_moments(path, header, sums.tensors())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Moments:
@@ -261,9 +292,8 @@ class Moments:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file")
-        metadata, tensors = _read(path)
-        header = json.loads(metadata["moments"])
-        kind = {sums.kind: sums for sums in (ByteSums, FloatSums)}[header["kind"]]
+        header, tensors = read_moments(path)
+        kind = {sums.kind: sums for sums in (ByteSums, FloatSums, Blend)}[header["kind"]]
         moments = cls()
         moments._image_shape = tuple(header["image_shape"])
         moments._sums = kind(header["count"], **tensors)
@@ -273,7 +303,7 @@ class Moments:
         """Hash of the moments, the same for the same images in any order (8-bit images)."""
         sums = self._whole()
         header = f"{sums.kind} {sums.count} {list(self.image_shape)}"
-        return _checksum(header, {name: tensor.cpu() for name, tensor in sums.tensors().items()})
+        return checksum(header, sums.tensors())
 
     def __repr__(self) -> str:
         if self._sums is None:
@@ -311,7 +341,14 @@ class Moments:
         self._sums, self._image_shape = sums, tuple(batch.shape[1:])
         self._interrupted = False
 
-    def _whole(self) -> ByteSums | FloatSums:
+    def _refuse_blend(self, what: str) -> None:
+        if isinstance(self._sums, Blend):
+            raise ValueError(
+                f"moments that were blended {what}: they are no sums over images; blend again "
+                "after the moments they were made of have changed"
+            )
+
+    def _whole(self) -> ByteSums | FloatSums | Blend:
         """The totals, where they are of use."""
         if self._sums is None:
             raise ValueError("these moments hold no images yet: call `update` first")
@@ -347,33 +384,3 @@ def _images_per_block(images: Tensor) -> int:
 def _blocks(images: Tensor) -> Iterator[Tensor]:
     """Views of a few images each."""
     return streamed(images, _images_per_block(images))
-
-
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a file of moments whose contents are as they were written."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path} does not hold moments saved by pyflocality")
-    if metadata.get("version") != str(_FORMAT_VERSION):
-        raise ValueError(
-            f"{path} has version {metadata.get('version')} of the format; this release reads "
-            f"version {_FORMAT_VERSION}"
-        )
-    if metadata.get("sha256") != _checksum(metadata.get("moments", ""), tensors):
-        raise ValueError(f"{path} is damaged: its contents do not match their checksum")
-    return metadata, tensors
-
-
-def _checksum(header: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(header.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].numpy())
-    return digest.hexdigest()

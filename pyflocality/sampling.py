@@ -251,7 +251,8 @@ def sample(
             generator of the denoiser's device.
         clip: Clip x0 to [-1, 1] where a step uses it; see the samplers.
         progress: Show a progress bar on standard error.
-        batch_size: Images per denoiser call; by default all n.
+        batch_size: Images per denoiser call; by default all n. A denoiser of this library reads
+            its training set anew in every call, so larger batches share passes over it.
 
     Returns:
         Images, states, answers and times; float64 if `x_T` or the denoiser's answers are, else

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyflocality import _backends, _moment_sums
+from pyflocality import _backends, _moment_files, _moment_sums
 from pyflocality import moments as moments_module
 from pyflocality.moments import Moments
 
@@ -311,7 +311,7 @@ def test_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(moments_module.os, "replace", fail)
+    monkeypatch.setattr(_moment_files.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         Moments.from_data(byte_images(5)).save(tmp_path / "moments.safetensors")
     assert list(tmp_path.iterdir()) == []
@@ -491,3 +491,81 @@ def test_a_refused_backend_changes_nothing():
     with pytest.raises(_backends.BackendUnavailableError):
         moments.update(images, backend="triton")
     assert_same_bits(moments, Moments.from_data(images))
+
+
+@pytest.mark.parametrize("make", [byte_images, float_images])
+def test_a_blend_against_numpy(make):
+    few, many = make(7), make(90, seed=1)
+    blend = Moments.from_data(few).blended(Moments.from_data(many), 0.3)
+
+    def values(images):
+        stored = images.double().flatten(1).numpy()
+        return stored / 127.5 - 1 if images.dtype == torch.uint8 else stored
+
+    mine, theirs = values(few), values(many)
+    expected = 0.7 * np.cov(mine, rowvar=False) + 0.3 * np.cov(theirs, rowvar=False)
+    np.testing.assert_allclose(blend.covariance, expected, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(blend.mean.flatten(), mine.mean(0), rtol=0, atol=1e-15)
+    assert blend.mean.shape == SHAPE and blend.count == 7
+    assert torch.equal(blend.covariance, blend.covariance.T)
+    # Seven images alone leave all but six eigenvalues zero.
+    assert int((Moments.from_data(few).eigh().values > 0).sum()) == 6
+    np.testing.assert_allclose(
+        blend.eigh().values, np.linalg.eigvalsh(expected)[::-1], rtol=0, atol=1e-14
+    )
+    assert (blend.eigh().values > 0).all()
+    assert repr(blend) == "Moments(count=7, image_shape=(2, 3, 5), blended)"
+
+
+def test_ends_of_a_blend():
+    few, many = Moments.from_data(byte_images(7)), Moments.from_data(float_images(90))
+    assert torch.equal(few.blended(many, 0).covariance, few.covariance)
+    assert torch.equal(few.blended(many, 1).covariance, many.covariance)
+    again = few.blended(many, 0.5).blended(many, 0.5)
+    torch.testing.assert_close(
+        again.covariance, 0.25 * few.covariance + 0.75 * many.covariance, rtol=0, atol=1e-15
+    )
+    before = few.covariance.clone(), many.covariance.clone()
+    few.update(byte_images(1, seed=4))
+    assert torch.equal(Moments.from_data(byte_images(7)).covariance, before[0])
+    assert torch.equal(many.covariance, before[1])
+
+
+def test_blends_are_saved_and_hashed(tmp_path):
+    few, many = Moments.from_data(byte_images(7)), Moments.from_data(byte_images(90, seed=1))
+    blend = few.blended(many, 0.3)
+    blend.save(tmp_path / "blend.safetensors")
+    for twin in (
+        Moments.load(tmp_path / "blend.safetensors"),
+        copy.deepcopy(blend),
+        pickle.loads(pickle.dumps(blend)),
+    ):
+        assert_same_bits(twin, blend)
+        assert twin.image_shape == SHAPE and twin.content_key() == blend.content_key()
+    others = (few, many, few.blended(many, 0.31), few.blended(few, 0.3), many.blended(few, 0.7))
+    assert len({moments.content_key() for moments in (blend, *others)}) == 6
+
+
+def test_wrong_blends():
+    few, many = Moments.from_data(byte_images(7)), Moments.from_data(byte_images(90, seed=1))
+    with pytest.raises(TypeError, match="`other` must be Moments"):
+        few.blended(many.covariance, 0.5)
+    with pytest.raises(ValueError, match=r"`other` must have image shape \(2, 3, 5\)"):
+        few.blended(Moments.from_data(byte_images(3)[:, :1]), 0.5)
+    for share in (True, "half", None):
+        with pytest.raises(TypeError, match="`share` must be a number"):
+            few.blended(many, share)
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"`share` must lie in \[0, 1\]"):
+            few.blended(many, share)
+    for one, other in ((Moments(), many), (few, Moments())):
+        with pytest.raises(ValueError, match="no images yet"):
+            one.blended(other, 0.5)
+    blend = few.blended(many, 0.5)
+    covariance = blend.covariance.clone()
+    with pytest.raises(ValueError, match="blended take in no further images"):
+        blend.update(byte_images(3))
+    for one, other in ((blend, few), (few, blend), (Moments(), blend), (blend, Moments())):
+        with pytest.raises(ValueError, match="blended cannot be merged"):
+            one.merge(other)
+    assert torch.equal(blend.covariance, covariance) and blend.count == 7

@@ -142,9 +142,35 @@ def test_installed_extension_computes(installed):
     assert output.split("\n")[:2] == ["2.0", "[('covariance', 'cpu')]"]
 
 
+def test_wheel_brings_the_benchmarks(installed):
+    output = python(
+        installed,
+        "from importlib import import_module\n"
+        "from pyflocality import cli\n"
+        "for name in ('', '.cpu_suite', '.studies.disks', '.oracle', '.reproduce'):\n"
+        "    print(import_module(f'pyflocality.benchmarks{name}').__file__)\n"
+        "assert cli.main(['bench', '--list', '--filter', 'covariance/covariance']) == 0\n",
+    )
+    *paths, case = output.split()
+    assert len(paths) == 5 and case == "covariance/covariance/cpu/N50000"
+    for path in map(Path, paths):
+        assert installed / "pyflocality" / "benchmarks" in path.parents
+
+
+def test_wheel_brings_every_module_of_the_benchmarks_and_no_results(built):
+    (wheel,) = built.glob("*.whl")
+    prefix = "pyflocality/"
+    names = {name.removeprefix(prefix) for name in zipfile.ZipFile(wheel).namelist()}
+    found = {name for name in names if name.startswith("benchmarks/")}
+    modules = (ROOT / "benchmarks").rglob("*.py")
+    assert found == {path.relative_to(ROOT).as_posix() for path in modules}
+
+
 def test_wheel_holds_no_tests_and_no_cpu_sources(built):
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
+    # Options of the benchmarks, which are a package like the others.
+    names.remove("pyflocality/benchmarks/conftest.py")
     tops = {name.split("/")[0] for name in names}
     assert tops == {"pyflocality", next(top for top in tops if top.endswith(".dist-info"))}
     assert not [name for name in names if name.endswith(".cpp") or "test" in name]
@@ -166,8 +192,13 @@ def test_sdist_holds_what_a_build_needs(built):
         "csrc/cpu/covariance.cpp",
         "pyflocality/moments.py",
         "tests/conftest.py",
+        "benchmarks/registry.py",
     ):
         assert path in names
+    committed = {
+        path.relative_to(ROOT).as_posix() for path in ROOT.glob("benchmarks/results/*.json")
+    }
+    assert committed and committed <= names
 
 
 def test_without_a_compiler_the_install_works_and_says_why(tmp_path):

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import re
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -94,6 +95,32 @@ def test_folder(folder, pixels, tmp_path, few_a_block):
     assert (out / "images.npy").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("kind", ["shards", "folder"])
+def test_sorted_by_label(kind, request, pixels, tmp_path, few_a_block):
+    source = request.getfixturevalue(kind)
+    found = [index % 4 for index in range(COUNT)] if kind == "shards" else [0] * 9 + [1] * 14
+    order = sorted(range(COUNT), key=lambda index: found[index])
+    out = pack(source, tmp_path / "out", sort_by_label=True, progress=False)
+    data = check(out, pixels[order], sorted(found))
+    storage = data.images.untyped_storage().data_ptr()
+    for label in set(found):
+        part = data.with_label(label)
+        wanted = [index for index in range(COUNT) if found[index] == label]
+        assert torch.equal(part.images, torch.from_numpy(pixels[wanted]))
+        # A part of the map, not a copy.
+        assert part.images.untyped_storage().data_ptr() == storage
+        assert "memory-mapped" in repr(part)
+    with pytest.raises(FileExistsError, match="of other options"):
+        pack(source, out, progress=False)
+
+
+def test_nothing_to_sort_by(pixels, tmp_path):
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "one.png").write_bytes(png(pixels[0]))
+    with pytest.raises(ValueError, match="`sort_by_label` must be left out: flat has no labels"):
+        pack(tmp_path / "flat", tmp_path / "out", sort_by_label=True, progress=False)
+
+
 def test_zip(pixels, tmp_path, few_a_block):
     path = tmp_path / "images.zip"
     with zipfile.ZipFile(path, "w") as archive:
@@ -146,6 +173,14 @@ def test_datasets_library(layout, pixels, tmp_path, few_a_block, monkeypatch):
         table.to_parquet(str(path / "train-00000-of-00001.parquet"))
     out = pack(path, tmp_path / "out", progress=False)
     assert check(out, pixels, labels).label_names == ("a", "b")
+
+
+def test_datasets_library_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "state.json").touch()
+    with pytest.raises(ImportError, match=r"set is a dataset .* 'pyflocality\[datasets\]'"):
+        pack(tmp_path / "set", tmp_path / "out", progress=False)
 
 
 def test_an_interrupted_run_goes_on(folder, pixels, tmp_path, few_a_block, monkeypatch):
@@ -267,5 +302,8 @@ def test_command(folder, tmp_path, capsys):
     record = json.loads(capsys.readouterr().out)
     assert record["shape"] == [COUNT, 3, 4, 4] and record["label_names"] == ["cat", "dog"]
     assert len(pf.TrainingSet.load(out)) == COUNT
+    assert main(["pack", str(folder), str(tmp_path / "sorted"), "--sort-by-label"]) == 0
+    assert main(["pack", str(folder), str(out), "--resolution", "4", "--sort-by-label"]) == 2
+    assert "of other options" in capsys.readouterr().err
     assert main(["pack", str(tmp_path / "nowhere"), str(out)]) == 2
     assert "`SOURCE` must be the path" in capsys.readouterr().err

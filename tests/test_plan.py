@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from unittest import mock
 
 import pytest
 
@@ -23,7 +25,9 @@ def test_costs_of_a_small_set():
     assert patches.scans == 2 and patches.flops == 2 * local.flops
     # Windows of 7 fit at 2 x 3 places.
     assert cost_of("equivariant", setting).flops == 6 * local.flops
-    assert cost_of("pca-locality", setting).flops == 10 * 2 * values * (3 + 3 * 49)
+    masked = cost_of("pca-locality", replace(setting, mask_share=0.25))
+    assert masked.flops == 10 * 2 * values * (3 + values / 4)
+    assert cost_of("pca-locality", setting).flops < masked.flops
     assert cost_of("pca-locality", setting).working_bytes == 2**20 + 24 * values**2
     assert cost_of("wiener", setting).flops == 4 * 2 * values**2
 
@@ -62,6 +66,21 @@ def test_measured_on_this_machine():
     assert seconds_of("pca-locality", Setting(3, (3, 64, 64), 1)) is None
 
 
+def test_measured_masks_take_the_share_they_are_planned_for():
+    posterior = pytest.importorskip("pyflocality.native.posterior")
+    pytest.importorskip("pyflocality._C")
+    seen = []
+
+    def note(x, images, weights, sigma, **options):
+        seen.append(posterior.difference_tree(weights, images.shape[1:]).terms)
+
+    for share in (0.022, 0.1, 0.5):
+        setting = Setting(2, (3, 16, 16), 1, mask_share=share)
+        with mock.patch("pyflocality.ops.masked_posterior_mean", note):
+            _costs._step("pca-locality", setting)(1)
+        assert seen[-1] / setting.values**2 == pytest.approx(share, rel=0.1)
+
+
 def test_command(capsys):
     arguments = ["plan", "--images", "1281167", "--shape", "3x64x64", "--batch", "64"]
     assert main([*arguments, "--device", "h200", "--json"]) == 0
@@ -74,5 +93,15 @@ def test_command(capsys):
     assert main(["plan", "--images", "20", "--shape", "1x8x8", "--no-progress"]) == 0
     out = capsys.readouterr().out
     assert "Time is measured here" in out and "not measured" not in out
-    for wrong in (["--shape", "64"], ["--images", "0"], ["--memory-budget", "much"]):
+    assert main([*arguments, "--device", "h200", "--mask-share", "0.5", "--json"]) == 0
+    dense = json.loads(capsys.readouterr().out)
+    flops = [found["models"]["pca-locality"]["flops"] for found in (record, dense)]
+    assert flops[1] / flops[0] == pytest.approx((3 + 0.5 * 12288) / (3 + 0.022 * 12288))
+    for wrong in (
+        ["--mask-share", "0"],
+        ["--mask-share", "0.6"],
+        ["--shape", "64"],
+        ["--images", "0"],
+        ["--memory-budget", "much"],
+    ):
         assert main([*arguments, *wrong]) == 2

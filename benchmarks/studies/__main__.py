@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from benchmarks.cpu_suite import write_json
-from benchmarks.machine import machine_facts
+from ..cpu_suite import write_json
+from ..machine import machine_facts
 
 STUDIES = ("disks", "regularity", "pattern", "memorize", "eigenpairs", "streaming", "planner")
 SCHEMA = 1
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{options.out} is there already; --force replaces it")
     if not options.out.parent.is_dir():
         parser.error(f"there is no folder {options.out.parent}")
-    study = importlib.import_module(f"benchmarks.studies.{options.study}")
+    study = importlib.import_module(f".{options.study}", __package__)
     for name in study.NEEDS:
         if getattr(options, name) is None and not options.quick:
             parser.error(f"--{name} is required for the study {options.study!r}")

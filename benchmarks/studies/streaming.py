@@ -64,8 +64,8 @@ def run(*, quick: bool, scratch: Path | None) -> tuple[dict[str, Any], None]:
 
             for cache in ("cold", "warm"):
                 records.append(_measure(name, cache, path, scan))
-            with mock.patch.object(_mapped.MappedFile, "advise", _advise_but_not_ahead):
-                records.append(_measure(name, "cold, not read ahead", path, scan))
+            with mock.patch.object(_mapped.MappedFile, "fetch"):
+                records.append(_measure(name, "cold, not fetched ahead", path, scan))
             part = data.subset(slice(0, checked))
             resident = pf.TrainingSet(part.images.clone())
             small = make(part, memory_budget=part.images.nbytes // 4, **options)(x, sigma)
@@ -123,14 +123,6 @@ def _measure(what: str, cache: str, path: Path, work: Callable[[], None]) -> dic
         "peak_mapped_file_bytes": peak["RssFile"],
         "mapped_file_bytes_before": before["RssFile"],
     }
-
-
-def _advise_but_not_ahead(self: _mapped.MappedFile, part: torch.Tensor, advice: str) -> None:
-    if advice != "MADV_WILLNEED":
-        _ADVISE(self, part, advice)
-
-
-_ADVISE = _mapped.MappedFile.advise
 
 
 def _memory() -> dict[str, int]:

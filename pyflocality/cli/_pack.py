@@ -31,6 +31,12 @@ def pack(
     resolution: common.Resolution = None,
     channels: common.Channels = None,
     split: common.Split = None,
+    sort_by_label: Annotated[
+        bool,
+        typer.Option(
+            "--sort-by-label", help="Bring the images of a class together, to be used by class."
+        ),
+    ] = False,
     as_json: common.Json = False,
     progress: common.Progress = True,
 ) -> None:
@@ -49,6 +55,7 @@ def pack(
         resolution=parse_resolution(resolution),
         channels=channels,
         split=split,
+        sort_by_label=sort_by_label,
         progress=progress,
     )
     manifest = read_manifest(out)

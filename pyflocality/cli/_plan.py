@@ -25,6 +25,13 @@ def plan(
         str, typer.Option(help="cpu measures how long a step takes here; of others costs are told.")
     ] = "cpu",
     memory_budget: options.MemoryBudget = None,
+    mask_share: Annotated[
+        float,
+        typer.Option(
+            help="Share of an image's values that pca-locality adds up for each of them, up to "
+            "0.5; masks of neighbours share most of their sums. CIFAR-10's mean by default."
+        ),
+    ] = 0.022,
     as_json: common.Json = False,
     progress: common.Progress = True,
 ) -> None:
@@ -42,6 +49,7 @@ def plan(
         _parse_shape(shape),
         check_count(batch, "batch"),
         memory_budget,
+        _checked_share(mask_share),
     )
     models = progress_bar(COSTS, description="measuring", enabled=progress and device == "cpu")
     record: dict[str, Any] = {
@@ -49,6 +57,7 @@ def plan(
         "shape": list(setting.shape),
         "batch": batch,
         "device": device,
+        "mask_share": mask_share,
         "set_bytes": images * setting.values,
         "models": {
             model: asdict(cost_of(model, setting))
@@ -57,6 +66,12 @@ def plan(
         },
     }
     typer.echo(json.dumps(record, indent=2) if as_json else _table(record))
+
+
+def _checked_share(share: float) -> float:
+    if not 0 < share <= 0.5:
+        raise ValueError(f"`mask_share` must be above 0 and at most 0.5, got {share:g}")
+    return share
 
 
 def _parse_shape(text: str) -> tuple[int, int, int]:
@@ -83,8 +98,9 @@ def _table(record: dict[str, Any]) -> str:
             f"{cost['scans']:>7}{_bytes(cost['working_bytes']):>11}{told:>13}"
         )
     lines.append(
-        f"Windows of {WINDOW} pixels; the masks of pca-locality are such windows too: real ones "
-        "follow the data. Memory is beside the images, at most."
+        f"Windows of {WINDOW} pixels; masks of pca-locality whose sums take "
+        f"{record['mask_share']:.3g} of an image's values each (--mask-share), where CIFAR-10's "
+        "take 0.022 on average over ten steps. Memory is beside the images, at most."
     )
     if record["device"] == "cpu":
         lines.append("Time is measured here on a few images in memory, and extrapolated.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -207,6 +207,7 @@ class Denoiser(nn.Module):
 
 # Some images of a batch: their positions, int64 [b], or a slice of all.
 Members = Tensor | slice
+_Choice = TypeVar("_Choice")
 
 
 class Level(NamedTuple):
@@ -234,6 +235,28 @@ def split_levels(sigma: Tensor, alpha: Tensor) -> list[Level]:
             Level(*level, (group == number).nonzero()[:, 0])
             for number, level in enumerate(distinct.tolist())
         ]
+
+
+def share_passes(
+    levels: Sequence[Level], choices: Sequence[_Choice]
+) -> tuple[list[Members], list[_Choice]]:
+    """The images of all levels with the same choice, which one pass serves, and the choices.
+
+    Args:
+        levels: The noise levels of a batch.
+        choices: What each of them takes, such as a window; tensors are the same if they are one
+            object.
+    """
+    groups: dict[int, list[int]] = {}
+    for number, choice in enumerate(choices):
+        groups.setdefault(choice if isinstance(choice, int) else id(choice), []).append(number)
+    if len(groups) == 1:
+        return [slice(None)], [choices[0]]
+    with outside_transforms():
+        members = [
+            torch.cat([levels[number].members for number in numbers]) for numbers in groups.values()
+        ]
+    return members, [choices[numbers[0]] for numbers in groups.values()]
 
 
 def join_levels(parts: Sequence[Tensor], levels: Sequence[Level], axis: int = 0) -> Tensor:

@@ -12,7 +12,13 @@ from torch import Tensor
 from pyflocality._checks import check_positive, describe
 from pyflocality._transforms import outside_transforms
 from pyflocality.data import TrainingSet
-from pyflocality.denoisers.base import Level, PosteriorDenoiser, join_levels, split_levels
+from pyflocality.denoisers.base import (
+    Members,
+    PosteriorDenoiser,
+    join_batch,
+    share_passes,
+    split_levels,
+)
 from pyflocality.denoisers.window import Window, level_rule
 from pyflocality.ops import (
     filtered_posterior_jvp,
@@ -98,55 +104,56 @@ class PatchSetDenoiser(PosteriorDenoiser):
                 return _flexible_patches(patches, self.image_shape[0])
             return _square_patches(self.image_shape, patches)
 
-    def _patches(self, sigma: Tensor, alpha: Tensor) -> tuple[list[Level], list[int | Tensor]]:
-        """The noise levels of a batch, and the window or the masks of each."""
+    def _patches(self, sigma: Tensor, alpha: Tensor) -> tuple[list[Members], list[int | Tensor]]:
+        """Groups of a batch, and the window or the masks of each."""
         levels = split_levels(sigma, alpha)
         with outside_transforms():
             patches_at = self._rule()
-            return levels, [patches_at(level.alpha, level.sigma) for level in levels]
+            patches = [patches_at(level.alpha, level.sigma) for level in levels]
+        return share_passes(levels, patches)
 
-    def _split(self, sigma: Tensor, alpha: Tensor) -> tuple[list[Level], list[QueryWeights]]:
-        """The noise levels of a batch, and the patches of each as weights."""
-        levels, patches = self._patches(sigma, alpha)
-        return levels, list(map(self._weights, patches))
+    def _split(self, sigma: Tensor, alpha: Tensor) -> tuple[list[Members], list[QueryWeights]]:
+        """Groups of a batch, and the patches of each as weights."""
+        groups, patches = self._patches(sigma, alpha)
+        return groups, list(map(self._weights, patches))
 
     def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
         images, options = self.data.images, self._posterior_options
-        levels, of_levels = self._patches(sigma, alpha)
+        groups, of_groups = self._patches(sigma, alpha)
         parts = []
-        for (_, _, m), patches in zip(levels, of_levels, strict=True):
+        for m, patches in zip(groups, of_groups, strict=True):
             if isinstance(patches, Tensor):
                 weights = self._weights(patches)
                 run = functools.partial(filtered_posterior_mean, x[m], images, weights, weights)
             else:
                 run = functools.partial(patch_set_mean, x[m], images, patches)
             parts.append(run(sigma[m], alpha[m], **options))
-        return join_levels(parts, levels)
+        return join_batch(parts, groups)
 
     def _jvp(
         self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
     ) -> tuple[Tensor, Tensor]:
         images, options = self.data.images, self._posterior_options
-        levels, patches = self._split(sigma, alpha)
+        groups, patches = self._split(sigma, alpha)
         parts = [
             filtered_posterior_jvp(
                 x[m], tangents[:, m], images, w, w, sigma[m], alpha[m], **options
             )
-            for (_, _, m), w in zip(levels, patches, strict=True)
+            for m, w in zip(groups, patches, strict=True)
         ]
         means, derivatives = zip(*parts, strict=True)
-        return join_levels(means, levels), join_levels(derivatives, levels, 1)
+        return join_batch(means, groups), join_batch(derivatives, groups, 1)
 
     def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
         images, options = self.data.images, self._posterior_options
-        levels, patches = self._split(sigma, alpha)
+        groups, patches = self._split(sigma, alpha)
         parts = [
             filtered_posterior_vjp(
                 x[m], cotangents[:, m], images, w, w, sigma[m], alpha[m], **options
             )
-            for (_, _, m), w in zip(levels, patches, strict=True)
+            for m, w in zip(groups, patches, strict=True)
         ]
-        return join_levels(parts, levels, 1)
+        return join_batch(parts, groups, 1)
 
 
 def masks_from_maps(maps: Tensor, share: float) -> Tensor:

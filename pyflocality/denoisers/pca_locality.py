@@ -49,6 +49,9 @@ class PCALocalityDenoiser(QueryDenoiser):
     The weights of a noise level are built at its first use (D^3 multiply-adds) and kept as bits
     while they fit the memory budget; large masks are also kept in the user's cache folder.
 
+    A batch of several noise levels is scanned once for each of them, as their weights differ;
+    reading the images again is little beside what the posteriors cost.
+
     Args:
         data: The training set.
         mask_threshold: Share h of the largest magnitude that an input needs to be listened to,

@@ -13,7 +13,13 @@ from torch import Tensor
 from pyflocality._checks import describe
 from pyflocality._transforms import outside_transforms
 from pyflocality.data import TrainingSet
-from pyflocality.denoisers.base import Members, PosteriorDenoiser, join_batch, split_levels
+from pyflocality.denoisers.base import (
+    Members,
+    PosteriorDenoiser,
+    join_batch,
+    share_passes,
+    split_levels,
+)
 
 T = TypeVar("T")
 Window = int | Callable[[float, float], int] | Sequence[tuple[float, int]]
@@ -133,9 +139,7 @@ class WindowDenoiser(PosteriorDenoiser):
         with outside_transforms():
             window_at = window_rule(self.window, self._check_window)
             windows = [window_at(level.alpha, level.sigma) for level in levels]
-        if len(set(windows)) == 1:
-            return [slice(None)], windows[:1]
-        return [level.members for level in levels], windows
+        return share_passes(levels, windows)
 
     def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
         groups, windows = self._split(sigma, alpha)

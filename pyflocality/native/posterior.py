@@ -18,14 +18,13 @@ import torch
 
 from pyflocality._backends import native_module
 from pyflocality._budget import memory_budget_bytes
-from pyflocality._mapped import exceeds_budget
 from pyflocality._problem import PosteriorProblem
 from pyflocality.reference.state import PosteriorState, merge
 from pyflocality.weights import QueryWeights
 
 # Images at a time where they are read from a file that exceeds the memory budget, or are copied:
 # where their memory is not contiguous or holds no such copy of them.
-_BLOCK_BYTES = 64 * 2**20
+_BLOCK_BYTES = 32 * 2**20
 # Distances count in powers of two; the factor must stay positive and finite in float32.
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 2.0**-126, 2.0**120
 
@@ -111,6 +110,8 @@ def in_parts_by_noise(
 ) -> tuple[torch.Tensor, ...]:
     """What `run` answers, a row for each noisy image: those with little and much noise apart.
 
+    A batch of both reads the images once for each kind: what is computed costs far more.
+
     Args:
         problem: The problem.
         run: Takes a problem, which of the noisy images [b] it is of, and where its scans count
@@ -142,7 +143,7 @@ def stored_centre(problem: PosteriorProblem, values: int) -> np.ndarray:
 
     It is the same on all ranks of a sharded set, whose sums are counted from it.
     """
-    mean = problem.images[:1024].reshape(-1, values).float().mean(0)
+    mean = next(problem.blocks(1024)).reshape(-1, values).float().mean(0)
     return (problem.summed(mean) / (problem.ranks.count if problem.ranks else 1)).numpy()
 
 
@@ -215,6 +216,8 @@ def scan_stored(
 ) -> PosteriorState:
     """Run a kernel over all images, for as many noisy images at a time as the budget allows.
 
+    Every block of images is read once, for all noisy images in turn.
+
     Args:
         problem: The problem.
         scan: The kernel.
@@ -229,18 +232,17 @@ def scan_stored(
     noisy = noisy_in_stored_units(problem)
     factor = stored_factor(problem)
     threads = torch.get_num_threads()
-    budget = memory_budget_bytes(problem.memory_budget)
+    budget = memory_budget_bytes(problem.memory_budget) - problem.buffer_bytes(_block(problem))
     at_a_time = max(1, budget // (bytes_per_query * (threads + 1)))
     options = {"threads": threads, "isa": instruction_set or "", **geometry}
-    parts = []
-    for rows in zip(*(part.split(at_a_time) for part in (noisy, factor, *per_query)), strict=True):
-        arrays = [row.contiguous().numpy() for row in rows]
-        states = [_as_state(scan(images, *arrays, **options)) for images in image_blocks(problem)]
-        state = states[0]
-        for other in states[1:]:
-            state = merge(state, other, rows[1].double() * math.log(2.0))
-        parts.append(state)
-    return PosteriorState(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    split = [part.contiguous().split(at_a_time) for part in (noisy, factor, *per_query)]
+    parts = [[row.numpy() for row in rows] for rows in zip(*split, strict=True)]
+    scales = [row.double() * math.log(2.0) for row in split[1]]
+    states: list[PosteriorState] = []
+    for images in image_blocks(problem):
+        found = [_as_state(scan(images, *arrays, **options)) for arrays in parts]
+        states = list(map(merge, states, found, scales)) if states else found
+    return PosteriorState(*(torch.cat(part) for part in zip(*states, strict=True)))
 
 
 def merged_stored(problem: PosteriorProblem, state: PosteriorState) -> PosteriorState:
@@ -270,32 +272,36 @@ def spread_stored(
     noisy = noisy_in_stored_units(problem)
     threads = torch.get_num_threads()
     sums = noisy.shape[1] * max(1, per_image[0].shape[1] if per_image else 1)
-    budget = memory_budget_bytes(problem.memory_budget)
+    budget = memory_budget_bytes(problem.memory_budget) - problem.buffer_bytes(_block(problem))
     # A sum takes up to 16 lanes of float32, and 3 numbers in double precision.
     at_a_time = max(1, budget // (sums * (64 + 24) * (threads + 1)))
     options = {"threads": threads, "isa": instruction_set or "", **geometry}
     rows = (noisy, stored_factor(problem), state.minimum, state.total, *per_image)
-    parts = []
-    for part in zip(*(row.split(at_a_time) for row in rows), strict=True):
-        arrays = [row.contiguous().numpy() for row in part]
-        blocks = (spread(images, *arrays, **options) for images in image_blocks(problem))
-        parts.append(sum(map(torch.from_numpy, blocks)))
-    return problem.summed(torch.cat(parts))
+    split = [row.contiguous().split(at_a_time) for row in rows]
+    parts = [[row.numpy() for row in part] for part in zip(*split, strict=True)]
+    total = torch.zeros(())
+    for images in image_blocks(problem):
+        found = [torch.from_numpy(spread(images, *arrays, **options)) for arrays in parts]
+        total = total + torch.cat(found)
+    return problem.summed(total)
 
 
 def image_blocks(problem: PosteriorProblem) -> Iterator[np.ndarray]:
     """The images and their copies as stored, as a kernel takes them: [n, D] at a time."""
     values = problem.images[0].numel()
-    images, size = problem.images, problem.chunk_size
-    at_once = images.is_contiguous() and not exceeds_budget(images, problem.memory_budget)
-    if size is None and problem.augmentation is None and at_once:
+    images = problem.images
+    at_once = images.is_contiguous() and not problem.buffer_bytes(1)
+    if problem.chunk_size is None and problem.augmentation is None and at_once:
         yield images.reshape(-1, values).numpy()
         return
-    if size is None:
-        bytes_at_a_time = min(_BLOCK_BYTES, memory_budget_bytes(problem.memory_budget) // 4)
-        size = max(1, bytes_at_a_time // (values * images.element_size()))
-    for part in problem.blocks(size):
+    for part in problem.blocks(_block(problem)):
         yield part.contiguous().reshape(-1, values).numpy()
+
+
+def _block(problem: PosteriorProblem) -> int:
+    """Images at a time where not all are taken at once."""
+    bytes_at_a_time = min(_BLOCK_BYTES, memory_budget_bytes(problem.memory_budget) // 4)
+    return problem.chunk_size or max(1, bytes_at_a_time // problem.images[0].nbytes)
 
 
 def _as_state(arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -> PosteriorState:

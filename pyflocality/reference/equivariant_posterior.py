@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyflocality._budget import images_per_chunk
 from pyflocality._problem import PosteriorProblem
 from pyflocality._tangents import centre_of
 from pyflocality.reference import state as posterior
@@ -127,9 +126,7 @@ def _views(
     x, batch = problem.x, len(problem.x)
     channels, height, width = x.shape[1:]
     planes = batch * (3 * channels + 6) + planes_per_image
-    chunk = problem.chunk_size or images_per_chunk(
-        problem.memory_budget, planes * height * width * x.element_size(), problem.count
-    )
+    chunk = problem.images_at_a_time(planes * height * width * x.element_size())
     alpha = problem.alpha.to(x.dtype)[:, None, None, None, None]
     for values in problem.chunks(chunk):
         for down, right, allowed in displacements(height, width, window, circular):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyflocality._budget import images_per_chunk
 from pyflocality._problem import PosteriorProblem
 from pyflocality.reference import state as posterior
 from pyflocality.reference.masked_posterior import weighted_derivatives, weighted_distances
@@ -26,9 +25,7 @@ def filtered_posterior_mean(
     by_input = weights.dense(x.dtype, x.device).T
     answers = responses.dense(x.dtype, x.device)
     per_image = (3 * values + 3 * batch * max(queries, values)) * x.element_size()
-    chunk = problem.chunk_size or images_per_chunk(
-        problem.memory_budget, per_image, len(problem.images)
-    )
+    chunk = problem.images_at_a_time(per_image)
     alpha = problem.alpha.to(x.dtype)
     scale = posterior.finite_factor(problem.scale, x.dtype)
     state = posterior.init(batch, queries, 0, x)

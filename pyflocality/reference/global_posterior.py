@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pyflocality._budget import images_per_chunk
 from pyflocality._problem import PosteriorProblem
 from pyflocality._tangents import centre_of
 from pyflocality.reference import state as posterior
@@ -57,9 +56,7 @@ def _scan(
     batch = len(problem.x)
     x = problem.x.flatten(1)
     per_image = (values_per_image + 4 * batch) * x.element_size()
-    chunk = problem.chunk_size or images_per_chunk(
-        problem.memory_budget, per_image, len(problem.images)
-    )
+    chunk = problem.images_at_a_time(per_image)
     alpha = problem.alpha.to(x.dtype)
     scale = posterior.finite_factor(problem.scale, x.dtype)
     state = posterior.init(batch, 1, sums, x)

@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pyflocality._budget import images_per_chunk
 from pyflocality._problem import PosteriorProblem
 from pyflocality._tangents import centre_of
 from pyflocality.reference import state as posterior
@@ -86,9 +85,7 @@ def weighted_derivatives(
     x, shape, (queries, values) = problem.x.flatten(1), problem.x.shape[1:], weights.shape
     alpha, centre = problem.alpha.to(x.dtype), centre_of(problem).flatten(1)
     per_image = 6 * values + (3 * len(x) + 3) * max(queries, values)
-    chunk = problem.chunk_size or images_per_chunk(
-        problem.memory_budget, per_image * x.element_size(), problem.count
-    )
+    chunk = problem.images_at_a_time(per_image * x.element_size())
 
     def pieces() -> Iterator[Piece]:
         for images in problem.chunks(chunk):
@@ -118,9 +115,7 @@ def _scan(
     x, batch, queries = problem.x.flatten(1), len(problem.x), by_input.shape[1]
     # And for the whole batch distances, weights and one more temporary of that shape.
     per_image = (values_per_image + 3 * batch * queries) * x.element_size()
-    chunk = problem.chunk_size or images_per_chunk(
-        problem.memory_budget, per_image, len(problem.images)
-    )
+    chunk = problem.images_at_a_time(per_image)
     alpha = problem.alpha.to(x.dtype)
     scale = posterior.finite_factor(problem.scale, x.dtype)
     state = posterior.init(batch, queries, sums, x)

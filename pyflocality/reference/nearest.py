@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyflocality._budget import images_per_chunk
 from pyflocality._problem import PosteriorProblem
 from pyflocality.reference.global_posterior import squared_distances
 
@@ -14,9 +13,7 @@ def nearest_images(problem: PosteriorProblem, k: int) -> tuple[Tensor, Tensor]:
     """Indices and squared distances of the k nearest images, [B, k] each."""
     batch = len(problem.x)
     x = problem.x.reshape(batch, problem.images[0].numel())
-    chunk = problem.chunk_size or images_per_chunk(
-        problem.memory_budget, 3 * x.shape[1] * x.element_size(), len(problem.images)
-    )
+    chunk = problem.images_at_a_time(3 * x.shape[1] * x.element_size())
     distances = x.new_empty(batch, 0)
     indices = torch.empty(batch, 0, dtype=torch.int64, device=x.device)
     start = 0

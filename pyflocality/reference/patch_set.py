@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the name everybody gives it)
 from torch import Tensor
 
-from pyflocality._budget import images_per_chunk
 from pyflocality._problem import PosteriorProblem
 from pyflocality.reference import state as posterior
 
@@ -24,9 +23,7 @@ def patch_set_mean(problem: PosteriorProblem, window: int) -> Tensor:
     # One chunk holds its values and, for the whole batch, differences, their squares and sums,
     # weights and their sums, and two temporaries of that size.
     planes = 2 * channels + batch * (2 * channels + 7)
-    chunk = problem.chunk_size or images_per_chunk(
-        problem.memory_budget, planes * height * width * x.element_size(), problem.count
-    )
+    chunk = problem.images_at_a_time(planes * height * width * x.element_size())
     alpha = problem.alpha.to(x.dtype)[:, None, None, None, None]
     scale = posterior.finite_factor(problem.scale, x.dtype)
     inside = (height - window + 1, width - window + 1)

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the name everybody gives it)
 from torch import Tensor
 
-from pyflocality._budget import images_per_chunk
 from pyflocality._problem import PosteriorProblem
 from pyflocality._tangents import centre_of
 from pyflocality.reference import state as posterior
@@ -58,9 +57,7 @@ def window_posterior_vjp(problem: PosteriorProblem, cotangents: Tensor, window: 
     x, centre = problem.x, centre_of(problem)
     channels, height, width = x.shape[1:]
     planes = len(x) * (2 * channels + 4) + 5 * channels + 6
-    chunk = problem.chunk_size or images_per_chunk(
-        problem.memory_budget, planes * height * width * x.element_size(), problem.count
-    )
+    chunk = problem.images_at_a_time(planes * height * width * x.element_size())
     alpha = problem.alpha.to(x.dtype)[:, None, None, None, None]
 
     def pieces() -> Iterator[Piece]:
@@ -92,9 +89,7 @@ def _scan(
     channels, height, width = problem.images.shape[1:]
     # And differences and their squares, and four planes per query.
     planes = batch * (2 * channels + 4) + planes_per_image
-    chunk = problem.chunk_size or images_per_chunk(
-        problem.memory_budget, planes * height * width * x.element_size(), len(problem.images)
-    )
+    chunk = problem.images_at_a_time(planes * height * width * x.element_size())
     alpha = problem.alpha.to(x.dtype)[:, None, None, None, None]
     scale = posterior.finite_factor(problem.scale, x.dtype)
     state = posterior.init(batch, height * width, sums, x)

@@ -1,7 +1,7 @@
 """Datasets of the Hugging Face library `datasets`, from a folder: saved sets and parquet files.
 
-Needs that library. The images are the column of type Image; the classes are the column of type
-ClassLabel, or whole numbers named `label`.
+Needs that library (extra `datasets`). The images are the column of type Image; the classes are the
+column of type ClassLabel, or whole numbers named `label`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _open_table(path: Path, split: str | None) -> Any:  # noqa: ANN401
     except ImportError as error:
         raise ImportError(
             f"{path} is a dataset of the library `datasets`, which is not installed: "
-            "pip install datasets"
+            "pip install 'pyflocality[datasets]'"
         ) from error
     try:
         if any((path / mark).is_file() for mark in _MARKS):

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyflocality._budget import memory_budget_bytes
 from pyflocality._checks import describe
-from pyflocality._mapped import remember, streamed
+from pyflocality._mapped import mapped_file, remember, streamed
 
 # Large sets are checked and hashed in pieces of this many bytes.
 _BLOCK_BYTES = 64 * 2**20
@@ -38,7 +39,9 @@ def as_image_tensor(images: object) -> Tensor:
         with warnings.catch_warnings():
             # Read-only memory is fine: nothing ever writes to the images.
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            remember(images)
+            # Copied on writing, it may hold what somebody wrote and its file does not.
+            if getattr(images, "mode", None) != "c":
+                remember(images)
             return torch.from_numpy(images)
     if hasattr(images, "__dlpack__"):
         return torch.from_dlpack(images)
@@ -108,6 +111,18 @@ def check_range(images: Tensor, name: str) -> None:
             f"the float images of {name} lie in [{lowest:g}, {highest:g}], with nothing negative; "
             "[-1, 1] is expected: if their range is [0, 1], pass 2 * images - 1",
             stacklevel=3,
+        )
+
+
+def check_copy(images: Tensor, count: int, name: str) -> None:
+    """Refuse to copy more images of a mapped set than the memory budget allows for."""
+    needed, budget = count * images[0].nbytes, memory_budget_bytes(None)
+    if needed > budget and mapped_file(images) is not None:
+        raise ValueError(
+            f"`indices` selects {count} images scattered over the file of {name}: their copy takes "
+            f"{needed / 2**30:.3g} GB, the memory budget is {budget / 2**30:.3g} GB; images in a "
+            "row take none (`pyflocality pack --sort-by-label` brings those of a class together), "
+            "or set PYFLOCALITY_MEMORY_BUDGET to allow for the copy"
         )
 
 
