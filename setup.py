@@ -98,8 +98,14 @@ setup(
         *find_packages(include=["pyflocality", "pyflocality.*"]),
         "pyflocality.kernels",
         "pyflocality.csrc",
+        "pyflocality.benchmarks",
+        *(f"pyflocality.benchmarks.{name}" for name in find_packages("benchmarks")),
     ],
-    package_dir={"pyflocality.kernels": "kernels", "pyflocality.csrc": "csrc"},
+    package_dir={
+        "pyflocality.kernels": "kernels",
+        "pyflocality.csrc": "csrc",
+        "pyflocality.benchmarks": "benchmarks",
+    },
     package_data={
         "pyflocality": ["py.typed"],
         "pyflocality.csrc": ["cuda/*.cu", "include/**/*.h"],

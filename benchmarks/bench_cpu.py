@@ -9,8 +9,9 @@ yardsticks are what `benchmarks.cpu_suite` is for.
 from __future__ import annotations
 
 import pyflocality as pf
-from benchmarks.runner import assert_backend, check_workload, torch_threads
-from benchmarks.workloads import make_workload
+
+from .runner import assert_backend, check_workload, torch_threads
+from .workloads import make_workload
 
 
 def test_case(case, data, benchmark):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.registry import FULL, QUICK, Plan, cases
-from benchmarks.sets import BenchmarkSet
+from .registry import FULL, QUICK, Plan, cases
+from .sets import BenchmarkSet
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -3,7 +3,8 @@
     python -m benchmarks.cpu_suite --out benchmarks/results/NAME.json
 
 writes one JSON, prints a table and draws the scaling curves beside the JSON where matplotlib is
-installed. Without `--cifar10` it runs on synthetic images.
+installed. Without `--cifar10` it runs on synthetic images. Interrupted and started again, it goes
+on where it was.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import argparse
 import importlib.util
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine_facts
-from benchmarks.registry import FULL, QUICK, Case, Plan, cases
-from benchmarks.runner import run_case
-from benchmarks.sets import BenchmarkSet
-from benchmarks.summary import summarise, table
 from pyflocality._progress import progress_bar
+
+from .machine import machine_facts, machine_rates
+from .registry import FULL, QUICK, Case, Plan, cases
+from .runner import run_case
+from .sets import BenchmarkSet
+from .summary import summarise, table
 
 SCHEMA = 1
 
@@ -47,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"there is no folder {options.out.parent}")
 
     data = BenchmarkSet.build(plan.images, plan.shape, options.cifar10)
-    report = run_suite(chosen, data, plan, quick=options.quick)
+    report = run_suite(
+        chosen, data, plan, quick=options.quick, unfinished=unfinished_twin(options.out)
+    )
     write_json(report, options.out)
     print(table(report["results"], report["summary"]))
     print(f"\nwritten: {options.out}")
@@ -56,25 +61,72 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_suite(
-    chosen: Sequence[Case], data: BenchmarkSet, plan: Plan, *, quick: bool
+    chosen: Sequence[Case],
+    data: BenchmarkSet,
+    plan: Plan,
+    *,
+    quick: bool,
+    unfinished: Path | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
-    """Run the cases and gather what the JSON holds."""
-    started, clock = datetime.now(timezone.utc), time.perf_counter()
-    bar = progress_bar(chosen, description="benchmarks")
-    results = [run_case(case, data) for case in bar]
-    return {
+    """Run the cases and gather what the JSON holds.
+
+    Args:
+        chosen: Cases to run.
+        data: The set they run on.
+        plan: The plan that they are of.
+        quick: Whether its numbers mean nothing.
+        unfinished: File that keeps what is done. A run that finds it there, of the same machine,
+            software and data, goes on where that one was interrupted; it is gone at the end.
+        progress: Whether to show a progress bar.
+    """
+    report = {
         "schema": SCHEMA,
         "suite": "cpu",
         "quick": quick,
-        "date": started.isoformat(timespec="seconds"),
-        "seconds": time.perf_counter() - clock,
         "machine": machine_facts(),
         "data": data.facts(),
+    }
+    known = _done_before(report, unfinished)
+    started = known.get("date", datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    report |= {"date": started, "seconds": known.get("seconds", 0.0)}
+    report["rates"] = known.get("rates") or machine_rates()
+    done = {record["id"]: record for record in known.get("results", [])}
+    clock = time.perf_counter()
+    for case in progress_bar(chosen, description="benchmarks", enabled=progress):
+        if case.id in done:
+            continue
+        done[case.id] = run_case(case, data)
+        now = time.perf_counter()
+        report["seconds"] += now - clock
+        clock = now
+        if unfinished is not None:
+            write_json(report | {"results": list(done.values())}, unfinished)
+    results = [done[case.id] for case in chosen]
+    if unfinished is not None:
+        unfinished.unlink(missing_ok=True)
+    return report | {
         "preparation_seconds": data.preparation,
         "complete": len(chosen) == len(cases(plan)),
         "results": results,
         "summary": summarise(results, judged=not quick),
     }
+
+
+def unfinished_twin(out: Path) -> Path:
+    """Where a run that is to write `out` keeps what is done."""
+    return out.with_name(out.name + ".unfinished")
+
+
+def _done_before(report: dict[str, Any], unfinished: Path | None) -> dict[str, Any]:
+    """What an interrupted run left, if it is of the same machine, software and data."""
+    if unfinished is None or not unfinished.is_file():
+        return {}
+    known = json.loads(unfinished.read_text(encoding="utf-8"))
+    same = all(known.get(key) == value for key, value in report.items())
+    told = "going on from there" if same else "of another run, left out"
+    print(f"{unfinished}: {told}", file=sys.stderr)
+    return known if same else {}
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:
@@ -106,7 +158,7 @@ def _draw(path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("no picture: matplotlib is not installed")
         return
-    from benchmarks.plots import draw
+    from .plots import draw
 
     picture = draw(path)
     if picture is not None:

@@ -1,10 +1,15 @@
-"""Facts about the machine and the software that a timing depends on; nothing that names a host."""
+"""Facts about the machine and the software that a timing depends on; nothing that names a host.
+
+Beside them the rates that bound every timing: of a matmul and of a copy.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,8 @@ import pyflocality
 from pyflocality._backends import machine_reason, native_module
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
+# Of the rates: side of the matrices, bytes of the copy (far above the caches), runs.
+_SIDE, _COPY_BYTES, _RUNS = 2048, 256 * 2**20, 7
 
 
 def machine_facts() -> dict[str, Any]:
@@ -36,6 +43,34 @@ def machine_facts() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "changes": _has_changes(),
     }
+
+
+def machine_rates() -> dict[str, float]:
+    """The best of some runs on all threads: what this machine reaches where nothing else hinders.
+
+    Returns:
+        `matmul_gflops_per_second` of float32 matrices of side 2048, two operations a
+        multiply-add; `copy_gbytes_per_second` of 256 MiB, read and written.
+    """
+    left, right, out = (torch.rand(_SIDE, _SIDE) for _ in range(3))
+    source = torch.ones(_COPY_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    matmul = _shortest(lambda: torch.matmul(left, right, out=out))
+    copy = _shortest(lambda: target.copy_(source))
+    return {
+        "matmul_gflops_per_second": 2 * _SIDE**3 / matmul / 1e9,
+        "copy_gbytes_per_second": 2 * _COPY_BYTES / copy / 1e9,
+    }
+
+
+def _shortest(function: Callable[[], object]) -> float:
+    """Seconds of the fastest of some runs."""
+    seconds = []
+    for _ in range(_RUNS):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def _cpu_model() -> str:
@@ -75,6 +110,9 @@ def _system() -> str:
 
 def _git(*arguments: str) -> str | None:
     """Output of a git command in the checkout, or None where there is none."""
+    # Installed, this folder may lie inside a checkout of something else.
+    if not (_CHECKOUT / "setup.py").is_file():
+        return None
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=_CHECKOUT, capture_output=True, text=True, check=True

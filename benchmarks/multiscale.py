@@ -32,10 +32,11 @@ import torch
 from torch import Tensor
 
 import pyflocality as pf
-from benchmarks.machine import machine_facts
-from benchmarks.multiscale_plot import draw
-from benchmarks.published_networks import published
 from pyflocality._progress import progress_bar
+
+from .machine import machine_facts
+from .multiscale_plot import draw
+from .published_networks import published
 
 WINDOWS = (3, 5, 9, 13, 23, 43)
 PSNR_IN = (3.0, 7.0, 10.0, 15.0, 20.0, 25.0, 30.0)

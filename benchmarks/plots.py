@@ -2,7 +2,8 @@
 
     python -m benchmarks.plots benchmarks/results/NAME.json
 
-writes NAME.png beside it: time against images, noisy images and threads, a line per operation.
+writes NAME.png beside it: time against images, noisy images, values, windows and threads, a line
+per operation.
 """
 
 from __future__ import annotations
@@ -19,31 +20,50 @@ _TITLES = {
     "global_posterior": "global (optimal)",
     "covariance": "covariance",
 }
-_AXES = {"images": "training images N", "batch": "noisy images B", "threads": "threads"}
+_AXES = {
+    "images": "training images N",
+    "batch": "noisy images B",
+    "values": "values of an image D",
+    "window": "side k of the window",
+    "threads": "threads",
+}
 _FIXED = {"images": "N = {:,}", "batch": "B = {}", "threads": "{} threads"}
+_COLUMNS = 3
 
 
 def curves(records: Sequence[dict[str, Any]], axis: str) -> dict[str, list[dict[str, Any]]]:
     """The records of the scaling suite that differ along one axis only, by operation.
 
-    The other axes stay where most records are; a line of one point is none.
+    The other axes stay where most records are; a line of one point is none. Windows differ in the
+    suite of the local score model.
     """
-    scaling = [record for record in records if record["suite"] == "scaling"]
+    suite = "local_score" if axis == "window" else "scaling"
+    scaling = [record for record in records if record["suite"] == suite]
     others = [name for name in _AXES if name != axis]
     found = {}
     for op in dict.fromkeys(record["op"] for record in scaling):
-        lines: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+        lines: dict[tuple[int | None, ...], list[dict[str, Any]]] = {}
         for record in scaling:
             if record["op"] == op:
-                lines.setdefault(tuple(record[name] for name in others), []).append(record)
+                # Older files are of one D, and do not name it.
+                key = tuple(record.get(name) for name in others)
+                lines.setdefault(key, []).append(record)
         longest = max(lines.values(), key=len)
         if len(longest) > 1:
             found[op] = sorted(longest, key=lambda record: record[axis])
     return found
 
 
-def draw(results: Path) -> Path | None:
-    """Draw the curves of a results file; returns the picture's path, or None without curves."""
+def draw(results: Path, picture: Path | None = None) -> Path | None:
+    """Draw the curves of a results file.
+
+    Args:
+        results: JSON file of a suite.
+        picture: Where to; None beside the file, under its name.
+
+    Returns:
+        The picture's path, or None without curves.
+    """
     report = json.loads(results.read_text(encoding="utf-8"))
     by_axis = {axis: curves(report["results"], axis) for axis in _AXES}
     by_axis = {axis: lines for axis, lines in by_axis.items() if lines}
@@ -51,17 +71,16 @@ def draw(results: Path) -> Path | None:
         return None
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(by_axis), sharey=True, squeeze=False)[0]
-    for panel, (axis, lines) in zip(panels, by_axis.items(), strict=True):
-        for op, records in lines.items():
-            _draw_line(panel, axis, records, _TITLES.get(op, op))
-        panel.set(xscale="log", yscale="log", xlabel=_label(axis, lines))
-        ticks = sorted({record[axis] for records in lines.values() for record in records})
-        panel.set_xticks(ticks, [f"{tick // 1000}k" if tick >= 1000 else tick for tick in ticks])
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("seconds a call (median, p20 to p80)")
+    columns = min(_COLUMNS, len(by_axis))
+    rows = -(-len(by_axis) // columns)
+    figure = Figure(figsize=(4.3 * columns, 3.8 * rows + 0.4), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+    for panel, (axis, lines) in zip(panels, by_axis.items(), strict=False):
+        _draw_panel(panel, axis, lines)
+    for panel in panels[len(by_axis) :]:
+        panel.set_visible(False)
+    for panel in panels[::columns]:
+        panel.set_ylabel("seconds a call (median, p20 to p80)")
     panels[0].legend(frameon=False)
     machine, data = report["machine"], report["data"]
     shape = "x".join(map(str, data["shape"]))
@@ -70,9 +89,20 @@ def draw(results: Path) -> Path | None:
         f"{report['date'][:10]}" + ("; QUICK: the numbers mean nothing" if report["quick"] else ""),
         fontsize=10,
     )
-    picture = results.with_suffix(".png")
-    figure.savefig(picture, dpi=130)
+    picture = picture or results.with_suffix(".png")
+    figure.savefig(picture, dpi=100)
     return picture
+
+
+def _draw_panel(panel: Any, axis: str, lines: dict[str, list[dict[str, Any]]]) -> None:
+    """The lines of an axis; an operation has the same colour in all panels."""
+    for op, records in lines.items():
+        _draw_line(panel, axis, records, _TITLES[op], f"C{list(_TITLES).index(op)}")
+    panel.set(xscale="log", yscale="log", xlabel=_label(axis, lines))
+    ticks = sorted({record[axis] for records in lines.values() for record in records})
+    panel.set_xticks(ticks, [f"{tick / 1000:.2g}k" if tick >= 1000 else tick for tick in ticks])
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)
 
 
 def _label(axis: str, lines: dict[str, list[dict[str, Any]]]) -> str:
@@ -82,12 +112,14 @@ def _label(axis: str, lines: dict[str, list[dict[str, Any]]]) -> str:
     return f"{_AXES[axis]}   ({', '.join(fixed)})"
 
 
-def _draw_line(panel: Any, axis: str, records: Sequence[dict[str, Any]], label: str) -> None:
+def _draw_line(
+    panel: Any, axis: str, records: Sequence[dict[str, Any]], label: str, colour: str
+) -> None:
     places = [record[axis] for record in records]
     seconds = {key: [r["seconds"][key] for r in records] for key in ("median", "p20", "p80")}
-    (line,) = panel.plot(places, seconds["median"], marker="o", markersize=4, label=label)
+    panel.plot(places, seconds["median"], marker="o", markersize=4, label=label, color=colour)
     panel.fill_between(
-        places, seconds["p20"], seconds["p80"], color=line.get_color(), alpha=0.25, linewidth=0
+        places, seconds["p20"], seconds["p80"], color=colour, alpha=0.25, linewidth=0
     )
 
 

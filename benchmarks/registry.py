@@ -21,6 +21,7 @@ class Case:
         batch: Noisy images B.
         timestep: Time of the noise level; None where there is none.
         window: Side of the window.
+        side: Side of the middle that images are cut to; None takes them whole.
         tangents: Directions K of a derivative.
         threads: torch threads; None leaves them as they are.
         yardsticks: Names of what runs in turns with it, see `workloads`.
@@ -36,6 +37,7 @@ class Case:
     batch: int = 8
     timestep: int | None = None
     window: int | None = None
+    side: int | None = None
     tangents: int = 0
     threads: int | None = None
     yardsticks: tuple[str, ...] = ()
@@ -52,6 +54,7 @@ class Case:
             ("B", None if self.op == "covariance" else self.batch),
             ("t", self.timestep),
             ("k", self.window),
+            ("S", self.side),
             ("K", self.tangents or None),
             ("T", self.threads),
         ):
@@ -71,11 +74,14 @@ class Plan:
         windows: Sides of the local-score suite.
         image_counts: N of the scaling suite.
         batches: B of the scaling suite.
+        sides: Sides that the scaling suite cuts images to, beside whole ones.
         scaling_images: N where the scaling suite varies something else.
         equivariant_images: N of the suite that searches all positions.
         tangent_images: N of the tangents suite.
         eager_images: Images that eager yardsticks run on.
         repetitions: Rounds of the long cases; short ones take three times as many.
+        compilers: Whether yardsticks run that are compiled at the first call, which takes many
+            seconds each.
     """
 
     shape: tuple[int, int, int]
@@ -84,11 +90,13 @@ class Plan:
     windows: tuple[int, ...]
     image_counts: tuple[int, ...]
     batches: tuple[int, ...]
+    sides: tuple[int, ...]
     scaling_images: int
     equivariant_images: int
     tangent_images: int
     eager_images: int
     repetitions: int
+    compilers: bool
 
 
 FULL = Plan(
@@ -98,11 +106,13 @@ FULL = Plan(
     windows=(3, 5, 7, 9, 15),
     image_counts=(1_000, 2_000, 5_000, 10_000, 20_000, 50_000),
     batches=(1, 2, 4, 8, 16, 32, 64),
+    sides=(8, 12, 16, 24),
     scaling_images=5_000,
     equivariant_images=200,
     tangent_images=5_000,
     eager_images=512,
     repetitions=3,
+    compilers=True,
 )
 # Small enough for a look and for the tests; its numbers mean nothing.
 QUICK = Plan(
@@ -112,11 +122,13 @@ QUICK = Plan(
     windows=(3, 7, 15),
     image_counts=(200, 1_000),
     batches=(1, 8),
+    sides=(8,),
     scaling_images=500,
     equivariant_images=20,
     tangent_images=200,
     eager_images=64,
     repetitions=1,
+    compilers=False,
 )
 
 # A noise level in the middle, where the posterior is neither flat nor a single image.
@@ -133,21 +145,29 @@ def cases(plan: Plan) -> list[Case]:
         *_patch_set(plan),
         *_covariance(plan),
         *_optimal(plan),
+        *_nearest(plan),
         *_tangents(plan),
         *_scaling(plan),
     ]
     return [case for case in found if case.op in OPERATIONS]
 
 
+def _compiled(plan: Plan, *names: str) -> tuple[str, ...]:
+    """Yardsticks that are compiled at the first call, where the plan wants them."""
+    return names if plan.compilers else ()
+
+
 def _pca_locality(plan: Plan) -> list[Case]:
     yardsticks = ("eager", "matmul_same_terms", "matmul_core_fringe")
+    # Each noise level would be compiled again: one of them tells.
+    compiled = _compiled(plan, "compiled")
     return [
         Case(
             "pca_locality",
             "masked_posterior",
             plan.images,
             timestep=timestep,
-            yardsticks=yardsticks,
+            yardsticks=(*yardsticks, *(compiled if timestep == MIDDLE else ())),
             eager_images=plan.eager_images,
             repetitions=plan.repetitions,
         )
@@ -157,6 +177,7 @@ def _pca_locality(plan: Plan) -> list[Case]:
 
 def _local_score(plan: Plan) -> list[Case]:
     yardsticks = ("eager_patches", "eager_differences")
+    compiled = _compiled(plan, "compiled_patches", "compiled_differences")
     return [
         Case(
             "local_score",
@@ -164,7 +185,7 @@ def _local_score(plan: Plan) -> list[Case]:
             plan.images,
             timestep=MIDDLE,
             window=window,
-            yardsticks=yardsticks,
+            yardsticks=(*yardsticks, *(compiled if window == 7 else ())),
             # Unfolded patches grow with the window's area.
             eager_images=max(8, min(plan.eager_images // 4, 8_192 // window**2)),
             repetitions=plan.repetitions,
@@ -181,7 +202,7 @@ def _equivariant(plan: Plan) -> list[Case]:
             plan.equivariant_images,
             timestep=MIDDLE,
             window=7,
-            yardsticks=("eager_convolution",),
+            yardsticks=("eager_convolution", *_compiled(plan, "compiled_convolution")),
             eager_images=max(4, plan.equivariant_images // 20),
             check_images=3,
             repetitions=plan.repetitions,
@@ -225,11 +246,25 @@ def _optimal(plan: Plan) -> list[Case]:
             plan.images,
             batch,
             timestep=MIDDLE,
-            yardsticks=("eager", "read_bytes"),
+            yardsticks=("eager", "attention", *_compiled(plan, "compiled", "keops"), "read_bytes"),
             eager_images=4 * plan.eager_images,
             repetitions=3 * plan.repetitions,
         )
         for batch in (1, 8)
+    ]
+
+
+def _nearest(plan: Plan) -> list[Case]:
+    return [
+        Case(
+            "nearest",
+            "nearest",
+            plan.tangent_images,
+            timestep=MIDDLE,
+            yardsticks=("faiss", "read_bytes"),
+            repetitions=plan.repetitions,
+            backend="reference",
+        )
     ]
 
 
@@ -257,9 +292,10 @@ def _tangents(plan: Plan) -> list[Case]:
 
 def _scaling(plan: Plan) -> list[Case]:
     most = THREADS[-1]
-    points = [(count, 8, most) for count in plan.image_counts]
-    points += [(plan.scaling_images, batch, most) for batch in plan.batches]
-    points += [(plan.scaling_images, 8, threads) for threads in THREADS]
+    points = [(count, 8, most, None) for count in plan.image_counts]
+    points += [(plan.scaling_images, batch, most, None) for batch in plan.batches]
+    points += [(plan.scaling_images, 8, threads, None) for threads in THREADS]
+    points += [(plan.scaling_images, 8, most, side) for side in plan.sides]
     found = [
         Case(
             "scaling",
@@ -269,6 +305,7 @@ def _scaling(plan: Plan) -> list[Case]:
             8 if op == "covariance" else batch,
             timestep=None if op == "covariance" else MIDDLE,
             window=window,
+            side=side,
             threads=threads,
             yardsticks=(yardstick,),
             check_images=max(19, 131 // batch),
@@ -280,6 +317,6 @@ def _scaling(plan: Plan) -> list[Case]:
             ("global_posterior", None, "read_bytes"),
             ("covariance", None, "read_bytes"),
         )
-        for images, batch, threads in points
+        for images, batch, threads, side in points
     ]
     return list({case.id: case for case in found}.values())

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 import pyflocality as pf
-from benchmarks.baselines import core_fringe_terms
 from pyflocality.masks import pca_locality_weights
 from pyflocality.native.posterior import difference_tree
 from pyflocality.weights import QueryWeights
+
+from .baselines import core_fringe_terms
 
 T = TypeVar("T")
 
@@ -86,6 +87,7 @@ class BenchmarkSet:
         self.preparation: dict[str, float] = {}
         self._weights: dict[int, QueryWeights] = {}
         self._core_fringe: dict[int, int] = {}
+        self._cropped: dict[int, BenchmarkSet] = {}
 
     @classmethod
     def build(
@@ -123,6 +125,14 @@ class BenchmarkSet:
             "shape": list(self.images.shape[1:]),
             "content_key": pf.TrainingSet(self.images).content_key(),
         }
+
+    def cropped(self, side: int) -> BenchmarkSet:
+        """The middle of all images, [N, C, side, side], with masks and queries of its own."""
+        if side not in self._cropped:
+            top, left = ((size - side) // 2 for size in self.images.shape[2:])
+            images = self.images[..., top : top + side, left : left + side]
+            self._cropped[side] = BenchmarkSet(images, self.name)
+        return self._cropped[side]
 
     @cached_property
     def moments(self) -> pf.Moments:

@@ -26,10 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import pyflocality as pf
-from benchmarks.cpu_suite import write_json
-from benchmarks.machine import machine_facts
-from benchmarks.runner import spread, time_in_turns
-from benchmarks.subset_shares import (
+from pyflocality._progress import progress_bar
+from pyflocality.denoisers import CertifiedSubset
+
+from .cpu_suite import write_json
+from .machine import machine_facts
+from .runner import spread, time_in_turns
+from .subset_shares import (
     TOLERANCE,
     Setting,
     exact_distances,
@@ -38,8 +41,6 @@ from benchmarks.subset_shares import (
     posterior_means,
     windows_step,
 )
-from pyflocality._progress import progress_bar
-from pyflocality.denoisers import CertifiedSubset
 
 SCHEMA = 1
 STEPS = tuple(range(900, -1, -100))

@@ -5,9 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.registry import DDIM_STEPS
+from .registry import DDIM_STEPS
 
 Record = dict[str, Any]
+
+# How the names of yardsticks begin that are the published algorithms in plain torch.
+EAGER = "eager"
+# What other yardsticks are called in words.
+LIBRARIES = {
+    "compiled": "torch.compile of eager",
+    "compiled_patches": "torch.compile of eager unfold of patches",
+    "compiled_differences": "torch.compile of eager unfold of differences",
+    "compiled_convolution": "torch.compile of eager convolution",
+    "attention": "torch's attention",
+    "keops": "KeOps",
+    "faiss": "faiss",
+}
 
 
 def summarise(records: Sequence[Record], *, judged: bool = True) -> list[Record]:
@@ -42,6 +55,15 @@ def _told(what: str, value: float) -> Record:
     return {"what": what, "value": value, "bar": None, "reached": None}
 
 
+def _libraries(what: str, record: Record) -> list[Record]:
+    """Against the yardsticks of libraries that a case ran beside."""
+    return [
+        _told(f"{what}: times faster than {LIBRARIES[name]}", yardstick["ratio"]["median"])
+        for name, yardstick in record["yardsticks"].items()
+        if name in LIBRARIES
+    ]
+
+
 def _pca_locality(records: Sequence[Record]) -> list[Record]:
     """Sums over the steps, of medians."""
 
@@ -64,9 +86,11 @@ def _pca_locality(records: Sequence[Record]) -> list[Record]:
             2,
         ),
     ]
-    if {record["timestep"] for record in records} == set(DDIM_STEPS):
-        return found
-    return [_told(entry["what"], entry["value"]) for entry in found]
+    if {record["timestep"] for record in records} != set(DDIM_STEPS):
+        found = [_told(entry["what"], entry["value"]) for entry in found]
+    for record in records:
+        found += _libraries(f"PCA locality, t = {record['timestep']}", record)
+    return found
 
 
 def _local_score(records: Sequence[Record]) -> list[Record]:
@@ -80,6 +104,7 @@ def _local_score(records: Sequence[Record]) -> list[Record]:
         else:
             found.append(_told(f"{what} patches", patches))
         found.append(_told(f"{what} differences", differences))
+        found += _libraries(f"local score, window {record['window']}", record)
     times = [record["seconds"]["median"] for record in records]
     slowest = max(times) / min(times)
     found.append(_told("local score: slowest window over fastest", slowest))
@@ -88,8 +113,9 @@ def _local_score(records: Sequence[Record]) -> list[Record]:
 
 def _equivariant(records: Sequence[Record]) -> list[Record]:
     ratio = records[0]["yardsticks"]["eager_convolution"]["ratio"]["median"]
-    what = f"equivariant, window {records[0]['window']}: times faster than eager convolution"
-    return [_at_least(what, ratio, 10)]
+    what = f"equivariant, window {records[0]['window']}"
+    first = _at_least(f"{what}: times faster than eager convolution", ratio, 10)
+    return [first, *_libraries(what, records[0])]
 
 
 def _patch_set(records: Sequence[Record]) -> list[Record]:
@@ -109,10 +135,15 @@ def _optimal(records: Sequence[Record]) -> list[Record]:
         what = f"optimal, B = {record['batch']}"
         eager, read = record["yardsticks"]["eager"], record["yardsticks"]["read_bytes"]
         found.append(_told(f"{what}: times faster than eager", eager["ratio"]["median"]))
+        found += _libraries(what, record)
         found.append(
             _told(f"{what}: time over one read of the images", 1 / read["ratio"]["median"])
         )
     return found
+
+
+def _nearest(records: Sequence[Record]) -> list[Record]:
+    return _libraries("nearest image", records[0])
 
 
 def _tangents(records: Sequence[Record]) -> list[Record]:
@@ -134,23 +165,38 @@ _FIGURES: dict[str, Callable[[Sequence[Record]], list[Record]]] = {
     "patch_set": _patch_set,
     "covariance": _covariance,
     "optimal": _optimal,
+    "nearest": _nearest,
     "tangents": _tangents,
 }
 
 
+def times_faster(record: Record) -> float | None:
+    """Than the eager yardstick, or the fastest where there are some; None where there is none."""
+    ratios = [
+        yardstick["ratio"]["median"]
+        for name, yardstick in record["yardsticks"].items()
+        if name.startswith(EAGER)
+    ]
+    return min(ratios, default=None)
+
+
+def size_of(record: Record) -> str:
+    """What a case is, beside its operation, backend and images: the last part of its name."""
+    return record["id"].rpartition("/")[2]
+
+
 def table(records: Sequence[Record], summary: Sequence[Record]) -> str:
     """Cases and summary as text."""
-    width = max(len(record["id"]) for record in records)
-    lines = [f"{'case':<{width}}  {'median':>10} {'p20':>10} {'p80':>10} {'GFLOP/s':>9}  beside"]
-    for record in records:
-        seconds = record["seconds"]
-        times = " ".join(f"{seconds[key] * 1e3:>7.1f} ms" for key in ("median", "p20", "p80"))
-        beside = ", ".join(
-            f"{name} x{yardstick['ratio']['median']:.3g}"
-            for name, yardstick in record["yardsticks"].items()
-        )
-        rate = record["gflops_per_second"]
-        lines.append(f"{record['id']:<{width}}  {times} {rate:>9.1f}  {beside}")
+    rows = [("operation", "backend", "shape", "case", "ms", "eager x", "GFLOP/s", "GB/s", "beside")]
+    rows += [_cells(record) for record in records]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    lines = []
+    for row in rows:
+        cells = [
+            f"{cell:<{width}}" if column < 4 else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(row[:-1], widths, strict=True))
+        ]
+        lines.append("  ".join([*cells, row[-1]]).rstrip())
     if summary:
         width = max(len(entry["what"]) for entry in summary)
         lines.append("")
@@ -159,3 +205,25 @@ def table(records: Sequence[Record], summary: Sequence[Record]) -> str:
         bar = entry["bar"] or ""
         lines.append(f"{entry['what']:<{width}}  {entry['value']:>9.3g}  {bar:<8} {verdict}")
     return "\n".join(lines)
+
+
+def _cells(record: Record) -> tuple[str, ...]:
+    faster = times_faster(record)
+    beside = [
+        f"{name} x{yardstick['ratio']['median']:.3g}"
+        for name, yardstick in record["yardsticks"].items()
+    ]
+    # Reasons are in the record; a table has room for their beginning.
+    missing = record.get("missing", {})
+    beside += [f"{name} {reason.partition(':')[0]}" for name, reason in missing.items()]
+    return (
+        record["op"],
+        record["backend"],
+        "x".join(map(str, record["shape"])),
+        size_of(record),
+        f"{record['seconds']['median'] * 1e3:.2f}",
+        "" if faster is None else f"{faster:.3g}",
+        f"{record['gflops_per_second']:.1f}",
+        f"{record['gbytes_per_second']:.2f}",
+        ", ".join(beside),
+    )

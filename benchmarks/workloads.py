@@ -1,167 +1,24 @@
-"""Cases with their tensors: what runs, what it must equal, what it costs, what it runs beside."""
+"""The cases with their tensors, one class for each kind of operation."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import baselines
-from benchmarks.registry import Case
-from benchmarks.sets import BenchmarkSet
 from pyflocality import ops
 from pyflocality._problem import training_values
 
-# Rounding of a float32 number, relative.
-_EPS = 1.2e-7
+from . import baselines, libraries
+from .registry import Case
+from .sets import BenchmarkSet
+from .workload import EPS, PosteriorWorkload, Workload, Yardstick, largest_error
+
 # Rows of the matmul yardsticks; their time is scaled to all images.
 _MATMUL_ROWS = 2048
-
-
-@dataclass(frozen=True)
-class Yardstick:
-    """What runs in turns with a case.
-
-    Attributes:
-        run: One run.
-        share: Share of the case's work that one run does; its time is divided by it.
-        note: What runs, in words.
-        answer: The case's answer from training values [n, C, H, W]; None where it computes
-            something else.
-    """
-
-    run: Callable[[], object]
-    share: float
-    note: str
-    answer: Callable[[Tensor], Tensor] | None = None
-
-
-def largest_error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
-    """Largest difference, relative where the exact values are larger than 1."""
-    errors = []
-    for one, other in zip(found, exact, strict=True):
-        if not other.is_floating_point():
-            errors.append(float((one - other).abs().max()))
-            continue
-        size = max(1.0, float(other.abs().max()))
-        errors.append(float((one.double() - other).abs().max()) / size)
-    # NaN wins over everything.
-    return float(np.max(errors))
-
-
-class Workload(ABC):
-    """A case on a set of images.
-
-    Args:
-        case: What to run.
-        data: The set; a case takes its first N images.
-
-    Attributes:
-        images: The case's images, uint8 [N, C, H, W].
-    """
-
-    def __init__(self, case: Case, data: BenchmarkSet) -> None:
-        if case.images > len(data.images):
-            raise ValueError(f"{case.id}: the set has only {len(data.images)} images")
-        self.case, self.data = case, data
-        self.images = data.images[: case.images]
-        self.shape: tuple[int, int, int] = tuple(self.images.shape[1:])
-        self.values = self.images[0].numel()
-
-    @abstractmethod
-    def answers(
-        self, images: Tensor, backend: str, dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, ...]:
-        """The operation over some images, on a backend, computed in a dtype."""
-
-    @abstractmethod
-    def flops(self) -> int:
-        """Floating-point operations (integer ones for the covariance) of one run."""
-
-    @abstractmethod
-    def bytes(self) -> int:
-        """Least memory traffic of one run: every input read once, every result written once."""
-
-    @abstractmethod
-    def rounding(self, images: Tensor) -> float:
-        """What float32 may cost beyond twice what it costs the reference; 0 must be exact."""
-
-    def run(self) -> object:
-        """One run, as it is timed."""
-        return self.answers(self.images, self.case.backend)
-
-    def facts(self) -> dict[str, Any]:
-        """What else a reader of the timing wants to know."""
-        return {}
-
-    def yardstick(self, name: str) -> Yardstick:
-        """The yardstick of a name: the method `_beside_<name>`."""
-        return getattr(self, f"_beside_{name}")()
-
-    def _beside_read_bytes(self) -> Yardstick:
-        return Yardstick(
-            lambda: baselines.read_bytes(self.images), 1.0, "one sequential read of the images"
-        )
-
-
-class PosteriorWorkload(Workload):
-    """A posterior mean at a noise level."""
-
-    def __init__(self, case: Case, data: BenchmarkSet) -> None:
-        super().__init__(case, data)
-        self.alpha, self.sigma = data.level(case.timestep)
-        self.x = data.queries(case.timestep, case.batch)
-
-    @abstractmethod
-    def arguments(self) -> tuple[Any, ...]:
-        """What the operation takes between the images and the noise level."""
-
-    @abstractmethod
-    def neighbours(self) -> int:
-        """Inputs of the largest neighbourhood."""
-
-    def answers(
-        self, images: Tensor, backend: str, dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, ...]:
-        """Posterior means [B, C, H, W]."""
-        mean = getattr(ops, f"{self.case.op}_mean")
-        x = self.x.to(dtype)
-        return (mean(x, images, *self.arguments(), self.sigma, self.alpha, backend=backend),)
-
-    def bytes(self) -> int:
-        """Images, noisy images and answers."""
-        return self.images.nbytes + 2 * self.x.nbytes
-
-    def rounding(self, images: Tensor) -> float:
-        """Rounding of the logits: a squared distance of that many terms, over 2 sigma^2."""
-        # Where an image fits, a term is about sigma^2; where none does, the data's own spread.
-        logit = self.neighbours() * (1 + 1 / max(self.sigma / self.alpha, 0.1))
-        return 4 * _EPS * logit
-
-    def pairs(self) -> int:
-        """Pairs of a noisy and a training image."""
-        return self.case.images * self.case.batch
-
-    def _eager(
-        self, function: Callable[..., Tensor], arguments: tuple[Any, ...], note: str
-    ) -> Yardstick:
-        """An eager algorithm, timed on some of the images."""
-
-        def answer(values: Tensor) -> Tensor:
-            return function(self.x, values, *arguments, self.sigma, self.alpha)
-
-        values = training_values(self.images[: self.case.eager_images], torch.float32)
-        return Yardstick(
-            lambda: answer(values),
-            len(values) / self.case.images,
-            f"{note}; timed on {len(values)} images and scaled to {self.case.images}",
-            answer,
-        )
 
 
 class MaskedWorkload(PosteriorWorkload):
@@ -202,6 +59,10 @@ class MaskedWorkload(PosteriorWorkload):
             f"{baselines.LOADER_BATCH}"
         )
         return self._eager(baselines.masked_einsum, (mask,), note)
+
+    def _beside_compiled(self) -> Yardstick:
+        mask = self.weights.dense(torch.float32).T.contiguous()
+        return self._compiled(baselines.masked_einsum, (mask,))
 
     def _beside_matmul_same_terms(self) -> Yardstick:
         return self._matmul(self.terms, "the schedule")
@@ -251,6 +112,12 @@ class WindowWorkload(PosteriorWorkload):
         note = "eager unfold of the squared differences, summed over the channels before"
         return self._eager(baselines.window_unfolded_differences, self.arguments(), note)
 
+    def _beside_compiled_patches(self) -> Yardstick:
+        return self._compiled(baselines.window_unfolded_patches, self.arguments())
+
+    def _beside_compiled_differences(self) -> Yardstick:
+        return self._compiled(baselines.window_unfolded_differences, self.arguments())
+
 
 class EquivariantWorkload(WindowWorkload):
     """Equivariant local score: one posterior per pixel over the patches at all positions."""
@@ -264,6 +131,10 @@ class EquivariantWorkload(WindowWorkload):
     def _beside_eager_convolution(self) -> Yardstick:
         note = "published algorithm: convolution with the unfolded patches of each noisy image"
         return self._eager(baselines.equivariant_convolution, self.arguments(), note)
+
+    def _beside_compiled_convolution(self) -> Yardstick:
+        # It takes one noisy image after the other: a batch would be compiled as many times over.
+        return self._compiled(baselines.equivariant_convolution, self.arguments(), rows=1)
 
 
 class PatchSetWorkload(WindowWorkload):
@@ -299,6 +170,71 @@ class GlobalWorkload(PosteriorWorkload):
 
     def _beside_eager(self) -> Yardstick:
         return self._eager(baselines.global_broadcast, (), "eager broadcasting of all differences")
+
+    def _beside_compiled(self) -> Yardstick:
+        return self._compiled(baselines.global_broadcast, ())
+
+    def _beside_attention(self) -> Yardstick:
+        note = (
+            "scaled_dot_product_attention of torch: noisy images ask, training images are keys "
+            "and values, their squared norms, computed beforehand, a bias"
+        )
+        return self._library(libraries.Attention, note)
+
+    def _beside_keops(self) -> Yardstick:
+        return self._library(libraries.KeOps, "KeOps: sumsoftmaxweight of symbolic differences")
+
+    def _library(
+        self, model: Callable[[Tensor, float, float], libraries.Model], note: str
+    ) -> Yardstick:
+        """A model of a library, made of the training values before it is timed."""
+        made = model(self._eager_values(), self.sigma, self.alpha)
+
+        def answer(values: Tensor) -> Tensor:
+            return model(values, self.sigma, self.alpha)(self.x)
+
+        count = min(self.case.eager_images, self.case.images)
+        return self._on_some(lambda: made(self.x), answer, count, note)
+
+
+class NearestWorkload(PosteriorWorkload):
+    """The nearest training image: its position."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Nothing."""
+        return ()
+
+    def answers(
+        self, images: Tensor, backend: str, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, ...]:
+        """Positions, int64 [B, 1]."""
+        x = self.x.to(dtype)
+        return (ops.nearest_images(x, images, self.alpha, backend=backend).indices,)
+
+    def flops(self) -> int:
+        """A subtraction, a product and a sum for every value."""
+        return 3 * self.values * self.pairs()
+
+    def bytes(self) -> int:
+        """Images, noisy images, and a position each."""
+        return self.images.nbytes + self.x.nbytes + 8 * self.case.batch
+
+    def neighbours(self) -> int:
+        """All values."""
+        return self.values
+
+    def rounding(self, images: Tensor) -> float:
+        """None: a position is right or wrong."""
+        return 0.0
+
+    def _beside_faiss(self) -> Yardstick:
+        index = libraries.Faiss(training_values(self.images, torch.float32), self.alpha)
+        return Yardstick(
+            lambda: index(self.x),
+            1.0,
+            "faiss: IndexFlatL2, filled with float32 values beforehand",
+            lambda values: libraries.Faiss(values, self.alpha)(self.x),
+        )
 
 
 class TangentsWorkload(PosteriorWorkload):
@@ -348,7 +284,7 @@ class TangentsWorkload(PosteriorWorkload):
         generator = torch.Generator().manual_seed(0)
         signs = torch.rand(x.shape, generator=generator, dtype=x.dtype).round() * 2 - 1
         # Noisy images are rounded in the units of the stored values, from 0 to 255.
-        nudged = x + signs * _EPS / 2 * (x.abs() + self.alpha)
+        nudged = x + signs * EPS / 2 * (x.abs() + self.alpha)
         moved = self._products(nudged, images, "reference")
         return super().rounding(images) + 4 * largest_error(moved, exact)
 
@@ -400,6 +336,7 @@ _WORKLOADS: dict[str, type[Workload]] = {
     "equivariant_posterior": EquivariantWorkload,
     "patch_set": PatchSetWorkload,
     "covariance": CovarianceWorkload,
+    "nearest": NearestWorkload,
     "masked_posterior_jvp": TangentsWorkload,
     "window_posterior_jvp": TangentsWorkload,
     "global_posterior_jvp": TangentsWorkload,
@@ -407,5 +344,5 @@ _WORKLOADS: dict[str, type[Workload]] = {
 
 
 def make_workload(case: Case, data: BenchmarkSet) -> Workload:
-    """A case with its tensors."""
-    return _WORKLOADS[case.op](case, data)
+    """A case with its tensors, on the images as large as it wants them."""
+    return _WORKLOADS[case.op](case, data if case.side is None else data.cropped(case.side))

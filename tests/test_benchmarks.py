@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +31,8 @@ from benchmarks.plots import curves, draw  # noqa: E402
 from benchmarks.registry import DDIM_STEPS, FULL, QUICK, Case, cases  # noqa: E402
 from benchmarks.sets import BenchmarkSet, natural_images  # noqa: E402
 from benchmarks.summary import summarise, table  # noqa: E402
-from benchmarks.workloads import Yardstick, make_workload  # noqa: E402
+from benchmarks.workload import Yardstick  # noqa: E402
+from benchmarks.workloads import make_workload  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     machine_reason("cpu") is not None, reason=str(machine_reason("cpu"))
@@ -76,7 +75,10 @@ def test_quick_run_writes_every_field(report):
             result["flops"] / seconds["median"] / 1e9
         )
         assert result["check"]["error"] <= result["check"]["budget"]
-        assert result["yardsticks"]
+        assert result["yardsticks"] and set(result["missing"]) <= {"faiss"}
+        assert result["values"] == np.prod(result["shape"]) in (3 * 12 * 12, 3 * 8 * 8)
+    assert set(found["rates"]) == {"matmul_gflops_per_second", "copy_gbytes_per_second"}
+    assert not cpu_suite.unfinished_twin(out).exists()
     assert not out.with_name(out.name + ".part").exists()
 
 
@@ -125,6 +127,10 @@ def test_picture_of_the_scaling_curves(report):
     # A covariance has no noisy images.
     assert "covariance" not in lines
     assert [r["threads"] for r in curves(found["results"], "threads")["covariance"]] == [1, 2]
+    assert [r["values"] for r in curves(found["results"], "values")["covariance"]] == [192, 432]
+    windows = curves(found["results"], "window")
+    assert list(windows) == ["window_posterior"]
+    assert [r["window"] for r in windows["window_posterior"]] == [3, 7, 15]
     picture = draw(out)
     assert picture == out.with_suffix(".png")
     assert picture.read_bytes()[:4] == b"\x89PNG"
@@ -282,6 +288,15 @@ def test_eager_algorithms_answer_as_the_reference(data, chunk, monkeypatch):
         torch.testing.assert_close(found, exact, rtol=0, atol=1e-4)
 
 
+def test_images_are_cut_to_their_middle(data):
+    cut = data.cropped(8)
+    assert torch.equal(cut.images, data.images[..., 2:10, 2:10])
+    assert data.cropped(8) is cut
+    workload = make_workload(replace(WINDOW, side=8), data)
+    assert workload.values == 3 * 8 * 8 and workload.x.shape == (2, 3, 8, 8)
+    assert workload.case.id == "local_score/window_posterior/cpu/N300-B2-t400-k3-S8"
+
+
 def test_read_bytes_reads_all_of_them():
     images = torch.arange(2 * 3 * 4, dtype=torch.uint8).reshape(2, 1, 3, 4)
     expected = images.flatten().view(torch.int64).sum()
@@ -365,6 +380,7 @@ def test_derivatives_run_beside_the_plain_operation(data, monkeypatch):
 def test_an_existing_file_is_not_overwritten(tmp_path, capsys, monkeypatch):
     out = tmp_path / "results.json"
     out.write_text("precious", encoding="utf-8")
+    monkeypatch.setattr(cpu_suite, "machine_rates", dict)
     with monkeypatch.context() as patch:
         patch.setattr(cpu_suite, "run_suite", lambda *_, **__: pytest.fail("it ran"))
         with pytest.raises(SystemExit) as stop:
@@ -402,19 +418,3 @@ def test_a_set_that_is_too_small_is_an_error(tmp_path):
         BenchmarkSet.build(20, (3, 12, 12), archive)
     cut = BenchmarkSet.build(10, (3, 8, 8), archive)
     assert cut.images.shape == (10, 3, 8, 8)
-
-
-def test_pytest_benchmark_suite_runs(tmp_path):
-    pytest.importorskip("pytest_benchmark")
-    suite = ROOT / "benchmarks" / "bench_cpu.py"
-    # Behind everything else again, and away from the checkout.
-    command = [sys.executable, "-m", "pytest", str(suite), "--import-mode=append", "--quick"]
-    command += ["--benchmark-only", "-q", "-p", "no:cacheprovider", "-k", "optimal or t900"]
-    # A worker of pytest-xdist would switch benchmarks off in the process it starts, too.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment = {**kept, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "optimal/global_posterior/cpu/N1000-B8-t400" in done.stdout

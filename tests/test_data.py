@@ -369,3 +369,22 @@ def test_repr_says_what_the_set_is(tmp_path):
     assert repr(LABELLED) == "TrainingSet('pets': 6 images 3x4x5, uint8, 3 labels, cpu)"
     data, _ = mapped_set(tmp_path)
     assert repr(data) == "TrainingSet('set.npy': 6 images 3x4x5, uint8, memory-mapped)"
+
+
+def test_copies_of_mapped_sets_are_bounded(tmp_path, monkeypatch):
+    images = np.random.default_rng(2).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
+    labels = np.repeat([0, 1, 2], [20, 4, 16])
+    labels[[3, 30]] = 1
+    np.save(tmp_path / "images.npy", images)
+    mapped = TrainingSet(np.load(tmp_path / "images.npy", mmap_mode="r"), labels)
+    resident = TrainingSet(images, labels)
+    # Six scattered images.
+    monkeypatch.setenv("PYFLOCALITY_MEMORY_BUDGET", str(6 * 64))
+    for data in (mapped, resident):
+        assert torch.equal(data.with_label(1).images, torch.from_numpy(images[labels == 1]))
+        assert len(data.subset(slice(2, 40))) == 38
+    monkeypatch.setenv("PYFLOCALITY_MEMORY_BUDGET", str(6 * 64 - 1))
+    assert len(resident.with_label(1)) == 6 and len(mapped.subset(range(20, 24))) == 4
+    for copied in (lambda: mapped.with_label(1), lambda: mapped.subset(labels == 1)):
+        with pytest.raises(ValueError, match="6 images scattered over .* --sort-by-label"):
+            copied()

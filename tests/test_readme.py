@@ -9,6 +9,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,12 @@ from pyflocality import cli, denoisers
 from pyflocality._backends import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
+# Behind everything else: an installed pyflocality wins over the one of the checkout.
+sys.path.append(str(ROOT))
+
+from benchmarks.readme_sections import rewritten  # noqa: E402
+from benchmarks.results_files import FOLDER, read_results  # noqa: E402
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
@@ -149,7 +156,7 @@ def test_links_and_pictures_are_there():
 
 def test_figures_are_those_of_the_results_file():
     speed = README.split("## Speed", 1)[1].split("\n## ", 1)[0]
-    [name] = re.findall(r"\]\((benchmarks/results/[^)]+\.json)\)", speed)
+    [name] = re.findall(r"\]\((benchmarks/results/cpu[^)]+\.json)\)", speed)
     results = json.loads((ROOT / name).read_text(encoding="utf-8"))
     measured = {entry["what"]: entry["value"] for entry in results["summary"]}
     assert not results["quick"] and results["complete"]
@@ -158,3 +165,8 @@ def test_figures_are_those_of_the_results_file():
     assert len(rows) >= 5
     for figure, value in rows:
         assert value == f"{measured[figure]:.3g}"
+
+
+def test_marked_sections_are_what_the_report_writes():
+    assert "Begin of speed" in README
+    assert rewritten(README, read_results(FOLDER)) == README

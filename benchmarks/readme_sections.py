@@ -1,0 +1,117 @@
+"""Sections of the README that come from results files, between comments that mark them."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+from .results_files import NOT_MEASURED, Results, cpu_results, latest
+
+_COMMENT = "<!-- {edge} of {name}: python -m benchmarks.report --readme README.md -->"
+
+# Figures of the summary that the README shows; those of libraries where they ran.
+_FIGURES = (
+    "PCA locality, sum of 10 steps: seconds",
+    "PCA locality, sum of 10 steps: times faster than eager einsum",
+    "PCA locality, sum of 10 steps: time over matmuls of the schedule's multiply-adds",
+    "local score, window 7: times faster than eager unfold of patches",
+    "local score, window 7: times faster than eager unfold of differences",
+    "local score: slowest window over fastest",
+    "equivariant, window 7: times faster than eager convolution",
+    "patch set, window 7: time over the local score's",
+    "optimal, B = 8: times faster than eager",
+    "covariance, exact: times faster than torch.cov of float32",
+    "masked_posterior_jvp, t = 400: time with 8 tangents over time without",
+)
+_LIBRARY_FIGURES = (
+    "PCA locality, t = 400: times faster than torch.compile of eager",
+    "local score, window 7: times faster than torch.compile of eager unfold of differences",
+    "equivariant, window 7: times faster than torch.compile of eager convolution",
+    "optimal, B = 8: times faster than torch.compile of eager",
+    "optimal, B = 8: times faster than torch's attention",
+    "optimal, B = 8: times faster than KeOps",
+    "nearest image: times faster than faiss",
+)
+
+
+def speed_section(results: list[Results]) -> str:
+    """What was measured, the table of figures, and the picture.
+
+    Raises:
+        FileNotFoundError: There is no results file of the CPU suite.
+        ValueError: A figure is not in it.
+    """
+    found = cpu_results(results)
+    report, name = found.report, f"benchmarks/results/{found.path.name}"
+    machine, data = report["machine"], report["data"]
+    sets = machine["instruction_sets"]
+    measured = {entry["what"]: entry["value"] for entry in report["summary"]}
+    absent = [figure for figure in _FIGURES if figure not in measured]
+    if absent:
+        raise ValueError(f"{found.path}: the summary has no figure {absent[0]!r}")
+    told = textwrap.fill(
+        f"{data['name']}, {data['images']:,} images {'x'.join(map(str, data['shape']))}, B = 8 "
+        f"noisy images, on {machine['cores']} cores of {machine['cpu']}"
+        f"{f' ({sets[0]})' if sets else ''}, measured on {report['date'][:10]} by "
+        f"`{found.command.replace(name, 'results.json')}`. Every case is checked against the "
+        "reference in float64 before it is timed, and takes turns with its yardstick; all figures "
+        f"are in [the results file]({name}).",
+        100,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    figures = [one for one in (*_FIGURES, *_LIBRARY_FIGURES) if one in measured]
+    rows = [f"| {figure} | {measured[figure]:.3g} |" for figure in figures]
+    lines = [told, "", "| figure | measured |", "|---|---|", *rows]
+    if found.picture is not None:
+        picture = name.removesuffix(".json") + ".png"
+        lines += ["", f"![Seconds a call as sizes grow]({picture})"]
+    gpu = latest(results, "gpu", on_gpu=True)
+    told = NOT_MEASURED if gpu is None else f"[results file](benchmarks/results/{gpu.path.name})"
+    return "\n".join([*lines, "", f"GPUs: {told}."])
+
+
+def quality_section(results: list[Results]) -> str:
+    """The table of models against trained networks, as `pyflocality reproduce` writes it."""
+    from .reproduce.table import markdown
+
+    found = latest(results, "reproduce")
+    if found is None:
+        return f"Quality against trained networks: {NOT_MEASURED}."
+    lines = [
+        markdown(found.report).strip(),
+        "",
+        f"`{found.command}`, [results file](benchmarks/results/{found.path.name}).",
+    ]
+    if found.picture is not None:
+        lines += ["", f"![Quality](benchmarks/results/{found.picture.name})"]
+    return "\n".join(lines)
+
+
+_SECTIONS = {"speed": speed_section, "quality": quality_section}
+
+
+def rewritten(text: str, results: list[Results]) -> str:
+    """A README with its marked sections as the results files have them; the rest as it is.
+
+    Raises:
+        FileNotFoundError: A section's results file is not there.
+        ValueError: No section is marked, or one has not one beginning and one end, in this order.
+    """
+    marked = False
+    for name, section in _SECTIONS.items():
+        start, end = (_COMMENT.format(edge=edge, name=name) for edge in ("Begin", "End"))
+        counts = text.count(start), text.count(end)
+        if counts == (0, 0):
+            continue
+        marked = True
+        between = re.compile(f"{re.escape(start)}\n.*?{re.escape(end)}", re.DOTALL)
+        if counts != (1, 1) or between.search(text) is None:
+            raise ValueError(f"README: expected one {start!r} and after it one {end!r}")
+        body = f"{start}\n{section(results)}\n{end}"
+        text = between.sub(lambda _, body=body: body, text)
+    if not marked:
+        raise ValueError(
+            f"README: expected a section marked {_COMMENT.format(edge='Begin', name='speed')!r}"
+        )
+    return text

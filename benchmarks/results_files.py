@@ -1,0 +1,122 @@
+"""Committed results files: finding them, reading them, and where each comes from."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent / "results"
+NOT_MEASURED = "not yet measured"
+
+# How the files of each suite were made; studies and others tell by themselves.
+_COMMANDS = {
+    "cpu": "python -m benchmarks.cpu_suite --out {path}",
+    "gpu": "python -m benchmarks.gpu_suite --out {path}",
+    "subsets": "python -m benchmarks.subsets --out {path} --cifar10 ZIP --cifar10-test ZIP "
+    "--mnist ZIP --mnist-test ZIP",
+    "multiscale": "python -m benchmarks.multiscale --output {path} --mnist ZIP ZIP "
+    "--networks FOLDER",
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """A results file.
+
+    Attributes:
+        path: The file.
+        report: What it holds.
+    """
+
+    path: Path
+    report: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """The suite, study or command that it is of; the file's name where it does not tell."""
+        names = ("suite", "study", "command")
+        return next((self.report[name] for name in names if name in self.report), self.path.stem)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the file's name says that it is of a GPU."""
+        return any(name in self.path.stem for name in ("h100", "h200"))
+
+    @property
+    def picture(self) -> Path | None:
+        """The picture beside the file, where there is one."""
+        found = self.path.with_suffix(".png")
+        return found if found.is_file() else None
+
+    @property
+    def command(self) -> str:
+        """The command that made it."""
+        path = f"benchmarks/results/{self.path.name}"
+        if "study" in self.report:
+            study = importlib.import_module(f".studies.{self.kind}", __package__)
+            sets = "".join(f" --{name} ZIP" for name in study.NEEDS)
+            return f"python -m benchmarks.studies {self.kind} --out {path}{sets}"
+        if self.kind == "reproduce":
+            names = " ".join(f"--network {one['name']}" for one in self.report["networks"])
+            return f"pyflocality reproduce {self.report['data']['name']} {names} --out DIR"
+        if self.kind not in _COMMANDS:
+            return str(self.report.get("command", "not recorded"))
+        real = self.kind == "cpu" and self.report["data"]["name"] == "CIFAR-10"
+        return _COMMANDS[self.kind].format(path=path) + (" --cifar10 ZIP" if real else "")
+
+    def origin(self) -> str:
+        """Machine, date and commit in a line."""
+        machine = self.report["machine"]
+        where = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
+        commit = (machine["commit"] or "unknown")[:12]
+        changes = " and changes after it" if machine.get("changes") else ""
+        return f"{where}; {self.report['date'][:10]}; commit {commit}{changes}"
+
+
+def read_results(folder: Path) -> list[Results]:
+    """All results files of a folder, by name.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no results file in it.
+        ValueError: A file is no results file.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such folder of results files")
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: expected JSON, got {error}") from error
+        if not isinstance(report, dict) or not {"machine", "date"} <= report.keys():
+            raise ValueError(f"{path}: expected a results file with `machine` and `date`")
+        found.append(Results(path, report))
+    if not found:
+        raise FileNotFoundError(f"{folder}: expected results files *.json, found none")
+    return found
+
+
+def latest(results: list[Results], kind: str, *, on_gpu: bool = False) -> Results | None:
+    """The newest file of a kind; None where there is none."""
+    chosen = [one for one in results if one.kind == kind and one.on_gpu == on_gpu]
+    return max(chosen, key=lambda one: one.report["date"], default=None)
+
+
+def cpu_results(results: list[Results]) -> Results:
+    """The newest whole run of the CPU suite.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    whole = [one for one in results if one.report.get("complete") and not one.report.get("quick")]
+    found = latest(whole, "cpu")
+    if found is None:
+        folder = results[0].path.parent
+        raise FileNotFoundError(
+            f"{folder}: expected the results of a whole run of `python -m benchmarks.cpu_suite`, "
+            "found none"
+        )
+    return found

@@ -1,0 +1,240 @@
+"""The report and the README's sections: made of results files alone, and equal to them."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# Behind everything else: an installed pyflocality wins over the one of the checkout.
+sys.path.append(str(ROOT))
+
+from benchmarks import report  # noqa: E402
+from benchmarks.readme_sections import rewritten  # noqa: E402
+from benchmarks.report_figures import BASELINES, baselines_of, compared, intensity  # noqa: E402
+from benchmarks.results_files import FOLDER, cpu_results, latest, read_results  # noqa: E402
+
+pytest.importorskip("matplotlib", reason="the report draws with matplotlib")
+
+COMMENT = "<!-- {} of {}: python -m benchmarks.report --readme README.md -->"
+
+
+def write(folder: Path, name: str, content: dict) -> Path:
+    path = folder / name
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict:
+    """What the committed file of the CPU suite holds, some of its cases alone."""
+    found = json.loads(cpu_results(read_results(FOLDER)).path.read_text(encoding="utf-8"))
+    chosen = [r for r in found["results"] if r["suite"] in ("optimal", "covariance", "scaling")]
+    return found | {"results": chosen, "rates": RATES}
+
+
+RATES = {"matmul_gflops_per_second": 100.0, "copy_gbytes_per_second": 10.0}
+
+
+@pytest.fixture
+def folder(committed, tmp_path) -> Path:
+    """A folder of results files of the CPU suite and a study, the latter with a picture."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    write(folder, "cpu-here-2020-01-01.json", committed)
+    study = {"study": "memorize", "date": "2020-01-02T00:00:00", "machine": committed["machine"]}
+    write(folder, "memorize-here-2020-01-02.json", study)
+    picture = next(FOLDER.glob("eigenpairs-*.png"))
+    shutil.copyfile(picture, folder / "memorize-here-2020-01-02.png")
+    return folder
+
+
+def page_of(folder: Path, out: Path) -> str:
+    assert report.main(["--results", str(folder), "--out", str(out)]) == 0
+    return (out / "index.html").read_text(encoding="utf-8")
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """The cells of all rows of all tables."""
+    rows = re.findall(r"<tr>(.*?)</tr>", page)
+    return [[html.unescape(c) for c in re.findall(r"<t[dh]>(.*?)</t[dh]>", row)] for row in rows]
+
+
+def test_rows_of_the_page_are_those_of_the_file(folder, committed, tmp_path):
+    rows = {row[2]: row for row in rows_of(page_of(folder, tmp_path / "page")) if len(row) > 2}
+    records = compared(committed["results"])
+    assert {record["op"] for record in records} == {"global_posterior", "covariance"}
+    for record in records:
+        row = rows[record["id"].rpartition("/")[2]]
+        assert row[0] == f"{record['op']} (cpu)" and row[1] == "3x32x32"
+        assert row[3] == f"{record['seconds']['median'] * 1e3:.3g}"
+        name = "torch_cov" if record["op"] == "covariance" else "eager"
+        column = 4 + list(BASELINES).index(name)
+        assert row[column] == f"{record['yardsticks'][name]['ratio']['median']:.3g}"
+
+
+def test_every_figure_names_where_it_comes_from(folder, committed, tmp_path):
+    out = tmp_path / "page"
+    page = page_of(folder, out)
+    origins = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    assert len(origins) == len(re.findall("<img", page)) == 4
+    commit, cpu = committed["machine"]["commit"][:12], committed["machine"]["cpu"]
+    for told in origins:
+        name = re.search(r'href="results/([^"]+)"', told)[1]
+        assert (out / "results" / name).read_bytes() == (folder / name).read_bytes()
+        assert commit in told and cpu in told and "<code>python -m benchmarks." in told
+    assert "python -m benchmarks.studies memorize --out" in page and "--mnist ZIP" in page
+    for source in re.findall(r'src="([^"]+)"', page):
+        assert (out / source).read_bytes()[:4] == b"\x89PNG"
+    assert not re.search(r'(src|href)="(https?:)?//', page)
+
+
+def test_what_did_not_run_is_said(folder, committed, tmp_path):
+    record = next(r for r in committed["results"] if r["suite"] == "optimal")
+    changed = {**record, "missing": {"keops": "not installed: no package 'pykeops'"}}
+    write(folder, "cpu-here-2020-01-01.json", committed | {"results": [changed]})
+    page = page_of(folder, tmp_path / "page")
+    (row,) = [row for row in rows_of(page) if row[0] == "global_posterior (cpu)"]
+    assert row[4 + list(BASELINES).index("keops")] == "not installed"
+    # One case is no curve.
+    assert 'src="scaling.png"' not in page
+
+
+def test_gpus_are_not_yet_measured_until_they_are(folder, committed, tmp_path):
+    rows = rows_of(page_of(folder, tmp_path / "page"))
+    assert ["global_posterior", "not yet measured"] in rows
+    machine = committed["machine"] | {"gpu": "NVIDIA H100"}
+    gpu = {"suite": "gpu", "date": "2020-01-03T00:00:00", "machine": machine}
+    marks = {"copy": {"ratio": {"median": 1.5}}, "eager": {"failed": "no memory"}}
+    measured = {"id": "a/b", "op": "a", "status": "ok", "seconds": {"median": 0.0125}}
+    failed = {"id": "c/d", "op": "c", "status": "failed"}
+    gpu["results"] = [measured | {"yardsticks": marks}, failed]
+    write(folder, "gpu-h100-2020-01-03.json", gpu)
+    page = page_of(folder, tmp_path / "with")
+    assert ["a/b", "12.5", "copy 1.5"] in rows_of(page) and ["c/d", "failed", ""] in rows_of(page)
+    assert "NVIDIA H100; 2020-01-03" in page and "not yet measured</td>" not in page
+
+
+def test_fastest_of_a_family_counts():
+    ratios = {"eager_patches": 9.0, "eager_differences": 4.0, "compiled_patches": 2.0, "x": 1.0}
+    record = {"yardsticks": {name: {"ratio": {"median": r}} for name, r in ratios.items()}}
+    found = {name: mark["ratio"]["median"] for name, mark in baselines_of(record).items()}
+    assert found == {"eager": 4.0, "compiled": 2.0}
+    assert intensity({"flops": 12, "bytes": 4}) == 3
+
+
+def test_newest_whole_run_counts(folder, committed):
+    later = {"date": "2031-01-01T00:00:00"}
+    write(folder, "cpu-a.json", committed | later)
+    write(folder, "cpu-b.json", committed | {"date": "2032-01-01T00:00:00", "quick": True})
+    write(folder, "cpu-c.json", committed | {"date": "2033-01-01T00:00:00", "complete": False})
+    results = read_results(folder)
+    assert cpu_results(results).path.name == "cpu-a.json"
+    assert latest(results, "gpu", on_gpu=True) is None
+
+
+@pytest.mark.parametrize("name", ["speed", "quality"])
+def test_only_what_is_marked_is_rewritten(folder, name):
+    begin, end = COMMENT.format("Begin", name), COMMENT.format("End", name)
+    text = f"# Title\n\nbefore\n{begin}\nstale\n{end}\nafter | 7 |\n"
+    found = rewritten(text, read_results(folder))
+    assert found.startswith(f"# Title\n\nbefore\n{begin}\n") and "stale" not in found
+    assert found.endswith(f"\n{end}\nafter | 7 |\n")
+    # Once more changes nothing.
+    assert rewritten(found, read_results(folder)) == found
+
+
+def test_rows_of_the_readme_are_those_of_the_file(folder, committed):
+    text = f"{COMMENT.format('Begin', 'speed')}\n{COMMENT.format('End', 'speed')}\n"
+    extra = {"what": "optimal, B = 8: times faster than KeOps", "value": 12.345}
+    changed = committed | {"summary": [*committed["summary"], extra]}
+    write(folder, "cpu-here-2020-01-01.json", changed)
+    found = rewritten(text, read_results(folder))
+    rows = dict(re.findall(r"^\| (.*?) \| ([\d.e+]+) \|$", found, re.MULTILINE))
+    measured = {entry["what"]: entry["value"] for entry in changed["summary"]}
+    assert len(rows) == 12 and rows[extra["what"]] == "12.3"
+    assert all(value == f"{measured[figure]:.3g}" for figure, value in rows.items())
+    assert "`python -m benchmarks.cpu_suite --out results.json --cifar10 ZIP`" in found.replace(
+        "\n", " "
+    )
+    assert "GPUs: not yet measured." in found
+    write(folder, "cpu-here-2020-01-01.json", committed | {"summary": []})
+    with pytest.raises(ValueError, match="cpu-here-2020-01-01.json: the summary has no figure"):
+        rewritten(text, read_results(folder))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nothing is marked",
+        COMMENT.format("Begin", "speed"),
+        f"{COMMENT.format('End', 'speed')}\n{COMMENT.format('Begin', 'speed')}\n",
+        f"{COMMENT.format('Begin', 'speed')}\n{COMMENT.format('End', 'speed')}\n" * 2,
+    ],
+)
+def test_marks_that_are_wrong_are_an_error(folder, text):
+    with pytest.raises(ValueError, match="README: expected"):
+        rewritten(text, read_results(folder))
+
+
+def test_table_of_models_is_that_of_reproduce(folder, committed, tmp_path):
+    from benchmarks.reproduce.table import markdown
+
+    told = {"mean": 0.25, "standard_error": 0.01, "median": 0.2}
+    scores = {name: {"final": told, "all_steps": told, "steps": [told]} for name in ("mse", "r2")}
+    row = {"name": "optimal", "label": "optimal <b>", "images": 60, "samples": 4}
+    row |= {"against": {"A": scores}, "seconds_per_step": 1.5, "extra_memory_bytes": None}
+    record = {
+        "command": "reproduce",
+        "date": "2020-01-04T00:00:00",
+        "machine": committed["machine"],
+        "data": {"name": "mnist", "images": 60},
+        "networks": [{"name": "A"}],
+        "settings": {"samples": 4, "timesteps": [900], "threshold": 0.005},
+        "table": [row | {"backends": ["cpu"]}],
+    }
+    write(folder, "reproduce-mnist-2020-01-04.json", record)
+    page = page_of(folder, tmp_path / "page")
+    line = next(line for line in markdown(record).splitlines() if "optimal" in line)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[0] == "optimal <b>" and cells in rows_of(page)
+    assert "pyflocality reproduce mnist --network A --out DIR" in page
+    text = f"{COMMENT.format('Begin', 'quality')}\n{COMMENT.format('End', 'quality')}\n"
+    assert line in rewritten(text, read_results(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "expected results files"),
+        ({"broken.json": "{"}, "broken.json: expected JSON"),
+        ({"other.json": "[1]"}, "other.json: expected a results file"),
+        ({"a.json": '{"machine": {}, "date": "x"}'}, "a whole run of `python -m benchmarks"),
+    ],
+)
+def test_missing_and_broken_files_are_named(content, message, tmp_path, capsys):
+    for name, text in content.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        report.main(["--results", str(tmp_path), "--out", str(tmp_path / "page")])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "page").exists()
+
+
+def test_a_page_is_not_overwritten(folder, tmp_path, capsys):
+    out = tmp_path / "page"
+    page_of(folder, out)
+    (out / "index.html").write_text("kept", encoding="utf-8")
+    words = ["--results", str(folder), "--out", str(out)]
+    with pytest.raises(SystemExit):
+        report.main(words)
+    assert "--force" in capsys.readouterr().err
+    assert (out / "index.html").read_text(encoding="utf-8") == "kept"
+    assert report.main([*words, "--force"]) == 0
+    assert (out / "index.html").read_text(encoding="utf-8") != "kept"
