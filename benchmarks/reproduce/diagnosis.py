@@ -1,0 +1,147 @@
+r"""Why batch means differ from exact posteriors: how many images they average, how sharp they are.
+
+A batch mean is a posterior, too: with K batches and posteriors :math:`p_{k,i}` within each, image
+i has the weight :math:`p_{k,i} / K`. No weight exceeds 1 / K, whatever the noise: the *effective
+sample size* is
+
+.. math:: \frac{1}{\sum_i p_i^2} = \frac{K^2}{\sum_k 1 / ESS_k} \ge K .
+
+Where the exact posterior has settled on a few images, the batch mean still averages the best of
+every batch, and what they do not agree on is blurred away. To see that and nothing else, both
+answer the same noisy images, the states of a network's run, and are held against the network's
+answer to them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pyflocality as pf
+from pyflocality._progress import progress_bar
+
+from .runs import STEPS
+from .scores import summary
+
+# Changes when the figures below change their meaning.
+VERSION = 2
+SAMPLES = 16
+SHARES = (0.1, 0.5, 0.9)
+
+
+def gradient_energy(images: Tensor) -> Tensor:
+    """Mean squared difference of neighbouring pixels, both directions together, [n]."""
+    values = images.double()
+    down, right = values.diff(dim=-2), values.diff(dim=-1)
+    return down.square().flatten(1).mean(1) + right.square().flatten(1).mean(1)
+
+
+def effective_sizes(
+    exact: pf.PCALocalityDenoiser, x: Tensor, sigma: float, alpha: float, batch: int | None
+) -> Tensor:
+    """Effective sample sizes of the posteriors of every output, float64 [B, Q].
+
+    Args:
+        exact: The model with exact aggregation.
+        x: Noisy images [B, C, H, W].
+        sigma: Noise level.
+        alpha: Signal coefficient.
+        batch: Images a batch of a batch mean, in the order of the set; None for the exact
+            posterior.
+    """
+    if batch is None:
+        return _sizes(exact, x, sigma, alpha)
+    # The masks are those of the whole set; the twins share them.
+    exact.weights_at(sigma, alpha)
+    inverse, count = torch.zeros((), dtype=torch.float64), 0
+    for start in range(0, len(exact.data), batch):
+        twin = copy.copy(exact)
+        twin.data = exact.data.subset(range(start, min(start + batch, len(exact.data))))
+        inverse = inverse + 1 / _sizes(twin, x, sigma, alpha)
+        count += 1
+    return count**2 / inverse
+
+
+def _sizes(denoiser: pf.PCALocalityDenoiser, x: Tensor, sigma: float, alpha: float) -> Tensor:
+    once = denoiser.log_sum_exp(x, sigma, alpha, temperature=denoiser.temperature)
+    twice = denoiser.log_sum_exp(x, sigma, alpha, temperature=denoiser.temperature / 2)
+    return (2 * once.double() - twice.double()).exp().clamp(1, len(denoiser.data))
+
+
+def diagnose(
+    data: pf.TrainingSet,
+    moments: pf.Moments,
+    network: pf.Denoiser,
+    noise: Tensor,
+    threshold: float,
+    batches: Sequence[int],
+    *,
+    progress: bool,
+) -> dict[str, Any]:
+    """Figures at the states of a network's run.
+
+    Args:
+        data: The training set.
+        moments: Its moments.
+        network: The network.
+        noise: Starting noise [n, C, H, W].
+        threshold: Threshold of PCA locality.
+        batches: Images a batch of each batch mean.
+        progress: Whether to show progress bars.
+
+    Returns:
+        `timesteps`, and for each model a list over the steps: MSE and r2 of its answer against
+        the network's, gradient energy and variance of it, and 10th, 50th and 90th percentile of
+        the effective sample sizes over outputs and samples; an output counts by the variance of
+        its training values, so that empty margins, whose posteriors are uniform, do not tell.
+    """
+    schedule = pf.DDPMSchedule()
+    run = pf.sample(network, x_T=noise, schedule=schedule, steps=STEPS, progress=progress)
+    models = {"exact": pf.PCALocalityDenoiser(data, threshold, moments=moments)}
+    for size in batches:
+        models[f"batch_mean {size}"] = pf.PCALocalityDenoiser(
+            data, threshold, aggregation="batch_mean", batch_size=size, moments=moments
+        )
+    variance = moments.covariance.diagonal()
+    found: dict[str, list[dict[str, Any]]] = {"network": []} | {name: [] for name in models}
+    visits = list(enumerate(run.timesteps.tolist()))
+    for step, t in progress_bar(visits, description="diagnosis", enabled=progress):
+        alpha, sigma = schedule(t)
+        x, target = run.x_t[step], run.x0[step].clamp(-1, 1)
+        found["network"].append(_sharpness(target))
+        for name, model in models.items():
+            answer = model(x, sigma, alpha).clamp(-1, 1)
+            batch = None if name == "exact" else model.batch_size
+            sizes = effective_sizes(models["exact"], x, sigma, alpha, batch)
+            found[name].append(
+                {
+                    "mse": summary(pf.metrics.mse(answer, target)),
+                    "r2": summary(pf.metrics.r2(answer, target)),
+                    **_sharpness(answer),
+                    "effective_sample_size": weighted_quantiles(sizes, variance),
+                }
+            )
+    return {"samples": len(noise), "timesteps": run.timesteps.tolist(), "models": found}
+
+
+def weighted_quantiles(sizes: Tensor, weights: Tensor) -> list[float]:
+    """The 10th, 50th and 90th percentile of values [B, Q] with the weights [Q] of the outputs.
+
+    Each is the smallest value that, with all below it, holds the share of the weight.
+    """
+    values, order = sizes.flatten().sort()
+    held = weights.expand_as(sizes).flatten()[order].cumsum(0)
+    places = torch.searchsorted(held, held[-1] * torch.tensor(SHARES, dtype=held.dtype))
+    return values[places.clamp(max=len(values) - 1)].tolist()
+
+
+def _sharpness(images: Tensor) -> dict[str, Any]:
+    """Gradient energy, and variance of an image's values."""
+    return {
+        "gradient_energy": summary(gradient_energy(images)),
+        "variance": summary(images.double().flatten(1).var(1)),
+    }

@@ -1,0 +1,154 @@
+"""The models of the table: their settings, and how they are built from them.
+
+A model's settings are all that its answers depend on besides the images and the starting noise,
+as plain values: they name its kept run and are told in the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import pyflocality as pf
+
+# Images a batch of the published code for MNIST and CIFAR-10.
+LOADER_BATCH = 512
+MULTISCALE_WINDOW = 7
+_MOST_LEVELS = 2
+_ORDER_SEED = 0
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        label: What it is called there.
+        calibrated: Key of `CALIBRATED`: the model whose windows it uses, or None.
+        needs_moments: Whether it is made of moments.
+        few: Whether it searches a few of the images only, for a few of the samples.
+    """
+
+    label: str
+    calibrated: str | None = None
+    needs_moments: bool = False
+    few: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "optimal": Method("optimal"),
+    "wiener": Method("Wiener", needs_moments=True),
+    "local": Method("local score (LS)", calibrated="local"),
+    "equivariant": Method("equivariant (ELS)", calibrated="local", few=True),
+    "equivariant-broken": Method(
+        "equivariant, broken borders (bbELS)", calibrated="local", few=True
+    ),
+    "pca-locality": Method("PCA locality, exact", needs_moments=True),
+    "pca-locality-batch-mean": Method(
+        f"PCA locality, batch mean of {LOADER_BATCH}", needs_moments=True
+    ),
+    "golden": Method("PCA locality, golden subset", needs_moments=True),
+    "patch-set": Method("patch set", calibrated="patch-set"),
+    "multiscale": Method("multi-scale"),
+    "nearest": Method("nearest training image"),
+}
+
+# What windows by noise level are calibrated for.
+CALIBRATED = {"local": pf.LocalDenoiser, "patch-set": pf.PatchSetDenoiser}
+
+
+def check_methods(names: Sequence[str]) -> list[str]:
+    """Names of methods in the order of the table, each known and named once."""
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"`methods` must be of {', '.join(METHODS)}, got {name!r}")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"`methods` must name one method or more, each once, got {list(names)}")
+    return [name for name in METHODS if name in names]
+
+
+def settings_of(
+    name: str,
+    image_shape: tuple[int, int, int],
+    threshold: float,
+    windows: Mapping[str, pf.WindowTable],
+    els_images: int,
+) -> Settings:
+    """Settings of a method.
+
+    Args:
+        name: Key of `METHODS`, but for "nearest", which is no sampler.
+        image_shape: Shape (C, H, W) of the images.
+        threshold: Threshold of PCA locality.
+        windows: Calibrated windows by key of `CALIBRATED`, those that the method needs.
+        els_images: Images that the equivariant model searches.
+    """
+    settings: Settings = {"model": name}
+    calibrated = METHODS[name].calibrated
+    if calibrated is not None:
+        settings["windows"] = [list(pair) for pair in windows[calibrated]]
+    if METHODS[name].few:
+        settings["images"] = els_images
+    if name in ("pca-locality", "pca-locality-batch-mean", "golden"):
+        settings["threshold"] = threshold
+    if name == "pca-locality-batch-mean":
+        settings["batch_size"] = LOADER_BATCH
+    if name == "multiscale":
+        levels = 0
+        while levels < _MOST_LEVELS and all(n % 2 ** (levels + 1) == 0 for n in image_shape[1:]):
+            levels += 1
+        largest = 2 * (max(image_shape[1:]) >> min(levels, 1)) - 1
+        settings |= {
+            "levels": levels,
+            "window": min(MULTISCALE_WINDOW, largest),
+            "coarse": "pca_locality",
+        }
+    return settings
+
+
+def build(settings: Settings, data: pf.TrainingSet, moments: pf.Moments | None) -> pf.Denoiser:
+    """The denoiser of some settings; settings of PCA locality may have a temperature, too."""
+    name = settings["model"]
+    windows = [tuple(pair) for pair in settings.get("windows", ())]
+    if name == "optimal":
+        return pf.OptimalDenoiser(data)
+    if name == "wiener":
+        return pf.WienerDenoiser(moments)
+    if name == "local":
+        return pf.LocalDenoiser(data, windows)
+    if name in ("equivariant", "equivariant-broken"):
+        searched = data.subset(range(min(settings["images"], len(data))))
+        boundary = "circular" if name == "equivariant" else "broken"
+        return pf.EquivariantDenoiser(searched, windows, boundary)
+    if name == "patch-set":
+        return pf.PatchSetDenoiser(data, windows)
+    if name == "multiscale":
+        levels, window = settings["levels"], settings["window"]
+        return pf.MultiscaleDenoiser(data, levels, window, coarse=settings["coarse"])
+    batches = settings.get("batch_size")
+    pca = pf.PCALocalityDenoiser(
+        data,
+        settings["threshold"],
+        settings.get("temperature", 1.0),
+        aggregation="exact" if batches is None else "batch_mean",
+        batch_size=LOADER_BATCH if batches is None else batches,
+        moments=moments,
+    )
+    return pf.GoldenSubset(pca) if name == "golden" else pca
+
+
+def load_mixed(source: str, *, progress: bool) -> pf.TrainingSet:
+    """A training set in a random order, always the same, and in memory.
+
+    Folders and zips are read class by class. The batch mean depends on that: batches of one class
+    each are another estimator than the published one, whose loaders read the classes mixed. No
+    other model knows of the order.
+    """
+    data = pf.TrainingSet.load(source, progress=progress)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(_ORDER_SEED))
+    return data.subset(order)

@@ -1,0 +1,91 @@
+"""Trained networks: read, checked, named."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyflocality as pf
+
+from ..oracle.unet import UNet
+
+_NAMES = "ABCDEFGH"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network's file and what it tells of itself.
+
+    Attributes:
+        name: "network A" for the first, "network B" for the second, ...
+        path: The file.
+        sha256: Checksum of the file.
+        parameters: Number of parameters.
+        facts: What is known about the training.
+    """
+
+    name: str
+    path: Path
+    sha256: str
+    parameters: int
+    facts: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the network's answers depend on."""
+        return {"model": "network", "sha256": self.sha256}
+
+    def record(self) -> dict[str, Any]:
+        """What a results file tells of the network; not where its file lies."""
+        return {
+            "name": self.name,
+            "file": self.path.name,
+            "sha256": self.sha256,
+            "parameters": self.parameters,
+            "facts": self.facts,
+        }
+
+
+def load(path: Path) -> pf.NetworkDenoiser:
+    """A trained network as a denoiser, ready to denoise."""
+    unet = UNet.load(path)
+    schedule = pf.DDPMSchedule()
+    return pf.NetworkDenoiser(unet, "v", takes=schedule, image_shape=unet.image_shape)
+
+
+def check_networks(
+    paths: Sequence[Path], image_shape: tuple[int, int, int] | None = None
+) -> list[Network]:
+    """The networks of some files, in order.
+
+    Args:
+        paths: One file or more, each another network.
+        image_shape: Shape (C, H, W) of the images that they must denoise; None takes any.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: There are none, too many or equal networks, a file is no network, or one is
+            for images of another shape.
+    """
+    if not 1 <= len(paths) <= len(_NAMES):
+        raise ValueError(f"`network` must be given 1 to {len(_NAMES)} times, got {len(paths)}")
+    found: list[Network] = []
+    for letter, path in zip(_NAMES, map(Path, paths), strict=False):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file")
+        unet = UNet.load(path)
+        if image_shape is not None and unet.image_shape != tuple(image_shape):
+            raise ValueError(
+                f"`network` must be for images of shape {tuple(image_shape)}, {path} is for "
+                f"{unet.image_shape}"
+            )
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        for other in found:
+            if other.sha256 == sha256:
+                raise ValueError(f"`network` must name each network once, {path} is {other.path}")
+        parameters = sum(tensor.numel() for tensor in unet.parameters())
+        found.append(Network(f"network {letter}", path, sha256, parameters, unet.facts))
+    return found

@@ -1,0 +1,208 @@
+"""Sampling runs: measured in a process of their own, kept on disk as they are finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import pyflocality as pf
+from pyflocality.cli._record import peak_memory_bytes
+
+from . import methods, networks
+
+Settings = dict[str, Any]
+
+STEPS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a model made of the starting noise.
+
+    Attributes:
+        x0: Its answers, clipped to [-1, 1]: float32 [steps, n, C, H, W]; the last are the images.
+        facts: Time, memory, backends and date of the run.
+    """
+
+    x0: Tensor
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run to be made.
+
+    Attributes:
+        settings: Settings of a method, or of a network.
+        data: The training set, in memory; None for a network.
+        moments: Its moments, where the method needs them.
+        network: File of the network, where it is one.
+        x_t: Starting noise [n, C, H, W].
+        steps: Number of DDIM steps.
+        progress: Whether to show a progress bar.
+    """
+
+    settings: Settings
+    data: pf.TrainingSet | None
+    moments: pf.Moments | None
+    network: Path | None
+    x_t: Tensor
+    steps: int
+    progress: bool
+
+    def denoiser(self) -> pf.Denoiser:
+        """What runs."""
+        if self.network is not None:
+            return networks.load(self.network)
+        return methods.build(self.settings, self.data, self.moments)
+
+
+def starting_noise(image_shape: tuple[int, int, int], samples: int, seed: int) -> Tensor:
+    """Standard normal noise, float32 [samples, C, H, W], the same on every machine."""
+    return torch.randn(samples, *image_shape, generator=torch.Generator().manual_seed(seed))
+
+
+def perform(request: Request) -> Run:
+    """Make a run in this process.
+
+    Its memory is how far the process grew at most, beyond what it held when images, moments and
+    starting noise were there and nothing else: the resident set's peak, which Linux lets a process
+    reset; None elsewhere.
+    """
+    before = _resident_bytes() if _reset_peak() else None
+    with pf.trace_backends() as calls:
+        clock = time.perf_counter()
+        timed = _Timed(request.denoiser())
+        built = time.perf_counter() - clock
+        out = pf.sample(timed, x_T=request.x_t, steps=request.steps, progress=request.progress)
+    peak = peak_memory_bytes() if before is not None else None
+    return Run(
+        out.x0.float().clamp(-1, 1),
+        {
+            "seconds": [round(seconds, 4) for seconds in timed.seconds],
+            "preparation_seconds": round(built + timed.preparing, 4),
+            "extra_memory_bytes": None if peak is None else max(0, peak - before),
+            "backends": sorted({backend for _, backend in calls}) or ["torch"],
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        },
+    )
+
+
+def perform_apart(request: Request) -> Run:
+    """The same in a new process, whose memory is that of this run alone.
+
+    Raises:
+        ChildProcessError: The process was ended, as the system does where memory runs out.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(perform, request).result()
+        except BrokenProcessPool:
+            model = request.settings["model"]
+            raise ChildProcessError(
+                f"the process that ran {model} was ended, perhaps for want of memory"
+            ) from None
+
+
+class KeptRuns:
+    """Finished runs in a folder, found again by all that they depend on.
+
+    Args:
+        folder: Where they lie; it is made when the first is kept.
+        common: Settings of all of them: what identifies the images, the noise and the steps.
+    """
+
+    def __init__(self, folder: Path, common: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.common = {"pyflocality": pf.__version__, **common}
+
+    def path(self, name: str, settings: Mapping[str, Any], suffix: str = ".npz") -> Path:
+        """The file of some settings."""
+        text = json.dumps({**self.common, "settings": settings}, sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self.folder / f"{name.replace(' ', '-')}-{key}{suffix}"
+
+    def get(self, name: str, settings: Settings, make: Callable[[], Run]) -> tuple[Run, bool]:
+        """The run of some settings, and whether it was there already."""
+        path = self.path(name, settings)
+        kept = self._read(path)
+        if kept is not None:
+            return kept, True
+        run = make()
+        self._write(path, run)
+        return run, False
+
+    def _read(self, path: Path) -> Run | None:
+        if not path.exists():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                return Run(torch.from_numpy(archive["x0"]), json.loads(str(archive["facts"])))
+        except (ValueError, KeyError, OSError, EOFError, BadZipFile) as error:
+            warnings.warn(f"{path} is damaged ({error}), made anew", stacklevel=3)
+            return None
+
+    def _write(self, path: Path, run: Run) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.npz")
+        try:
+            np.savez(temporary, x0=run.x0.numpy(), facts=json.dumps(run.facts))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class _Timed:
+    """A denoiser that notes the time of each call, and that of its masks apart."""
+
+    def __init__(self, denoiser: pf.Denoiser) -> None:
+        self.denoiser = denoiser
+        self.image_shape, self.device = denoiser.image_shape, denoiser.device
+        self.masks = getattr(denoiser, "denoiser", denoiser)
+        self.seconds: list[float] = []
+        self.preparing = 0.0
+
+    def __call__(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
+        clock = time.perf_counter()
+        if hasattr(self.masks, "weights_at"):
+            self.masks.weights_at(sigma, alpha)
+        self.preparing += time.perf_counter() - clock
+        clock = time.perf_counter()
+        answer = self.denoiser(x, sigma, alpha)
+        self.seconds.append(time.perf_counter() - clock)
+        return answer
+
+
+def _reset_peak() -> bool:
+    """Make the present size of this process its peak; False where that is not possible."""
+    with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
+        return True
+    return False
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/status", encoding="ascii") as status:
+        size = next(line for line in status if line.startswith("VmRSS:"))
+    return int(size.split()[1]) * 1024

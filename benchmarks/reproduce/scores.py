@@ -1,0 +1,63 @@
+"""How close runs are to each other, in figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pyflocality as pf
+
+
+def summary(values: Tensor) -> dict[str, Any]:
+    """Mean, its standard error and median of some values [n], which are finite or left out.
+
+    The r2 against an image of one colour is no number; such images are counted as `left_out`.
+    None stands for what cannot be told: everything of no values, the error of one.
+    """
+    kept = values[torch.isfinite(values)].double()
+    count = len(kept)
+    told: dict[str, Any] = {
+        "mean": float(kept.mean()) if count else None,
+        "standard_error": float(kept.std(correction=1)) / count**0.5 if count > 1 else None,
+        "median": float(kept.quantile(0.5)) if count else None,
+    }
+    if count < len(values):
+        told["left_out"] = len(values) - count
+    return told
+
+
+def by_image(x0: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """MSE and r2 of each step and image, float64 [steps, n], of two runs [steps, n, C, H, W]."""
+    pairs = list(zip(x0, target, strict=True))
+    return {
+        name: torch.stack([measure(u, y) for u, y in pairs])
+        for name, measure in (("mse", pf.metrics.mse), ("r2", pf.metrics.r2))
+    }
+
+
+def score(x0: Tensor, target: Tensor) -> dict[str, Any]:
+    """MSE and r2 of a run against a network's, [steps, n, C, H, W] each.
+
+    Returns:
+        For either measure the summaries over the images at the end (`final`), of the means over
+        the steps (`all_steps`) and at each step (`steps`).
+    """
+    return {
+        name: {
+            "final": summary(values[-1]),
+            "all_steps": summary(values.mean(0)),
+            "steps": [summary(step) for step in values],
+        }
+        for name, values in by_image(x0, target).items()
+    }
+
+
+def shown(told: dict[str, Any], digits: int) -> str:
+    """A summary as text: mean and standard error."""
+    mean, error = told["mean"], told["standard_error"]
+    if mean is None:
+        return "-"
+    text = f"{mean:.{digits}f}"
+    return text if error is None else f"{text} ± {error:.{digits}f}"

@@ -1,0 +1,105 @@
+"""What the commands of this package share: options, what they are checked for, and records."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pyflocality as pf
+
+from ..machine import machine_facts
+from . import methods, networks
+from .networks import Network
+
+SCHEMA = 1
+
+
+class Study:
+    """A command: reads its options, loads what it needs, and writes one results file.
+
+    Args:
+        name: The module's name in this package.
+        samples: How many samples there are if not given.
+        about: What the samples are.
+
+    Attributes:
+        parser: Takes further options before `start`.
+        options: What was asked for.
+        data: The training set, in a random order.
+        trained: The networks.
+        progress: Whether to show progress bars.
+    """
+
+    options: argparse.Namespace
+    data: pf.TrainingSet
+    trained: list[Network]
+    progress: bool
+
+    def __init__(self, name: str, samples: int, about: str) -> None:
+        self.name, self._clock = name, time.perf_counter()
+        self.parser = argparse.ArgumentParser(prog=f"python -m benchmarks.reproduce.{name}")
+        add = self.parser.add_argument
+        add("--source", required=True, help="training images")
+        add(
+            "--network",
+            type=Path,
+            action="append",
+            required=True,
+            help="trained network; given several times, the first is the one that is followed",
+        )
+        add("--out", type=Path, required=True, help="JSON file to write")
+        add("--threshold", type=float, default=0.005, help="of PCA locality")
+        add("--samples", type=int, default=samples, help=about)
+        add("--force", action="store_true", help="replace --out where it exists")
+        add("--no-progress", action="store_true", help="no progress bars")
+
+    def start(self, arguments: Sequence[str] | None) -> None:
+        """Read and check the options, then load images and networks."""
+        self.options = options = self.parser.parse_args(arguments)
+        self.progress = not options.no_progress
+        if options.out.exists() and not options.force:
+            self.parser.error(f"{options.out} is there already; --force replaces it")
+        if not options.out.parent.is_dir():
+            self.parser.error(f"there is no folder {options.out.parent}")
+        for name, value in vars(options).items():
+            if isinstance(value, int) and value < 1 and not isinstance(value, bool):
+                self.parser.error(f"--{name} must be at least 1, got {value}")
+        if not 0 <= options.threshold < 1:
+            self.parser.error(f"--threshold must be in [0, 1), got {options.threshold}")
+        try:
+            networks.check_networks(options.network)
+            self.data = methods.load_mixed(options.source, progress=self.progress)
+            self.trained = networks.check_networks(options.network, self.data.image_shape)
+        except (ValueError, FileNotFoundError) as error:
+            self.parser.error(str(error))
+
+    def report(self, results: object, **further: object) -> dict[str, Any]:
+        """The results with all that they depend on."""
+        return {
+            "schema": SCHEMA,
+            "study": self.name,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": time.perf_counter() - self._clock,
+            "machine": machine_facts(),
+            "data": data_record(self.data),
+            "networks": [network.record() for network in self.trained],
+            "threshold": self.options.threshold,
+            "samples": self.options.samples,
+            **further,
+            "results": results,
+        }
+
+
+def data_record(data: pf.TrainingSet) -> dict[str, Any]:
+    """What a results file tells of the images."""
+    return {
+        "name": data.name,
+        "images": len(data),
+        "image_shape": list(data.image_shape),
+        "order": "random, the same every time; content_key is of the images in this order",
+        "content_key": data.content_key(),
+    }

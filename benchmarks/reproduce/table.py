@@ -1,0 +1,348 @@
+"""The table of a set: every method against every network, and the networks against each other."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pyflocality as pf
+from pyflocality._checks import check_count
+from pyflocality.cli._files import Outputs
+from pyflocality.cli._record import Stages
+from pyflocality.masks import check_threshold
+from pyflocality.ops import nearest_images
+
+from ..machine import machine_facts
+from . import draw, methods, networks
+from .methods import METHODS, Settings
+from .networks import Network
+from .runs import STEPS, KeptRuns, Request, Run, perform_apart, starting_noise
+from .scores import score, shown
+from .study import SCHEMA, data_record
+from .windows import CALIBRATION_SAMPLES, calibrated_windows
+
+FILES = ("reproduce.json", "table.md", "samples.png", "steps.png")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to reproduce, and where to.
+
+    Attributes:
+        source: Training images, as `TrainingSet.load` takes them.
+        networks: Files of trained networks, the first of them the one that windows follow.
+        out: Folder of the results; finished runs are kept in its folder `runs`.
+        threshold: Threshold of PCA locality.
+        samples: Images that every model makes.
+        seed: Seed of the starting noise.
+        methods: Keys of `METHODS`.
+        els_images: Images that the equivariant model searches.
+        els_samples: Samples that it makes, the first ones.
+        force: Whether results that are there may be replaced.
+        progress: Whether to say what is being done.
+    """
+
+    source: str
+    networks: tuple[Path, ...]
+    out: Path
+    threshold: float = 0.005
+    samples: int = 128
+    seed: int = 0
+    methods: tuple[str, ...] = tuple(METHODS)
+    els_images: int = 2000
+    els_samples: int = 32
+    force: bool = False
+    progress: bool = True
+
+    @property
+    def files(self) -> list[Path]:
+        """The results."""
+        return [self.out / name for name in FILES]
+
+    def check(self) -> None:
+        """Refuse what can be refused without the images."""
+        check_threshold(self.threshold, "threshold")
+        for name in ("samples", "els_images", "els_samples"):
+            check_count(getattr(self, name), name)
+        if not 0 <= self.seed < 2**63 - 1:
+            raise ValueError(f"`seed` must lie in [0, 2^63 - 1), got {self.seed}")
+        methods.check_methods(self.methods)
+        networks.check_networks(self.networks)
+
+
+def reproduce(plan: Plan) -> dict[str, Any]:
+    """Fill the table; the record that is written to `reproduce.json`.
+
+    Raises:
+        FileExistsError: Results are there and `plan.force` is False.
+        FileNotFoundError: A file is not there.
+        ValueError: A value is out of range, or a network is for other images.
+    """
+    plan.check()
+    start, stages = time.perf_counter(), Stages(announce=plan.progress)
+    with Outputs(plan.files, force=plan.force) as outputs:
+        with stages("load", f"loading {plan.source}"):
+            data = methods.load_mixed(plan.source, progress=plan.progress)
+            trained = networks.check_networks(plan.networks, data.image_shape)
+        table = _Table(plan, data, trained, stages)
+        rows = table.rows()
+        record = _record(plan, data, trained, rows, table)
+        record["seconds"] = stages.seconds | {"total": round(time.perf_counter() - start, 4)}
+        files = {path.name: temporary for path, temporary in outputs.temporary.items()}
+        text = json.dumps(record, indent=1, allow_nan=False)
+        files["reproduce.json"].write_text(text + "\n", encoding="utf-8")
+        files["table.md"].write_text(markdown(record), encoding="utf-8")
+        draw.samples(record, table.runs).save(files["samples.png"])
+        draw.steps(record, files["steps.png"])
+        outputs.commit()
+    return record
+
+
+class _Table:
+    """Makes the runs, or finds them, and compares them.
+
+    Attributes:
+        runs: Runs by the name of their row.
+        windows: Calibrated windows by key of `CALIBRATED`.
+        reused: Names of the rows whose runs were there already.
+    """
+
+    def __init__(
+        self, plan: Plan, data: pf.TrainingSet, trained: Sequence[Network], stages: Stages
+    ) -> None:
+        self.plan, self.data, self.trained, self.stages = plan, data, trained, stages
+        self.noise = starting_noise(data.image_shape, plan.samples, plan.seed)
+        common = {
+            "images": data.content_key(),
+            "samples": plan.samples,
+            "seed": plan.seed,
+            "steps": STEPS,
+        }
+        self.kept = KeptRuns(plan.out / "runs", common)
+        self.runs: dict[str, Run] = {}
+        self.windows: dict[str, pf.WindowTable] = {}
+        self.reused: list[str] = []
+
+    @functools.cached_property
+    def moments(self) -> pf.Moments:
+        """Moments of the images with their eigenvectors."""
+        with self.stages("moments", f"covariance of {len(self.data):,} images"):
+            moments = pf.Moments.from_data(self.data, progress=self.plan.progress)
+            moments.eigh()
+        return moments
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows: first the networks, then the methods."""
+        rows = []
+        for network in self.trained:
+            run = self._run(network.name, network.settings, self.plan.samples, network.path)
+            rows.append(self._row(network.name, network.name, {}, run))
+        # Networks are held against each other when all have run.
+        for row in rows:
+            row["against"] = self._against(row["name"], self.runs[row["name"]])
+        for name in methods.check_methods(self.plan.methods):
+            rows.append(self._nearest() if name == "nearest" else self._method(name))
+        return rows
+
+    def _method(self, name: str) -> dict[str, Any]:
+        method, plan = METHODS[name], self.plan
+        if method.calibrated is not None and method.calibrated not in self.windows:
+            name_of_model = method.calibrated
+            with self.stages(f"windows of {name_of_model}", f"windows of {name_of_model}"):
+                self.windows[name_of_model] = calibrated_windows(
+                    name_of_model,
+                    self.data,
+                    self.trained[0],
+                    self.kept,
+                    seed=plan.seed + 1,
+                    progress=plan.progress,
+                )
+        els_images = min(plan.els_images, len(self.data))
+        settings = methods.settings_of(
+            name, self.data.image_shape, plan.threshold, self.windows, els_images
+        )
+        samples = min(plan.els_samples, plan.samples) if method.few else plan.samples
+        run = self._run(name, settings, samples)
+        row = self._row(name, method.label, settings, run)
+        row["against"] = self._against(name, run)
+        if method.few and (els_images < len(self.data) or samples < plan.samples):
+            whole = row["seconds_per_step"] * len(self.data) * plan.samples / els_images / samples
+            row["extrapolated_seconds_per_step"] = round(whole, 1)
+        return row
+
+    def _run(self, name: str, settings: Settings, samples: int, network: Path | None = None) -> Run:
+        """The run of a row, made unless it is there."""
+        moments = network is None and METHODS[name].needs_moments
+
+        def make() -> Run:
+            request = Request(
+                settings,
+                self.data if network is None else None,
+                self.moments if moments else None,
+                network,
+                self.noise[:samples],
+                STEPS,
+                self.plan.progress,
+            )
+            with self.stages(name, f"sampling {samples} images: {name}"):
+                return perform_apart(request)
+
+        run, reused = self.kept.get(name, settings | {"samples": samples}, make)
+        if reused:
+            self.reused.append(name)
+        self.runs[name] = run
+        return run
+
+    def _nearest(self) -> dict[str, Any]:
+        """The training image nearest to each network's x0, at each step."""
+        against, run = {}, None
+        for network in reversed(self.trained):
+            target = self.runs[network.name].x0
+            run, reused = self.kept.get(
+                "nearest",
+                {"model": "nearest", "to": network.sha256},
+                functools.partial(self._search, target),
+            )
+            against[network.name] = score(run.x0, target)
+        if reused:
+            self.reused.append("nearest")
+        # Those of the first network are drawn.
+        self.runs["nearest"] = run
+        row = self._row("nearest", METHODS["nearest"].label, {}, run)
+        names = [network.name for network in self.trained]
+        return row | {"against": {name: against[name] for name in names}}
+
+    def _search(self, target: torch.Tensor) -> Run:
+        found, seconds = [], []
+        with self.stages("nearest", "searching for the nearest training images"):
+            with pf.trace_backends() as calls:
+                for x0 in target:
+                    clock = time.perf_counter()
+                    indices = nearest_images(x0, self.data.images).indices[:, 0]
+                    seconds.append(round(time.perf_counter() - clock, 4))
+                    found.append(pf.TrainingSet(self.data.images[indices]).values())
+        facts = {
+            "seconds": seconds,
+            "preparation_seconds": 0.0,
+            "extra_memory_bytes": None,
+            "backends": sorted({backend for _, backend in calls}),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        return Run(torch.stack(found), facts)
+
+    def _row(self, name: str, label: str, settings: Settings, run: Run) -> dict[str, Any]:
+        is_network = name not in METHODS
+        searched = None if is_network or name == "wiener" else len(self.data)
+        return {
+            "name": name,
+            "label": label,
+            "settings": {key: value for key, value in settings.items() if key != "model"},
+            "images": settings.get("images", searched),
+            "samples": run.x0.shape[1],
+            "seconds_per_step": sum(run.facts["seconds"]) / len(run.facts["seconds"]),
+            **run.facts,
+        }
+
+    def _against(self, name: str, run: Run) -> dict[str, Any]:
+        samples = run.x0.shape[1]
+        return {
+            network.name: score(run.x0, self.runs[network.name].x0[:, :samples])
+            for network in self.trained
+            if network.name != name
+        }
+
+
+def _record(
+    plan: Plan,
+    data: pf.TrainingSet,
+    trained: Sequence[Network],
+    rows: list[dict[str, Any]],
+    table: _Table,
+) -> dict[str, Any]:
+    """What is written of a run; nothing in it names a folder of this machine."""
+    return {
+        "schema": SCHEMA,
+        "command": "reproduce",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine_facts(),
+        "data": data_record(data),
+        "networks": [network.record() for network in trained],
+        "settings": {
+            "threshold": plan.threshold,
+            "samples": plan.samples,
+            "seed": plan.seed,
+            "schedule": "DDPM, linear beta 1e-4..0.02, T = 1000",
+            "sampler": "DDIM, eta 0, x0 clipped to [-1, 1]",
+            "timesteps": pf.DDPMSchedule().timesteps(STEPS).tolist(),
+            "calibration_samples": CALIBRATION_SAMPLES,
+            "compared": "clipped x0 of each model's own run with that of the network's own run",
+        },
+        "windows": {
+            name: {
+                "follow": trained[0].name,
+                "windows": [window for _, window in found],
+                "similarities": [max(row) for row in found.similarities],
+            }
+            for name, found in table.windows.items()
+        },
+        "table": rows,
+        "reused_runs": table.reused,
+    }
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The table as text for people."""
+    names = [network["name"] for network in record["networks"]]
+    data, settings = record["data"], record["settings"]
+    head = ["model"]
+    for name in names:
+        head += [f"MSE, {name}", f"r2, {name}", "r2, all steps"]
+    head += ["s / step", "memory, MB", "backend"]
+    lines = [
+        f"{data['name']}: {data['images']:,} images, {settings['samples']} samples, "
+        f"{len(settings['timesteps'])} DDIM steps, threshold {settings['threshold']:g}. "
+        "Mean ± standard error over the samples.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+    ]
+    lines += ["| " + " | ".join(_cells(row, names, record)) + " |" for row in record["table"]]
+    machine = record["machine"]
+    lines += [
+        "",
+        "Seconds are those of one denoiser call for all samples, without moments and masks; memory "
+        "is what the process needs beside images, moments and noise, at most.",
+        f"{machine['cpu']}, {machine['threads']} threads, {record['date'][:10]}, pyflocality "
+        f"{machine['pyflocality']}, torch {machine['torch']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict[str, Any], names: list[str], record: dict[str, Any]) -> list[str]:
+    label = row["label"]
+    if row["images"] is not None and row["images"] < record["data"]["images"]:
+        label += f" ({row['images']:,} images)"
+    if row["samples"] < record["settings"]["samples"]:
+        label += f" ({row['samples']} samples)"
+    cells = [label]
+    for name in names:
+        found = row["against"].get(name)
+        if found is None:
+            cells += ["", "", ""]
+            continue
+        cells += [shown(found["mse"]["final"], 4), shown(found["r2"]["final"], 3)]
+        cells.append(shown(found["r2"]["all_steps"], 3))
+    memory = row["extra_memory_bytes"]
+    cells.append(f"{row['seconds_per_step']:.3g}")
+    cells.append("-" if memory is None else f"{memory / 1e6:,.0f}")
+    return [*cells, ", ".join(row["backends"])]

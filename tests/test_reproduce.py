@@ -1,0 +1,446 @@
+"""`pyflocality reproduce` and its sweeps and figures, on tiny sets with tiny networks."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+import pytest
+import torch
+
+import pyflocality as pf
+from pyflocality import cli
+
+pytest.importorskip("matplotlib", reason="the command draws with matplotlib")
+
+from pyflocality.benchmarks.oracle.unet import UNet  # noqa: E402
+from pyflocality.benchmarks.reproduce import (  # noqa: E402
+    denoising,
+    diagnosis,
+    fields,
+    methods,
+    networks,
+    runs,
+    scores,
+    sweeps,
+    table,
+)
+
+SHAPE = (1, 8, 8)
+COUNT = 24
+SAMPLES = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images of three classes, sorted by class, and two networks."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.linspace(0, 3, 8)
+    waves = torch.stack([torch.outer((rows * k).cos(), (rows + k).sin()) for k in (1, 2, 3)])
+    labels = torch.arange(3).repeat_interleave(COUNT // 3)
+    values = waves[labels] + 0.4 * torch.randn(COUNT, 8, 8, generator=generator)
+    images = ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    np.savez(folder / "set.npz", images=images[:, None].numpy(), labels=labels.numpy())
+    for seed, name in enumerate("ab"):
+        network = UNet(SHAPE, width=8, multipliers=(1, 2), blocks=1)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        network.save(folder / f"{name}.safetensors", {"seed": seed})
+    return folder
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs are made in this process, and counted."""
+    made = []
+
+    def perform(request):
+        made.append(request.settings["model"])
+        return runs.perform(request)
+
+    monkeypatch.setattr(table, "perform_apart", perform)
+    monkeypatch.setattr(methods, "LOADER_BATCH", 7)
+    return made
+
+
+def command(folder, out, *more):
+    return [
+        *("reproduce", str(folder / "set.npz"), "--out", str(out), "--samples", str(SAMPLES)),
+        *("--network", str(folder / "a.safetensors"), "--network", str(folder / "b.safetensors")),
+        *("--threshold", "0.3", "--no-progress", *map(str, more)),
+    ]
+
+
+def truth(denoiser, x_T):  # noqa: N803
+    """Clipped answers of a run in float64, [steps, n, D]."""
+    out = pf.sample(denoiser, x_T=x_T.double(), steps=10, progress=False)
+    return out.x0.clamp(-1, 1).flatten(2).numpy()
+
+
+def loaded(folder):
+    return methods.load_mixed(str(folder / "set.npz"), progress=False)
+
+
+def network_truth(path, x_T):  # noqa: N803
+    network = networks.load(path)
+    network.module.double()
+    return truth(network, x_T)
+
+
+def test_table_holds_float64_truth(folder, here, tmp_path, capsys):
+    names = "wiener,pca-locality,pca-locality-batch-mean,nearest"
+    arguments = command(folder, tmp_path / "out", "--methods", names, "--json")
+    assert cli.main(arguments) == 0
+    record = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in record["table"]}
+    assert list(rows) == ["network A", "network B", *names.split(",")]
+
+    noise = torch.randn(SAMPLES, *SHAPE, generator=torch.Generator().manual_seed(0))
+    targets = {
+        name: network_truth(folder / file, noise)
+        for name, file in (("network A", "a.safetensors"), ("network B", "b.safetensors"))
+    }
+    data = loaded(folder)
+    options = {"dtype": torch.float64, "backend": "reference"}
+    flat = data.values(dtype=torch.float64).flatten(1).numpy()
+    expected = {
+        "wiener": truth(pf.WienerDenoiser(data), noise),
+        "pca-locality": truth(pf.PCALocalityDenoiser(data, 0.3, **options), noise),
+        "pca-locality-batch-mean": truth(
+            pf.PCALocalityDenoiser(data, 0.3, 1.0, "batch_mean", 7, **options), noise
+        ),
+        "network B": targets["network B"],
+    }
+    for against, y in targets.items():
+        distances = ((y[:, :, None] - flat) ** 2).sum(-1)
+        expected["nearest"] = flat[distances.argmin(-1)]
+        for name, u in expected.items():
+            if name == against:
+                continue
+            mse = ((u - y) ** 2).mean(-1)
+            r2 = 1 - mse / y.var(-1, ddof=1)
+            for measure, values in (("mse", mse), ("r2", r2)):
+                found = rows[name]["against"][against][measure]
+                told = found["final"]
+                error = values[-1].std(ddof=1) / SAMPLES**0.5
+                assert told["mean"] == pytest.approx(values[-1].mean(), rel=2e-3, abs=2e-3)
+                assert told["standard_error"] == pytest.approx(error, rel=2e-2, abs=2e-3)
+                assert found["all_steps"]["mean"] == pytest.approx(
+                    values.mean(), rel=2e-3, abs=2e-3
+                )
+                steps = [step["mean"] for step in found["steps"]]
+                np.testing.assert_allclose(steps, values.mean(-1), rtol=5e-3, atol=2e-3)
+    # The two aggregations are different estimators, and the batches are of mixed classes.
+    final = [
+        rows[name]["against"]["network A"]["mse"]["final"]["mean"]
+        for name in ("pca-locality", "pca-locality-batch-mean")
+    ]
+    assert abs(final[0] - final[1]) > 0.01
+    assert not torch.equal(data.labels, data.labels.sort().values)
+
+
+def test_record_tells_what_was_run_and_names_no_folder(folder, here, tmp_path, capsys):
+    out = tmp_path / "out"
+    more = (
+        "--methods",
+        "local,equivariant,equivariant-broken",
+        "--els-images",
+        6,
+        "--els-samples",
+        2,
+    )
+    assert cli.main(command(folder, out, *more)) == 0
+    assert "(6 images) (2 samples)" in capsys.readouterr().out
+    text = (out / "reproduce.json").read_text(encoding="utf-8")
+    assert str(tmp_path) not in text and str(folder) not in text
+    record = json.loads(text)
+    network_a, _, local, equivariant, broken = record["table"]
+    assert broken["samples"] == 2 and broken["against"] != equivariant["against"]
+    assert record["networks"][0]["facts"] == {"seed": 0}
+    assert record["networks"][0]["file"] == "a.safetensors"
+    assert local["images"] == COUNT and network_a["images"] is None
+    assert (equivariant["images"], equivariant["samples"]) == (6, 2)
+    assert equivariant["extrapolated_seconds_per_step"] == pytest.approx(
+        equivariant["seconds_per_step"] * (COUNT / 6) * (SAMPLES / 2), abs=0.1
+    )
+    assert [window for _, window in local["settings"]["windows"]] == (
+        record["windows"]["local"]["windows"]
+    )
+    assert equivariant["settings"]["windows"] == local["settings"]["windows"]
+    for name in ("samples.png", "steps.png"):
+        assert (out / name).stat().st_size > 1000
+    assert "local score (LS)" in (out / "table.md").read_text(encoding="utf-8")
+
+
+def test_an_interrupted_command_goes_on(folder, here, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    arguments = command(folder, out, "--methods", "optimal,wiener,patch-set,multiscale,golden")
+
+    def interrupt(request):
+        if request.settings["model"] == "golden":
+            raise KeyboardInterrupt
+        here.append(request.settings["model"])
+        return runs.perform(request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "perform_apart", interrupt)
+        assert cli.main(arguments) == 130
+    assert here == ["network", "network", "optimal", "wiener"]
+    assert [path.name for path in out.iterdir()] == ["runs"]
+
+    here.clear()
+    assert cli.main(arguments) == 0
+    assert here == ["golden", "patch-set", "multiscale"]
+    first = json.loads((out / "reproduce.json").read_text(encoding="utf-8"))
+    assert first["reused_runs"] == ["network A", "network B", "optimal", "wiener"]
+
+    here.clear()
+    assert cli.main(arguments) == 2
+    assert cli.main([*arguments, "--force"]) == 0
+    again = json.loads((out / "reproduce.json").read_text(encoding="utf-8"))
+    assert here == [] and again["table"] == first["table"]
+    assert again["windows"] == first["windows"]
+    # Other noise, other runs.
+    assert cli.main([*arguments, "--force", "--seed", "1", "--methods", "wiener"]) == 0
+    assert here == ["network", "network", "wiener"]
+
+
+def test_a_damaged_run_is_made_anew(folder, here, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = command(folder, out, "--methods", "wiener", "--force")
+    assert cli.main(arguments) == 0
+    before = json.loads((out / "reproduce.json").read_text(encoding="utf-8"))
+    [kept] = (out / "runs").glob("wiener-*.npz")
+    kept.write_bytes(kept.read_bytes()[:500])
+    here.clear()
+    assert cli.main(arguments) == 0
+    assert here == ["wiener"] and "is damaged" in capsys.readouterr().err
+    after = json.loads((out / "reproduce.json").read_text(encoding="utf-8"))
+    assert after["table"][-1]["against"] == before["table"][-1]["against"]
+
+
+def test_a_run_of_its_own_process_is_the_same_and_tells_its_memory(folder):
+    data = loaded(folder)
+    noise = runs.starting_noise(SHAPE, 2, 0)
+    request = runs.Request({"model": "optimal"}, data, None, None, noise, 2, False)
+    mine, apart = runs.perform(request), runs.perform_apart(request)
+    assert torch.equal(mine.x0, apart.x0)
+    assert apart.facts["backends"] == mine.facts["backends"] and len(apart.facts["seconds"]) == 2
+    memory = apart.facts["extra_memory_bytes"]
+    assert memory is None or 0 < memory < 10**9
+
+
+def test_a_process_that_is_ended_is_one_line(folder, tmp_path, monkeypatch, capsys):
+    class Broken:
+        def __init__(self, *_, **__): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+        def submit(self, *_):
+            raise BrokenProcessPool("ended")
+
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", Broken)
+    assert cli.main(command(folder, tmp_path / "out", "--methods", "optimal")) == 1
+    assert "error: the process that ran network was ended" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--methods", "optimal,unknown"), "`--methods` must be of"),
+        (("--methods", "optimal,optimal"), "`--methods` must name one method or more"),
+        (("--threshold", "1.5"), "`--threshold`"),
+        (("--samples", "0"), "`--samples`"),
+        (("--els-images", "0"), "`--els-images`"),
+        (("--seed", "-1"), "`--seed`"),
+        (("--network", "nowhere.safetensors"), "nowhere.safetensors is not a file"),
+    ],
+)
+def test_mistakes(folder, here, tmp_path, capsys, more, message):
+    assert cli.main([*command(folder, tmp_path / "out"), *more]) == 2
+    assert message in capsys.readouterr().err
+    assert here == [] and not (tmp_path / "out").exists()
+
+
+def test_networks_must_fit_and_differ(folder, tmp_path):
+    path = folder / "a.safetensors"
+    with pytest.raises(ValueError, match=r"must be for images of shape \(3, 8, 8\)"):
+        networks.check_networks([path], (3, 8, 8))
+    with pytest.raises(ValueError, match="each network once"):
+        networks.check_networks([path, path])
+    with pytest.raises(ValueError, match="1 to 8 times"):
+        networks.check_networks([])
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="other.safetensors is not a network"):
+        networks.check_networks([other])
+
+
+def test_summary_leaves_out_what_is_no_number():
+    values = torch.tensor([1.0, 3.0, -torch.inf, 5.0, torch.nan])
+    assert scores.summary(values) == {
+        "mean": 3.0,
+        "standard_error": pytest.approx(2 / 3**0.5),
+        "median": 3.0,
+        "left_out": 2,
+    }
+    assert scores.summary(torch.tensor([2.0]))["standard_error"] is None
+    nothing = scores.summary(torch.tensor([torch.nan]))
+    assert nothing["mean"] is None and scores.shown(nothing, 3) == "-"
+    assert scores.shown(scores.summary(values), 2) == "3.00 ± 1.15"
+
+
+def test_effective_sizes_are_those_of_the_weights(folder):
+    data = loaded(folder)
+    denoiser = pf.PCALocalityDenoiser(data, 0.3, dtype=torch.float64, backend="reference")
+    alpha, sigma = pf.DDPMSchedule()(100)
+    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights = denoiser.weights_at(sigma, alpha).dense(torch.float64)
+    squared = (x.flatten(1)[:, None] - alpha * data.values(dtype=torch.float64).flatten(1)) ** 2
+    logits = -torch.einsum("qd,bnd->bqn", weights, squared) / (2 * sigma**2)
+    exact = logits.softmax(-1)
+    parts = logits.split(7, -1)
+    mixture = torch.cat([part.softmax(-1) / len(parts) for part in parts], -1)
+    for batch, p in ((None, exact), (7, mixture)):
+        found = diagnosis.effective_sizes(denoiser, x, sigma, alpha, batch)
+        torch.testing.assert_close(found, 1 / p.square().sum(-1), rtol=1e-6, atol=0)
+    # Four batches: no batch mean rests on fewer images.
+    assert found.min() >= 4 - 1e-9 and (1 / exact.square().sum(-1)).min() < 2
+
+
+def test_weighted_quantiles():
+    sizes = torch.tensor([[5.0, 1.0, 9.0], [3.0, 2.0, 8.0]], dtype=torch.float64)
+    weights = torch.tensor([1.0, 3.0, 0.0], dtype=torch.float64)
+    # In order 1 (3), 2 (3), 3 (1), 5 (1), 8 (0), 9 (0): 8 in all.
+    assert diagnosis.weighted_quantiles(sizes, weights) == [1.0, 2.0, 5.0]
+
+
+def test_gradient_energy():
+    image = torch.tensor([[[[0.0, 1.0], [3.0, 3.0]]]])
+    assert diagnosis.gradient_energy(image).tolist() == [(9 + 4) / 2 + (1 + 0) / 2]
+
+
+def test_sweeps(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweeps, "TEMPERATURES", (1.0, 2.0))
+    monkeypatch.setattr(sweeps, "THRESHOLDS", (0.1,))
+    monkeypatch.setattr(sweeps, "BATCHES", (7,))
+    monkeypatch.setattr(sweeps, "DIAGNOSED", (7,))
+    out = tmp_path / "sweeps.json"
+    arguments = [
+        *("--source", str(folder / "set.npz"), "--network", str(folder / "a.safetensors")),
+        *("--network", str(folder / "b.safetensors"), "--out", str(out), "--no-progress"),
+        *("--threshold", "0.3", "--samples", "2", "--seeds", "2"),
+    ]
+    assert sweeps.main(arguments) == 0
+    report = json.loads(out.read_text(encoding="utf-8"))
+    found = report["results"]["sweeps"]
+    assert list(found["temperature"]) == ["1", "2"] and list(found["threshold"]) == ["0.1", "0.3"]
+    assert list(found["aggregation"]) == ["exact", "batch_mean 7", sweeps.CLASS_ORDER]
+    # One model under three names.
+    assert found["temperature"]["1"]["against"] == found["aggregation"]["exact"]["against"]
+    assert found["threshold"]["0.3"]["against"] == found["aggregation"]["exact"]["against"]
+
+    seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    noise = torch.cat([torch.randn(2, *SHAPE, generator=generator) for generator in seeds])
+    data = loaded(folder)
+    options = {"dtype": torch.float64, "backend": "reference"}
+    exact = truth(pf.PCALocalityDenoiser(data, 0.3, **options), noise)
+    mean = truth(pf.PCALocalityDenoiser(data, 0.3, 1.0, "batch_mean", 7, **options), noise)
+    y = network_truth(folder / "b.safetensors", noise)
+    r2 = [1 - ((u - y) ** 2).mean(-1) / y.var(-1, ddof=1) for u in (exact, mean)]
+    difference = r2[0] - r2[1]
+    told = report["results"]["exact_minus"]["batch_mean 7"]["network B"]
+    assert told["mean"] == pytest.approx(difference[-1].mean(), abs=5e-3)
+    expected = difference[-1].std(ddof=1) / 2
+    assert told["standard_error"] == pytest.approx(expected, rel=2e-2, abs=2e-3)
+    by_seed = difference[-1].reshape(2, 2).mean(1)
+    np.testing.assert_allclose(told["by_seed"], by_seed, rtol=0, atol=5e-3)
+    assert told["all_steps"]["mean"] == pytest.approx(difference.mean(), abs=5e-3)
+    assert told["positive_share"] == pytest.approx((difference[-1] > 0).mean())
+    alpha, sigma = pf.DDPMSchedule()(900)
+    dense = pf.PCALocalityDenoiser(data, 0.1).weights_at(sigma, alpha).dense(torch.float64)
+    [*_, last] = report["results"]["masks"]["0.1"]
+    first = report["results"]["masks"]["0.1"][0]
+    assert first["density"] == pytest.approx(float(dense.mean())) and last["t"] == 0
+    why = report["results"]["why"]["models"]
+    assert len(why["exact"]) == 10 and why["batch_mean 7"][-1]["effective_sample_size"][0] >= 3.99
+    for suffix in (".png", "-why.png", "-samples.png"):
+        assert (tmp_path / f"sweeps{suffix}").stat().st_size > 1000
+
+    with pytest.raises(SystemExit):
+        sweeps.main(arguments)
+    assert "--force replaces it" in capsys.readouterr().err
+
+    def refuse(*_):
+        raise AssertionError("nothing is to be made again")
+
+    monkeypatch.setattr(sweeps, "perform", refuse)
+    monkeypatch.setattr(diagnosis, "diagnose", refuse)
+    assert sweeps.main([*arguments, "--force"]) == 0
+    assert json.loads(out.read_text(encoding="utf-8"))["results"] == report["results"]
+
+
+def test_outputs_without_inputs():
+    generator = torch.Generator().manual_seed(2)
+    values = 0.5 * torch.randn(500, 1, 4, 4, generator=generator)
+    # The first value hardly varies, and does so with the second: its row of the filter explodes.
+    values[:, 0, 0, 0] = 0.003 * values[:, 0, 0, 1]
+    data = pf.TrainingSet(values.clamp(-1, 1))
+    moments = pf.Moments.from_data(data)
+    [*_, last] = sweeps.masks(data, moments, 0.3)
+    scaled = moments.covariance * 0.9999
+    filtered = scaled @ (scaled + 1e-4 * torch.eye(16, dtype=torch.float64)).inverse()
+    scaled = (filtered / filtered.diagonal()[:, None]).abs()
+    kept = scaled >= 0.3 * scaled.max()
+    assert last["without_inputs"] == pytest.approx(float((~kept.any(0)).double().mean()))
+    assert 0 < last["without_inputs"] < 1
+
+
+def test_denoising_of_test_images(folder, tmp_path):
+    out = tmp_path / "denoising.json"
+    source, network = str(folder / "set.npz"), str(folder / "a.safetensors")
+    arguments = ["--source", source, "--test", source, "--network", network, "--out", str(out)]
+    assert denoising.main([*arguments, "--samples", "2", "--no-progress"]) == 0
+    report = json.loads(out.read_text(encoding="utf-8"))
+    found = {(record["model"], record["t"]): record for record in report["results"]}
+    data = loaded(folder)
+    clean = data.values(0, 2, dtype=torch.float64)
+    noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    for t in (50, 400):
+        alpha, sigma = pf.DDPMSchedule()(t)
+        answer = pf.WienerDenoiser(data)(alpha * clean + sigma * noise, sigma, alpha).clamp(-1, 1)
+        squared = (answer.flatten(1)[:, None] - data.values().double().flatten(1)) ** 2
+        record = found["Wiener", t]
+        assert record["mse"]["mean"] == pytest.approx(float((answer - clean).square().mean()), 1e-4)
+        nearest = float(squared.mean(-1).amin(1).mean())
+        assert record["mse_to_nearest_training_image"]["mean"] == pytest.approx(nearest, 1e-4)
+    # The test images are in the training set here: without noise the optimal denoiser knows them.
+    assert found["optimal", 0]["mse"]["mean"] < 1e-9
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_fields_along_a_run(folder, tmp_path):
+    out = tmp_path / "fields.json"
+    source, network = str(folder / "set.npz"), str(folder / "a.safetensors")
+    arguments = ["--source", source, "--network", network, "--out", str(out), "--no-progress"]
+    assert fields.main([*arguments, "--samples", "2", "--steps", "10"]) == 0
+    report = json.loads(out.read_text(encoding="utf-8"))
+    found = {(record["model"], record["t"]): record for record in report["results"]}
+    assert found["network A", 300]["similarity"] == pytest.approx(1)
+    alpha, sigma = pf.DDPMSchedule()(300)
+    covariance = pf.Moments.from_data(loaded(folder)).covariance
+    inner = alpha**2 * covariance + sigma**2 * torch.eye(64, dtype=torch.float64)
+    row = (alpha * covariance @ inner.inverse())[4 * 8 + 4].abs().reshape(1, 8, 8)
+    record = found["Wiener filter", 300]
+    assert record["largest"] == pytest.approx(float(row.max()), rel=1e-4)
+    place = torch.arange(8, dtype=torch.float64) - 4
+    squared = place[:, None] ** 2 + place**2
+    expected = float(((squared * row[0]).sum() / row.sum()).sqrt())
+    assert record["radius"] == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(SystemExit):
+        fields.main([*arguments, "--force", "--steps", "9"])
