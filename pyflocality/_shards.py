@@ -145,7 +145,8 @@ class Ranks:
         digest = zlib.crc32(what.encode())
         for tensor in tensors:
             digest = zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), digest)
-            digest = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), digest)
+            content = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+            digest = zlib.crc32(content.numpy(), digest)
         # The smallest and, negated, the largest.
         device = tensors[0].device if tensors else None
         bounds = torch.tensor([digest, -digest], dtype=torch.int64, device=device)

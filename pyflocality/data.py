@@ -238,13 +238,14 @@ class TrainingSet:
 
         Raises:
             TypeError: `dtype` is not a floating-point dtype.
+            ValueError: The images map a file that has been changed.
         """
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"`dtype` must be a floating-point dtype, got {describe(dtype)}")
         part = self.images[start:stop]
-        if part.dtype == torch.uint8:
-            return part.to(dtype).div_(127.5).sub_(1.0).contiguous()
-        return part.to(dtype).contiguous()
+        if part.dtype != torch.uint8:
+            return read_checked(part, lambda: part.to(dtype).contiguous())
+        return read_checked(part, lambda: part.to(dtype).div_(127.5).sub_(1.0).contiguous())
 
     def augmented(self, *, flip: bool = False, shifts: int = 0) -> TrainingSet:
         """The same images, of which denoisers and `Moments` take in changed copies, too.
@@ -352,12 +353,12 @@ class TrainingSet:
 
         Computed once, reading the images in pieces. An augmentation enters, labels and names do
         not.
+
+        Raises:
+            ValueError: The images map a file that has been changed.
         """
         if self._content_key is None:
-            digest = hashlib.sha256(f"{tuple(self.images.shape)} {self.dtype}".encode())
-            for _, block in blocks(self.images):
-                digest.update(block.contiguous().cpu().numpy())
-            self._content_key = digest.hexdigest()
+            self._content_key = read_checked(self.images, _content_key, self.images)
         if self.augmentation is None:
             return self._content_key
         key = f"{self._content_key} {self.augmentation}"
@@ -394,9 +395,16 @@ class TrainingSet:
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a pickled set; raises ValueError if the file it maps is no longer the same."""
+        """Restore a pickled set; raises ValueError if the file it maps has another size."""
         self.__dict__.update({"_content_key": None, "augmentation": None} | state)
         if self._mapped is not None:
             array = self._mapped.open()
             remember(array)
             self.images = checked_shape(as_image_tensor(array))
+
+
+def _content_key(images: Tensor) -> str:
+    digest = hashlib.sha256(f"{tuple(images.shape)} {images.dtype}".encode())
+    for _, block in blocks(images):
+        digest.update(block.contiguous().cpu().numpy())
+    return digest.hexdigest()

@@ -74,7 +74,7 @@ def pack(
         TypeError: An argument is of the wrong type.
         ValueError: The source is damaged, empty or of mixed sizes, or has no labels to sort by;
             what is in `out` is damaged.
-        FileExistsError: `out` holds something else.
+        FileExistsError: `out` holds something else, or another process is packing into it.
         OSError: The disk is full, or cannot be written to.
         ImportError: The source needs a package that is not installed.
     """
@@ -87,15 +87,17 @@ def pack(
         wanted = {"source": files.fingerprint, "request": asked}
         key = zlib.crc32(json.dumps(wanted, default=list).encode())
         _check_target(target, key)
-        if (target / MANIFEST).is_file():
-            verify(target, progress=progress)
-            return target
         target.mkdir(parents=True, exist_ok=True)
-        try:
-            _write(files, request, target, key, colour=False)
-        except ColourFoundError:
-            (target / JOURNAL).unlink()
-            _write(files, request, target, key, colour=True)
+        with _alone(target), _named(target):
+            if (target / MANIFEST).is_file():
+                verify(target, progress=progress)
+                return target
+            try:
+                _write(files, request, target, key, colour=False)
+            except ColourFoundError:
+                # An empty journal is that of a set to be begun anew.
+                os.truncate(target / JOURNAL, 0)
+                _write(files, request, target, key, colour=True)
     return target
 
 
@@ -150,14 +152,55 @@ def _check_target(target: Path, key: int) -> None:
     if (target / MANIFEST).is_file():
         found = read_manifest(target)["key"]
     else:
-        header = _read_journal(target)
-        found = None if header is None else header[0]["key"]
-        if found is None:
+        begun = _read_journal(target)
+        if begun is None and _is_barely_begun(target):
+            return
+        if begun is None:
             raise FileExistsError(f"{target} is not empty: pack into a folder of its own")
+        found = begun[0]["key"]
     if found != key:
         raise FileExistsError(
             f"{target} holds a set of another source or of other options: remove it first"
         )
+
+
+def _is_barely_begun(target: Path) -> bool:
+    """Whether a run ended, on a full disk for example, before its journal had a whole line."""
+    names = {path.name for path in target.iterdir()}
+    return JOURNAL in names and names <= {JOURNAL, IMAGES}
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Keep other processes from packing into a folder, where the system has locks."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(target, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(f"{target}: another process is packing into it") from error
+        except OSError:
+            # The file system has no locks.
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """Name the folder in errors of its open files, which do not tell where they lie."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(target)
+        raise
 
 
 def _read_journal(target: Path) -> tuple[dict[str, Any], list[int]] | None:
@@ -168,7 +211,12 @@ def _read_journal(target: Path) -> tuple[dict[str, Any], list[int]] | None:
         return None
     # A line that was cut short tells of nothing.
     whole = [line for line in lines if line.endswith("\n")]
-    return (json.loads(whole[0]), [int(line) for line in whole[1:]]) if whole else None
+    try:
+        return (json.loads(whole[0]), [int(line) for line in whole[1:]]) if whole else None
+    except ValueError as error:
+        raise ValueError(
+            f"{target / JOURNAL}: damaged: {error}: remove the folder and pack again"
+        ) from error
 
 
 def _write(files: LabelledFiles, request: Request, target: Path, key: int, colour: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import os
@@ -550,3 +551,12 @@ def test_outputs_appear_together_or_not_at_all(tmp_path):
     paths[0].mkdir()
     with pytest.raises(IsADirectoryError, match="x.txt"):
         Outputs(paths, force=True).__enter__()
+
+
+def test_a_full_disk_is_named(tmp_path):
+    with pytest.raises(OSError) as caught, Outputs([tmp_path / "x"], force=False):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(caught.value) == f"[Errno {errno.ENOSPC}] No space left on device: {str(tmp_path)!r}"
+    with pytest.raises(OSError) as caught, Outputs([tmp_path / "x"], force=False):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+    assert caught.value.filename is None

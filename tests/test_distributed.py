@@ -196,6 +196,17 @@ class _Alone(Ranks):
         self.group, self.rank, self.count = None, 0, 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.bool])
+def test_tensors_of_any_dtype_are_compared(dtype, monkeypatch):
+    found = []
+    monkeypatch.setattr(Ranks, "_reduce", lambda self, tensor, op: found.append(int(tensor[0])))
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    same = x[0, 0].expand(5)
+    for tensor in (x, x.clone(), x.T, x[1, 2], same, 1 - x.float()):
+        _Alone().agree("samples", tensor)
+    assert found[0] == found[1] and len(set(found)) == 5
+
+
 def test_sharded_images_tell_their_shape_alone():
     images = ShardedImages.of(torch.zeros(4, 1, 2, 3, dtype=torch.uint8), _Alone())
     assert (tuple(images.shape), images.dtype, len(images)) == ((4, 1, 2, 3), torch.uint8, 4)

@@ -33,16 +33,18 @@ CASES = {
 SAMPLES = {
     **CASES,
     "golden": ["--denoiser", "local", "--window", "3", "--subset", "golden"],
+    # Fewer images than ranks.
+    "few": ["--denoiser", "optimal", "--label", "3"],
     "nearest": ["--denoiser", "nearest"],
 }
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A set of 60 images 6x6 of three classes."""
+    """A set of 60 images 6x6 of three classes and the last one of a class of its own."""
     path = tmp_path_factory.mktemp("set") / "tiny.npz"
     images = np.random.default_rng(8).integers(0, 256, (60, 1, 6, 6), np.uint8)
-    np.savez(path, images=images, labels=np.arange(60) % 3)
+    np.savez(path, images=images, labels=[*(np.arange(59) % 3), 3])
     return path
 
 
@@ -261,6 +263,14 @@ def test_a_rank_without_a_store_speaks(monkeypatch, capsys):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     assert _ranks.one_voice(failing("no such set\n")) == 2
     assert capsys.readouterr() == ("", "no such set\n")
+
+
+def test_a_set_with_fewer_images_than_ranks_is_refused(source, tmp_path):
+    words = arguments(source, tmp_path / "out", *SAMPLES["few"], "--no-progress")
+    code, _, stderr = ended(launched(2, "-m", "pyflocality", *words))
+    assert code == 1
+    assert "`--split-over` must be samples for 2 ranks and a set of 1 images" in stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_being_told_to_end_is_an_error_unless_there_is_one():

@@ -154,7 +154,8 @@ def test_a_changed_file_is_noticed(path, rng, damage):
             file.write(b"\x00")
     else:
         os.truncate(path, path.stat().st_size // 2)
-    for use in (*(lambda d=d: d(x, 1.0) for d in denoisers), lambda: pf.Moments.from_data(data)):
+    reads = [lambda: pf.Moments.from_data(data), lambda: data.values(0, 2), data.content_key]
+    for use in (*(lambda d=d: d(x, 1.0) for d in denoisers), *reads):
         with pytest.raises(ValueError, match=re.escape(f"{path}: the file of a memory-mapped")):
             use()
     if damage != "cut short":

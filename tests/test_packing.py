@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import re
 import sys
 import tarfile
@@ -231,7 +232,7 @@ def test_a_full_disk_loses_nothing(folder, pixels, tmp_path, few_a_block, monkey
         whole(file)
 
     monkeypatch.setattr(packing, "_flush", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=f"No space left .*{re.escape(str(out))}"):
         pack(folder, out, progress=False)
     finished = (out / "packing.jsonl").read_text().count("\n") - 1
     assert finished >= 1
@@ -243,6 +244,72 @@ def test_a_full_disk_loses_nothing(folder, pixels, tmp_path, few_a_block, monkey
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="the disk is too full"):
         pack(folder, tmp_path / "other", progress=False)
+
+
+@pytest.mark.parametrize("written", ["", '{"key": 12'])
+def test_a_disk_that_is_full_from_the_start(folder, pixels, tmp_path, monkeypatch, written):
+    """Nothing is finished but an empty journal, or the beginning of one: it is begun anew."""
+    out = tmp_path / "out"
+
+    def full(path, mode):
+        path.write_text(written)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "_durable", full)
+        with pytest.raises(OSError, match="No space left"):
+            pack(folder, out, progress=False)
+    assert [path.name for path in out.iterdir()] == ["packing.jsonl"]
+    check(pack(folder, out, progress=False), pixels, [0] * 9 + [1] * (COUNT - 9))
+
+
+def test_one_process_packs_into_a_folder(folder, pixels, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    out = tmp_path / "out"
+    out.mkdir()
+    other = os.open(out, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(FileExistsError, match="another process is packing into it"):
+        pack(folder, out, progress=False)
+    assert not any(out.iterdir())
+    os.close(other)
+    check(pack(folder, out, progress=False), pixels, [0] * 9 + [1] * (COUNT - 9))
+
+
+def test_a_run_that_ends_where_colour_was_found_goes_on(folder, pixels, tmp_path, monkeypatch):
+    path = folder / "cat" / "000.png"
+    path.write_bytes(png(pixels[0][:1]))
+    whole = packing.decode_job
+
+    def interrupted(files, request, *, colour):
+        if colour:
+            raise KeyboardInterrupt
+        return whole(files, request, colour=colour)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "decode_job", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pack(folder, tmp_path / "out", progress=False)
+    expected = pixels.copy()
+    expected[0] = expected[0, :1]
+    check(pack(folder, tmp_path / "out", progress=False), expected, [0] * 9 + [1] * (COUNT - 9))
+
+
+def test_a_damaged_journal_is_named(folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "packing.jsonl").write_text("scratched\n")
+    with pytest.raises(ValueError, match=re.escape(f"{out / 'packing.jsonl'}: damaged")):
+        pack(folder, out, progress=False)
+
+
+@pytest.mark.parametrize("text", ["cat\n", "9" * 30])
+def test_classes_that_are_no_numbers_are_named(text, pixels, tmp_path):
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        add(archive, "first.png", png(pixels[0]))
+        add(archive, "first.cls", text.encode())
+    with pytest.raises(ValueError, match=r"first\.cls holds .*, expected the number of a class"):
+        pack(tmp_path / "shard.tar", tmp_path / "out", progress=False)
 
 
 def test_colour_found_late(folder, pixels, tmp_path, few_a_block):
@@ -271,12 +338,10 @@ def test_damage_is_found(name, folder, tmp_path, few_a_block):
 
 def test_finished_blocks_that_changed_are_found(folder, tmp_path, few_a_block, monkeypatch):
     out = tmp_path / "out"
-    whole = packing._check_space
     monkeypatch.setattr(packing, "_replacing", lambda path: (_ for _ in ()).throw(OSError("stop")))
     with pytest.raises(OSError, match="stop"):
         pack(folder, out, progress=False)
     monkeypatch.undo()
-    monkeypatch.setattr(packing, "_check_space", whole)
     content = bytearray((out / "images.npy").read_bytes())
     content[128] ^= 1
     (out / "images.npy").write_bytes(content)

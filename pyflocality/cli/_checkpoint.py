@@ -112,7 +112,8 @@ class KeptAnswers:
         except OSError as error:
             self._keeping = False
             warnings.warn(
-                f"{self.path} cannot be written ({error}): this run could not be resumed",
+                f"{self.path} cannot be written ({error.strerror}): the steps from here on "
+                "could not be resumed",
                 stacklevel=2,
             )
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+
+# No space left, quota exceeded, file too large.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Outputs:
@@ -63,8 +67,11 @@ class Outputs:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Remove what was not committed."""
+        """Remove what was not committed, and tell where a disk is full."""
         self._clean()
+        # Writes to an open file that fail do not tell which.
+        if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+            error.filename = str(self.paths[0].parent)
 
     def _make_folder(self, folder: Path) -> None:
         if folder.exists() and not folder.is_dir():

@@ -103,9 +103,18 @@ class Plan:
 
     def part(self, data: TrainingSet) -> TrainingSet:
         """What this process searches of a set."""
+        import torch.distributed as dist
+
         from pyflocality.distributed import shard
 
-        return shard(data) if self.split_over == "images" else data
+        if self.split_over != "images":
+            return data
+        if len(data) < dist.get_world_size():
+            raise ValueError(
+                f"`split_over` must be samples for {dist.get_world_size()} ranks and a set of "
+                f"{len(data)} images"
+            )
+        return shard(data)
 
     @property
     def needs_moments(self) -> bool:
@@ -297,7 +306,8 @@ def _find(plan: Plan, stages: Stages, ranks: Ranks | None) -> _Found:
     neighbours = None
     if plan.nearest:
         budget = plan.denoiser.given.get("memory_budget")
-        scanned = shard(searched) if plan.split_over == "samples" else searched
+        divided = plan.split_over == "samples" and len(searched) >= ranks.count
+        scanned = shard(searched) if divided else searched
         neighbours = neighbours_of(result.images, scanned, budget, stages)
     return _Found(data, settings, observed.calls, kept, result, neighbours)
 

@@ -90,10 +90,21 @@ def _index(number: int, shard: Path, images: dict[str, _Member], classes: dict[s
                     images[name] = _Member(number, info.offset_data, info.size)
                 elif suffix == ".cls":
                     content = archive.extractfile(info)
-                    classes[_key(name)] = int(content.read() if content is not None else b"")
+                    text = b"" if content is None else content.read()
+                    classes[_key(name)] = _class_of(info.name, text)
             _check_whole(shard, archive.offset)
     except (OSError, tarfile.TarError, ValueError) as error:
         raise ValueError(f"{shard}: not a readable tar archive: {error}") from error
+
+
+def _class_of(name: str, text: bytes) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = None
+    if number is None or abs(number) >= 2**63:
+        raise ValueError(f"{name} holds {text[:40]!r}, expected the number of a class")
+    return number
 
 
 def _check_whole(shard: Path, end: int) -> None:

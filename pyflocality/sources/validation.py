@@ -119,7 +119,7 @@ def check_copy(images: Tensor, count: int, name: str) -> None:
     needed, budget = count * images[0].nbytes, memory_budget_bytes(None)
     if needed > budget and mapped_file(images) is not None:
         raise ValueError(
-            f"`indices` selects {count} images scattered over the file of {name}: their copy takes "
+            f"the copy of {count} images scattered over the file of {name} would take "
             f"{needed / 2**30:.3g} GB, the memory budget is {budget / 2**30:.3g} GB; images in a "
             "row take none (`pyflocality pack --sort-by-label` brings those of a class together), "
             "or set PYFLOCALITY_MEMORY_BUDGET to allow for the copy"
