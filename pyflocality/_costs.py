@@ -21,8 +21,10 @@ from pyflocality.weights import QueryWeights
 _SECONDS = 0.4
 _FEW = 64
 _LARGEST_CALIBRATION_BYTES = 128 * 2**20
-# Masks of larger images take long to prepare.
-_LARGEST_MASKED = 4096
+# Masks of larger images take long to prepare, matrices of larger ones much memory.
+_LARGEST_MASKED, _LARGEST_MATRIX = 4096, 16384
+# The least that can be measured may take so many operations.
+_MOST_FLOPS = 2e9
 WINDOW = 7
 # Mean over the ten steps of a sampling run on CIFAR-10, whose masks keep 0.33 of the inputs.
 MASK_SHARE = 0.022
@@ -137,7 +139,9 @@ def cost_of(model: str, setting: Setting) -> Cost:
 
 
 def seconds_of(model: str, setting: Setting) -> float | None:
-    """Time of a step on this machine's processor, from a short measurement; None without one.
+    """Time of a step on this machine's processor, from a short measurement.
+
+    None where a measurement would not be short, or needs much memory.
 
     The model runs on random images of the same shape, on two numbers of images; what it takes for
     more of them is taken to lie on the line through both. Of a batch that would take too long a
@@ -146,9 +150,14 @@ def seconds_of(model: str, setting: Setting) -> float | None:
     if model == "pca-locality" and setting.values > _LARGEST_MASKED:
         return None
     if model == "wiener":
-        return _timed(_step(model, setting), 0)
+        large = setting.values > _LARGEST_MATRIX
+        return None if large else _timed(_step(model, setting), 0)
     largest = min(setting.images, max(2, _LARGEST_CALIBRATION_BYTES // setting.values))
-    count = min(largest, _FEW)
+    counts = [min(largest, _FEW), min(largest, 2)]
+    shortest = [cost_of(model, replace(setting, images=n, batch=1)).flops for n in counts]
+    if shortest[1] > _MOST_FLOPS:
+        return None
+    count = counts[shortest[0] > _MOST_FLOPS]
     one = _step(model, replace(setting, batch=1))
     # Prepares what a model keeps, and wakes threads.
     one(count)

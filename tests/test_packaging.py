@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 NATIVE_MISSING = _backends.machine_reason("cpu")
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(
         not (ROOT / "setup.py").is_file(), reason="the tests run outside a checkout"
     ),
