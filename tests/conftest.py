@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,22 @@ def shared_data() -> Callable[[str], Path]:
 def shared_net() -> Callable[[str], Path]:
     """Path of a trained network of the shared folder."""
     return lambda name: _shared_file("nets", name)
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[Callable[[float], None]]:
+    """Has Ctrl-C pressed after some seconds, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timers = []
+
+    def press(seconds: float) -> None:
+        timers.append(threading.Timer(seconds, signal.raise_signal, (signal.SIGINT,)))
+        timers[-1].start()
+
+    yield press
+    for timer in timers:
+        timer.join()
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import signal
-import threading
 import time
 
 import numpy as np
@@ -255,16 +253,14 @@ def test_soft_weights_are_left_to_the_reference(rng):
         masked_posterior_mean(x, images, soft, 0.5, backend="cpu")
 
 
-def test_ctrl_c_ends_a_scan(rng):
+def test_ctrl_c_ends_a_scan(rng, ctrl_c):
     images = random_images(rng, 2000, (3, 16, 16), torch.uint8).repeat(40, 1, 1, 1)
     x = noisy_batch(images, 64, 0.5, 1.0, rng)
-    timer = threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,))
-    timer.start()
+    ctrl_c(0.3)
     started = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
         for _ in range(200):
             window_posterior_mean(x, images, 7, 0.5, backend="cpu")
-    timer.join()
     assert time.perf_counter() - started < 60
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 
 import numpy as np
@@ -213,16 +211,14 @@ def test_wrong_windows_are_refused(window, error, message, rng):
 
 
 @natively
-def test_ctrl_c_ends_a_pass(rng):
+def test_ctrl_c_ends_a_pass(rng, ctrl_c):
     images = random_images(rng, 2000, (3, 16, 16), torch.uint8).repeat(40, 1, 1, 1)
     x = noisy(images, 64, 0.5, 1.0, rng).float()
-    timer = threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,))
-    timer.start()
+    ctrl_c(0.3)
     started = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
         for _ in range(200):
             patch_set_mean(x, images, 7, 0.5, backend="cpu")
-    timer.join()
     assert time.perf_counter() - started < 60
 
 
