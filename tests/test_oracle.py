@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import pyflocality as pf
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.oracle.train import Training, main  # noqa: E402
-from benchmarks.oracle.unet import UNet  # noqa: E402
+from pyflocality.benchmarks.oracle.train import Training, main
+from pyflocality.benchmarks.oracle.unet import UNet
 
 SMALL = [
     "--width",

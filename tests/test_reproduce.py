@@ -44,8 +44,8 @@ def folder(tmp_path_factory):
     images = ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     np.savez(folder / "set.npz", images=images[:, None].numpy(), labels=labels.numpy())
     for seed, name in enumerate("ab"):
-        network = UNet(SHAPE, width=8, multipliers=(1, 2), blocks=1)
         torch.manual_seed(seed)
+        network = UNet(SHAPE, width=8, multipliers=(1, 2), blocks=1)
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
@@ -139,7 +139,8 @@ def test_table_holds_float64_truth(folder, here, tmp_path, capsys):
         rows[name]["against"]["network A"]["mse"]["final"]["mean"]
         for name in ("pca-locality", "pca-locality-batch-mean")
     ]
-    assert abs(final[0] - final[1]) > 0.01
+    # Farther apart than either is allowed to be from its truth.
+    assert abs(final[0] - final[1]) > 0.005
     assert not torch.equal(data.labels, data.labels.sort().values)
 
 
