@@ -326,7 +326,7 @@ class MaskedScan:
         )
         found = self.launch(grid, inputs, sizes, self._constants(level, config.scan), part)
         per_row = self.factor[part][:, None].expand(-1, self.places, -1)
-        return merge_parts(state, found, per_row.reshape(-1))
+        return merge_parts(state, found, per_row.reshape(-1).contiguous())
 
     def launch(
         self,

@@ -83,6 +83,8 @@ def merge_parts(state: PosteriorState, parts: PosteriorState, factor: Tensor) ->
         parts: States of parts of the scan, in order: [S, R], [S, R], [S, R, V].
         factor: Factors of the distances in the power of two, positive and finite, [R].
     """
+    # The kernel knows no strides: of an expanded tensor it would read beyond the end.
+    assert all(tensor.is_contiguous() for tensor in (*state, *parts, factor))
     rows, values = state.weighted.shape
     block_v = min(triton.next_power_of_2(values), BLOCK_ELEMENTS)
     block_r = BLOCK_ELEMENTS // block_v

@@ -219,11 +219,17 @@ def test_a_file_cut_short_by_another_process(path, backend):
         pytest.importorskip("pyflocality._C")
     program = [sys.executable, "-c", SCANS, str(path), backend]
     environment = os.environ | {"PYFLOCALITY_MEMORY_BUDGET": "65536"}
+    # Away from the sources: what is installed has the extension.
     child = subprocess.Popen(
-        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        program,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=path.parent,
     )
     try:
-        assert child.stdout.readline() == "scanned\n"
+        assert child.stdout.readline() == "scanned\n", child.communicate()
         os.truncate(path, path.stat().st_size // 2)
         _, errors = child.communicate(timeout=60)
     finally:
