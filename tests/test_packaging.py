@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -92,7 +93,28 @@ def python(installed: Path, code: str) -> str:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     """Folder with the sdist and the wheel that was built from the unpacked sdist."""
-    folder = tmp_path_factory.mktemp("built")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return build(tmp_path_factory.mktemp("built"))
+    # Whichever worker comes first builds for all of them.
+    folder = tmp_path_factory.getbasetemp().parent / "built"
+    failed = folder / "failed"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        while not (folder / "ready").exists():
+            assert not failed.exists(), "another worker could not build"
+            time.sleep(1)
+        return folder / "dist"
+    try:
+        build(folder)
+    except BaseException:
+        failed.touch()
+        raise
+    (folder / "ready").touch()
+    return folder / "dist"
+
+
+def build(folder: Path) -> Path:
     checkout = copy_checkout(folder / "checkout")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", cwd=checkout)
     return folder / "dist"
