@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +37,57 @@ except ImportError:
 def device() -> torch.device:
     """Where tensors of a kernel under test live."""
     return torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every access of a kernel lies within a tensor of its launch, and fresh memory holds NaN.
+
+    On a GPU compute-sanitizer tells the same; a stray read there and here may well find what a
+    test expects.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    spans: list[tuple[int, int]] = []
+    arguments = interpreter.GridExecutor._init_args_hst
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def arguments_noted(executor: object, *given: object) -> tuple:
+        here, named = arguments(executor, *given)
+        tensors = [tensor for tensor in (*here, *named.values()) if hasattr(tensor, "data_ptr")]
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        spans[:] = sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages})
+        return here, named
+
+    def check(pointers: object, mask: object) -> None:
+        places = np.broadcast_to(pointers.data, np.broadcast(pointers.data, mask.data).shape)
+        first = places[np.broadcast_to(mask.data, places.shape)].astype(np.int64)
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        starts, ends = (np.array(side) for side in zip(*spans, strict=True))
+        span = np.searchsorted(starts, first, side="right") - 1
+        inside = (span >= 0) & (first + size <= ends[span])
+        assert inside.all(), "a kernel reads or writes outside of its tensors"
+
+    def checked_load(self: object, pointers: object, mask: object, *rest: object) -> object:
+        check(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(
+        self: object, pointers: object, value: object, mask: object, *rest: object
+    ) -> object:
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", arguments_noted)
+    monkeypatch.setattr(builder, "create_masked_load", checked_load)
+    monkeypatch.setattr(builder, "create_masked_store", checked_store)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 class Launches:
