@@ -37,6 +37,7 @@ from torch import Tensor
 
 from pyflocality._budget import images_per_chunk
 from pyflocality._mapped import streamed
+from pyflocality._precision import plain_products
 from pyflocality._problem import training_values
 from pyflocality.data import TrainingSet
 from pyflocality.moments import Moments
@@ -201,9 +202,4 @@ def _outside(
 
 def _product(matrix: Tensor, vector: Tensor) -> Tensor:
     """Their product in float32, also where the user has allowed torch coarser products."""
-    try:
-        plain = torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:
-        # Precisions set one by one, of which at least one is coarser.
-        plain = False
-    return matrix @ vector if plain else (matrix * vector).sum(1)
+    return matrix @ vector if plain_products() else (matrix * vector).sum(1)

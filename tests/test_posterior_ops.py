@@ -16,6 +16,7 @@ from pyflocality.ops import (
     masked_posterior_mean,
     window_posterior_mean,
 )
+from pyflocality.reference import nearest
 
 SHAPE = (3, 6, 5)
 D = 90
@@ -277,6 +278,39 @@ def test_nearest_prefers_the_earlier_of_equals(problem):
         found = pf.ops.nearest_images(x, twice, k=2, chunk_size=chunk_size)
         np.testing.assert_array_equal(found.indices[:, 0].numpy(), np.arange(37))
         np.testing.assert_array_equal(found.indices[:, 1].numpy(), np.arange(37) + 37)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.01])
+@pytest.mark.parametrize("spread", [0.0, 1e-4, 1.0])
+def test_nearest_images_are_looked_at_where_they_may_be_the_nearest(
+    rng, monkeypatch, spread, alpha
+):
+    """Bits of the search through all images, but for the time it takes."""
+    middle = torch.rand(1, 3, 8, 8, generator=rng) - 0.5
+    images = middle + spread * (torch.rand(500, 3, 8, 8, generator=rng) - 0.5)
+    images[300:320] = images[:20]
+    x = (
+        alpha * images[:6]
+        + torch.randn(6, 3, 8, 8, generator=rng) * torch.logspace(-6, 2, 6)[:, None, None, None]
+    )
+    looked_at = []
+    distances = nearest.squared_distances
+
+    def counted(x, values, alpha):
+        looked_at.append(len(values))
+        return distances(x, values, alpha)
+
+    monkeypatch.setattr(nearest, "squared_distances", counted)
+    found = {c: pf.ops.nearest_images(x, images, alpha, k=3, chunk_size=c) for c in (None, 90)}
+    if spread == 1.0 and alpha == 1.0:
+        assert max(looked_at) < 50
+    monkeypatch.setattr(nearest, "_candidates", lambda *_: None)
+    looked_at.clear()
+    expected = pf.ops.nearest_images(x, images, alpha, k=3)
+    assert looked_at == [500]
+    for one in found.values():
+        assert torch.equal(one.indices, expected.indices)
+        assert torch.equal(one.distances, expected.distances)
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1, 2.5, "a"])
