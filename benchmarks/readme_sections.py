@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 
+from .report_figures import CAPTIONS
 from .results_files import NOT_MEASURED, Results, cpu_results, latest
 
 _COMMENT = "<!-- {edge} of {name}: python -m benchmarks.report --readme README.md -->"
@@ -49,23 +50,20 @@ def speed_section(results: list[Results]) -> str:
     absent = [figure for figure in _FIGURES if figure not in measured]
     if absent:
         raise ValueError(f"{found.path}: the summary has no figure {absent[0]!r}")
-    told = textwrap.fill(
+    told = _filled(
         f"{data['name']}, {data['images']:,} images {'x'.join(map(str, data['shape']))}, B = 8 "
         f"noisy images, on {machine['cores']} cores of {machine['cpu']}"
         f"{f' ({sets[0]})' if sets else ''}, measured on {report['date'][:10]} by "
         f"`{found.command.replace(name, 'results.json')}`. Every case is checked against the "
         "reference in float64 before it is timed, and takes turns with its yardstick; all figures "
-        f"are in [the results file]({name}).",
-        100,
-        break_long_words=False,
-        break_on_hyphens=False,
+        f"are in [the results file]({name})."
     )
     figures = [one for one in (*_FIGURES, *_LIBRARY_FIGURES) if one in measured]
     rows = [f"| {figure} | {measured[figure]:.3g} |" for figure in figures]
     lines = [told, "", "| figure | measured |", "|---|---|", *rows]
-    if found.picture is not None:
-        picture = name.removesuffix(".json") + ".png"
-        lines += ["", f"![Seconds a call as sizes grow]({picture})"]
+    if "" in found.pictures:
+        picture = found.pictures[""].name
+        lines += ["", f"![Seconds a call as sizes grow](benchmarks/results/{picture})"]
     gpu = latest(results, "gpu", on_gpu=True)
     told = NOT_MEASURED if gpu is None else f"[results file](benchmarks/results/{gpu.path.name})"
     return "\n".join([*lines, "", f"GPUs: {told}."])
@@ -78,14 +76,18 @@ def quality_section(results: list[Results]) -> str:
     found = latest(results, "reproduce")
     if found is None:
         return f"Quality against trained networks: {NOT_MEASURED}."
-    lines = [
-        markdown(found.report).strip(),
-        "",
-        f"`{found.command}`, [results file](benchmarks/results/{found.path.name}).",
-    ]
-    if found.picture is not None:
-        lines += ["", f"![Quality](benchmarks/results/{found.picture.name})"]
+    told = f"`{found.command}`, [results file](benchmarks/results/{found.path.name})."
+    lines = [markdown(found.report).strip(), "", _filled(told)]
+    # The others are on the report's page.
+    if "samples" in found.pictures:
+        picture = found.pictures["samples"].name
+        lines += ["", f"![{CAPTIONS['samples']}](benchmarks/results/{picture})"]
     return "\n".join(lines)
+
+
+def _filled(text: str) -> str:
+    """A paragraph in lines of at most 100 characters, links and words whole."""
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 _SECTIONS = {"speed": speed_section, "quality": quality_section}

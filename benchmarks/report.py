@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import importlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from .plots import draw
 from .readme_sections import rewritten
 from .report_figures import (
     BASELINES,
+    CAPTIONS,
     Record,
     baselines_of,
     compared,
@@ -27,7 +29,15 @@ from .report_figures import (
     draw_speedups,
     missing_of,
 )
-from .results_files import FOLDER, NOT_MEASURED, Results, cpu_results, latest, read_results
+from .results_files import (
+    BESIDE_NETWORKS,
+    FOLDER,
+    NOT_MEASURED,
+    Results,
+    cpu_results,
+    latest,
+    read_results,
+)
 from .summary import size_of
 
 _STYLE = """
@@ -95,6 +105,8 @@ def write_page(results: list[Results], out: Path) -> None:
         *_quality(results, out),
         "<h2>Studies</h2>",
         *_studies(results, out),
+        "<h2>Results files</h2>",
+        *map(_origin, results),
     ]
     for one in results:
         shutil.copyfile(one.path, out / "results" / one.path.name)
@@ -159,35 +171,80 @@ def _gpu_table(records: Sequence[Record], gpu: Results | None) -> str:
 
 
 def _quality(results: list[Results], out: Path) -> list[str]:
-    """The table that `pyflocality reproduce` writes, of every file of it."""
+    """Every table that `pyflocality reproduce` wrote, then the studies beside networks."""
     from .reproduce.table import markdown
 
-    found = [one for one in results if one.kind == "reproduce"]
-    if not found:
-        return [f"<p>{NOT_MEASURED}</p>"]
-    parts = []
-    for one in found:
-        parts += [f"<h3>{html.escape(one.path.stem)}</h3>", _from_markdown(markdown(one.report))]
-        parts += [_origin(one), *_picture(one, out)]
+    tables = [one for one in results if one.kind == "reproduce"]
+    parts = [] if tables else [f"<p>Table of models against networks: {NOT_MEASURED}.</p>"]
+    for one in tables:
+        parts += [_title(one.path.stem), _from_markdown(markdown(one.report))]
+        parts += [_origin(one), *_pictures(one, out)]
+    for kind in BESIDE_NETWORKS:
+        module = importlib.import_module(f".reproduce.{kind}", __package__)
+        shows = (module.__doc__ or "").partition("\n")[0]
+        for one in (one for one in results if one.kind == kind):
+            parts += [_title(one.path.stem), f"<p>{html.escape(shows)}</p>"]
+            parts += [_sweeps_table(one.report)] if kind == "sweeps" else []
+            parts += [_origin(one), *_pictures(one, out)]
     return parts
+
+
+def _sweeps_table(report: Record) -> str:
+    """r2 of every variant against each network, and paired differences where they are told."""
+    from .reproduce.scores import shown
+
+    results, names = report["results"], [network["name"] for network in report["networks"]]
+    rows = [
+        ("networks", name, record)
+        for name, record in results["networks_against_each_other"].items()
+        if record["against"]
+    ]
+    for kind, found in results["sweeps"].items():
+        rows += [(kind, value, record) for value, record in found.items()]
+    paired = any("minus_exact" in record for _, _, record in rows)
+    head = ["sweep", "variant"]
+    for name in names:
+        head += [f"r2, {name}", "r2, all steps"]
+        head += ["minus exact", "minus exact, all steps"] if paired else []
+    lines = []
+    for kind, value, record in rows:
+        cells = [kind, value]
+        for name in names:
+            r2 = record["against"].get(name, {}).get("r2")
+            told = [None, None] if r2 is None else [r2, r2["all_steps"]]
+            if paired:
+                minus = record.get("minus_exact", {}).get(name, {})
+                told += [minus.get("final"), minus.get("all_steps")]
+            cells += ["" if one is None else shown(one, 3) for one in told]
+        lines.append(cells)
+    note = f"{report['samples'] * report['seeds']} samples; mean ± standard error over them."
+    if paired:
+        note += " Minus exact: r2 less that of the exact model, image by image."
+    return f"<p>{note}</p>\n{_table(head, lines)}"
 
 
 def _studies(results: list[Results], out: Path) -> list[str]:
     """Pictures of everything else."""
     parts = []
     for one in results:
-        if one.kind not in ("cpu", "gpu", "reproduce"):
+        if one.kind not in ("cpu", "gpu", "reproduce", *BESIDE_NETWORKS):
             title = str(one.report.get("title", one.kind))
-            parts += [f"<h3>{html.escape(title)}</h3>", *(_picture(one, out) or [_origin(one)])]
+            parts += [_title(title), *(_pictures(one, out) or [_origin(one)])]
     return parts
 
 
-def _picture(one: Results, out: Path) -> list[str]:
-    """The picture beside a results file, copied, where there is one."""
-    if one.picture is None:
-        return []
-    shutil.copyfile(one.picture, out / one.picture.name)
-    return [_figure(one.picture.name, "", one)]
+def _title(text: str) -> str:
+    return f"<h3>{html.escape(text)}</h3>"
+
+
+def _pictures(one: Results, out: Path) -> list[str]:
+    """The pictures beside a results file, copied."""
+    parts = []
+    for name, path in one.pictures.items():
+        shutil.copyfile(path, out / path.name)
+        caption = CAPTIONS.get(name, name)
+        parts.append(_figure(path.name, f"{caption}." if caption else "", one))
+    return parts
 
 
 def _figure(name: str, caption: str, one: Results) -> str:
@@ -210,10 +267,7 @@ def _told(one: Results) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
-    lines += [
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in r) + "</tr>" for r in rows
-    ]
+    lines = [_row("th", head), *(_row("td", row) for row in rows)]
     return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
 
 

@@ -20,6 +20,14 @@ BASELINES = {
     "torch_cov": "torch.cov",
 }
 
+# What the pictures beside results files show, by the end of their names.
+CAPTIONS = {
+    "samples": "Images from the same noise, a row for each network or model",
+    "steps": "r2 and MSE against each network at each step",
+    "why": "Exact posteriors and batch means at the same noisy images: effective sample size, r2 "
+    "against the network's answer, gradient energy and variance",
+}
+
 
 def baselines_of(record: Record) -> dict[str, Record]:
     """The fastest yardstick of each family that a case ran beside, by family."""

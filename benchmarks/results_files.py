@@ -11,6 +11,9 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent / "results"
 NOT_MEASURED = "not yet measured"
 
+# Studies beside trained networks, each a module of `benchmarks.reproduce`.
+BESIDE_NETWORKS = ("sweeps", "denoising", "fields")
+
 # How the files of each suite were made; studies and others tell by themselves.
 _COMMANDS = {
     "cpu": "python -m benchmarks.cpu_suite --out {path}",
@@ -46,26 +49,67 @@ class Results:
         return any(name in self.path.stem for name in ("h100", "h200"))
 
     @property
-    def picture(self) -> Path | None:
-        """The picture beside the file, where there is one."""
-        found = self.path.with_suffix(".png")
-        return found if found.is_file() else None
+    def pictures(self) -> dict[str, Path]:
+        """The pictures beside the file: FILE.png by "", FILE-NAME.png by NAME.
+
+        One that belongs to another results file, whose name begins like this one's, is not among
+        them.
+        """
+        folder, stem = self.path.parent, self.path.stem
+        others = [other.stem for other in folder.glob("*.json")]
+        found = {}
+        for path in sorted(folder.glob("*.png"), key=lambda path: path.stem):
+            if not _is_of(path.stem, stem):
+                continue
+            owner = max((one for one in (stem, *others) if _is_of(path.stem, one)), key=len)
+            if owner == stem:
+                found[path.stem[len(stem) + 1 :]] = path
+        return found
 
     @property
     def command(self) -> str:
         """The command that made it."""
         path = f"benchmarks/results/{self.path.name}"
         if "study" in self.report:
+            if self.kind in BESIDE_NETWORKS:
+                return self._study_beside_networks(path)
             study = importlib.import_module(f".studies.{self.kind}", __package__)
             sets = "".join(f" --{name} ZIP" for name in study.NEEDS)
             return f"python -m benchmarks.studies {self.kind} --out {path}{sets}"
         if self.kind == "reproduce":
-            names = " ".join(f"--network {one['name']}" for one in self.report["networks"])
-            return f"pyflocality reproduce {self.report['data']['name']} {names} --out DIR"
+            return self._reproduce()
         if self.kind not in _COMMANDS:
             return str(self.report.get("command", "not recorded"))
         real = self.kind == "cpu" and self.report["data"]["name"] == "CIFAR-10"
         return _COMMANDS[self.kind].format(path=path) + (" --cifar10 ZIP" if real else "")
+
+    def _study_beside_networks(self, path: str) -> str:
+        """The command of a study of `benchmarks.reproduce` that writes to a path."""
+        words = [f"python -m benchmarks.reproduce.{self.kind} --source ZIP"]
+        words += ["--test ZIP"] if self.kind == "denoising" else []
+        words += self._networks()
+        names = ("threshold", "samples", "seeds", "steps")
+        words += [f"--{name} {self.report[name]}" for name in names if name in self.report]
+        return " ".join([*words, f"--out {path}"])
+
+    def _reproduce(self) -> str:
+        """The command of `pyflocality reproduce`, with the methods unless they are all."""
+        from .reproduce.methods import METHODS
+
+        settings = self.report["settings"]
+        words = [f"pyflocality reproduce {self.report['data']['name']}", *self._networks()]
+        words += [f"--{name} {settings[name]}" for name in ("threshold", "samples", "seed")]
+        rows = {row["name"]: row for row in self.report["table"] if row["name"] in METHODS}
+        if len(rows) < len(METHODS):
+            words.append(f"--methods {','.join(rows)}")
+        few = [row for name, row in rows.items() if METHODS[name].few]
+        if few:
+            words.append(f"--els-images {few[0]['images']} --els-samples {few[0]['samples']}")
+        return " ".join([*words, "--out DIR"])
+
+    def _networks(self) -> list[str]:
+        """Options that name the networks' files."""
+        return [f"--network {network['file']}" for network in self.report["networks"]]
 
     def origin(self) -> str:
         """Machine, date and commit in a line."""
@@ -74,6 +118,11 @@ class Results:
         commit = (machine["commit"] or "unknown")[:12]
         changes = " and changes after it" if machine.get("changes") else ""
         return f"{where}; {self.report['date'][:10]}; commit {commit}{changes}"
+
+
+def _is_of(picture: str, results: str) -> bool:
+    """Whether a picture may be of a results file, by their names without endings."""
+    return picture == results or picture.startswith(f"{results}-")
 
 
 def read_results(folder: Path) -> list[Results]:

@@ -168,5 +168,6 @@ def test_figures_are_those_of_the_results_file():
 
 
 def test_marked_sections_are_what_the_report_writes():
-    assert "Begin of speed" in README
+    for name, heading in (("speed", "Speed"), ("quality", "Quality")):
+        assert f"\n## {heading}\n\n<!-- Begin of {name}: " in README
     assert rewritten(README, read_results(FOLDER)) == README

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib
 import json
 import re
 import shutil
@@ -95,6 +96,42 @@ def test_every_figure_names_where_it_comes_from(folder, committed, tmp_path):
     assert not re.search(r'(src|href)="(https?:)?//', page)
 
 
+def test_page_of_the_committed_results(tmp_path):
+    report.write_page(read_results(FOLDER), tmp_path)
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    linked = set(re.findall(r'href="results/([^"]+)"', page))
+    assert linked == {path.name for path in FOLDER.glob("*.json")}
+    for name in linked:
+        assert (tmp_path / "results" / name).read_bytes() == (FOLDER / name).read_bytes()
+    shown = re.findall(r'src="([^"]+)"', page)
+    for source in shown:
+        assert (tmp_path / source).read_bytes()[:4] == b"\x89PNG"
+    # Those of the suites of speed are drawn for the page.
+    beside = {path.name for path in FOLDER.glob("*.png")}
+    assert {name for name in beside if not name.startswith(("cpu-", "gpu-"))} <= set(shown)
+
+
+def test_pictures_are_those_of_the_file_and_of_no_other(tmp_path):
+    machine = {"machine": {}, "date": "2020-01-01"}
+    for stem in ("cpu", "cpu-2core", "cpu-2core-why", "cpu-2"):
+        write(tmp_path, f"{stem}.json", machine)
+    for stem in ("cpu-2core", "cpu-2core-steps", "cpu-2core-why", "cpu-2core-why-samples", "cpu-a"):
+        (tmp_path / f"{stem}.png").touch()
+    found = {one.path.stem: one.pictures for one in read_results(tmp_path)}
+    assert found == {
+        "cpu": {"a": tmp_path / "cpu-a.png"},
+        "cpu-2": {},
+        "cpu-2core": {
+            "": tmp_path / "cpu-2core.png",
+            "steps": tmp_path / "cpu-2core-steps.png",
+        },
+        "cpu-2core-why": {
+            "": tmp_path / "cpu-2core-why.png",
+            "samples": tmp_path / "cpu-2core-why-samples.png",
+        },
+    }
+
+
 def test_what_did_not_run_is_said(folder, committed, tmp_path):
     record = next(r for r in committed["results"] if r["suite"] == "optimal")
     changed = {**record, "missing": {"keops": "not installed: no package 'pykeops'"}}
@@ -183,30 +220,184 @@ def test_marks_that_are_wrong_are_an_error(folder, text):
         rewritten(text, read_results(folder))
 
 
-def test_table_of_models_is_that_of_reproduce(folder, committed, tmp_path):
-    from benchmarks.reproduce.table import markdown
+def told(mean: float) -> dict:
+    return {"mean": mean, "standard_error": 0.01, "median": mean}
 
-    told = {"mean": 0.25, "standard_error": 0.01, "median": 0.2}
-    scores = {name: {"final": told, "all_steps": told, "steps": [told]} for name in ("mse", "r2")}
-    row = {"name": "optimal", "label": "optimal <b>", "images": 60, "samples": 4}
-    row |= {"against": {"A": scores}, "seconds_per_step": 1.5, "extra_memory_bytes": None}
+
+NETWORKS = [{"name": "network A", "file": "a.safetensors"}, {"name": "network B", "file": "b.st"}]
+
+
+@pytest.fixture
+def reproduced(folder, committed) -> dict:
+    """A record of `pyflocality reproduce` of two methods, with its two pictures in the folder."""
+    scores = {
+        name: {"final": told(0.25), "all_steps": told(0.5), "steps": [told(0.25)]}
+        for name in ("mse", "r2")
+    }
+    row = {"samples": 4, "seconds_per_step": 1.5, "extra_memory_bytes": None, "backends": ["cpu"]}
+    row["against"] = {network["name"]: scores for network in NETWORKS}
+    optimal = row | {"name": "optimal", "label": "optimal <b>", "images": 60}
+    few = row | {"name": "equivariant", "label": "ELS", "images": 20, "samples": 2}
     record = {
         "command": "reproduce",
         "date": "2020-01-04T00:00:00",
         "machine": committed["machine"],
-        "data": {"name": "mnist", "images": 60},
-        "networks": [{"name": "A"}],
-        "settings": {"samples": 4, "timesteps": [900], "threshold": 0.005},
-        "table": [row | {"backends": ["cpu"]}],
+        "data": {"name": "mnist.zip", "images": 60},
+        "networks": NETWORKS,
+        "settings": {"samples": 4, "timesteps": [900], "threshold": 0.005, "seed": 3},
+        "table": [row | {"name": "network A", "label": "A", "images": None}, optimal, few],
     }
     write(folder, "reproduce-mnist-2020-01-04.json", record)
+    for name in ("samples", "steps"):
+        shutil.copyfile(
+            folder / "memorize-here-2020-01-02.png",
+            folder / f"reproduce-mnist-2020-01-04-{name}.png",
+        )
+    return record
+
+
+def test_table_of_models_is_that_of_reproduce(folder, reproduced, tmp_path):
+    from benchmarks.reproduce.table import markdown
+
     page = page_of(folder, tmp_path / "page")
-    line = next(line for line in markdown(record).splitlines() if "optimal" in line)
+    line = next(line for line in markdown(reproduced).splitlines() if "optimal" in line)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[0] == "optimal <b>" and cells in rows_of(page)
-    assert "pyflocality reproduce mnist --network A --out DIR" in page
+    command = (
+        "pyflocality reproduce mnist.zip --network a.safetensors --network b.st --threshold 0.005 "
+        "--samples 4 --seed 3 --methods optimal,equivariant --els-images 20 --els-samples 2 "
+        "--out DIR"
+    )
+    assert f"<code>{command}</code>" in page
+    for name, caption in (("samples", "Images from the same noise"), ("steps", "r2 and MSE")):
+        picture = f"reproduce-mnist-2020-01-04-{name}.png"
+        assert (tmp_path / "page" / picture).read_bytes() == (folder / picture).read_bytes()
+        assert re.search(f'src="{picture}" alt="{caption}.*\n<figcaption>{caption}', page)
     text = f"{COMMENT.format('Begin', 'quality')}\n{COMMENT.format('End', 'quality')}\n"
-    assert line in rewritten(text, read_results(folder))
+    section = rewritten(text, read_results(folder))
+    assert line in section and command in section.replace("\n", " ")
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", section)
+    assert pictures == ["benchmarks/results/reproduce-mnist-2020-01-04-samples.png"]
+
+
+def test_command_of_reproduce_is_read_as_it_was_meant(folder, reproduced, monkeypatch):
+    from pyflocality import cli
+    from pyflocality.benchmarks.reproduce import table
+
+    plans = []
+
+    def keep(plan) -> dict:
+        plans.append(plan)
+        return reproduced
+
+    monkeypatch.setattr(table, "reproduce", keep)
+    found = latest(read_results(folder), "reproduce")
+    assert cli.main(found.command.split()[1:]) == 0
+    [plan] = plans
+    assert [path.name for path in plan.networks] == ["a.safetensors", "b.st"]
+    assert (plan.source, plan.threshold, plan.samples, plan.seed) == ("mnist.zip", 0.005, 4, 3)
+    assert plan.methods == ("optimal", "equivariant")
+    assert (plan.els_images, plan.els_samples) == (20, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [("sweeps", {"seeds": 5}), ("denoising", {}), ("fields", {"steps": 70})],
+)
+def test_studies_beside_networks(kind, own, folder, committed, tmp_path, monkeypatch):
+    study = importlib.import_module("benchmarks.reproduce.study")
+    module = importlib.import_module(f"benchmarks.reproduce.{kind}")
+    record = {
+        "study": kind,
+        "date": "2020-01-05T00:00:00",
+        "machine": committed["machine"],
+        "networks": NETWORKS,
+        "threshold": 0.007,
+        "samples": 9,
+        "results": {"networks_against_each_other": {}, "sweeps": {}},
+        **({"seeds": 1} if kind == "sweeps" else {}),
+        **own,
+    }
+    write(folder, f"{kind}-here.json", record)
+    found = latest(read_results(folder), kind)
+
+    class Read(Exception):
+        pass
+
+    def start(self, arguments) -> None:
+        raise Read(self.parser.parse_args(arguments))
+
+    monkeypatch.setattr(study.Study, "start", start)
+    python, option, name, *words = found.command.split()
+    assert (python, option, name) == ("python", "-m", module.__name__)
+    with pytest.raises(Read) as read:
+        module.main(words)
+    (options,) = read.value.args
+    expected = own | {"threshold": 0.007, "samples": 9}
+    assert {name: getattr(options, name) for name in expected} == expected
+    assert [path.name for path in options.network] == ["a.safetensors", "b.st"]
+    assert options.out == Path(f"benchmarks/results/{kind}-here.json")
+
+    page = page_of(folder, tmp_path / "page")
+    section = page.split("<h2>Quality against trained networks</h2>")[1].split("<h2>")[0]
+    assert html.escape(module.__doc__.splitlines()[0]) in section
+    assert f"<code>{found.command}</code>" in section and "not yet measured" in section
+    assert f"{kind}-here" not in page.split("<h2>Studies</h2>")[1].split("<h2>")[0]
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_table_of_the_sweeps_is_that_of_the_file(paired, folder, committed, tmp_path):
+    def record(*means: float) -> dict:
+        """r2 at the end and over all steps against network A, then against network B."""
+        ends = {"network A": means[:2], "network B": means[2:]}
+        return {
+            "against": {
+                name: {"r2": told(pair[0]) | {"all_steps": told(pair[1])}, "mse": told(7)}
+                for name, pair in ends.items()
+                if pair
+            }
+        }
+
+    batch = record(0.6, 0.7, 0.8, 0.9)
+    if paired:
+        batch["minus_exact"] = {"network A": {"final": told(-0.125), "all_steps": told(-0.25)}}
+    results = {
+        "networks_against_each_other": {"network B": record(0.97, 0.98)},
+        "sweeps": {"aggregation": {"exact": record(0.1, 0.2, 0.3, 0.4), "batch_mean 128": batch}},
+    }
+    report_of = {
+        "study": "sweeps",
+        "date": "2020-01-05T00:00:00",
+        "machine": committed["machine"],
+        "networks": NETWORKS,
+        "threshold": 0.005,
+        "samples": 32,
+        "seeds": 3,
+        "results": results,
+    }
+    write(folder, "sweeps-here.json", report_of)
+    for name in ("", "-why", "-samples"):
+        shutil.copyfile(folder / "memorize-here-2020-01-02.png", folder / f"sweeps-here{name}.png")
+    page = page_of(folder, tmp_path / "page")
+    assert "96 samples; mean ± standard error" in page
+    assert all(f'src="sweeps-here{name}.png"' in page for name in ("", "-why", "-samples"))
+
+    def row(kind: str, value: str, *pairs: tuple) -> list[str]:
+        """Cells: "" for None, and no cells of differences where there are none."""
+        cells = [
+            "" if mean is None else f"{mean:.3f} ± 0.010"
+            for place, pair in enumerate(pairs)
+            for mean in pair
+            if paired or place % 2 == 0
+        ]
+        return [kind, value, *cells]
+
+    none = (None, None)
+    rows = rows_of(page)
+    assert row("networks", "network B", (0.97, 0.98), none, none, none) in rows
+    assert row("aggregation", "exact", (0.1, 0.2), none, (0.3, 0.4), none) in rows
+    less = (-0.125, -0.25)
+    assert row("aggregation", "batch_mean 128", (0.6, 0.7), less, (0.8, 0.9), none) in rows
 
 
 @pytest.mark.parametrize(
