@@ -138,6 +138,15 @@ def test_without_levels_it_is_the_global_model(coarse, dtype, data):
     assert torch.equal(model(x, 0.3, 0.8), wrapped(x, 0.3, 0.8))
 
 
+def test_the_threshold_is_that_of_the_coarse_model(data):
+    model = pf.MultiscaleDenoiser(data, 1, 3, coarse="pca_locality", mask_threshold=0.3)
+    assert model.low_pass.mask_threshold == 0.3
+    with pytest.raises(ValueError, match="`mask_threshold` is for coarse='pca_locality'"):
+        pf.MultiscaleDenoiser(data, 1, 3, mask_threshold=0.3)
+    with pytest.raises(ValueError, match=r"`mask_threshold` must be in \[0, 1\)"):
+        pf.MultiscaleDenoiser(data, 1, 3, coarse="pca_locality", mask_threshold=1.0)
+
+
 @pytest.mark.parametrize("coarse", COARSE)
 def test_the_global_model_sees_block_means(coarse, exact):
     model = pf.MultiscaleDenoiser(exact, 1, 3, coarse=coarse)

@@ -102,7 +102,7 @@ def test_training_learns_and_goes_on_as_if_never_stopped(images: str, tmp_path: 
     lines = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").open()]
     assert [line["steps"] for line in lines] == [25, 60]
     # Greys are easily told from noise: far below the error of a network that answers zero.
-    assert lines[1]["average_loss"] < 0.5
+    assert lines[1]["probe_loss"] < 0.5
     assert parts.facts["steps"] == 60
     assert parts.facts["predicts"] == "v"
     assert str(tmp_path) not in json.dumps(parts.facts)

@@ -108,14 +108,15 @@ class Training:
     def save(self, folder: Path) -> None:
         """Write network, log and state, each in place of the last only once it is whole."""
         with torch.no_grad():
-            probe = self.loss(
-                self.average, self.values(torch.arange(min(PROBE, len(self.data)))), 0
-            ).item()
+            count = min(PROBE, len(self.data))
+            # From everywhere: sets are often sorted by class.
+            spread = torch.arange(count) * (len(self.data) // count)
+            probe = self.loss(self.average, self.values(spread), 0).item()
         line = {
             "steps": self.steps,
             "seconds": round(self.seconds, 1),
             "loss": sum(self.losses) / max(len(self.losses), 1),
-            "average_loss": probe,
+            "probe_loss": probe,
         }
         self.losses = []
         facts = {

@@ -17,7 +17,8 @@ import pyflocality as pf
 # Images a batch of the published code for MNIST and CIFAR-10.
 LOADER_BATCH = 512
 MULTISCALE_WINDOW = 7
-_MOST_LEVELS = 2
+# With two levels its blocks show on images of 28x28.
+_MOST_LEVELS = 1
 _ORDER_SEED = 0
 
 Settings = dict[str, Any]
@@ -107,6 +108,7 @@ def settings_of(
             "levels": levels,
             "window": min(MULTISCALE_WINDOW, largest),
             "coarse": "pca_locality",
+            "threshold": threshold,
         }
     return settings
 
@@ -129,7 +131,8 @@ def build(settings: Settings, data: pf.TrainingSet, moments: pf.Moments | None) 
         return pf.PatchSetDenoiser(data, windows)
     if name == "multiscale":
         levels, window = settings["levels"], settings["window"]
-        return pf.MultiscaleDenoiser(data, levels, window, coarse=settings["coarse"])
+        coarse = {"coarse": settings["coarse"], "mask_threshold": settings["threshold"]}
+        return pf.MultiscaleDenoiser(data, levels, window, **coarse)
     batches = settings.get("batch_size")
     pca = pf.PCALocalityDenoiser(
         data,

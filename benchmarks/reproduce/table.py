@@ -29,6 +29,9 @@ from .scores import score, shown
 from .study import SCHEMA, data_record
 from .windows import CALIBRATION_SAMPLES, calibrated_windows
 
+_WINDOWS_TOLD = (
+    " Windows are those that follow network A at each noise level; ELS and bbELS take those of LS."
+)
 FILES = ("reproduce.json", "table.md", "samples.png", "steps.png")
 
 
@@ -306,12 +309,13 @@ def markdown(record: dict[str, Any]) -> str:
     data, settings = record["data"], record["settings"]
     head = ["model"]
     for name in names:
-        head += [f"MSE, {name}", f"r2, {name}", "r2, all steps"]
+        head += [f"MSE, {name}", f"r2, {name}", f"r2 of all steps, {name}"]
     head += ["s / step", "memory, MB", "backend"]
     lines = [
         f"{data['name']}: {data['images']:,} images, {settings['samples']} samples, "
         f"{len(settings['timesteps'])} DDIM steps, threshold {settings['threshold']:g}. "
         "Mean ± standard error over the samples.",
+        *(_told(network) for network in record["networks"]),
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
@@ -321,11 +325,21 @@ def markdown(record: dict[str, Any]) -> str:
     lines += [
         "",
         "Seconds are those of one denoiser call for all samples, without moments and masks; memory "
-        "is what the process needs beside images, moments and noise, at most.",
+        "is what the process needs beside images, moments and noise, at most."
+        + (_WINDOWS_TOLD if record["windows"] else ""),
         f"{machine['cpu']}, {machine['threads']} threads, {record['date'][:10]}, pyflocality "
         f"{machine['pyflocality']}, torch {machine['torch']}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _told(network: dict[str, Any]) -> str:
+    """How long a network was trained, as far as its file tells."""
+    facts, name = network["facts"], network["name"]
+    told = f"{name[:1].upper()}{name[1:]}: {network['parameters']:,} parameters"
+    if {"steps", "batch"} <= facts.keys():
+        told += f", {facts['steps']:,} training steps of {facts['batch']} images"
+    return f"{told}."
 
 
 def _cells(row: dict[str, Any], names: list[str], record: dict[str, Any]) -> list[str]:
@@ -334,6 +348,8 @@ def _cells(row: dict[str, Any], names: list[str], record: dict[str, Any]) -> lis
         label += f" ({row['images']:,} images)"
     if row["samples"] < record["settings"]["samples"]:
         label += f" ({row['samples']} samples)"
+    if "extrapolated_seconds_per_step" in row:
+        label += f", about {row['extrapolated_seconds_per_step']:,.0f} s / step for all"
     cells = [label]
     for name in names:
         found = row["against"].get(name)

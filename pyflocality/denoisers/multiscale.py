@@ -29,6 +29,7 @@ from pyflocality.denoisers.local import LocalDenoiser
 from pyflocality.denoisers.optimal import OptimalDenoiser
 from pyflocality.denoisers.pca_locality import PCALocalityDenoiser
 from pyflocality.denoisers.wiener import WienerDenoiser
+from pyflocality.masks import check_threshold
 from pyflocality.ops.window_posterior import check_window
 from pyflocality.wavelets import analyse, check_sides, filters, synthesise
 
@@ -88,6 +89,7 @@ class MultiscaleDenoiser(Denoiser):
             finest first. At most 2 max(H, W) - 1 of the band's sides.
         wavelet: "haar", or another orthogonal wavelet of PyWavelets.
         coarse: Global model of the low-pass images: "optimal", "wiener" or "pca_locality".
+        mask_threshold: Threshold of the masks of coarse="pca_locality"; None takes its default.
         bandwidth: Standard deviation b of the condition, in units of the noise.
         backend: Backend of the operations; None follows `pyflocality.use_backend`.
         dtype: float32 or float64 to compute in; None computes in the input's own dtype.
@@ -116,6 +118,7 @@ class MultiscaleDenoiser(Denoiser):
         *,
         wavelet: str = "haar",
         coarse: str = "optimal",
+        mask_threshold: float | None = None,
         bandwidth: float = 1.0,
         backend: str | None = None,
         dtype: torch.dtype | None = None,
@@ -130,12 +133,19 @@ class MultiscaleDenoiser(Denoiser):
         self.coarse = check_choice(coarse, "coarse", tuple(_COARSE))
         self.bandwidth = check_positive(bandwidth, "bandwidth")
         options = {"backend": backend, "dtype": dtype, "memory_budget": memory_budget}
+        of_coarse = {} if coarse == "wiener" else dict(options)
+        if mask_threshold is not None:
+            if coarse != "pca_locality":
+                raise ValueError(
+                    f"`mask_threshold` is for coarse='pca_locality', got coarse={coarse!r}"
+                )
+            of_coarse["mask_threshold"] = check_threshold(mask_threshold, "mask_threshold")
         # Checks the options before the bands are made.
         OptimalDenoiser(data, **options)
         low, stacks = data, []
         if self.levels > 0:
             low, stacks = _training_bands(data, self.levels, wavelet, self.bandwidth, memory_budget)
-        self.low_pass = _COARSE[coarse](low, **({} if coarse == "wiener" else options))
+        self.low_pass = _COARSE[coarse](low, **of_coarse)
         self._conditionals = nn.ModuleList(
             LocalDenoiser(stack, side, **options)
             for stack, side in zip(stacks, self.window, strict=True)
