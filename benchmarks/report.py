@@ -204,8 +204,8 @@ def _sweeps_table(report: Record) -> str:
     paired = any("minus_exact" in record for _, _, record in rows)
     head = ["sweep", "variant"]
     for name in names:
-        head += [f"r2, {name}", "r2, all steps"]
-        head += ["minus exact", "minus exact, all steps"] if paired else []
+        head += [f"r2, {name}", f"r2 of all steps, {name}"]
+        head += ["minus exact", "minus exact, of all steps"] if paired else []
     lines = []
     for kind, value, record in rows:
         cells = [kind, value]

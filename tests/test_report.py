@@ -224,7 +224,10 @@ def told(mean: float) -> dict:
     return {"mean": mean, "standard_error": 0.01, "median": mean}
 
 
-NETWORKS = [{"name": "network A", "file": "a.safetensors"}, {"name": "network B", "file": "b.st"}]
+NETWORKS = [
+    {"name": f"network {letter}", "file": file, "parameters": 7, "facts": {}}
+    for letter, file in (("A", "a.safetensors"), ("B", "b.st"))
+]
 
 
 @pytest.fixture
@@ -245,6 +248,7 @@ def reproduced(folder, committed) -> dict:
         "data": {"name": "mnist.zip", "images": 60},
         "networks": NETWORKS,
         "settings": {"samples": 4, "timesteps": [900], "threshold": 0.005, "seed": 3},
+        "windows": {},
         "table": [row | {"name": "network A", "label": "A", "images": None}, optimal, few],
     }
     write(folder, "reproduce-mnist-2020-01-04.json", record)
