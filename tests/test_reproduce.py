@@ -307,8 +307,18 @@ def test_effective_sizes_are_those_of_the_weights(folder):
     exact = logits.softmax(-1)
     parts = logits.split(7, -1)
     mixture = torch.cat([part.softmax(-1) / len(parts) for part in parts], -1)
-    for batch, p in ((None, exact), (7, mixture)):
-        found = diagnosis.effective_sizes(denoiser, x, sigma, alpha, batch)
+    # The same in another order: other batches, other sizes.
+    order = torch.arange(COUNT).flip(0)
+    turned = torch.cat([p.softmax(-1) / len(parts) for p in logits[..., order].split(7, -1)], -1)
+    assert (turned.square().sum(-1) / mixture.square().sum(-1) - 1).abs().max() > 0.01
+
+    def batch_mean(images):
+        options = {"dtype": torch.float64, "backend": "reference"}
+        return pf.PCALocalityDenoiser(images, 0.3, 1.0, "batch_mean", 7, **options)
+
+    models = (denoiser, batch_mean(data), batch_mean(data.subset(order)))
+    for model, p in zip(models, (exact, mixture, turned), strict=True):
+        found = diagnosis.effective_sizes(model, x, sigma, alpha)
         torch.testing.assert_close(found, 1 / p.square().sum(-1), rtol=1e-6, atol=0)
     # Four batches: no batch mean rests on fewer images.
     assert found.min() >= 4 - 1e-9 and (1 / exact.square().sum(-1)).min() < 2
@@ -327,6 +337,9 @@ def test_gradient_energy():
 
 
 def test_sweeps(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweeps, "FURTHER_THRESHOLDS", (0.1, 0.3))
+    monkeypatch.setattr(sweeps, "FURTHER", 7)
+    monkeypatch.setattr(sweeps, "ORDERS", (2,))
     monkeypatch.setattr(sweeps, "TEMPERATURES", (1.0, 2.0))
     monkeypatch.setattr(sweeps, "THRESHOLDS", (0.1,))
     monkeypatch.setattr(sweeps, "BATCHES", (7,))
@@ -341,7 +354,10 @@ def test_sweeps(folder, tmp_path, monkeypatch, capsys):
     report = json.loads(out.read_text(encoding="utf-8"))
     found = report["results"]["sweeps"]
     assert list(found["temperature"]) == ["1", "2"] and list(found["threshold"]) == ["0.1", "0.3"]
-    assert list(found["aggregation"]) == ["exact", "batch_mean 7", sweeps.CLASS_ORDER]
+    assert list(found["aggregation"]) == [
+        *("exact", "batch_mean 7", "batch_mean 7, order 2"),
+        *(sweeps.CLASS_ORDER, "batch_mean 7, threshold 0.1"),
+    ]
     # One model under three names.
     assert found["temperature"]["1"]["against"] == found["aggregation"]["exact"]["against"]
     assert found["threshold"]["0.3"]["against"] == found["aggregation"]["exact"]["against"]
@@ -350,24 +366,62 @@ def test_sweeps(folder, tmp_path, monkeypatch, capsys):
     noise = torch.cat([torch.randn(2, *SHAPE, generator=generator) for generator in seeds])
     data = loaded(folder)
     options = {"dtype": torch.float64, "backend": "reference"}
-    exact = truth(pf.PCALocalityDenoiser(data, 0.3, **options), noise)
-    mean = truth(pf.PCALocalityDenoiser(data, 0.3, 1.0, "batch_mean", 7, **options), noise)
     y = network_truth(folder / "b.safetensors", noise)
-    r2 = [1 - ((u - y) ** 2).mean(-1) / y.var(-1, ddof=1) for u in (exact, mean)]
-    difference = r2[0] - r2[1]
-    told = report["results"]["exact_minus"]["batch_mean 7"]["network B"]
-    assert told["mean"] == pytest.approx(difference[-1].mean(), abs=5e-3)
-    expected = difference[-1].std(ddof=1) / 2
-    assert told["standard_error"] == pytest.approx(expected, rel=2e-2, abs=2e-3)
-    by_seed = difference[-1].reshape(2, 2).mean(1)
-    np.testing.assert_allclose(told["by_seed"], by_seed, rtol=0, atol=5e-3)
-    assert told["all_steps"]["mean"] == pytest.approx(difference.mean(), abs=5e-3)
-    assert told["positive_share"] == pytest.approx((difference[-1] > 0).mean())
+
+    def r2(images, *settings):
+        u = truth(pf.PCALocalityDenoiser(images, *settings, **options), noise)
+        return 1 - ((u - y) ** 2).mean(-1) / y.var(-1, ddof=1)
+
+    mixed = torch.randperm(COUNT, generator=torch.Generator().manual_seed(2))
+    by_class = data.labels.argsort(stable=True)
+    exact, other = r2(data, 0.3), r2(data, 0.1)
+    expected = {
+        ("temperature", "2"): r2(data, 0.3, 2.0) - exact,
+        ("threshold", "0.1"): other - exact,
+        ("threshold", "0.3"): exact - exact,
+        ("aggregation", "batch_mean 7"): r2(data, 0.3, 1.0, "batch_mean", 7) - exact,
+        ("aggregation", "batch_mean 7, order 2"): (
+            r2(data.subset(mixed), 0.3, 1.0, "batch_mean", 7) - exact
+        ),
+        ("aggregation", sweeps.CLASS_ORDER): (
+            r2(data.subset(by_class), 0.3, 1.0, "batch_mean", 7) - exact
+        ),
+        ("aggregation", "batch_mean 7, threshold 0.1"): (
+            r2(data, 0.1, 1.0, "batch_mean", 7) - other
+        ),
+    }
+    for (kind, value), difference in expected.items():
+        told = found[kind][value]["minus_exact"]["network B"]
+        ends, mean = difference[-1], difference.mean(0)
+        for record, values in ((told["final"], ends), (told["all_steps"], mean)):
+            assert record["mean"] == pytest.approx(values.mean(), abs=5e-3)
+            error = values.std(ddof=1) / 2
+            assert record["standard_error"] == pytest.approx(error, rel=2e-2, abs=2e-3)
+            by_seed = values.reshape(2, 2).mean(1)
+            np.testing.assert_allclose(record["by_seed"], by_seed, rtol=0, atol=5e-3)
+        assert told["final"]["positive_share"] == pytest.approx((ends > 0).mean())
+    assert abs(expected["aggregation", sweeps.CLASS_ORDER]).max() > 0.05
     alpha, sigma = pf.DDPMSchedule()(900)
     dense = pf.PCALocalityDenoiser(data, 0.1).weights_at(sigma, alpha).dense(torch.float64)
     [*_, last] = report["results"]["masks"]["0.1"]
+    assert report["results"]["why"]["batches"] == {"batch_mean 7": 4, sweeps.CLASS_ORDER: 4}
     first = report["results"]["masks"]["0.1"][0]
+    assert list(why) == ["network", "exact", "batch_mean 7", sweeps.CLASS_ORDER]
     assert first["density"] == pytest.approx(float(dense.mean())) and last["t"] == 0
+    network = networks.load(folder / "a.safetensors")
+    network.module.double()
+    out_of = pf.sample(network, x_T=noise[:2].double(), steps=10, progress=False)
+    alpha, sigma = pf.DDPMSchedule()(300)
+    at = out_of.timesteps.tolist().index(300)
+    x, target = out_of.x_t[at], out_of.x0[at].clamp(-1, 1)
+    sorted_mean = pf.PCALocalityDenoiser(
+        data.subset(by_class), 0.3, 1.0, "batch_mean", 7, **options
+    )
+    plain = pf.PCALocalityDenoiser(data, 0.3, **options)
+    apart = [pf.metrics.r2(u(x, sigma, alpha).clamp(-1, 1), target) for u in (sorted_mean, plain)]
+    told = why[sweeps.CLASS_ORDER][at]["r2_minus_exact"]
+    assert told["mean"] == pytest.approx(float((apart[0] - apart[1]).mean()), abs=2e-3)
+    assert abs(told["mean"]) > 0.005 and why["exact"][at]["r2_minus_exact"]["mean"] == 0
     why = report["results"]["why"]["models"]
     assert len(why["exact"]) == 10 and why["batch_mean 7"][-1]["effective_sample_size"][0] >= 3.99
     for suffix in (".png", "-why.png", "-samples.png"):

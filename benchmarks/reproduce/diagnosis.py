@@ -7,14 +7,22 @@ sample size* is
 .. math:: \frac{1}{\sum_i p_i^2} = \frac{K^2}{\sum_k 1 / ESS_k} \ge K .
 
 Where the exact posterior has settled on a few images, the batch mean still averages the best of
-every batch, and what they do not agree on is blurred away. To see that and nothing else, both
-answer the same noisy images, the states of a network's run, and are held against the network's
-answer to them.
+every batch, and what they do not agree on is blurred away. The theory says no more than that.
+Whether it brings the answer closer to a network's depends on the step: it can help where the exact
+answer is sharper than the network's, and harm where that is right already.
+
+It depends on the order, too. Batches of mixed classes can each find similar images. Where the
+images are sorted by class most batches hold one class only, and every class keeps its share of the
+weight whatever the noisy image shows: the answer is a mean over classes.
+
+To see that and nothing else, all answer the same noisy images, the states of a network's run, and
+are held against the network's answer to them.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +36,7 @@ from .runs import STEPS
 from .scores import summary
 
 # Changes when the figures below change their meaning.
-VERSION = 2
+VERSION = 3
 SAMPLES = 16
 SHARES = (0.1, 0.5, 0.9)
 
@@ -40,30 +48,27 @@ def gradient_energy(images: Tensor) -> Tensor:
     return down.square().flatten(1).mean(1) + right.square().flatten(1).mean(1)
 
 
-def effective_sizes(
-    exact: pf.PCALocalityDenoiser, x: Tensor, sigma: float, alpha: float, batch: int | None
-) -> Tensor:
+def effective_sizes(model: pf.PCALocalityDenoiser, x: Tensor, sigma: float, alpha: float) -> Tensor:
     """Effective sample sizes of the posteriors of every output, float64 [B, Q].
 
     Args:
-        exact: The model with exact aggregation.
+        model: The model, of either aggregation; the batches of a batch mean are those of its set.
         x: Noisy images [B, C, H, W].
         sigma: Noise level.
         alpha: Signal coefficient.
-        batch: Images a batch of a batch mean, in the order of the set; None for the exact
-            posterior.
     """
-    if batch is None:
-        return _sizes(exact, x, sigma, alpha)
+    if model.aggregation == "exact":
+        return _sizes(model, x, sigma, alpha)
     # The masks are those of the whole set; the twins share them.
-    exact.weights_at(sigma, alpha)
-    inverse, count = torch.zeros((), dtype=torch.float64), 0
-    for start in range(0, len(exact.data), batch):
-        twin = copy.copy(exact)
-        twin.data = exact.data.subset(range(start, min(start + batch, len(exact.data))))
+    model.weights_at(sigma, alpha)
+    inverse = torch.zeros((), dtype=torch.float64)
+    size, images = model.batch_size, len(model.data)
+    for start in range(0, images, size):
+        twin = copy.copy(model)
+        twin.aggregation = "exact"
+        twin.data = model.data.subset(range(start, min(start + size, images)))
         inverse = inverse + 1 / _sizes(twin, x, sigma, alpha)
-        count += 1
-    return count**2 / inverse
+    return math.ceil(images / size) ** 2 / inverse
 
 
 def _sizes(denoiser: pf.PCALocalityDenoiser, x: Tensor, sigma: float, alpha: float) -> Tensor:
@@ -78,7 +83,7 @@ def diagnose(
     network: pf.Denoiser,
     noise: Tensor,
     threshold: float,
-    batches: Sequence[int],
+    batch_means: Sequence[tuple[str, pf.TrainingSet, int]],
     *,
     progress: bool,
 ) -> dict[str, Any]:
@@ -90,21 +95,23 @@ def diagnose(
         network: The network.
         noise: Starting noise [n, C, H, W].
         threshold: Threshold of PCA locality.
-        batches: Images a batch of each batch mean.
+        batch_means: Name, images in their order and images a batch of each batch mean.
         progress: Whether to show progress bars.
 
     Returns:
-        `timesteps`, and for each model a list over the steps: MSE and r2 of its answer against
-        the network's, gradient energy and variance of it, and 10th, 50th and 90th percentile of
-        the effective sample sizes over outputs and samples; an output counts by the variance of
-        its training values, so that empty margins, whose posteriors are uniform, do not tell.
+        `timesteps`, `batches`, the number of batches of each batch mean, and for each of the
+        `models` a list over the steps: MSE and r2 of its answer against the network's, this r2
+        less that of the exact model, image by image, gradient energy and variance of it, and
+        10th, 50th and 90th percentile of the effective sample sizes over outputs and samples; an
+        output counts by the variance of its training values, so that empty margins, whose
+        posteriors are uniform, do not tell.
     """
     schedule = pf.DDPMSchedule()
     run = pf.sample(network, x_T=noise, schedule=schedule, steps=STEPS, progress=progress)
     models = {"exact": pf.PCALocalityDenoiser(data, threshold, moments=moments)}
-    for size in batches:
-        models[f"batch_mean {size}"] = pf.PCALocalityDenoiser(
-            data, threshold, aggregation="batch_mean", batch_size=size, moments=moments
+    for name, images, size in batch_means:
+        models[name] = pf.PCALocalityDenoiser(
+            images, threshold, aggregation="batch_mean", batch_size=size, moments=moments
         )
     variance = moments.covariance.diagonal()
     found: dict[str, list[dict[str, Any]]] = {"network": []} | {name: [] for name in models}
@@ -113,19 +120,27 @@ def diagnose(
         alpha, sigma = schedule(t)
         x, target = run.x_t[step], run.x0[step].clamp(-1, 1)
         found["network"].append(_sharpness(target))
+        of_exact = None
         for name, model in models.items():
             answer = model(x, sigma, alpha).clamp(-1, 1)
-            batch = None if name == "exact" else model.batch_size
-            sizes = effective_sizes(models["exact"], x, sigma, alpha, batch)
+            r2 = pf.metrics.r2(answer, target)
+            of_exact = r2 if name == "exact" else of_exact
+            sizes = effective_sizes(model, x, sigma, alpha)
             found[name].append(
                 {
                     "mse": summary(pf.metrics.mse(answer, target)),
-                    "r2": summary(pf.metrics.r2(answer, target)),
+                    "r2": summary(r2),
+                    "r2_minus_exact": summary(r2 - of_exact),
                     **_sharpness(answer),
                     "effective_sample_size": weighted_quantiles(sizes, variance),
                 }
             )
-    return {"samples": len(noise), "timesteps": run.timesteps.tolist(), "models": found}
+    return {
+        "samples": len(noise),
+        "timesteps": run.timesteps.tolist(),
+        "batches": {name: math.ceil(len(images) / size) for name, images, size in batch_means},
+        "models": found,
+    }
 
 
 def weighted_quantiles(sizes: Tensor, weights: Tensor) -> list[float]:

@@ -4,13 +4,19 @@
 
 Temperature, threshold and aggregation are varied one at a time around the exact model at
 temperature 1. Every variant and every network starts from the same noise of several seeds; the
-comparison is that of the package. Error bars are standard errors over all images; the means of
-each seed are told beside them. The batch mean is taken over batches of mixed classes, as published
-loaders have them, and once over the images sorted by class, as folders and zips come.
+comparison is that of the package. Standard errors are over the images of all noise seeds together;
+the means of each noise seed are told beside them. They tell nothing of how trained networks differ:
+each network is a curve of its own.
 
-Aggregations are compared in pairs, image by image: r2 of the exact model less r2 of the batch mean.
-`why` looks at both at the *same* noisy images, the states of a network's run; see
-`benchmarks.reproduce.diagnosis`.
+The batch mean is taken over batches of mixed classes, as published loaders have them, in three
+random orders, whose spread is the noise of the order; over the images sorted by class, as folders
+and zips come; and at two further thresholds.
+
+Every variant is compared with the exact model at temperature 1 in pairs, image by image:
+`minus_exact` is r2 of the variant less r2 of the exact model, against each network, so positive
+where the variant is closer. The exact model has the threshold of the command; for an aggregation,
+that of the aggregation. `why` looks at aggregations at the *same* noisy images, the states of a
+network's run; see `benchmarks.reproduce.diagnosis`.
 
 Writes FILE.json, FILE.png, FILE-why.png and FILE-samples.png; finished runs are kept in FILE.runs,
 and an interrupted command goes on where it ended.
@@ -38,9 +44,27 @@ TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0)
 THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 BATCHES = (128, 512, 2048)
 DIAGNOSED = (512, 2048)
-CLASS_ORDER = "batch_mean 512, sorted by class"
+# The batch mean of this size is taken in other orders and at other thresholds, too.
+FURTHER = 512
+ORDERS = (2, 3)
+FURTHER_THRESHOLDS = (0.002, 0.01)
+CLASS_ORDER = f"batch_mean {FURTHER}, sorted by class"
 
 Settings = dict[str, Any]
+
+
+def exact(threshold: float) -> Settings:
+    """Settings of the exact model at temperature 1, which variants are compared with."""
+    return {"model": "pca-locality", "threshold": threshold, "temperature": 1.0}
+
+
+def in_order(data: pf.TrainingSet, order: int | str | None) -> pf.TrainingSet:
+    """The images in another order: "by class", or a random one by its seed; None keeps theirs."""
+    if order is None:
+        return data
+    if order == "by class":
+        return data.subset(data.labels.argsort(stable=True))
+    return data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(order)))
 
 
 def variants(threshold: float, labelled: bool) -> dict[str, dict[str, Settings]]:
@@ -50,12 +74,19 @@ def variants(threshold: float, labelled: bool) -> dict[str, dict[str, Settings]]
         threshold: Threshold of the variants of temperature and aggregation.
         labelled: Whether the images can be sorted by class.
     """
-    base: Settings = {"model": "pca-locality", "threshold": threshold, "temperature": 1.0}
+    base = exact(threshold)
     aggregations = {"exact": base}
     for size in BATCHES:
         aggregations[f"batch_mean {size}"] = base | {"batch_size": size}
+    further = f"batch_mean {FURTHER}"
+    for order in ORDERS:
+        aggregations[f"{further}, order {order}"] = base | {"batch_size": FURTHER, "order": order}
     if labelled:
-        aggregations[CLASS_ORDER] = base | {"batch_size": 512, "order": "by class"}
+        aggregations[CLASS_ORDER] = base | {"batch_size": FURTHER, "order": "by class"}
+    for value in FURTHER_THRESHOLDS:
+        if value != threshold:
+            settings = exact(value) | {"batch_size": FURTHER}
+            aggregations[f"{further}, threshold {value:g}"] = settings
     return {
         "temperature": {f"{value:g}": base | {"temperature": value} for value in TEMPERATURES},
         "threshold": {
@@ -102,12 +133,9 @@ class Sweep:
 
         def make() -> Run:
             print(f"sampling {len(self.noise)} images: {name}", flush=True)
-            data = self.data
-            if settings.get("order") == "by class":
-                data = data.subset(data.labels.argsort(stable=True))
             request = Request(
                 settings,
-                data if network is None else None,
+                in_order(self.data, settings.get("order")) if network is None else None,
                 self.moments if network is None else None,
                 network,
                 self.noise,
@@ -137,18 +165,19 @@ class Sweep:
             "seconds_per_step": sum(run.facts["seconds"]) / STEPS,
         }
 
-    def difference(self, better: Run, other: Run) -> dict[str, Any]:
+    def difference(self, run: Run, base: Run) -> dict[str, Any]:
         """r2 of a run less that of another, image by image, against each network.
 
         With `positive_share`, the share of the images that are closer to the network's at the end.
         """
         found = {}
         for name, target in self.targets.items():
-            values = by_image(better.x0, target.x0)["r2"] - by_image(other.x0, target.x0)["r2"]
-            found[name] = self._told(values[-1]) | {
+            values = by_image(run.x0, target.x0)["r2"] - by_image(base.x0, target.x0)["r2"]
+            share = float((values[-1] > 0).double().mean())
+            found[name] = {
+                "final": self._told(values[-1]) | {"positive_share": share},
                 "all_steps": self._told(values.mean(0)),
                 "steps": [summary(step) for step in values],
-                "positive_share": float((values[-1] > 0).double().mean()),
             }
         return found
 
@@ -165,10 +194,14 @@ def run_sweeps(sweep: Sweep, threshold: float) -> tuple[dict[str, Any], dict[str
     for name, target in sweep.targets.items():
         results["networks_against_each_other"][name] = sweep.record(target)
     for kind, values in asked.items():
-        results["sweeps"][kind] = {
-            value: sweep.record(sweep.run(f"{kind} {value}", settings))
-            for value, settings in values.items()
-        }
+        results["sweeps"][kind] = {}
+        for value, settings in values.items():
+            run = sweep.run(f"{kind} {value}", settings)
+            of_base = settings["threshold"] if kind == "aggregation" else threshold
+            base = sweep.run(f"threshold {of_base:g}", exact(of_base))
+            results["sweeps"][kind][value] = sweep.record(run) | {
+                "minus_exact": sweep.difference(run, base)
+            }
     results["masks"] = {
         value: masks(sweep.data, sweep.moments, settings["threshold"])
         for value, settings in asked["threshold"].items()
@@ -176,9 +209,6 @@ def run_sweeps(sweep: Sweep, threshold: float) -> tuple[dict[str, Any], dict[str
     runs = {
         name: sweep.run(f"aggregation {name}", settings)
         for name, settings in asked["aggregation"].items()
-    }
-    results["exact_minus"] = {
-        name: sweep.difference(runs["exact"], run) for name, run in runs.items() if name != "exact"
     }
     return results, sweep.targets | runs
 
@@ -216,13 +246,16 @@ def why(sweep: Sweep, threshold: float) -> dict[str, Any]:
     path = sweep.kept.path("why", settings, ".json")
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
+    batch_means = [(f"batch_mean {size}", sweep.data, size) for size in DIAGNOSED]
+    if sweep.data.labels is not None:
+        batch_means.append((CLASS_ORDER, in_order(sweep.data, "by class"), FURTHER))
     found = diagnosis.diagnose(
         sweep.data,
         sweep.moments,
         networks.load(network.path),
         sweep.noise[: min(sweep.samples, diagnosis.SAMPLES)],
         threshold,
-        DIAGNOSED,
+        batch_means,
         progress=sweep.progress,
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,66 +17,105 @@ _COLUMNS = 16
 
 
 def sweeps(report: dict[str, Any], path: Path) -> None:
-    """r2 at the end and over all steps against each network, for every sweep."""
+    """r2 against each network at the end and over all steps, and its difference to exact's."""
     plt = _pyplot()
     results = report["results"]
     kinds = list(results["sweeps"])
-    figure, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 4.6), sharey=True)
+    widths = [max(5, len(results["sweeps"][kind])) for kind in kinds]
+    figure, axes = plt.subplots(
+        2,
+        len(kinds),
+        figsize=(sum(widths), 9.5),
+        sharex="col",
+        width_ratios=widths,
+    )
     names = [network["name"] for network in report["networks"]]
-    for axis, kind in zip(axes, kinds, strict=True):
+    for column, kind in zip(axes.T, kinds, strict=True):
         found = results["sweeps"][kind]
+        # Aggregations have no order that a line could follow.
+        lines = kind != "aggregation"
         for k, name in enumerate(names):
-            _bars(axis, k, name, [record["against"][name]["r2"] for record in found.values()])
-        _ceiling(axis, results["networks_against_each_other"])
-        axis.set_xticks(range(len(found)))
-        wrapped = [value.replace(" ", "\n", 1).replace(", ", ",\n") for value in found]
-        axis.set_xticklabels(wrapped, fontsize=8)
-        axis.set_xlabel(kind)
-        axis.grid(axis="y", alpha=0.3)
-    axes[0].set_ylabel("r2 against the network")
-    axes[0].legend(fontsize=7)
+            told = [record["against"][name]["r2"] for record in found.values()]
+            _bars(column[0], k, name, told, [record["all_steps"] for record in told], lines)
+            pairs = [record["minus_exact"][name] for record in found.values()]
+            ends, means = ([pair[key] for pair in pairs] for key in ("final", "all_steps"))
+            _bars(column[1], k, name, ends, means, lines)
+        _ceiling(column[0], results["networks_against_each_other"])
+        column[1].axhline(0.0, color="0.3", linewidth=1)
+        column[1].set_xticks(range(len(found)))
+        column[1].set_xticklabels([value.replace(" ", "\n") for value in found], fontsize=8)
+        own = "; exact at the same threshold" if kind == "aggregation" else ""
+        column[1].set_xlabel(kind + own)
+        for axis in column:
+            axis.grid(axis="y", alpha=0.3)
+        # Differences of aggregations are far smaller than others: they keep a scale of their own.
+        column[0].sharey(axes[0, 0])
+    axes[0, 0].set_ylabel("r2 against the network")
+    axes[1, 0].set_ylabel("r2 less r2 of the exact model at temperature 1, in pairs")
+    axes[0, 0].legend(fontsize=7)
     samples = report["samples"] * report["seeds"]
     figure.suptitle(
         f"PCA locality on {report['data']['name']}, threshold {report['threshold']:g}: {samples} "
-        f"samples of {report['seeds']} seeds; bars: two standard errors, dots: seeds",
+        f"samples of {report['seeds']} noise seeds; bars: two standard errors over the samples, "
+        "black dots: means of noise seeds",
         fontsize=10,
     )
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-def _bars(axis: Axes, k: int, name: str, found: list[dict[str, Any]]) -> None:
-    """Means with error bars at the end and over all steps, and the means of seeds."""
-    places = [place + 0.16 * k - 0.08 for place in range(len(found))]
-    for told, marker, style, words in (
-        (found, "o", "-", "at the end"),
-        ([record["all_steps"] for record in found], "s", ":", "mean of all steps"),
+def _bars(
+    axis: Axes,
+    k: int,
+    name: str,
+    ends: list[dict[str, Any]],
+    means: list[dict[str, Any]],
+    lines: bool,
+) -> None:
+    """Means with error bars at the end and over all steps, and the means of noise seeds."""
+    for told, shift, marker, style, words in (
+        (ends, -0.03, "o", "-", "at the end"),
+        (means, 0.03, "s", ":", "mean of all steps"),
     ):
-        means = [record["mean"] for record in told]
-        errors = [2 * (record["standard_error"] or 0.0) for record in told]
+        places = [place + 0.2 * k - 0.1 + shift for place in range(len(told))]
         axis.errorbar(
             places,
-            means,
-            yerr=errors,
+            [_number(record["mean"]) for record in told],
+            yerr=_two_errors(told),
             marker=marker,
-            linestyle=style,
+            linestyle=style if lines else "",
             color=f"C{k}",
+            markerfacecolor=f"C{k}" if told is ends else "white",
             markersize=4,
             linewidth=1,
             capsize=2,
             label=f"{name}, {words}",
         )
-    for place, record in zip(places, found, strict=True):
-        axis.plot([place] * len(record["by_seed"]), record["by_seed"], ".", color="k", ms=2.5)
+        for place, record in zip(places, told, strict=True):
+            seeds = [_number(mean) for mean in record["by_seed"]]
+            axis.plot([place] * len(seeds), seeds, ".", color="k", ms=2)
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _two_errors(told: list[dict[str, Any]]) -> list[float]:
+    return [2 * (record["standard_error"] or 0.0) for record in told]
 
 
 def _ceiling(axis: Axes, found: dict[str, Any]) -> None:
-    """What the networks reach against each other."""
+    """What the networks reach against each other, at the end and over all steps."""
     for k, record in enumerate(found.values()):
         for other in record["against"].values():
-            label = "network against network" if k == 0 else None
-            axis.axhline(other["r2"]["mean"], color="0.5", linewidth=1, dashes=(4, 2), label=label)
+            for told, style, words in (
+                (other["r2"], "--", "at the end"),
+                (other["r2"]["all_steps"], ":", "mean of all steps"),
+            ):
+                label = f"network against network, {words}" if k == 0 else None
+                height = _number(told["mean"])
+                axis.axhline(height, color="0.5", linewidth=1, linestyle=style, label=label)
 
 
 def why(report: dict[str, Any], path: Path) -> None:
@@ -84,40 +123,63 @@ def why(report: dict[str, Any], path: Path) -> None:
     plt = _pyplot()
     found = report["results"]["why"]
     times, models = found["timesteps"], found["models"]
-    figure, axes = plt.subplots(1, 4, figsize=(19, 4.4))
+    figure, grid = plt.subplots(2, 3, figsize=(16, 9))
+    *axes, empty = grid.flat
     target = models["network"]
     for k, (name, steps) in enumerate((n, s) for n, s in models.items() if n != "network"):
-        style = {"color": f"C{k}", "marker": "osD^v"[k % 5], "markersize": 3, "label": name}
-        low, middle, high = zip(*(step["effective_sample_size"] for step in steps), strict=True)
-        axes[0].semilogy(times, middle, **style)
-        axes[0].fill_between(times, low, high, color=f"C{k}", alpha=0.12)
-        axes[1].errorbar(
-            times,
-            [step["r2"]["mean"] for step in steps],
-            yerr=[2 * (step["r2"]["standard_error"] or 0.0) for step in steps],
-            capsize=2,
-            **style,
-        )
-        for axis, figure_of in zip(axes[2:], ("gradient_energy", "variance"), strict=True):
-            ratios = [
-                step[figure_of]["mean"] / of_network[figure_of]["mean"]
-                for step, of_network in zip(steps, target, strict=True)
-            ]
-            axis.plot(times, ratios, **style)
-    axes[0].set_title("effective sample size (median, 10 to 90 %)", fontsize=9)
-    axes[1].set_title("r2 of the answer against the network's, same input", fontsize=9)
-    axes[2].set_title("gradient energy over the network's", fontsize=9)
-    axes[3].set_title("variance of the image over the network's", fontsize=9)
-    for axis in axes:
+        # Side by side, or the bars hide each other.
+        shifted = [t - 7 * k for t in times]
+        color = "k" if name == "exact" else f"C{k - 1}"
+        style: dict[str, Any] = {"color": color, "marker": "osD^v"[k % 5], "markersize": 4}
+        if name == "exact":
+            style |= {"linestyle": "--", "zorder": 5}
+        _sizes(axes[0], shifted, steps, found["batches"].get(name), style | {"label": name})
+        for axis, key in ((axes[1], "r2"), (axes[2], "r2_minus_exact")):
+            told = [step[key] for step in steps]
+            means = [_number(record["mean"]) for record in told]
+            axis.errorbar(shifted, means, yerr=_two_errors(told), capsize=2, **style)
+        for axis, key in ((axes[3], "gradient_energy"), (axes[4], "variance")):
+            pairs = zip(steps, target, strict=True)
+            axis.plot(times, [step[key]["mean"] / of[key]["mean"] for step, of in pairs], **style)
+    titles = (
+        "effective sample size: median; bars: 10 to 90 %; thin: number of batches",
+        "r2 of the answer against the network's",
+        "r2 less r2 of the exact answer, in pairs",
+        "gradient energy over the network's",
+        "variance of the image over the network's",
+    )
+    for axis, title, line in zip(axes, titles, (None, None, 0.0, 1.0, 1.0), strict=True):
+        axis.set_title(title, fontsize=10)
         axis.set_xlabel("t")
         axis.invert_xaxis()
         axis.grid(alpha=0.3)
-    for axis in axes[2:]:
-        axis.axhline(1.0, color="0.5", linewidth=1)
-    axes[0].legend(fontsize=8)
+        if line is not None:
+            axis.axhline(line, color="0.5", linewidth=1)
+    empty.axis("off")
+    empty.legend(*axes[0].get_legend_handles_labels(), loc="center", fontsize=11)
+    figure.suptitle(
+        f"The same noisy images for all: the states of {found['samples']} runs of "
+        f"{report['networks'][0]['name']}; error bars of r2: two standard errors over these runs",
+        fontsize=11,
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def _sizes(
+    axis: Axes,
+    times: list[float],
+    steps: list[dict[str, Any]],
+    batches: int | None,
+    style: dict[str, Any],
+) -> None:
+    """Median and spread of the effective sample sizes, and the number of batches."""
+    low, middle, high = zip(*(step["effective_sample_size"] for step in steps), strict=True)
+    axis.semilogy(times, middle, **style)
+    axis.vlines(times, low, high, color=style["color"], linewidth=1, alpha=0.4)
+    if batches is not None:
+        axis.axhline(batches, color=style["color"], linewidth=0.7, alpha=0.8)
 
 
 def samples(runs: Mapping[str, Run], path: Path) -> None:
