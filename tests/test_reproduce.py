@@ -16,9 +16,7 @@ pytest.importorskip("matplotlib", reason="the command draws with matplotlib")
 
 from pyflocality.benchmarks.oracle.unet import UNet  # noqa: E402
 from pyflocality.benchmarks.reproduce import (  # noqa: E402
-    denoising,
     diagnosis,
-    fields,
     methods,
     networks,
     runs,
@@ -454,48 +452,3 @@ def test_outputs_without_inputs():
     kept = scaled >= 0.3 * scaled.max()
     assert last["without_inputs"] == pytest.approx(float((~kept.any(0)).double().mean()))
     assert 0 < last["without_inputs"] < 1
-
-
-def test_denoising_of_test_images(folder, tmp_path):
-    out = tmp_path / "denoising.json"
-    source, network = str(folder / "set.npz"), str(folder / "a.safetensors")
-    arguments = ["--source", source, "--test", source, "--network", network, "--out", str(out)]
-    assert denoising.main([*arguments, "--samples", "2", "--no-progress"]) == 0
-    report = json.loads(out.read_text(encoding="utf-8"))
-    found = {(record["model"], record["t"]): record for record in report["results"]}
-    data = loaded(folder)
-    clean = data.values(0, 2, dtype=torch.float64)
-    noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
-    for t in (50, 400):
-        alpha, sigma = pf.DDPMSchedule()(t)
-        answer = pf.WienerDenoiser(data)(alpha * clean + sigma * noise, sigma, alpha).clamp(-1, 1)
-        squared = (answer.flatten(1)[:, None] - data.values().double().flatten(1)) ** 2
-        record = found["Wiener", t]
-        assert record["mse"]["mean"] == pytest.approx(float((answer - clean).square().mean()), 1e-4)
-        nearest = float(squared.mean(-1).amin(1).mean())
-        assert record["mse_to_nearest_training_image"]["mean"] == pytest.approx(nearest, 1e-4)
-    # The test images are in the training set here: without noise the optimal denoiser knows them.
-    assert found["optimal", 0]["mse"]["mean"] < 1e-9
-    assert out.with_suffix(".png").stat().st_size > 10_000
-
-
-def test_fields_along_a_run(folder, tmp_path):
-    out = tmp_path / "fields.json"
-    source, network = str(folder / "set.npz"), str(folder / "a.safetensors")
-    arguments = ["--source", source, "--network", network, "--out", str(out), "--no-progress"]
-    assert fields.main([*arguments, "--samples", "2", "--steps", "10"]) == 0
-    report = json.loads(out.read_text(encoding="utf-8"))
-    found = {(record["model"], record["t"]): record for record in report["results"]}
-    assert found["network A", 300]["similarity"] == pytest.approx(1)
-    alpha, sigma = pf.DDPMSchedule()(300)
-    covariance = pf.Moments.from_data(loaded(folder)).covariance
-    inner = alpha**2 * covariance + sigma**2 * torch.eye(64, dtype=torch.float64)
-    row = (alpha * covariance @ inner.inverse())[4 * 8 + 4].abs().reshape(1, 8, 8)
-    record = found["Wiener filter", 300]
-    assert record["largest"] == pytest.approx(float(row.max()), rel=1e-4)
-    place = torch.arange(8, dtype=torch.float64) - 4
-    squared = place[:, None] ** 2 + place**2
-    expected = float(((squared * row[0]).sum() / row.sum()).sqrt())
-    assert record["radius"] == pytest.approx(expected, rel=1e-4)
-    with pytest.raises(SystemExit):
-        fields.main([*arguments, "--force", "--steps", "9"])

@@ -7,15 +7,21 @@ jumps to a training image as the noise falls, networks and local models keep the
 noise level: the MSE against the clean test image, and the MSE of the answer against the training
 image nearest to it: 0 where a model recites.
 
-Writes FILE.json and FILE.png; windows of the local model are calibrated by the first network and
-kept in FILE.runs.
+The windows of the local model are those that follow the first network; without a network the local
+model is left out. They have sides of 3 or more: with hardly any noise the model still pastes the
+centres of whole 3 x 3 patches of training images, so its error levels off where others' vanish.
+
+Writes FILE.json and FILE.png; finished models and noise levels are kept in FILE.runs, and an
+interrupted command goes on where it ended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,16 +32,21 @@ from pyflocality.ops import nearest_images
 
 from ..cpu_suite import write_json
 from . import methods, networks
+from .draw import line_style
 from .networks import Network
-from .runs import KeptRuns, starting_noise
+from .runs import KeptRuns, Run, Settings, starting_noise
 from .scores import summary
 from .study import Study
 from .windows import calibrated_windows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TIMES = (0, 20, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900)
 # Rows of the picture: one test image at these times.
 _DRAWN = (50, 100, 200, 300, 400, 500, 600, 700, 800)
 _NAMES = ("optimal", "wiener", "local", "pca-locality", "pca-locality-batch-mean")
+_MEASURES = ("mse", "mse_to_nearest_training_image")
 _SEED = 0
 # Smaller errors are rounding.
 _FLOOR = 1e-6
@@ -44,17 +55,39 @@ Model = Callable[[Tensor, float, float], Tensor]
 
 
 def models(
-    data: pf.TrainingSet, trained: Sequence[Network], windows: pf.WindowTable, threshold: float
-) -> dict[str, Model]:
-    """What restores the images, by its name in the figure."""
-    moments = pf.Moments.from_data(data)
-    found: dict[str, Model] = {network.name: networks.load(network.path) for network in trained}
+    data: pf.TrainingSet,
+    trained: Sequence[Network],
+    windows: pf.WindowTable | None,
+    threshold: float,
+) -> Iterator[tuple[str, Settings, Callable[[], Model]]]:
+    """What restores the images: its name in the figure, its settings, and what makes it.
+
+    The batch mean is there twice: over batches of mixed classes, as published loaders have them,
+    and where there are classes over the images sorted by class, as folders and zips come. The
+    local model is left out where there are no windows.
+    """
+    moments = functools.cache(lambda: pf.Moments.from_data(data))
+
+    def build(settings: Settings) -> Model:
+        searched = data
+        if settings.get("order") == "by class":
+            searched = data.subset(data.labels.argsort(stable=True))
+        needed = methods.METHODS[settings["model"]].needs_moments
+        return methods.build(settings, searched, moments() if needed else None)
+
+    for network in trained:
+        yield network.name, network.settings, functools.partial(networks.load, network.path)
     for name in _NAMES:
+        if name == "local" and windows is None:
+            continue
         settings = methods.settings_of(
             name, data.image_shape, threshold, {"local": windows}, els_images=len(data)
         )
-        found[methods.METHODS[name].label] = methods.build(settings, data, moments)
-    return found
+        label = methods.METHODS[name].label
+        yield label, settings, functools.partial(build, settings)
+        if name == "pca-locality-batch-mean" and data.labels is not None:
+            settings = settings | {"order": "by class"}
+            yield f"{label}, sorted by class", settings, functools.partial(build, settings)
 
 
 def nearest(images: Tensor, data: pf.TrainingSet) -> Tensor:
@@ -64,37 +97,55 @@ def nearest(images: Tensor, data: pf.TrainingSet) -> Tensor:
 
 
 @torch.no_grad()
+def restore_once(
+    model: Model, clean: Tensor, noise: Tensor, t: int, data: pf.TrainingSet
+) -> tuple[Tensor, dict[str, Any]]:
+    """The first image as the model restores it, [1, C, H, W], and the errors of all."""
+    clock = time.perf_counter()
+    alpha, sigma = pf.DDPMSchedule()(t)
+    answer = model(alpha * clean + sigma * noise, sigma, alpha).clamp(-1, 1)
+    seconds = time.perf_counter() - clock
+    errors = (pf.metrics.mse(answer, target).tolist() for target in (clean, nearest(answer, data)))
+    return answer[:1], dict(zip(_MEASURES, errors, strict=True)) | {"seconds": round(seconds, 4)}
+
+
 def restore(
-    clean: Tensor, found: dict[str, Model], data: pf.TrainingSet, *, seed: int, progress: bool
+    clean: Tensor,
+    found: Sequence[tuple[str, Settings, Callable[[], Model]]],
+    data: pf.TrainingSet,
+    kept: KeptRuns,
+    *,
+    progress: bool,
 ) -> tuple[list[dict[str, Any]], dict[tuple[str, int], Tensor]]:
     """A record for each model and time, and the first image as each restores it.
 
     Args:
         clean: Test images [n, C, H, W].
-        found: Models by name.
+        found: Models by name, with their settings.
         data: The training set.
-        seed: Seed of the noise, which is the same at all noise levels.
+        kept: Where finished models and times lie, found by the images and the noise, too.
         progress: Whether to show a progress bar.
     """
-    noise = starting_noise(tuple(clean.shape[1:]), len(clean), seed)
+    # The same at all noise levels.
+    noise = starting_noise(tuple(clean.shape[1:]), len(clean), _SEED)
     schedule = pf.DDPMSchedule()
     records, drawn = [], {}
-    visits = [(t, name) for t in TIMES for name in found]
-    for t, name in progress_bar(visits, description="denoising", enabled=progress):
+    for t in TIMES:
         alpha, sigma = schedule(t)
-        x = alpha * clean + sigma * noise
-        answer = found[name](x, sigma, alpha).clamp(-1, 1)
-        close = nearest(answer, data)
-        records.append(
-            {
-                "model": name,
-                "t": t,
-                "noise_to_signal": sigma / alpha,
-                "mse": summary(pf.metrics.mse(answer, clean)),
-                "mse_to_nearest_training_image": summary(pf.metrics.mse(answer, close)),
-            }
-        )
-        drawn["noisy", t], drawn[name, t] = x[:1], answer[:1]
+        drawn["noisy", t] = alpha * clean[:1] + sigma * noise[:1]
+    made = {name: functools.cache(make) for name, _, make in found}
+    visits = [(name, settings, t) for name, settings, _ in found for t in TIMES]
+    for name, settings, t in progress_bar(visits, description="denoising", enabled=progress):
+
+        def make(name: str = name, t: int = t) -> Run:
+            return Run(*restore_once(made[name](), clean, noise, t, data))
+
+        run, _ = kept.get(settings["model"], settings | {"t": t}, make)
+        alpha, sigma = schedule(t)
+        record = {"model": name, "t": t, "noise_to_signal": sigma / alpha}
+        record |= {measure: summary(torch.tensor(run.facts[measure])) for measure in _MEASURES}
+        records.append(record | {"seconds": run.facts["seconds"]})
+        drawn[name, t] = run.x0
     return records, drawn
 
 
@@ -111,30 +162,22 @@ def draw(
     rows = ["noisy", *names]
     figure = plt.figure(figsize=(13, 4.8 + 0.9 * len(rows)), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[4.8, 0.9 * len(rows)])
-    told = (
-        ("mse", "MSE against the clean test image"),
-        ("mse_to_nearest_training_image", "MSE against the nearest training image"),
-    )
-    for axis, (measure, title) in zip(top.subplots(1, 2), told, strict=True):
+    titles = ("the clean test image", "the nearest training image")
+    for axis, measure, title in zip(top.subplots(1, 2), _MEASURES, titles, strict=True):
+        told = [record[measure] for record in report["results"]]
+        floor = max(_FLOOR, 0.5 * min((t["mean"] for t in told if t["mean"] > 0), default=1.0))
         for k, name in enumerate(names):
             of_model = [record for record in report["results"] if record["model"] == name]
-            axis.errorbar(
-                [record["noise_to_signal"] for record in of_model],
-                [record[measure]["mean"] for record in of_model],
-                yerr=[record[measure]["standard_error"] or 0.0 for record in of_model],
-                color=f"C{k}",
-                marker="o",
-                markersize=3,
-                linewidth=1,
-                label=name,
-            )
+            _draw_line(axis, of_model, measure, floor, **line_style(k), label=name)
         axis.set_xscale("log")
         axis.set_yscale("log")
-        axis.set_ylim(bottom=max(_FLOOR, axis.get_ylim()[0]))
+        axis.set_ylim(bottom=0.8 * floor)
         axis.set_xlabel("noise level sigma / alpha")
-        axis.set_title(title, fontsize=10)
+        axis.set_title(f"MSE against {title}; bars: one standard error", fontsize=10)
+        if floor == _FLOOR:
+            axis.set_ylabel(f"MSE, anything below {_FLOOR:g} drawn there")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    top.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     axes = bottom.subplots(len(rows), len(_DRAWN) + 1, squeeze=False)
     for line, name in zip(axes, rows, strict=True):
         for axis, t in zip(line[1:], _DRAWN, strict=True):
@@ -153,7 +196,18 @@ def draw(
     plt.close(figure)
 
 
-def _show(axis: Any, image: Tensor) -> None:  # noqa: ANN401
+def _draw_line(
+    axis: Axes, records: Sequence[dict[str, Any]], measure: str, floor: float, **style: object
+) -> None:
+    """Means and standard errors of a model; bars end at the floor, below which is nothing."""
+    means = [max(record[measure]["mean"], floor) for record in records]
+    errors = [record[measure]["standard_error"] or 0.0 for record in records]
+    below = [min(error, mean - floor) for mean, error in zip(means, errors, strict=True)]
+    levels = [record["noise_to_signal"] for record in records]
+    axis.errorbar(levels, means, yerr=[below, errors], **style)
+
+
+def _show(axis: Axes, image: Tensor) -> None:
     shown = (image.clamp(-1, 1) + 1) / 2
     grey = shown.shape[0] != 3
     axis.imshow(
@@ -165,7 +219,7 @@ def _show(axis: Any, image: Tensor) -> None:  # noqa: ANN401
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study; returns the exit code."""
-    study = Study("denoising", 64, "test images")
+    study = Study("denoising", 64, "test images", needs_network=False)
     study.parser.add_argument("--test", required=True, help="test images")
     study.start(arguments)
     data, options, progress = study.data, study.options, study.progress
@@ -173,16 +227,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if test.image_shape != data.image_shape:
         study.parser.error(f"--test must be images of {data.image_shape}, got {test.image_shape}")
     clean = test.values(0, options.samples)
-    kept = KeptRuns(options.out.with_suffix(".runs"), {"images": data.content_key()})
-    windows = calibrated_windows(
-        "local", data, study.trained[0], kept, seed=_SEED + 1, progress=progress
-    )
-    found = models(data, study.trained, windows, options.threshold)
-    results, drawn = restore(clean, found, data, seed=_SEED, progress=progress)
+    folder, common = options.out.with_suffix(".runs"), {"images": data.content_key()}
+    windows = None
+    if study.trained:
+        windows = calibrated_windows(
+            *("local", data, study.trained[0], KeptRuns(folder, common)),
+            seed=_SEED + 1,
+            progress=progress,
+        )
+    common |= {"test": test.content_key(), "samples": len(clean), "seed": _SEED}
+    found = list(models(data, study.trained, windows, options.threshold))
+    results, drawn = restore(clean, found, data, KeptRuns(folder, common), progress=progress)
     report = study.report(
         results,
         test={"name": test.name, "images": len(clean)},
-        windows=[window for _, window in windows],
+        windows=None if windows is None else [window for _, window in windows],
+        left_out=[methods.METHODS["local"].label] if windows is None else [],
     )
     write_json(report, options.out)
     picture = options.out.with_suffix(".png")

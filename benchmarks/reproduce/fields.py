@@ -2,20 +2,26 @@
 
     python -m benchmarks.reproduce.fields --source TRAIN --network A --out FILE.json
 
-|d x0[centre] / d x_t| at the states of each model's own DDIM run, mean of the samples, scaled to
-[0, 1]; for networks, PCA locality and the Wiener filter, whose field is the same for all images.
-For each step and model: the cosine similarity of its mean field with that of the first network,
-and its radius, the root of the mean squared distance of the field's mass from the output pixel.
+|d x0[centre] / d x_t| at the states of each model's own DDIM run, mean of the samples; for
+networks, PCA locality and the Wiener filter, whose field is the same for all images. For each step
+and model: the cosine similarity of its mean field with that of the first network, its radius, the
+root of the mean squared distance of the field's mass from the output pixel, and the field itself:
+its values in the order channel, row, column with 4 significant digits, separated by spaces. None
+stands for what cannot be told, as the radius of a field that is zero everywhere.
 
 The paper's runs have 1000 steps; `--steps` asks for that many where there is time.
 
-Writes FILE.json and FILE.png.
+Writes FILE.json and FILE.png, where each field is scaled to its largest value; finished models are
+kept in FILE.runs, and an interrupted command goes on with the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,37 +33,98 @@ from pyflocality.analysis.sensitivity import SensitivityRun
 
 from ..cpu_suite import write_json
 from . import networks
-from .runs import starting_noise
+from .runs import KeptRuns, Run, Settings, starting_noise
 from .study import Study
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 LEVELS = 10
+_SEED = 0
 
 
-def radius(field: Tensor, pixel: tuple[int, int]) -> float:
+def radius(field: Tensor, pixel: tuple[int, int]) -> float | None:
     """Root of the mean squared distance of a field [C, H, W] from a pixel, weighted by it."""
     mass = field.double().sum(0)
     rows = torch.arange(mass.shape[0], dtype=torch.float64)[:, None] - pixel[0]
     columns = torch.arange(mass.shape[1], dtype=torch.float64)[None] - pixel[1]
-    return float(((rows**2 + columns**2) * mass).sum() / mass.sum()) ** 0.5
+    return _known((((rows**2 + columns**2) * mass).sum() / mass.sum()).sqrt())
+
+
+def similarity(field: Tensor, other: Tensor) -> float | None:
+    """Cosine of the angle between two fields of one shape."""
+    u, v = field.double().flatten(), other.double().flatten()
+    return _known(u @ v / (u.norm() * v.norm()))
 
 
 def compare(runs: dict[str, SensitivityRun], reference: str) -> list[dict[str, Any]]:
-    """A record for each model and level of how its field is like that of the reference."""
+    """A record for each model and level of its field, and how it is like that of the reference."""
     records = []
     for name, run in runs.items():
         for level, t in enumerate(run.timesteps.tolist()):
-            field, target = run.fields[level, 0], runs[reference].fields[level, 0]
-            cosine = torch.cosine_similarity(field.double().flatten(), target.double().flatten(), 0)
+            field = run.fields[level, 0]
             records.append(
                 {
                     "model": name,
                     "t": t,
-                    "largest": float(field.max()),
+                    "largest": _known(field.max()),
                     "radius": radius(field, run.pixels[0][1:]),
-                    "similarity": float(cosine),
+                    "similarity": similarity(field, runs[reference].fields[level, 0]),
+                    "field": " ".join(f"{value:.4g}" for value in field.flatten().tolist()),
                 }
             )
     return records
+
+
+def make_or_find(
+    model: Callable[[], pf.Denoiser],
+    settings: Settings,
+    pixel: tuple[int, int, int],
+    noise: Tensor,
+    steps: int,
+    kept: KeptRuns,
+    *,
+    progress: bool,
+) -> tuple[SensitivityRun, float]:
+    """The mean fields of a model, made unless they are kept, and the seconds that took.
+
+    Args:
+        model: Makes the model.
+        settings: All that its answers depend on besides the images.
+        pixel: Output value (c, h, w).
+        noise: Starting states [n, C, H, W].
+        steps: Steps of the run, of which at most `LEVELS` are looked at.
+        kept: Where finished models lie, found by the noise and the steps, too.
+        progress: Whether to show progress bars.
+    """
+
+    def make() -> Run:
+        clock = time.perf_counter()
+        found = analysis.sensitivity_along_run(
+            model(), pixel, steps=steps, every=-(-steps // LEVELS), x_T=noise, progress=progress
+        )
+        levels = {name: getattr(found, name).tolist() for name in ("timesteps", "alpha", "sigma")}
+        return Run(found.fields, levels | {"seconds": round(time.perf_counter() - clock, 2)})
+
+    run, _ = kept.get(settings["model"], settings | {"pixel": list(pixel)}, make)
+    levels = (torch.tensor(run.facts[name]) for name in ("timesteps", "alpha", "sigma"))
+    return SensitivityRun(run.x0, *levels, (pixel,)), run.facts["seconds"]
+
+
+def draw(runs: dict[str, SensitivityRun], records: Sequence[dict[str, Any]]) -> Figure:
+    """The fields, each with its radius and similarity below it."""
+    figure = figures.sensitivity_figure(runs)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.3 * len(runs))
+    # One panel for each record: levels are few enough to be drawn all.
+    for axis, record in zip(figure.axes, records, strict=True):
+        told = (("r", record["radius"], 1), ("cos", record["similarity"], 2))
+        parts = [f"{name} " + ("-" if v is None else f"{v:.{n}f}") for name, v, n in told]
+        axis.set_xlabel("  ".join(parts), fontsize=6, labelpad=2)
+    figure.suptitle(
+        f"r: radius in pixels; cos: similarity with the field of {next(iter(runs))}", fontsize=8
+    )
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,35 +137,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, data, progress = study.options, study.data, study.progress
     if options.steps < LEVELS:
         study.parser.error(f"--steps must be at least {LEVELS}, got {options.steps}")
-    moments = pf.Moments.from_data(data, progress=progress)
-    models: dict[str, pf.Denoiser] = {
-        network.name: networks.load(network.path) for network in study.trained
-    }
-    models["PCA locality"] = pf.PCALocalityDenoiser(data, options.threshold, moments=moments)
-    models["Wiener filter"] = pf.WienerDenoiser(moments)
     channels, height, width = data.image_shape
     pixel = (channels // 2, height // 2, width // 2)
-    noise = starting_noise(data.image_shape, options.samples, 0)
-    runs = {}
-    for name, model in models.items():
+    noise = starting_noise(data.image_shape, options.samples, _SEED)
+    common = {
+        "images": data.content_key(),
+        "samples": options.samples,
+        "seed": _SEED,
+        "steps": options.steps,
+    }
+    kept = KeptRuns(options.out.with_suffix(".runs"), common)
+    runs, seconds = {}, {}
+    for name, (settings, model) in _models(study).items():
         print(f"fields of {name}", flush=True)
-        runs[name] = analysis.sensitivity_along_run(
-            model,
-            pixel,
-            steps=options.steps,
-            every=options.steps // LEVELS,
-            x_T=noise,
-            progress=progress,
+        runs[name], seconds[name] = make_or_find(
+            model, settings, pixel, noise, options.steps, kept, progress=progress
         )
     reference = study.trained[0].name
+    records = compare(runs, reference)
     report = study.report(
-        compare(runs, reference), steps=options.steps, pixel=list(pixel), similarity_with=reference
+        records,
+        steps=options.steps,
+        pixel=list(pixel),
+        similarity_with=reference,
+        seconds_by_model=seconds,
     )
     write_json(report, options.out)
     picture = options.out.with_suffix(".png")
-    figures.sensitivity_figure(runs).savefig(picture, dpi=110)
+    draw(runs, records).savefig(picture, dpi=110)
     print(f"written: {options.out}\nwritten: {picture}")
     return 0
+
+
+def _models(study: Study) -> dict[str, tuple[Settings, Callable[[], pf.Denoiser]]]:
+    """Settings of each model, and what makes it."""
+    data, threshold = study.data, study.options.threshold
+    moments = functools.cache(lambda: pf.Moments.from_data(data, progress=study.progress))
+    found: dict[str, tuple[Settings, Callable[[], pf.Denoiser]]] = {
+        network.name: (network.settings, functools.partial(networks.load, network.path))
+        for network in study.trained
+    }
+    found["PCA locality"] = (
+        {"model": "pca-locality", "threshold": threshold},
+        lambda: pf.PCALocalityDenoiser(data, threshold, moments=moments()),
+    )
+    found["Wiener filter"] = ({"model": "wiener"}, lambda: pf.WienerDenoiser(moments()))
+    return found
+
+
+def _known(value: Tensor) -> float | None:
+    """A number, or None where it is none: JSON has no such values."""
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
 if __name__ == "__main__":

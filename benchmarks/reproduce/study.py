@@ -25,6 +25,7 @@ class Study:
         name: The module's name in this package.
         samples: How many samples there are if not given.
         about: What the samples are.
+        needs_network: Whether there must be a network.
 
     Attributes:
         parser: Takes further options before `start`.
@@ -39,7 +40,7 @@ class Study:
     trained: list[Network]
     progress: bool
 
-    def __init__(self, name: str, samples: int, about: str) -> None:
+    def __init__(self, name: str, samples: int, about: str, *, needs_network: bool = True) -> None:
         self.name, self._clock = name, time.perf_counter()
         self.parser = argparse.ArgumentParser(prog=f"python -m benchmarks.reproduce.{name}")
         add = self.parser.add_argument
@@ -48,7 +49,8 @@ class Study:
             "--network",
             type=Path,
             action="append",
-            required=True,
+            required=needs_network,
+            default=[],
             help="trained network; given several times, the first is the one that is followed",
         )
         add("--out", type=Path, required=True, help="JSON file to write")
@@ -71,9 +73,13 @@ class Study:
         if not 0 <= options.threshold < 1:
             self.parser.error(f"--threshold must be in [0, 1), got {options.threshold}")
         try:
-            networks.check_networks(options.network)
+            if options.network:
+                networks.check_networks(options.network)
             self.data = methods.load_mixed(options.source, progress=self.progress)
-            self.trained = networks.check_networks(options.network, self.data.image_shape)
+            shape = self.data.image_shape
+            self.trained = (
+                networks.check_networks(options.network, shape) if options.network else []
+            )
         except (ValueError, FileNotFoundError) as error:
             self.parser.error(str(error))
 
