@@ -335,11 +335,11 @@ def test_gradient_energy():
 
 
 def test_sweeps(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweeps, "TEMPERATURES", (1.0, 2.0))
+    monkeypatch.setattr(sweeps, "THRESHOLDS", (0.1,))
     monkeypatch.setattr(sweeps, "FURTHER_THRESHOLDS", (0.1, 0.3))
     monkeypatch.setattr(sweeps, "FURTHER", 7)
     monkeypatch.setattr(sweeps, "ORDERS", (2,))
-    monkeypatch.setattr(sweeps, "TEMPERATURES", (1.0, 2.0))
-    monkeypatch.setattr(sweeps, "THRESHOLDS", (0.1,))
     monkeypatch.setattr(sweeps, "BATCHES", (7,))
     monkeypatch.setattr(sweeps, "DIAGNOSED", (7,))
     out = tmp_path / "sweeps.json"
@@ -402,10 +402,12 @@ def test_sweeps(folder, tmp_path, monkeypatch, capsys):
     alpha, sigma = pf.DDPMSchedule()(900)
     dense = pf.PCALocalityDenoiser(data, 0.1).weights_at(sigma, alpha).dense(torch.float64)
     [*_, last] = report["results"]["masks"]["0.1"]
-    assert report["results"]["why"]["batches"] == {"batch_mean 7": 4, sweeps.CLASS_ORDER: 4}
     first = report["results"]["masks"]["0.1"][0]
-    assert list(why) == ["network", "exact", "batch_mean 7", sweeps.CLASS_ORDER]
     assert first["density"] == pytest.approx(float(dense.mean())) and last["t"] == 0
+    assert report["results"]["why"]["batches"] == {"batch_mean 7": 4, sweeps.CLASS_ORDER: 4}
+    why = report["results"]["why"]["models"]
+    assert list(why) == ["network", "exact", "batch_mean 7", sweeps.CLASS_ORDER]
+    assert len(why["exact"]) == 10 and why["batch_mean 7"][-1]["effective_sample_size"][0] >= 3.99
     network = networks.load(folder / "a.safetensors")
     network.module.double()
     out_of = pf.sample(network, x_T=noise[:2].double(), steps=10, progress=False)
@@ -420,8 +422,6 @@ def test_sweeps(folder, tmp_path, monkeypatch, capsys):
     told = why[sweeps.CLASS_ORDER][at]["r2_minus_exact"]
     assert told["mean"] == pytest.approx(float((apart[0] - apart[1]).mean()), abs=2e-3)
     assert abs(told["mean"]) > 0.005 and why["exact"][at]["r2_minus_exact"]["mean"] == 0
-    why = report["results"]["why"]["models"]
-    assert len(why["exact"]) == 10 and why["batch_mean 7"][-1]["effective_sample_size"][0] >= 3.99
     for suffix in (".png", "-why.png", "-samples.png"):
         assert (tmp_path / f"sweeps{suffix}").stat().st_size > 1000
 
