@@ -1,14 +1,18 @@
-"""Sections of the README that come from results files, between comments that mark them."""
+"""Sections of README.md and docs/findings.md that come from results files, between marks."""
 
 from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Callable
 
+from . import quality_tables
 from .report_figures import CAPTIONS
 from .results_files import NOT_MEASURED, Results, cpu_results, latest
 
-_COMMENT = "<!-- {edge} of {name}: python -m benchmarks.report --readme README.md -->"
+_COMMENT = "<!-- {edge} of {name}: python -m benchmarks.report --readme {page} -->"
+
+Section = Callable[[list[Results]], str]
 
 # Figures of the summary that the README shows; those of libraries where they ran.
 _FIGURES = (
@@ -70,14 +74,33 @@ def speed_section(results: list[Results]) -> str:
 
 
 def quality_section(results: list[Results]) -> str:
-    """The table of models against trained networks, as `pyflocality reproduce` writes it."""
-    from .reproduce.table import markdown
+    """The models against the first network, in short."""
+    from .reproduce.scores import shown
 
     found = latest(results, "reproduce")
     if found is None:
         return f"Quality against trained networks: {NOT_MEASURED}."
-    told = f"`{found.command}`, [results file](benchmarks/results/{found.path.name})."
-    lines = [markdown(found.report).strip(), "", _filled(told)]
+    report, name = found.report, f"benchmarks/results/{found.path.name}"
+    first = report["networks"][0]["name"]
+    told = (
+        f"{report['data']['name']}, {report['settings']['samples']} images of each model from the "
+        f"same noise in {len(report['settings']['timesteps'])} DDIM steps, against those of a "
+        "small U-Net: mean ± standard error. The second network differs from the first in its "
+        "seed alone. docs/findings.md have the whole table, how long the networks were trained, "
+        f"and what it means; [results file]({name})."
+    ).replace("docs/findings.md", "[The findings](docs/findings.md)")
+    lines = [_filled(told), "", "| model | MSE | r2 | r2 of all steps | s / step |"]
+    lines.append("|---|---|---|---|---|")
+    for row in report["table"]:
+        one = row["against"].get(first)
+        if one is None:
+            continue
+        label = row["label"]
+        if row["samples"] < report["settings"]["samples"]:
+            label += f"; {row['images']:,} images, {row['samples']} samples"
+        cells = [label, shown(one["mse"]["final"], 4), shown(one["r2"]["final"], 3)]
+        cells += [shown(one["r2"]["all_steps"], 3), f"{row['seconds_per_step']:.3g}"]
+        lines.append("| " + " | ".join(cells) + " |")
     # The others are on the report's page.
     if "samples" in found.pictures:
         picture = found.pictures["samples"].name
@@ -85,35 +108,85 @@ def quality_section(results: list[Results]) -> str:
     return "\n".join(lines)
 
 
+def table_section(results: list[Results]) -> str:
+    """The table of models against trained networks, as `pyflocality reproduce` writes it."""
+    from .reproduce.table import markdown
+
+    found = latest(results, "reproduce")
+    if found is None:
+        return f"Table of models against networks: {NOT_MEASURED}."
+    head, rows, tail = markdown(found.report).strip().split("\n\n")
+    told = f"`{found.command}`, [results file](benchmarks/results/{found.path.name})."
+    paragraphs = [_filled(head), rows, _filled(tail), _filled(told)]
+    for name in ("steps", "samples"):
+        if name in found.pictures:
+            picture = found.pictures[name].name
+            paragraphs.append(f"![{CAPTIONS[name]}](benchmarks/results/{picture})")
+    return "\n\n".join(paragraphs)
+
+
 def _filled(text: str) -> str:
     """A paragraph in lines of at most 100 characters, links and words whole."""
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
-_SECTIONS = {"speed": speed_section, "quality": quality_section}
+def _study(kind: str, table: Callable[[dict], str], picture: str = "") -> Section:
+    """A section with a table of a study beside networks, and its picture of a name."""
+
+    def section(results: list[Results]) -> str:
+        found = latest(results, kind)
+        if found is None:
+            return f"{kind.capitalize()}: {NOT_MEASURED}."
+        note, _, rows = table(found.report).partition("\n\n")
+        told = f"`{found.command}`, [results file](benchmarks/results/{found.path.name})."
+        lines = [_filled(note), "", rows, "", _filled(told)]
+        if picture in found.pictures:
+            caption = CAPTIONS.get(picture, picture) or kind.capitalize()
+            lines += ["", f"![{caption}](benchmarks/results/{found.pictures[picture].name})"]
+        return "\n".join(lines)
+
+    return section
+
+
+_SECTIONS: dict[str, Section] = {
+    "speed": speed_section,
+    "quality": quality_section,
+    "table": table_section,
+    "sweeps": _study("sweeps", quality_tables.sweeps),
+    "diagnosis": _study("sweeps", quality_tables.diagnosis, "why"),
+    "masks": _study("sweeps", quality_tables.masks, "samples"),
+    "fields": _study("fields", quality_tables.fields),
+    "denoising": _study("denoising", quality_tables.denoising),
+}
 
 
 def rewritten(text: str, results: list[Results]) -> str:
-    """A README with its marked sections as the results files have them; the rest as it is.
+    """A page with its marked sections as the results files have them; the rest as it is.
+
+    Links of a page in a folder of the repository lead back to its root.
 
     Raises:
         FileNotFoundError: A section's results file is not there.
         ValueError: No section is marked, or one has not one beginning and one end, in this order.
     """
+    pages = set(re.findall(_COMMENT.format(edge="(?:Begin|End)", name=r"\w+", page=r"(\S+)"), text))
+    if len(pages) > 1:
+        raise ValueError(f"expected marks of one page, got {', '.join(sorted(pages))}")
+    page = next(iter(pages), "README.md")
+    back = "](" + "../" * page.count("/") + "benchmarks/results/"
     marked = False
     for name, section in _SECTIONS.items():
-        start, end = (_COMMENT.format(edge=edge, name=name) for edge in ("Begin", "End"))
+        start, end = (_COMMENT.format(edge=edge, name=name, page=page) for edge in ("Begin", "End"))
         counts = text.count(start), text.count(end)
         if counts == (0, 0):
             continue
         marked = True
         between = re.compile(f"{re.escape(start)}\n.*?{re.escape(end)}", re.DOTALL)
         if counts != (1, 1) or between.search(text) is None:
-            raise ValueError(f"README: expected one {start!r} and after it one {end!r}")
-        body = f"{start}\n{section(results)}\n{end}"
+            raise ValueError(f"{page}: expected one {start!r} and after it one {end!r}")
+        body = f"{start}\n{section(results).replace('](benchmarks/results/', back)}\n{end}"
         text = between.sub(lambda _, body=body: body, text)
     if not marked:
-        raise ValueError(
-            f"README: expected a section marked {_COMMENT.format(edge='Begin', name='speed')!r}"
-        )
+        start = _COMMENT.format(edge="Begin", name="speed", page=page)
+        raise ValueError(f"{page}: expected a section marked {start!r}")
     return text

@@ -1,11 +1,12 @@
-"""A static page, and the README's sections, from committed results files and nothing else.
+"""A static page, and sections of pages, from committed results files and nothing else.
 
     python -m benchmarks.report --out DIR
     python -m benchmarks.report --readme README.md
+    python -m benchmarks.report --readme docs/findings.md
 
 The first writes DIR/index.html with its pictures and the results files it is made of: speed-ups
 against every baseline, the roofline, scaling curves, the studies, and the table of models against
-trained networks. The second rewrites what stands between the README's marks, and nothing else.
+trained networks. The others rewrite what stands between the marks of a page, and nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import quality_tables
 from .plots import draw
 from .readme_sections import rewritten
 from .report_figures import (
@@ -40,6 +42,11 @@ from .results_files import (
 )
 from .summary import size_of
 
+_TABLES = {
+    "sweeps": (quality_tables.sweeps, quality_tables.diagnosis, quality_tables.masks),
+    "denoising": (quality_tables.denoising,),
+    "fields": (quality_tables.fields,),
+}
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums }
@@ -184,46 +191,9 @@ def _quality(results: list[Results], out: Path) -> list[str]:
         shows = (module.__doc__ or "").partition("\n")[0]
         for one in (one for one in results if one.kind == kind):
             parts += [_title(one.path.stem), f"<p>{html.escape(shows)}</p>"]
-            parts += [_sweeps_table(one.report)] if kind == "sweeps" else []
+            parts += [_from_markdown(table(one.report)) for table in _TABLES[kind]]
             parts += [_origin(one), *_pictures(one, out)]
     return parts
-
-
-def _sweeps_table(report: Record) -> str:
-    """r2 of every variant against each network, and paired differences where they are told."""
-    from .reproduce.scores import shown
-
-    results, names = report["results"], [network["name"] for network in report["networks"]]
-    rows = [
-        ("networks", name, record)
-        for name, record in results["networks_against_each_other"].items()
-        if record["against"]
-    ]
-    for kind, found in results["sweeps"].items():
-        rows += [(kind, value, record) for value, record in found.items()]
-    paired = any("minus_exact" in record for _, _, record in rows)
-    head = ["sweep", "variant"]
-    for name in names:
-        head += [f"r2, {name}", f"r2 of all steps, {name}"]
-        head += ["minus exact", "minus exact, of all steps"] if paired else []
-    lines = []
-    for kind, value, record in rows:
-        cells = [kind, value]
-        for name in names:
-            r2 = record["against"].get(name, {}).get("r2")
-            told = [None, None] if r2 is None else [r2, r2["all_steps"]]
-            if paired:
-                minus = record.get("minus_exact", {}).get(name, {})
-                told += [minus.get("final"), minus.get("all_steps")]
-            cells += ["" if one is None else shown(one, 3) for one in told]
-        lines.append(cells)
-    note = f"{report['samples'] * report['seeds']} samples; mean ± standard error over them."
-    if paired:
-        note += (
-            " Minus exact: r2 less that of the exact model at temperature 1, image by image; its "
-            f"threshold is {report['threshold']:g}, for an aggregation that of the aggregation."
-        )
-    return f"<p>{note}</p>\n{_table(head, lines)}"
 
 
 def _studies(results: list[Results], out: Path) -> list[str]:
@@ -298,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="folder for the page")
     parser.add_argument("--force", action="store_true", help="replace the page where it exists")
-    parser.add_argument("--readme", type=Path, help="README to rewrite between its marks")
+    parser.add_argument("--readme", type=Path, help="page to rewrite between its marks")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the results files")
     return parser
 

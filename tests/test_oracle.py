@@ -11,6 +11,9 @@ import torch
 import pyflocality as pf
 from pyflocality.benchmarks.oracle.train import Training, main
 from pyflocality.benchmarks.oracle.unet import UNet
+from pyflocality.benchmarks.reproduce.networks import check_networks
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SMALL = [
     "--width",
@@ -142,3 +145,23 @@ def _next(training: Training) -> torch.Tensor:
     greys = training.batch()[:, 0, 0, 0]
     training.steps += 1
     return greys
+
+
+def test_networks_that_results_tell_of_are_there():
+    folder = ROOT / "benchmarks" / "oracle" / "checkpoints"
+    files = sorted(folder.glob("*.safetensors"))
+    there = {network.path.name: network for network in check_networks(files)}
+    kinds = ("reproduce", "sweeps", "fields", "denoising")
+    told = [
+        network
+        for path in (ROOT / "benchmarks" / "results").glob("*.json")
+        if path.name.startswith(kinds)
+        for network in json.loads(path.read_text(encoding="utf-8"))["networks"]
+    ]
+    assert told
+    for network in told:
+        assert network["sha256"] == there[network["file"]].sha256
+    for name, network in there.items():
+        assert network.path.stat().st_size < 20e6
+        log = (folder / name).with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
+        assert json.loads(log[-1])["steps"] == network.facts["steps"]

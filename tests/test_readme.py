@@ -171,3 +171,19 @@ def test_marked_sections_are_what_the_report_writes():
     for name, heading in (("speed", "Speed"), ("quality", "Quality")):
         assert f"\n## {heading}\n\n<!-- Begin of {name}: " in README
     assert rewritten(README, read_results(FOLDER)) == README
+
+
+def test_findings_are_those_of_the_results_files():
+    path = ROOT / "docs" / "findings.md"
+    text = path.read_text(encoding="utf-8")
+    for name in ("table", "sweeps", "diagnosis", "masks", "fields", "denoising"):
+        assert text.count(f"<!-- Begin of {name}: ") == 1
+    assert rewritten(text, read_results(FOLDER)) == text
+    # What is written by hand has no figures of its own.
+    prose = re.sub(r"<!-- Begin of (\w+):.*?<!-- End of \1:[^\n]*", "", text, flags=re.DOTALL)
+    settings = re.findall(r"\d+\.\d+", re.sub(r"\]\([^)]*\)|`[^`]*`", "", prose))
+    assert settings == []
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert len(pictures) >= 4
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (path.parent / target).is_file(), target

@@ -216,7 +216,7 @@ def test_rows_of_the_readme_are_those_of_the_file(folder, committed):
     ],
 )
 def test_marks_that_are_wrong_are_an_error(folder, text):
-    with pytest.raises(ValueError, match="README: expected"):
+    with pytest.raises(ValueError, match="README.md: expected"):
         rewritten(text, read_results(folder))
 
 
@@ -277,11 +277,31 @@ def test_table_of_models_is_that_of_reproduce(folder, reproduced, tmp_path):
         picture = f"reproduce-mnist-2020-01-04-{name}.png"
         assert (tmp_path / "page" / picture).read_bytes() == (folder / picture).read_bytes()
         assert re.search(f'src="{picture}" alt="{caption}.*\n<figcaption>{caption}', page)
-    text = f"{COMMENT.format('Begin', 'quality')}\n{COMMENT.format('End', 'quality')}\n"
-    section = rewritten(text, read_results(folder))
-    assert line in section and command in section.replace("\n", " ")
-    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", section)
-    assert pictures == ["benchmarks/results/reproduce-mnist-2020-01-04-samples.png"]
+
+
+def test_table_of_models_on_other_pages(folder, reproduced):
+    from benchmarks.reproduce.table import markdown
+
+    def section_of(name: str, page: str) -> tuple[str, list[str]]:
+        """A marked section as it is written, and its pictures."""
+        marks = [COMMENT.format(edge, name).replace("README.md", page) for edge in ("Begin", "End")]
+        section = rewritten("\n".join([*marks, ""]), read_results(folder))
+        assert re.findall("<!--.*-->", section) == marks
+        return section, re.findall(r"!\[[^\]]+\]\(([^)]+)\)", section)
+
+    picture = "benchmarks/results/reproduce-mnist-2020-01-04-{}.png"
+    section, pictures = section_of("table", "docs/findings.md")
+    assert [line for line in markdown(reproduced).splitlines() if "optimal" in line][0] in section
+    assert "pyflocality reproduce mnist.zip --network a.safetensors" in section.replace("\n", " ")
+    assert "](../benchmarks/results/reproduce-mnist-2020-01-04.json)" in section
+    assert pictures == ["../" + picture.format("steps"), "../" + picture.format("samples")]
+    section, pictures = section_of("quality", "README.md")
+    row = "| ELS; 20 images, 2 samples | 0.2500 ± 0.0100 | 0.250 ± 0.010 | 0.500 ± 0.010 | 1.5 |"
+    assert row in section and "4 images of each model" in section
+    assert pictures == [picture.format("samples")]
+    marks = COMMENT.format("Begin", "speed"), COMMENT.format("End", "speed").replace("READ", "SEE")
+    with pytest.raises(ValueError, match="marks of one page, got README.md, SEEME.md"):
+        rewritten("\n".join(marks), read_results(folder))
 
 
 def test_command_of_reproduce_is_read_as_it_was_meant(folder, reproduced, monkeypatch):
@@ -304,6 +324,44 @@ def test_command_of_reproduce_is_read_as_it_was_meant(folder, reproduced, monkey
     assert (plan.els_images, plan.els_samples) == (20, 2)
 
 
+def diagnosed() -> dict:
+    step = {"gradient_energy": told(0.5), "r2_minus_exact": told(-0.25)}
+    models = {name: [step] for name in ("network", "exact", "batch_mean 512")}
+    return {
+        "why": {"samples": 16, "timesteps": [900], "models": models},
+        "masks": {"0.005": [{"t": 900, "density": 0.125, "without_inputs": 0.5}]},
+    }
+
+
+# What studies beside networks write besides what all of them do.
+BESIDE = {
+    "sweeps": {
+        "data": {"name": "mnist.zip"},
+        "seeds": 1,
+        "results": {"networks_against_each_other": {}, "sweeps": {}} | diagnosed(),
+    },
+    "denoising": {
+        "test": {"name": "test.zip", "images": 3},
+        "results": [
+            {
+                "model": "optimal",
+                "t": 20,
+                "mse": told(0.25),
+                "mse_to_nearest_training_image": told(0.0),
+            }
+        ],
+    },
+    "fields": {
+        "similarity_with": "network A",
+        "results": [
+            {"model": "network A", "t": 20, "radius": 2.5, "similarity": 1.0},
+            {"model": "Wiener filter", "t": 20, "radius": None, "similarity": 0.875},
+        ],
+        "steps": 50,
+    },
+}
+
+
 @pytest.mark.parametrize(
     ("kind", "own"),
     [("sweeps", {"seeds": 5}), ("denoising", {}), ("fields", {"steps": 70})],
@@ -318,8 +376,7 @@ def test_studies_beside_networks(kind, own, folder, committed, tmp_path, monkeyp
         "networks": NETWORKS,
         "threshold": 0.007,
         "samples": 9,
-        "results": {"networks_against_each_other": {}, "sweeps": {}},
-        **({"seeds": 1} if kind == "sweeps" else {}),
+        **BESIDE[kind],
         **own,
     }
     write(folder, f"{kind}-here.json", record)
@@ -349,8 +406,7 @@ def test_studies_beside_networks(kind, own, folder, committed, tmp_path, monkeyp
     assert f"{kind}-here" not in page.split("<h2>Studies</h2>")[1].split("<h2>")[0]
 
 
-@pytest.mark.parametrize("paired", [False, True])
-def test_table_of_the_sweeps_is_that_of_the_file(paired, folder, committed, tmp_path):
+def test_table_of_the_sweeps_is_that_of_the_file(folder, committed, tmp_path):
     def record(*means: float) -> dict:
         """r2 at the end and over all steps against network A, then against network B."""
         ends = {"network A": means[:2], "network B": means[2:]}
@@ -363,16 +419,16 @@ def test_table_of_the_sweeps_is_that_of_the_file(paired, folder, committed, tmp_
         }
 
     batch = record(0.6, 0.7, 0.8, 0.9)
-    if paired:
-        batch["minus_exact"] = {"network A": {"final": told(-0.125), "all_steps": told(-0.25)}}
+    batch["minus_exact"] = {"network A": {"final": told(-0.125), "all_steps": told(-0.25)}}
     results = {
         "networks_against_each_other": {"network B": record(0.97, 0.98)},
         "sweeps": {"aggregation": {"exact": record(0.1, 0.2, 0.3, 0.4), "batch_mean 128": batch}},
-    }
+    } | diagnosed()
     report_of = {
         "study": "sweeps",
         "date": "2020-01-05T00:00:00",
         "machine": committed["machine"],
+        "data": {"name": "mnist.zip"},
         "networks": NETWORKS,
         "threshold": 0.005,
         "samples": 32,
@@ -383,7 +439,7 @@ def test_table_of_the_sweeps_is_that_of_the_file(paired, folder, committed, tmp_
     for name in ("", "-why", "-samples"):
         shutil.copyfile(folder / "memorize-here-2020-01-02.png", folder / f"sweeps-here{name}.png")
     page = page_of(folder, tmp_path / "page")
-    assert "96 samples; mean ± standard error" in page
+    assert "96 samples of 3 seeds; mean ± standard error" in page
     assert all(f'src="sweeps-here{name}.png"' in page for name in ("", "-why", "-samples"))
 
     def row(kind: str, value: str, *pairs: tuple) -> list[str]:
@@ -392,12 +448,13 @@ def test_table_of_the_sweeps_is_that_of_the_file(paired, folder, committed, tmp_
             "" if mean is None else f"{mean:.3f} ± 0.010"
             for place, pair in enumerate(pairs)
             for mean in pair
-            if paired or place % 2 == 0
         ]
         return [kind, value, *cells]
 
     none = (None, None)
     rows = rows_of(page)
+    assert ["900", "1.00", "-0.250 ± 0.010", "1.00"] in rows
+    assert ["900", "12 % of inputs, 50 % without"] in rows
     assert row("networks", "network B", (0.97, 0.98), none, none, none) in rows
     assert row("aggregation", "exact", (0.1, 0.2), none, (0.3, 0.4), none) in rows
     less = (-0.125, -0.25)

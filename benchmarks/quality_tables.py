@@ -1,0 +1,149 @@
+"""Tables of the studies beside trained networks, as text for people, from their results files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .reproduce.scores import shown
+
+Record = dict[str, Any]
+
+
+def sweeps(report: Record) -> str:
+    """r2 of every variant against each network, and what sets it apart from the exact model."""
+    results, names = report["results"], _names(report)
+    rows = [
+        ("networks", name, record)
+        for name, record in results["networks_against_each_other"].items()
+        if record["against"]
+    ]
+    for kind, found in results["sweeps"].items():
+        rows += [(kind, value, record) for value, record in found.items()]
+    head = ["sweep", "variant"]
+    for name in names:
+        head += [f"r2, {name}", f"r2 of all steps, {name}"]
+        head += [f"minus exact, {name}", f"minus exact, of all steps, {name}"]
+    lines = []
+    for kind, value, record in rows:
+        cells = [kind, value]
+        for name in names:
+            r2 = record["against"].get(name, {}).get("r2")
+            minus = record.get("minus_exact", {}).get(name, {})
+            told = [None, None] if r2 is None else [r2, r2["all_steps"]]
+            told += [minus.get("final"), minus.get("all_steps")]
+            cells += ["" if one is None else shown(one, 3) for one in told]
+        lines.append(cells)
+    note = (
+        f"{report['data']['name']}, {report['samples'] * report['seeds']} samples of "
+        f"{report['seeds']} seeds; mean ± standard error over them. Minus exact: r2 less that of "
+        "the exact model at temperature 1, image by image; its threshold is "
+        f"{report['threshold']:g}, for an aggregation that of the aggregation."
+    )
+    return f"{note}\n\n{_table(head, lines)}"
+
+
+def diagnosis(report: Record) -> str:
+    """The aggregations at the same noisy images, step by step."""
+    why = report["results"]["why"]
+    models = {name: steps for name, steps in why["models"].items() if name != "network"}
+    head = ["t", "gradient energy, exact"]
+    for name in models:
+        head += [] if name == "exact" else [f"r2 minus exact, {name}", f"gradient energy, {name}"]
+    lines = []
+    for step, t in enumerate(why["timesteps"]):
+        target = why["models"]["network"][step]["gradient_energy"]["mean"]
+        cells = [str(t)]
+        for name, steps in models.items():
+            if name != "exact":
+                cells.append(shown(steps[step]["r2_minus_exact"], 3))
+            cells.append(f"{steps[step]['gradient_energy']['mean'] / target:.2f}")
+        lines.append(cells)
+    note = (
+        f"{why['samples']} samples; the answers to the states of network A's runs against network "
+        "A's own. r2 less that of the exact model, image by image, mean ± standard error; gradient "
+        "energy over the network's."
+    )
+    return f"{note}\n\n{_table(head, lines)}"
+
+
+def masks(report: Record) -> str:
+    """How dense masks are at each threshold, and what they leave without inputs."""
+    found = report["results"]["masks"]
+    times = [one["t"] for one in next(iter(found.values()))]
+    head = ["t", *(f"threshold {value}" for value in found)]
+    lines = [
+        [
+            str(t),
+            *(
+                f"{100 * steps[k]['density']:.2g} % of inputs, "
+                f"{100 * steps[k]['without_inputs']:.2g} % without"
+                for steps in found.values()
+            ),
+        ]
+        for k, t in enumerate(times)
+    ]
+    note = (
+        "Share of the inputs that an output listens to, and of the outputs that vary over the "
+        "images and have no input at all: those answer the mean of the training images."
+    )
+    return f"{note}\n\n{_table(head, lines)}"
+
+
+def fields(report: Record) -> str:
+    """Radius of sensitivity fields and their similarity with the first network's."""
+    records = report["results"]
+    names = list(dict.fromkeys(record["model"] for record in records))
+    head = ["t"]
+    for name in names:
+        head += [f"radius, {name}"]
+        head += [] if name == report["similarity_with"] else [f"cosine, {name}"]
+    lines = []
+    for t in dict.fromkeys(record["t"] for record in records):
+        cells = [str(t)]
+        for name in names:
+            [one] = [one for one in records if (one["model"], one["t"]) == (name, t)]
+            cells.append(_number(one["radius"], 2))
+            if name != report["similarity_with"]:
+                cells.append(_number(one["similarity"], 3))
+        lines.append(cells)
+    note = (
+        f"{report['samples']} samples, {report['steps']} DDIM steps. Radius in pixels around the "
+        f"centre; cosine similarity of the mean field with that of {report['similarity_with']}."
+    )
+    return f"{note}\n\n{_table(head, lines)}"
+
+
+def denoising(report: Record) -> str:
+    """MSE of test images restored in one step, and of the answers to the nearest training image."""
+    records = report["results"]
+    names = list(dict.fromkeys(record["model"] for record in records))
+    times = list(dict.fromkeys(record["t"] for record in records))
+    head = ["model", *(f"t = {t}" for t in times)]
+    lines = []
+    for name in names:
+        of_model = {record["t"]: record for record in records if record["model"] == name}
+        cells = [name]
+        for t in times:
+            error = of_model[t]["mse"]["mean"]
+            nearest = of_model[t]["mse_to_nearest_training_image"]["mean"]
+            cells.append(f"{error:.2g} / {nearest:.2g}")
+        lines.append(cells)
+    note = (
+        f"{report['test']['images']} test images of {report['test']['name']}: MSE against the "
+        "clean image / MSE of the answer against the training image nearest to it."
+    )
+    return f"{note}\n\n{_table(head, lines)}"
+
+
+def _names(report: Record) -> list[str]:
+    return [network["name"] for network in report["networks"]]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
