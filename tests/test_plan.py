@@ -103,5 +103,6 @@ def test_command(capsys):
         ["--shape", "64"],
         ["--images", "0"],
         ["--memory-budget", "much"],
+        ["--device", "tpu"],
     ):
         assert main([*arguments, *wrong]) == 2

@@ -22,7 +22,10 @@ def plan(
     ],
     batch: Annotated[int, typer.Option(help="Images made at a time.")] = 1,
     device: Annotated[
-        str, typer.Option(help="cpu measures how long a step takes here; of others costs are told.")
+        str,
+        typer.Option(
+            help="cpu measures how long a step takes here; of a100, h100 and h200 costs are told."
+        ),
     ] = "cpu",
     memory_budget: options.MemoryBudget = None,
     mask_share: Annotated[
@@ -39,11 +42,12 @@ def plan(
     from dataclasses import asdict
 
     from pyflocality._budget import memory_budget_bytes
-    from pyflocality._checks import check_count
+    from pyflocality._checks import check_choice, check_count
     from pyflocality._costs import COSTS, Setting, cost_of, seconds_of
     from pyflocality._progress import progress_bar
 
     memory_budget_bytes(memory_budget)
+    check_choice(device, "device", ("cpu", "a100", "h100", "h200"))
     setting = Setting(
         check_count(images, "images"),
         _parse_shape(shape),
@@ -98,7 +102,7 @@ def _table(record: dict[str, Any]) -> str:
             f"{cost['scans']:>7}{_bytes(cost['working_bytes']):>11}{told:>13}"
         )
     lines.append(
-        f"Windows of {WINDOW} pixels; masks of pca-locality whose sums take "
+        f"Windows of {WINDOW} pixels or of the image; masks of pca-locality whose sums take "
         f"{record['mask_share']:.3g} of an image's values each (--mask-share), where CIFAR-10's "
         "take 0.022 on average over ten steps. Memory is beside the images, at most."
     )
