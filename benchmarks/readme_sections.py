@@ -130,11 +130,13 @@ def _filled(text: str) -> str:
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
-def _study(kind: str, table: Callable[[dict], str], picture: str = "") -> Section:
+def _study(
+    kind: str, table: Callable[[dict], str], picture: str = "", *, of: str = "mnist"
+) -> Section:
     """A section with a table of a study beside networks, and its picture of a name."""
 
     def section(results: list[Results]) -> str:
-        found = latest(results, kind)
+        found = latest([one for one in results if one.path.stem.startswith(f"{kind}-{of}")], kind)
         if found is None:
             return f"{kind.capitalize()}: {NOT_MEASURED}."
         note, _, rows = table(found.report).partition("\n\n")
@@ -157,6 +159,7 @@ _SECTIONS: dict[str, Section] = {
     "masks": _study("sweeps", quality_tables.masks, "samples"),
     "fields": _study("fields", quality_tables.fields),
     "denoising": _study("denoising", quality_tables.denoising),
+    "denoising_cifar10": _study("denoising", quality_tables.denoising, of="cifar10"),
 }
 
 

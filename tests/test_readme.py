@@ -176,7 +176,8 @@ def test_marked_sections_are_what_the_report_writes():
 def test_findings_are_those_of_the_results_files():
     path = ROOT / "docs" / "findings.md"
     text = path.read_text(encoding="utf-8")
-    for name in ("table", "sweeps", "diagnosis", "masks", "fields", "denoising"):
+    studies = ("sweeps", "diagnosis", "masks", "fields", "denoising", "denoising_cifar10")
+    for name in ("table", *studies):
         assert text.count(f"<!-- Begin of {name}: ") == 1
     assert rewritten(text, read_results(FOLDER)) == text
     # What is written by hand has no figures of its own.
