@@ -24,7 +24,7 @@ def sweeps(report: Record) -> str:
     for name in names:
         head += [f"r2, {name}", f"r2 of all steps, {name}"]
         head += [f"minus exact, {name}", f"minus exact, of all steps, {name}"]
-    lines = []
+    lines, head = [], [*head, "gradient energy"]
     for kind, value, record in rows:
         cells = [kind, value]
         for name in names:
@@ -33,12 +33,13 @@ def sweeps(report: Record) -> str:
             told = [None, None] if r2 is None else [r2, r2["all_steps"]]
             told += [minus.get("final"), minus.get("all_steps")]
             cells += ["" if one is None else shown(one, 3) for one in told]
-        lines.append(cells)
+        lines.append([*cells, f"{record['gradient_energy'][-1]:.3f}"])
     note = (
         f"{report['data']['name']}, {report['samples'] * report['seeds']} samples of "
         f"{report['seeds']} seeds; mean ± standard error over them. Minus exact: r2 less that of "
         "the exact model at temperature 1, image by image; its threshold is "
-        f"{report['threshold']:g}, for an aggregation that of the aggregation."
+        f"{report['threshold']:g}, for an aggregation that of the aggregation. Gradient energy: mean "
+        "squared difference of neighbouring pixels at the end, which r2 does not see."
     )
     return f"{note}\n\n{_table(head, lines)}"
 

@@ -419,7 +419,8 @@ def test_table_of_the_sweeps_is_that_of_the_file(folder, committed, tmp_path):
                 name: {"r2": told(pair[0]) | {"all_steps": told(pair[1])}, "mse": told(7)}
                 for name, pair in ends.items()
                 if pair
-            }
+            },
+            "gradient_energy": [0.5, 0.125],
         }
 
     batch = record(0.6, 0.7, 0.8, 0.9)
@@ -453,7 +454,7 @@ def test_table_of_the_sweeps_is_that_of_the_file(folder, committed, tmp_path):
             for place, pair in enumerate(pairs)
             for mean in pair
         ]
-        return [kind, value, *cells]
+        return [kind, value, *cells, "0.125"]
 
     none = (None, None)
     rows = rows_of(page)

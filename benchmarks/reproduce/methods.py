@@ -19,7 +19,7 @@ LOADER_BATCH = 512
 MULTISCALE_WINDOW = 7
 # With two levels its blocks show on images of 28x28.
 _MOST_LEVELS = 1
-_ORDER_SEED = 0
+_ORDER_SEED, _POOL_SEED = 0, 0
 
 Settings = dict[str, Any]
 
@@ -54,6 +54,7 @@ METHODS: dict[str, Method] = {
         f"PCA locality, batch mean of {LOADER_BATCH}", needs_moments=True
     ),
     "golden": Method("PCA locality, golden subset", needs_moments=True),
+    "golden-random": Method("PCA locality, golden subset of a random pool", needs_moments=True),
     "patch-set": Method("patch set", calibrated="patch-set"),
     "multiscale": Method("multi-scale"),
     "nearest": Method("nearest training image"),
@@ -95,8 +96,10 @@ def settings_of(
         settings["windows"] = [list(pair) for pair in windows[calibrated]]
     if METHODS[name].few:
         settings["images"] = els_images
-    if name in ("pca-locality", "pca-locality-batch-mean", "golden"):
+    if name in ("pca-locality", "pca-locality-batch-mean", "golden", "golden-random"):
         settings["threshold"] = threshold
+    if name == "golden-random":
+        settings["pool_seed"] = _POOL_SEED
     if name == "pca-locality-batch-mean":
         settings["batch_size"] = LOADER_BATCH
     if name == "multiscale":
@@ -142,6 +145,9 @@ def build(settings: Settings, data: pf.TrainingSet, moments: pf.Moments | None) 
         batch_size=LOADER_BATCH if batches is None else batches,
         moments=moments,
     )
+    if name == "golden-random":
+        generator = torch.Generator().manual_seed(settings["pool_seed"])
+        return pf.GoldenSubset(pca, generator=generator)
     return pf.GoldenSubset(pca) if name == "golden" else pca
 
 
