@@ -38,8 +38,8 @@ def sweeps(report: Record) -> str:
         f"{report['data']['name']}, {report['samples'] * report['seeds']} samples of "
         f"{report['seeds']} seeds; mean ± standard error over them. Minus exact: r2 less that of "
         "the exact model at temperature 1, image by image; its threshold is "
-        f"{report['threshold']:g}, for an aggregation that of the aggregation. Gradient energy: mean "
-        "squared difference of neighbouring pixels at the end, which r2 does not see."
+        f"{report['threshold']:g}, for an aggregation that of the aggregation. Gradient energy: "
+        "mean squared difference of neighbouring pixels at the end, which r2 does not see."
     )
     return f"{note}\n\n{_table(head, lines)}"
 

@@ -98,6 +98,8 @@ def quality_section(results: list[Results]) -> str:
         label = row["label"]
         if row["samples"] < report["settings"]["samples"]:
             label += f"; {row['images']:,} images, {row['samples']} samples"
+        if "extrapolated_seconds_per_step" in row:
+            label += f", about {row['extrapolated_seconds_per_step']:,.0f} s / step for all"
         cells = [label, shown(one["mse"]["final"], 4), shown(one["r2"]["final"], 3)]
         cells += [shown(one["r2"]["all_steps"], 3), f"{row['seconds_per_step']:.3g}"]
         lines.append("| " + " | ".join(cells) + " |")

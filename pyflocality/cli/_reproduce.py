@@ -40,7 +40,8 @@ def reproduce(
         str | None,
         typer.Option(
             help="Which of optimal, wiener, local, equivariant, equivariant-broken, pca-locality, "
-            "pca-locality-batch-mean, golden, patch-set, multiscale and nearest; all if not given.",
+            "pca-locality-batch-mean, golden, golden-random, patch-set, multiscale and nearest; "
+            "all if not given.",
             rich_help_panel=MODEL,
         ),
     ] = None,

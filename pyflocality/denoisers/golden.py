@@ -89,7 +89,9 @@ class GoldenSubset(Denoiser):
     average pooling, the k of them nearest at full resolution are kept, and the wrapped denoiser
     runs over these k alone; `golden_sizes` tells m and k. Much noise takes few candidates and
     keeps them all, little noise compares all images and keeps the fewest. Nothing bounds the
-    difference to the posterior over the whole set: see `CertifiedSubset` for that.
+    difference to the posterior over the whole set: see `CertifiedSubset` for that. At much noise
+    that posterior spans the whole set, whose mean the nearest images do not have: sampling starts
+    off wrong by that. A pool drawn at random, with `generator`, has no such bias.
 
     The masks of `PCALocalityDenoiser` are those of the whole set. One noisy image is answered at
     a time: k images as they are stored are all that is gathered. Pooled images are computed once
