@@ -205,6 +205,11 @@ def squared_norms(images: Tensor) -> Tensor:
     return norms
 
 
+def rows_of(images: Tensor) -> Tensor:
+    """Images [n, C, H, W] as [n, D], one after the other in memory: views are copied."""
+    return images.flatten(1).contiguous()
+
+
 def fixed_point(noisy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rounds queries [B, D] (float64) to 24 bits of their largest value.
 
@@ -276,7 +281,7 @@ def _scan(
     chunk = problem.chunk_size or len(problem.images)
     with on_device_of(noisy):
         for start in range(0, len(problem.images), chunk):
-            images = problem.images[start : start + chunk].reshape(-1, noisy.shape[1])
+            images = rows_of(problem.images[start : start + chunk])
             parts = _scan_chunk(
                 images, norms[start : start + chunk], queries, factor, split, config
             )
@@ -299,6 +304,7 @@ def _scan_chunk(
     # A minimum is exact in any order.
     minimum = distances.amin(1)
     splits = triton.cdiv(count, split)
+    assert all(tensor.is_contiguous() for tensor in (images, minimum, factor))
     total = torch.empty(splits, rows, device=images.device)
     weighted = torch.empty(splits, rows, dim, device=images.device)
     weighted_sums_kernel[(triton.cdiv(dim, config.sum_d), rows // QUERIES, splits)](
@@ -333,6 +339,8 @@ def distances_of(
         config: Shapes of the kernels.
     """
     (count, dim), (digits, quantum, common) = images.shape, queries
+    # The kernel knows no strides: of a view it would read other images.
+    assert all(tensor.is_contiguous() for tensor in (images, norms, *queries))
     distances = torch.empty(len(digits), count, device=images.device)
     block_d, launch = config.distance_d, config.distance
     if dim % 16 != 0:

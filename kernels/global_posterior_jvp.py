@@ -24,6 +24,7 @@ from pyflocality.kernels.global_posterior import (
     Config,
     distances_of,
     fixed_point,
+    rows_of,
     splits_of,
     squared_norms,
 )
@@ -138,7 +139,7 @@ def _scan(
     size, state = problem.chunk_size or len(problem.images), None
     with on_device_of(noisy):
         for start in range(0, len(problem.images), size):
-            images = problem.images[start : start + size].flatten(1)
+            images = rows_of(problem.images[start : start + size])
             distance = distances_of(images, norms[start : start + size], queries, config)
             none = norms.new_zeros(len(images))
             inner = distances_of(images, none, inner_queries, config)
@@ -194,6 +195,8 @@ def _weighted_images(images: Tensor, coefficients: Tensor, config: Config) -> Te
     exponent = _EXPONENT - torch.frexp(coefficients.abs().amax(1)).exponent
     unit = torch.ldexp(torch.ones_like(coefficients[:, 0]), exponent.clamp(max=120))
     scaled = _filled(coefficients * unit[:, None])
+    # The kernel knows no strides: of a view it would read other images.
+    assert images.is_contiguous() and scaled.is_contiguous()
     splits, split = splits_of(count, dim, config)
     sums = torch.empty(splits, len(scaled), dim, device=images.device)
     coefficient_sums_kernel[(triton.cdiv(dim, config.sum_d), len(scaled) // QUERIES, splits)](

@@ -109,6 +109,24 @@ def test_chunks_and_shards_are_merged(device, rng):
     )
 
 
+VIEWS = {
+    "every other image": lambda images: images.repeat_interleave(2, 0)[::2],
+    "one channel": lambda images: images[:, :1],
+    "one image many times": lambda images: images[:1].expand(70, -1, -1, -1),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("chunk_size", [None, 33])
+def test_views_whose_images_are_apart(device, rng, view, chunk_size):
+    images = view(random_images(rng, 90, (3, 5, 6), torch.uint8).to(device))
+    assert not images.is_contiguous()
+    stored = images.cpu().contiguous()
+    x = noisy_batch(stored, 3, 0.5, 0.9, rng)
+    found = answer(device, x, images, 0.5, 0.9, chunk_size=chunk_size)
+    torch.testing.assert_close(found, exact_answer(x, stored, 0.5, 0.9), rtol=0, atol=2e-6)
+
+
 def test_no_noise_gives_the_nearest_image_and_ties_share(device, rng):
     images = random_images(rng, 60, (1, 4, 5), torch.uint8)
     twins = torch.cat([images[:1], images[:1], images[1:]])

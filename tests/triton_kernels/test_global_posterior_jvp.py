@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_global_posterior import noisy_batch
+from test_global_posterior import VIEWS, noisy_batch
 from triton_gates import compile_ahead
 from truth import random_images
 
@@ -131,6 +131,17 @@ def test_chunks_and_shards_are_merged(device, rng):
     torch.testing.assert_close(
         log_sum_exp(state, scale).cpu(), log_sum_exp(exact, problem.scale), rtol=1e-6, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("chunk_size", [None, 33])
+def test_views_whose_images_are_apart(device, rng, view, chunk_size):
+    images = view(random_images(rng, 90, SHAPE, torch.uint8).to(device))
+    stored = images.cpu().contiguous()
+    x = noisy_batch(stored, 3, 0.5, 0.9, rng)
+    directions = directions_like(x, 2, rng)
+    found = answer(device, x, directions, images, 0.5, 0.9, chunk_size=chunk_size)
+    assert_close(found, truth(x, directions, stored, 0.5, 0.9))
 
 
 @pytest.mark.parametrize("tangents", [0, 2])
