@@ -16,7 +16,7 @@ from truth import filtered_posterior_mean, random_images, softmax, values_of, wi
 
 from pyflocality._problem import posterior_problem
 from pyflocality._tangents import jacobian_factor
-from pyflocality.cuda import geometry, launch
+from pyflocality.cuda import geometry, launch, window_adjoint, window_posterior
 from pyflocality.cuda.window_adjoint import patch_set_mean, window_posterior_vjp
 from pyflocality.cuda.window_posterior import window_posterior_jvp_state, window_posterior_state
 from pyflocality.cuda.window_rows import window_posterior_rows
@@ -185,6 +185,32 @@ def test_images_at_odd_addresses(rng):
     shifted = memory[1:].reshape(problem.images.shape)
     again = posterior_problem(problem.x, shifted, sigma, alpha)
     torch.testing.assert_close(mean_of(again, 3), mean_of(problem, 3), rtol=0, atol=1e-6)
+
+
+def test_directions_at_odd_addresses_are_moved(rng, monkeypatch):
+    """Values are read in fours, which must not start between them."""
+    problem, _, _ = noisy_problem((3, 6, 8), 77, 1, torch.uint8, rng)
+    memory = torch.randn(problem.x.numel() + 1, generator=rng)
+    directions = memory[1:].view(1, *problem.x.shape)
+    assert directions.data_ptr() % 16 == 4
+    addresses = []
+
+    def note(launched, device, arguments):
+        addresses.extend(
+            argument.data_ptr()
+            for argument in arguments
+            if isinstance(argument, Tensor) and argument.numel() == directions.numel()
+        )
+        launch.run(launched, device, arguments)
+
+    monkeypatch.setattr(window_posterior, "run", note)
+    monkeypatch.setattr(window_adjoint, "run", note)
+    mean, found = jvp_of(problem, directions, 3)
+    adjoint = window_posterior_vjp(problem, directions, 3)
+    assert addresses and all(address % 16 == 0 for address in addresses)
+    mean_too, found_too = jvp_of(problem, directions.clone(), 3)
+    assert torch.equal(mean, mean_too) and torch.equal(found, found_too)
+    assert torch.equal(adjoint, window_posterior_vjp(problem, directions.clone(), 3))
 
 
 @pytest.mark.parametrize("sigma", [0.0, 1e-30, 1e-3, 80.0, 1e6])

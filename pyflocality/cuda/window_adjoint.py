@@ -76,7 +76,8 @@ def window_posterior_vjp(problem: PosteriorProblem, cotangents: Tensor, window: 
         CudaKernelError: A kernel could not be compiled or launched.
     """
     stored = stored_problem(problem)
-    cotangents = cotangents.detach().float().contiguous()
+    # New memory: the kernel may read four values at once, and a caller's may start anywhere.
+    cotangents = cotangents.detach().float().clone(memory_format=torch.contiguous_format)
     pieces = []
     for part in batch_parts(stored, problem.memory_budget, _bytes(stored, window)):
         chosen = stored.part(part)

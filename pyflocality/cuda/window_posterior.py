@@ -64,7 +64,7 @@ def window_posterior_jvp_state(
     """
     stored = stored_problem(problem)
     # [B, K, C, H, W], as the kernel reads them.
-    directions = tangents.detach().to(torch.float32).transpose(0, 1).contiguous()
+    directions = tangents.detach().to(torch.float32).transpose(0, 1)
     if len(tangents) == 0:
         # The kernel without tangents does not count values from their centres.
         directions = torch.zeros_like(problem.x)[:, None]
@@ -81,7 +81,8 @@ def _jvp_state(stored: StoredProblem, tangents: Tensor, window: int) -> Posterio
     minimum = total = values = None
     inner, cross = [], []
     for first in range(0, tangents.shape[1], TANGENTS):
-        group = tangents[:, first : first + TANGENTS].contiguous()
+        # New memory: the kernel may read four values at once, and a caller's may start anywhere.
+        group = tangents[:, first : first + TANGENTS].clone(memory_format=torch.contiguous_format)
         merged = scan(stored, window, group)
         # After the minimum: weights and weighted values, then the same of each tangent's products.
         sums = merged[:, 1:].reshape(batch, -1, 1 + channels, height * width)
