@@ -251,6 +251,23 @@ def test_no_tangents(rng):
     torch.testing.assert_close(mean, mean_of(problem, 3).double(), rtol=0, atol=1e-5)
 
 
+def test_no_noisy_images(rng, monkeypatch):
+    """Empty results of the right shapes, without a launch."""
+    images = random_images(rng, 5, (3, 6, 8), torch.uint8)
+    x, none = torch.empty(0, 3, 6, 8), torch.empty(0)
+    problem = posterior_problem(x, images, none, none)
+    monkeypatch.setattr(SimulatedKernel, "__call__", None)
+    state = window_posterior_state(problem, 3)
+    assert [part.shape for part in state] == [(0, 48), (0, 48), (0, 48, 3)]
+    assert patch_set_mean(problem, 3).shape == x.shape
+    assert window_posterior_rows(problem, [(0, 0, 0), (2, 3, 4)], 3).shape == (0, 2, 3, 6, 8)
+    for tangents in (0, 1, 3):
+        directions = torch.empty(tangents, *x.shape)
+        mean, found = jvp_of(problem, directions, 3)
+        assert mean.shape == x.shape and found.shape == directions.shape
+        assert window_posterior_vjp(problem, directions, 3).shape == directions.shape
+
+
 def test_vjp_and_rows(rng):
     problem, sigma, alpha = noisy_problem((3, 6, 8), 77, 2, torch.uint8, rng)
 

@@ -57,7 +57,7 @@ class Launch:
 
 
 def run(launch: Launch, device: torch.device, arguments: Sequence[Tensor | int]) -> None:
-    """Launch a kernel on torch's current stream of a device.
+    """Launch a kernel on torch's current stream of a device; a grid without blocks is done.
 
     Args:
         launch: The kernel and its sizes.
@@ -68,6 +68,9 @@ def run(launch: Launch, device: torch.device, arguments: Sequence[Tensor | int])
     Raises:
         CudaKernelError: NVRTC or the driver refused; names the kernel and the cause.
     """
+    # An empty batch, which the driver would refuse.
+    if 0 in launch.grid:
+        return
     import cupy
 
     passed = tuple(_argument(value) for value in arguments)

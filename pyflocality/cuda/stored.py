@@ -22,8 +22,8 @@ from pyflocality.cuda.geometry import WindowShape
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 2.0**-126, 2.0**120
 # Images copied at a time where their memory is not contiguous.
 _COPIED_IMAGES = 4096
-# Of a dimension of the grid that counts noisy images when their states are merged.
-_LARGEST_GRID = 65535
+# Blocks along y or z of a grid, which count noisy images.
+LARGEST_GRID = 65535
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,10 @@ def batch_parts(
     problem: StoredProblem, budget: int | str | None, bytes_each: int
 ) -> Sequence[slice]:
     """Slices of the batch whose working memory fits into a budget."""
-    at_a_time = min(max(1, memory_budget_bytes(budget) // bytes_each), _LARGEST_GRID)
-    batch = len(problem.noisy)
-    return [slice(start, start + at_a_time) for start in range(0, batch, at_a_time)]
+    return grid_parts(len(problem.noisy), memory_budget_bytes(budget) // bytes_each)
+
+
+def grid_parts(batch: int, at_a_time: int = LARGEST_GRID) -> Sequence[slice]:
+    """Slices of a batch that a grid can count; one, empty, of an empty batch."""
+    step = min(max(1, at_a_time), LARGEST_GRID)
+    return [slice(start, start + step) for start in range(0, max(1, batch), step)]

@@ -77,7 +77,7 @@ def window_posterior_jvp_state(
 
 
 def _jvp_state(stored: StoredProblem, tangents: Tensor, window: int) -> PosteriorState:
-    batch, channels, height, width = stored.noisy.shape
+    channels = stored.noisy.shape[1]
     minimum = total = values = None
     inner, cross = [], []
     for first in range(0, tangents.shape[1], TANGENTS):
@@ -85,7 +85,7 @@ def _jvp_state(stored: StoredProblem, tangents: Tensor, window: int) -> Posterio
         group = tangents[:, first : first + TANGENTS].clone(memory_format=torch.contiguous_format)
         merged = scan(stored, window, group)
         # After the minimum: weights and weighted values, then the same of each tangent's products.
-        sums = merged[:, 1:].reshape(batch, -1, 1 + channels, height * width)
+        sums = merged[:, 1:].unflatten(1, (1 + group.shape[1], 1 + channels))
         if total is None:
             minimum, total, values = merged[:, 0], sums[:, 0, 0], sums[:, 0, 1:]
         # Each group has a total of its own, rounded in its own way.
