@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pyflocality.kernels._launch import version_of
+
 # Columns are padded to whole blocks of the widest kernel.
 COLUMN_MULTIPLE = 128
 # Elements converted at a time.
@@ -23,7 +25,7 @@ class CentredImages:
 
     Attributes:
         images: Images as stored, uint8 [N, C, H, W].
-        version: Version of `images` that this was made from.
+        version: Version of `images` that this was made from; None where they have none.
         centre: float16 [D].
         variance: Mean over the D values of the mean of K^2, in the units of [-1, 1].
         whole: The whole copy where it fits the memory budget, else None.
@@ -31,7 +33,7 @@ class CentredImages:
     """
 
     images: Tensor
-    version: int
+    version: int | None
     centre: Tensor
     variance: float
     whole: Tensor | None = None
@@ -72,11 +74,13 @@ _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def centred_images(images: Tensor) -> CentredImages:
     """The centred form of a set of images, made anew after the images were changed in place."""
-    found = _copies.get(images)
+    version, found = version_of(images), _copies.get(images)
     # The copy must not keep the tensor alive that the dictionary watches.
     view = images.detach()
-    if found is None or found.version != images._version or found.images.shape != images.shape:
-        found = CentredImages(view, images._version, *_centre(view))
+    if version is None:
+        return CentredImages(view, version, *_centre(view))
+    if found is None or found.version != version or found.images.shape != images.shape:
+        found = CentredImages(view, version, *_centre(view))
         _copies[images] = found
     return found
 

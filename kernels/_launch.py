@@ -50,3 +50,11 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 def finite_power(scale: Tensor) -> Tensor:
     """Factor of a distance in the power of two, from that in the power of e; within float32."""
     return (scale * math.log2(math.e)).clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
+
+
+def version_of(images: Tensor) -> int | None:
+    """Version of a tensor, which changes with its values; None where nothing counts it.
+
+    Tensors made in torch's inference mode have none: what is derived from them cannot be kept.
+    """
+    return None if images.is_inference() else images._version

@@ -21,7 +21,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyflocality._budget import memory_budget_bytes
 from pyflocality._problem import PosteriorProblem
-from pyflocality.kernels._launch import Launch, finite_power, generation, on_device_of
+from pyflocality.kernels._launch import (
+    Launch,
+    finite_power,
+    generation,
+    on_device_of,
+    version_of,
+)
 from pyflocality.kernels.state import empty_state, merge_parts
 from pyflocality.reference.state import PosteriorState
 
@@ -192,8 +198,9 @@ _norms: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def squared_norms(images: Tensor) -> Tensor:
     """Sums of (u - 128)^2 over every image, int64 [N]; kept while the images are unchanged."""
-    version, norms = _norms.get(images, (None, None))
-    if version != images._version:
+    version = version_of(images)
+    known, norms = _norms.get(images, (None, None))
+    if version is None or known != version:
         step = max(1, 2**24 // images[0].numel())
         norms = torch.cat(
             [
@@ -201,7 +208,8 @@ def squared_norms(images: Tensor) -> Tensor:
                 for part in images.detach().split(step)
             ]
         )
-        _norms[images] = (images._version, norms)
+        if version is not None:
+            _norms[images] = (version, norms)
     return norms
 
 

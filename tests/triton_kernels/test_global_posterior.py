@@ -168,6 +168,18 @@ def test_fixed_point_is_within_half_a_unit(rng):
     assert quantum[0] <= noisy[0].abs().max() / 2**22
 
 
+def test_images_made_in_inference_mode(device, rng):
+    """Nothing counts their changes, so nothing derived from them is kept."""
+    plain = random_images(rng, 100, (1, 4, 5), torch.uint8)
+    x = noisy_batch(plain, 1, 0.4, 1.0, rng)
+    with torch.inference_mode():
+        images = plain.to(device).clone()
+        for stored in (plain, 255 - plain):
+            images.copy_(stored)
+            found = answer(device, x, images, 0.4)
+            torch.testing.assert_close(found, exact_answer(x, stored, 0.4), rtol=0, atol=2e-6)
+
+
 def test_images_changed_in_place_are_noticed(device, rng):
     images = random_images(rng, 100, (1, 4, 5), torch.uint8).to(device)
     x = noisy_batch(images.cpu(), 1, 0.4, 1.0, rng)

@@ -190,6 +190,20 @@ def test_memory_budget_and_chunks_change_no_bits(device, rng, launches):
     torch.testing.assert_close(chunked, roomy, rtol=0, atol=1e-6)
 
 
+def test_images_made_in_inference_mode(device, rng):
+    """Nothing counts their changes, so nothing derived from them is kept."""
+    shape, weights = (1, 4, 5), band_masks((1, 4, 5))
+    plain = random_images(rng, 100, shape, torch.uint8)
+    x = noisy_batch(plain, 1, 0.4, 1.0, rng)
+    with torch.inference_mode():
+        images = plain.to(device).clone()
+        for stored in (plain, 255 - plain):
+            images.copy_(stored)
+            found = answer(device, x, images, weights, 0.4)
+            exact = exact_answer(x, stored, weights, 0.4)
+            torch.testing.assert_close(found, exact, rtol=0, atol=1e-5)
+
+
 def test_images_changed_in_place_are_noticed(device, rng):
     shape, weights = (1, 4, 5), band_masks((1, 4, 5))
     images = random_images(rng, 100, shape, torch.uint8).to(device)
