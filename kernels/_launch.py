@@ -12,6 +12,8 @@ from torch import Tensor
 # Factors of distances stay positive, normal float32 numbers: their product with a distance of
 # zero is zero, with an infinite one infinite (see `pyflocality.reference.state`).
 SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-126, 2.0**120
+# Shared memory that a block must be able to have for the tables of Hopper, bytes.
+LARGE_SHARED = 227 * 1024
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,16 @@ class Launch:
 
 
 def generation(device: torch.device) -> int:
-    """Column of the shipped tables for a device: 80 (Ampere, Ada) or 90 (Hopper and later)."""
+    """Column of the shipped tables for a device: 90 with Hopper's shared memory, else 80."""
     if device.type != "cuda":
         # The interpreter runs what the newer generation would.
         return 90
-    return 90 if torch.cuda.get_device_capability(device)[0] >= 9 else 80
+    # Not by the capability alone: consumer GPUs of later generations have less.
+    found = torch.cuda.get_device_properties(device)
+    # Older versions of torch do not tell; the generations 9 and 10 are those of data centres.
+    guess = LARGE_SHARED if found.major in (9, 10) else 0
+    shared = getattr(found, "shared_memory_per_block_optin", guess)
+    return 90 if shared >= LARGE_SHARED else 80
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -11,6 +11,8 @@ import torch
 from cuda_simulator import CompileException, need_compiler, simulated_cupy
 
 from pyflocality._backends import Call, machine_reason
+from pyflocality._gpu_limits import uint8_limits
+from pyflocality._gpu_limits_equivariant import patch_limits
 from pyflocality.cuda import launch
 from pyflocality.cuda.arrays import as_tensor
 from pyflocality.cuda.launch import CudaKernelError, Launch, run
@@ -137,6 +139,13 @@ def test_old_gpus_are_refused_with_the_reason(monkeypatch):
     facts = {"images_dtype": torch.uint8, "image_shape": (3, 32, 32)}
     reason = window_posterior_limits(Call(torch.device("cuda", 0), facts=facts))
     assert reason == "it needs a GPU of compute capability 8.0 or above, cuda:0 has 7.5"
+    # The Triton kernels say the same.
+    facts["window"] = 3
+    for limits in (uint8_limits, patch_limits):
+        assert limits(Call(torch.device("cuda", 0), facts=facts)) == reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    for limits in (window_posterior_limits, uint8_limits, patch_limits):
+        assert limits(Call(torch.device("cuda", 0), facts=facts)) is None
 
 
 def test_arrays_of_other_libraries_are_not_copied():

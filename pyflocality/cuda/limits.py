@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 
 from pyflocality._backends import Call
+from pyflocality._gpu_limits import capability_reason
 from pyflocality._problem import float32_limits, stored_images_limits
 from pyflocality.cuda.geometry import WindowShape, plan_adjoint, plan_window
-
-# The first whose blocks can have the shared memory that the plans count on.
-CAPABILITY = (8, 0)
 
 
 def window_posterior_limits(call: Call) -> str | None:
@@ -23,17 +21,7 @@ def patch_set_limits(call: Call) -> str | None:
 
 
 def _call_reason(call: Call) -> str | None:
-    return float32_limits(call) or stored_images_limits(call) or _capability_reason(call.device)
-
-
-def _capability_reason(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return None
-    found = torch.cuda.get_device_capability(device)
-    if found < CAPABILITY:
-        wanted, given = (".".join(map(str, version)) for version in (CAPABILITY, found))
-        return f"it needs a GPU of compute capability {wanted} or above, {device} has {given}"
-    return None
+    return float32_limits(call) or stored_images_limits(call) or capability_reason(call.device)
 
 
 def _size_reason(call: Call, whole_windows: bool) -> str | None:
