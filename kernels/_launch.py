@@ -12,6 +12,8 @@ from torch import Tensor
 # Factors of distances stay positive, normal float32 numbers: their product with a distance of
 # zero is zero, with an infinite one infinite (see `pyflocality.reference.state`).
 SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-126, 2.0**120
+# Programs along the second and third dimension of a grid.
+LARGEST_GRID = 65535
 # Shared memory that a block must be able to have for the tables of Hopper, bytes.
 LARGE_SHARED = 227 * 1024
 

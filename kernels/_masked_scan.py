@@ -17,7 +17,7 @@ from pyflocality._budget import memory_budget_bytes
 from pyflocality._problem import PosteriorProblem
 from pyflocality.kernels import _masked_products as kernels
 from pyflocality.kernels._centred_images import COLUMN_MULTIPLE, CentredImages
-from pyflocality.kernels._launch import Launch, finite_power, on_device_of
+from pyflocality.kernels._launch import LARGEST_GRID, Launch, finite_power, on_device_of
 from pyflocality.kernels._mask_plan import OUTPUTS, Level, MaskPlan, unpacked
 from pyflocality.kernels.state import empty_state, merge_parts
 from pyflocality.reference.state import PosteriorState
@@ -149,7 +149,7 @@ class MaskedScan:
             left -= 4 * self.places * self.images.columns
         # Groups together: their queries are formed once per slice of the images.
         per_group = sum(level.blocks for level in self.plan.levels) * self.parts * self._rows_bytes
-        together = max(1, min(self.groups, left // 2 // max(per_group, 1)))
+        together = max(1, min(self.groups, left // 2 // max(per_group, 1), LARGEST_GRID))
         width = self._slice_width(left // 2, together, kept, norms is not None)
         parts = [slice(g, min(g + together, self.groups)) for g in range(0, self.groups, together)]
         rows = self.places * self.members
@@ -183,11 +183,12 @@ class MaskedScan:
         per_column += 0 if kept else 2 * self.images.dim
         per_column += 0 if have_norms else 4 * self.places
         # Whole splits, so that the bits do not depend on the memory there is.
-        width = bytes_left // max(per_column, 1) // split * split
+        largest = LARGEST_GRID * self.config.block_n // split * split
         if self.chunk_size is not None:
             width = self.chunk_size // COLUMN_MULTIPLE * COLUMN_MULTIPLE
-            return max(width, COLUMN_MULTIPLE)
-        return max(width, split)
+            return min(max(width, COLUMN_MULTIPLE), largest)
+        width = bytes_left // max(per_column, 1) // split * split
+        return min(max(width, split), largest)
 
     def _columns(self, first: int, last: int) -> Tensor:
         if self.images.whole is not None:

@@ -18,6 +18,7 @@ from pyflocality.cuda.arrays import as_tensor
 from pyflocality.cuda.launch import CudaKernelError, Launch, run
 from pyflocality.cuda.limits import patch_set_limits, window_posterior_limits
 from pyflocality.cuda.sources import compile_options, kernel_source
+from pyflocality.cuda.stored import grid_parts
 
 CPU = torch.device("cpu")
 
@@ -132,6 +133,14 @@ def test_limits():
     assert "no derivative" in window_posterior_limits(call((3, 8, 8), requires_grad=True))
     assert patch_set_limits(call((3, 64, 64))) is None
     assert "does not fit into the shared memory" in patch_set_limits(call((3, 256, 256)))
+
+
+@pytest.mark.parametrize("batch", [0, 1, 65535, 65536, 200_000])
+def test_parts_of_a_batch_fit_a_grid(batch):
+    for at_a_time in (1000, 65535, 10**9):
+        parts = grid_parts(batch, at_a_time)
+        assert [i for part in parts for i in range(batch)[part]] == list(range(batch))
+        assert all(part.stop - part.start <= min(at_a_time, 65535) for part in parts)
 
 
 def test_old_gpus_are_refused_with_the_reason(monkeypatch):

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyflocality._problem import PosteriorProblem
 from pyflocality.cuda.geometry import ceil_div
 from pyflocality.cuda.launch import Launch, run
-from pyflocality.cuda.stored import StoredProblem, stored_problem
+from pyflocality.cuda.stored import StoredProblem, grid_parts, stored_problem
 from pyflocality.cuda.window_posterior import centres, merge_sums
 
 _THREADS, _IMAGES_PER_BLOCK = 256, 32
@@ -52,7 +52,10 @@ def window_posterior_rows(
             raise ValueError(
                 f"`outputs` must be (channel, row, column) within {shape}, got {output}"
             )
-    rows = [_row_of_output(stored, output, window) for output in outputs]
+    parts = [stored.part(part) for part in grid_parts(len(stored.noisy))]
+    rows = [
+        torch.cat([_row_of_output(part, output, window) for part in parts]) for output in outputs
+    ]
     return (torch.stack(rows, dim=1) * stored.slope[:, None, None, None, None]).float()
 
 

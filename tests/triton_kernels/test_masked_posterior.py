@@ -190,6 +190,21 @@ def test_memory_budget_and_chunks_change_no_bits(device, rng, launches):
     torch.testing.assert_close(chunked, roomy, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 10**8])
+def test_slices_fit_a_grid(rng, chunk_size):
+    """A grid has at most 65,535 programs along its second and third dimension."""
+    shape, weights = (1, 4, 5), band_masks((1, 4, 5))
+    images = random_images(rng, 20, shape, torch.uint8)
+    problem = posterior_problem(images[:1].float(), images, 0.4, 0.9, chunk_size=chunk_size)
+    config = CONFIGS[90]
+    plan = kernels.mask_plan(weights, shape, config.block_d, images.device)
+    scan = kernels.MaskedScan(problem, torch.arange(1), centred_images(images), plan, config, 2)
+    width = scan._slice_width(10**15, 1, True, True)
+    split = config.block_n * config.split_blocks
+    assert width % split == 0
+    assert 65535 * config.block_n - split < width <= 65535 * config.block_n
+
+
 def test_images_made_in_inference_mode(device, rng):
     """Nothing counts their changes, so nothing derived from them is kept."""
     shape, weights = (1, 4, 5), band_masks((1, 4, 5))
