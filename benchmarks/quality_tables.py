@@ -24,7 +24,8 @@ def sweeps(report: Record) -> str:
     for name in names:
         head += [f"r2, {name}", f"r2 of all steps, {name}"]
         head += [f"minus exact, {name}", f"minus exact, of all steps, {name}"]
-    lines, head = [], [*head, "gradient energy"]
+    head.append("gradient energy")
+    lines = []
     for kind, value, record in rows:
         cells = [kind, value]
         for name in names:

@@ -76,6 +76,7 @@ def speed_section(results: list[Results]) -> str:
 def quality_section(results: list[Results]) -> str:
     """The models against the first network, in short."""
     from .reproduce.scores import shown
+    from .reproduce.table import label_of
 
     found = latest(results, "reproduce")
     if found is None:
@@ -86,21 +87,16 @@ def quality_section(results: list[Results]) -> str:
         f"{report['data']['name']}, {report['settings']['samples']} images of each model from the "
         f"same noise in {len(report['settings']['timesteps'])} DDIM steps, against those of a "
         "small U-Net: mean ± standard error. The second network differs from the first in its "
-        "seed alone. docs/findings.md have the whole table, how long the networks were trained, "
-        f"and what it means; [results file]({name})."
-    ).replace("docs/findings.md", "[The findings](docs/findings.md)")
+        "seed alone. [The findings](docs/findings.md) have the whole table, how long the networks "
+        f"were trained, and what it means; [results file]({name})."
+    )
     lines = [_filled(told), "", "| model | MSE | r2 | r2 of all steps | s / step |"]
     lines.append("|---|---|---|---|---|")
     for row in report["table"]:
         one = row["against"].get(first)
         if one is None:
             continue
-        label = row["label"]
-        if row["samples"] < report["settings"]["samples"]:
-            label += f"; {row['images']:,} images, {row['samples']} samples"
-        if "extrapolated_seconds_per_step" in row:
-            label += f", about {row['extrapolated_seconds_per_step']:,.0f} s / step for all"
-        cells = [label, shown(one["mse"]["final"], 4), shown(one["r2"]["final"], 3)]
+        cells = [label_of(row, report), shown(one["mse"]["final"], 4), shown(one["r2"]["final"], 3)]
         cells += [shown(one["r2"]["all_steps"], 3), f"{row['seconds_per_step']:.3g}"]
         lines.append("| " + " | ".join(cells) + " |")
     # The others are on the report's page.

@@ -300,7 +300,7 @@ def test_table_of_models_on_other_pages(folder, reproduced):
     assert "](../benchmarks/results/reproduce-mnist-2020-01-04.json)" in section
     assert pictures == ["../" + picture.format("steps"), "../" + picture.format("samples")]
     section, pictures = section_of("quality", "README.md")
-    row = "| ELS; 20 images, 2 samples | 0.2500 ± 0.0100 | 0.250 ± 0.010 | 0.500 ± 0.010 | 1.5 |"
+    row = "| ELS (20 images) (2 samples) | 0.2500 ± 0.0100 | 0.250 ± 0.010 | 0.500 ± 0.010 | 1.5 |"
     assert row in section and "4 images of each model" in section
     assert pictures == [picture.format("samples")]
     marks = COMMENT.format("Begin", "speed"), COMMENT.format("End", "speed").replace("READ", "SEE")

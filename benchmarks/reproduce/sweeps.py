@@ -8,7 +8,7 @@ comparison is that of the package. Standard errors are over the images of all no
 the means of each noise seed are told beside them. They tell nothing of how trained networks differ:
 each network is a curve of its own.
 
-The batch mean is taken over batches of mixed classes, as published loaders have them, in three
+The batch mean is taken over batches of mixed classes, as the original files have them, in three
 random orders, whose spread is the noise of the order; over the images sorted by class, as folders
 and zips come; and at two further thresholds.
 

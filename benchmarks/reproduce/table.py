@@ -342,7 +342,8 @@ def _told(network: dict[str, Any]) -> str:
     return f"{told}."
 
 
-def _cells(row: dict[str, Any], names: list[str], record: dict[str, Any]) -> list[str]:
+def label_of(row: dict[str, Any], record: dict[str, Any]) -> str:
+    """What a row is called, with what sets its run apart from the others."""
     label = row["label"]
     if row["images"] is not None and row["images"] < record["data"]["images"]:
         label += f" ({row['images']:,} images)"
@@ -350,7 +351,11 @@ def _cells(row: dict[str, Any], names: list[str], record: dict[str, Any]) -> lis
         label += f" ({row['samples']} samples)"
     if "extrapolated_seconds_per_step" in row:
         label += f", about {row['extrapolated_seconds_per_step']:,.0f} s / step for all"
-    cells = [label]
+    return label
+
+
+def _cells(row: dict[str, Any], names: list[str], record: dict[str, Any]) -> list[str]:
+    cells = [label_of(row, record)]
     for name in names:
         found = row["against"].get(name)
         if found is None:
