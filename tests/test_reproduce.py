@@ -336,8 +336,8 @@ def test_gradient_energy():
 
 def test_sweeps(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweeps, "TEMPERATURES", (1.0, 2.0))
-    monkeypatch.setattr(sweeps, "THRESHOLDS", (0.1,))
-    monkeypatch.setattr(sweeps, "FURTHER_THRESHOLDS", (0.1, 0.3))
+    monkeypatch.setattr(sweeps, "THRESHOLDS", (1 / 3, 1.0, 10.0))
+    monkeypatch.setattr(sweeps, "FURTHER_THRESHOLDS", (1 / 3,))
     monkeypatch.setattr(sweeps, "FURTHER", 7)
     monkeypatch.setattr(sweeps, "ORDERS", (2,))
     monkeypatch.setattr(sweeps, "BATCHES", (7,))

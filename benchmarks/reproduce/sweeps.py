@@ -41,13 +41,14 @@ from .scores import by_image, summary
 from .study import Study
 
 TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0)
-THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
+# Of the threshold that is asked for.
+THRESHOLDS = (0.2, 0.4, 1.0, 2.0, 4.0, 10.0)
 BATCHES = (128, 512, 2048)
 DIAGNOSED = (512, 2048)
 # The batch mean of this size is taken in other orders and at other thresholds, too.
 FURTHER = 512
 ORDERS = (2, 3)
-FURTHER_THRESHOLDS = (0.002, 0.01)
+FURTHER_THRESHOLDS = (0.4, 2.0)
 CLASS_ORDER = f"batch_mean {FURTHER}, sorted by class"
 
 Settings = dict[str, Any]
@@ -56,6 +57,12 @@ Settings = dict[str, Any]
 def exact(threshold: float) -> Settings:
     """Settings of the exact model at temperature 1, which variants are compared with."""
     return {"model": "pca-locality", "threshold": threshold, "temperature": 1.0}
+
+
+def multiples(threshold: float, factors: Sequence[float]) -> list[float]:
+    """Multiples of a threshold below 1, as numbers of few digits."""
+    found = (float(f"{factor * threshold:g}") for factor in factors)
+    return [value for value in found if value < 1]
 
 
 def in_order(data: pf.TrainingSet, order: int | str | None) -> pf.TrainingSet:
@@ -83,14 +90,12 @@ def variants(threshold: float, labelled: bool) -> dict[str, dict[str, Settings]]
         aggregations[f"{further}, order {order}"] = base | {"batch_size": FURTHER, "order": order}
     if labelled:
         aggregations[CLASS_ORDER] = base | {"batch_size": FURTHER, "order": "by class"}
-    for value in FURTHER_THRESHOLDS:
-        if value != threshold:
-            settings = exact(value) | {"batch_size": FURTHER}
-            aggregations[f"{further}, threshold {value:g}"] = settings
+    for value in multiples(threshold, FURTHER_THRESHOLDS):
+        aggregations[f"{further}, threshold {value:g}"] = exact(value) | {"batch_size": FURTHER}
     return {
         "temperature": {f"{value:g}": base | {"temperature": value} for value in TEMPERATURES},
         "threshold": {
-            f"{value:g}": base | {"threshold": value} for value in sorted({*THRESHOLDS, threshold})
+            f"{value:g}": base | {"threshold": value} for value in multiples(threshold, THRESHOLDS)
         },
         "aggregation": aggregations,
     }
