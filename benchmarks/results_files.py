@@ -74,8 +74,9 @@ class Results:
             if self.kind in BESIDE_NETWORKS:
                 return self._study_beside_networks(path)
             study = importlib.import_module(f".studies.{self.kind}", __package__)
-            sets = "".join(f" --{name} ZIP" for name in study.NEEDS)
-            return f"python -m benchmarks.studies {self.kind} --out {path}{sets}"
+            words = [f"python -m benchmarks.studies {self.kind} --out {path}"]
+            words += [f"--{name} ZIP" for name in study.NEEDS]
+            return " ".join([*words, *self._networks()])
         if self.kind == "reproduce":
             return self._reproduce()
         if self.kind not in _COMMANDS:
@@ -109,7 +110,7 @@ class Results:
 
     def _networks(self) -> list[str]:
         """Options that name the networks' files."""
-        return [f"--network {network['file']}" for network in self.report["networks"]]
+        return [f"--network {network['file']}" for network in self.report.get("networks", [])]
 
     def origin(self) -> str:
         """Machine, date and commit in a line."""

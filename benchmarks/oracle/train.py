@@ -11,6 +11,8 @@ It trains until the minutes or the steps are up and leaves in the folder --out
 The learning rate is constant and the average takes the place of its decay, so a training can be
 prolonged at any time by another call. Batches and noise depend on the seed and the number of the
 step alone: a training that was stopped at a checkpoint continues as if it had not been.
+
+With --planted GAMMA the images bear the pattern of the study `pattern`, with this weight.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import pyflocality as pf
 from pyflocality._progress import progress_bar
 
 from ..machine import machine_facts
+from ..studies.pattern import planted
 from .unet import UNet
 
 EMA = 0.999
@@ -56,7 +59,8 @@ class Training:
     @property
     def settings(self) -> dict[str, Any]:
         """What a state must agree with to be continued."""
-        names = ("seed", "width", "multipliers", "batch", "rate")
+        names = ["seed", "width", "multipliers", "batch", "rate"]
+        names += [] if self.options.planted is None else ["planted"]
         facts = {"data": self.data.name, "images": len(self.data), "key": self.data.content_key()}
         return facts | {name: getattr(self.options, name) for name in names}
 
@@ -193,10 +197,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rate", type=float, default=5e-4, help="learning rate")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--every", type=float, default=300, help="seconds between checkpoints")
+    parser.add_argument("--planted", type=float, help="weight of the planted pattern, in (0, 1]")
     parser.add_argument("--no-progress", dest="progress", action="store_false")
     options = parser.parse_args(arguments)
     try:
-        data = pf.TrainingSet.load(options.source).to(options.device)
+        data = pf.TrainingSet.load(options.source)
+        if options.planted is not None:
+            data = planted(data, options.planted)
+        data = data.to(options.device)
         if data.dtype != torch.uint8:
             raise ValueError(
                 f"`source` must be 8-bit images, those of {data.name} are {data.dtype}"

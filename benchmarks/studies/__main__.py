@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..cpu_suite import write_json
 from ..machine import machine_facts
+from ..reproduce.networks import check_networks
 
 STUDIES = ("disks", "regularity", "pattern", "memorize", "eigenpairs", "streaming", "planner")
 SCHEMA = 1
@@ -24,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="replace --out where it exists")
     parser.add_argument("--mnist", type=Path, help="zip or folder of MNIST's training images")
     parser.add_argument("--cifar10", type=Path, help="zip of CIFAR-10's training images")
+    parser.add_argument(
+        "--network", type=Path, action="append", default=[], help="trained network, for `pattern`"
+    )
     parser.add_argument("--scratch", type=Path, help="folder for large temporary files")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, for a look")
     options = parser.parse_args(arguments)
@@ -37,9 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--{name} is required for the study {options.study!r}")
 
     started, clock = datetime.now(timezone.utc), time.perf_counter()
-    names = (*study.NEEDS, *getattr(study, "ACCEPTS", ()))
+    accepted = getattr(study, "ACCEPTS", ())
+    if options.network and "network" not in accepted:
+        parser.error(f"--network: the study {options.study!r} takes none")
+    names = (*study.NEEDS, *accepted)
     sources = {name: getattr(options, name) for name in names}
-    results, pictures = study.run(quick=options.quick, **sources)
+    try:
+        trained = check_networks(options.network) if options.network else []
+        results, pictures = study.run(quick=options.quick, **sources)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
     report = {
         "schema": SCHEMA,
         "study": options.study,
@@ -47,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "date": started.isoformat(timespec="seconds"),
         "seconds": time.perf_counter() - clock,
         "machine": machine_facts(),
+        "networks": [one.record() for one in trained],
         "results": results,
     }
     write_json(report, options.out)

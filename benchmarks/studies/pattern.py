@@ -3,12 +3,14 @@
 A fixed pattern W is blended into every image of CIFAR-10 in a random colour. It adds a principal
 component; the Wiener filter listens along it wherever its signal-to-noise ratio
 alpha^2 lambda_W / sigma^2 is high, and so does PCA locality, whose masks are the Wiener filter's.
+Networks take part that `python -m benchmarks.oracle.train` made of the same images, planted alike.
 For each noise level: the ratio, and how much of the pattern there is in the field of an output on
 it, beside the same measure for the data as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,51 +21,107 @@ import pyflocality as pf
 from pyflocality import analysis, synthetic
 from pyflocality._progress import progress_bar
 
+from ..oracle.unet import UNet
+
 NEEDS = ("cifar10",)
+ACCEPTS = ("network",)
 
 # Ratio from which on the paper marks a pattern as visible.
 _VISIBLE = 0.1
+_WEIGHTS = (0.0, 0.1, 0.5)
 _STEPS = range(900, -1, -100)
 _THRESHOLD = 0.02
 _SIZE = 32
+# Images whose fields are averaged.
+_TESTED = 4
 
 
-def run(*, quick: bool, cifar10: Path | None) -> tuple[list[dict[str, Any]], list[Any]]:
-    """A record for each weight gamma and step, and the fields."""
+def run(
+    *, quick: bool, cifar10: Path | None, network: Sequence[Path]
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """A record for each weight gamma and step, and the fields.
+
+    Raises:
+        ValueError: A network was not made of these images, or there are two for one weight.
+    """
+    networks = by_weight(network)
     data = pf.TrainingSet.load("photos" if cifar10 is None else cifar10)
+    weights = (0.0, 0.5) if quick else _WEIGHTS
+    sets = {gamma: planted(data, gamma) if gamma else data for gamma in weights}
+    for gamma, unet in networks.items():
+        if gamma in sets and unet.facts["key"] != sets[gamma].content_key():
+            raise ValueError(f"`network` of weight {gamma:g} was not trained on {data.name}")
+    records: list[dict[str, Any]] = []
+    pictures: list[Any] = []
     steps = (500, 100) if quick else _STEPS
-    pattern = cross(_SIZE)
-    output = (1, _SIZE // 4, _SIZE // 4)
-    schedule = pf.DDPMSchedule()
-    sets = {0.0: data}
-    for gamma in (0.1, 0.5):
-        sets[gamma] = synthetic.inject_pattern(data, pattern, gamma)
-    records, pictures = [], []
-    tested = data.values(0, 4)
     for gamma, chosen in progress_bar(sets.items(), description="patterns"):
         moments = pf.Moments.from_data(chosen)
-        models = {
+        models: dict[str, pf.Denoiser] = {
             "wiener": pf.WienerDenoiser(moments),
             "pca_locality": pf.PCALocalityDenoiser(chosen, _THRESHOLD, moments=moments),
         }
-        direction = torch.zeros(data.image_shape)
-        direction[output[0]] = pattern
+        if gamma in networks:
+            unet, schedule = networks[gamma], pf.DDPMSchedule()
+            models["network"] = pf.NetworkDenoiser(
+                unet, "v", takes=schedule, image_shape=unet.image_shape
+            )
         for t in steps:
-            alpha, sigma = (float(level) for level in schedule(t))
-            generator = torch.Generator().manual_seed(3)
-            x = alpha * tested + sigma * torch.randn(tested.shape, generator=generator)
-            record: dict[str, Any] = {
-                "gamma": gamma,
-                "t": t,
-                "snr": float(analysis.snr_ruler(moments, direction, sigma, alpha)),
-            }
-            record["visible"] = record["snr"] > _VISIBLE
-            for name, model in models.items():
-                field = analysis.sensitivity(model, x, sigma, alpha, pixel=output).mean(0)
-                record[name] = share_on_pattern(field[output[0]], pattern, output[1:])
-                pictures.append((gamma, t, name, field[output[0]]))
-            records.append(record)
+            record, fields = _look(models, moments, data.values(0, _TESTED), t)
+            records.append({"gamma": gamma, **record})
+            pictures += [(gamma, t, name, field) for name, field in fields.items()]
     return records, pictures
+
+
+def by_weight(paths: Sequence[Path]) -> dict[float, UNet]:
+    """Networks by the weight of the pattern that was planted in their images, 0 for none.
+
+    Raises:
+        ValueError: The study has no such weight, or there are two networks of one.
+    """
+    found: dict[float, UNet] = {}
+    for path in paths:
+        unet = UNet.load(path)
+        gamma = unet.facts.get("planted", 0.0)
+        if gamma not in _WEIGHTS or gamma in found:
+            told = ", ".join(f"{weight:g}" for weight in _WEIGHTS)
+            raise ValueError(
+                f"`network` must be given once at most for each of the weights {told}, {path} is "
+                f"of weight {gamma:g}"
+            )
+        found[gamma] = unet
+    return found
+
+
+def _look(
+    models: dict[str, pf.Denoiser], moments: pf.Moments, clean: Tensor, t: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The ratio at a step, how much of the pattern is in each model's field, and the fields."""
+    pattern, output = cross(_SIZE), (1, _SIZE // 4, _SIZE // 4)
+    direction = torch.zeros(clean.shape[1:])
+    direction[output[0]] = pattern
+    alpha, sigma = pf.DDPMSchedule()(t)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(3))
+    x = alpha * clean + sigma * noise
+    ratio = float(analysis.snr_ruler(moments, direction, sigma, alpha))
+    record: dict[str, Any] = {"t": t, "snr": ratio, "visible": ratio > _VISIBLE}
+    fields = {}
+    for name, model in models.items():
+        mean = analysis.sensitivity(model, x, sigma, alpha, pixel=output).mean(0)
+        fields[name] = mean[output[0]]
+        record[name] = share_on_pattern(fields[name], pattern, output[1:])
+    return record, fields
+
+
+def planted(data: pf.TrainingSet, gamma: float) -> pf.TrainingSet:
+    """The images with the pattern blended in with a weight, in colours that are always the same.
+
+    Raises:
+        ValueError: The images are not square, or the weight is out of range.
+    """
+    height, width = data.image_shape[1:]
+    if height != width:
+        raise ValueError(f"`data` must be of square images, those of {data.name} are not")
+    return synthetic.inject_pattern(data, cross(height), gamma)
 
 
 def cross(size: int) -> Tensor:
