@@ -138,6 +138,39 @@ def denoising(report: Record) -> str:
     return f"{note}\n\n{_table(head, lines)}"
 
 
+def pattern(report: Record) -> str:
+    """Mean of each model's field on a planted pattern over that beside it, by weight and step."""
+    records = report["results"]
+    known = ("wiener", "pca_locality", "network")
+    models = [name for name in known if any(name in record for record in records)]
+    weights = list(dict.fromkeys(record["gamma"] for record in records))
+    head = ["t"]
+    for gamma in weights:
+        head += [f"SNR, weight {gamma:g}"] if gamma else []
+        head += [f"{name.replace('_', ' ')}, weight {gamma:g}" for name in models]
+    lines = []
+    for t in dict.fromkeys(record["t"] for record in records):
+        cells = [str(t)]
+        for gamma in weights:
+            [one] = [one for one in records if (one["gamma"], one["t"]) == (gamma, t)]
+            cells += [f"{one['snr']:.2g}"] if gamma else []
+            cells += [_number(one.get(name), 2) for name in models]
+        lines.append(cells)
+    trained = [network["facts"] for network in report["networks"]]
+    told = "; ".join(
+        f"weight {facts.get('planted', 0.0):g}, width {facts['width']}, {facts['steps']:,} steps "
+        f"of {facts['batch']} images"
+        for facts in trained
+    )
+    note = (
+        "Mean of a field on the pattern over its mean beside it, away from the output: 1 where a "
+        "model does not know of the pattern. SNR: signal-to-noise ratio along the pattern, visible "
+        "where it exceeds 0.1. Weight 0: the images as they are."
+    )
+    note += f" Networks: {told}." if told else ""
+    return f"{note}\n\n{_table(head, lines)}"
+
+
 def _names(report: Record) -> list[str]:
     return [network["name"] for network in report["networks"]]
 

@@ -73,54 +73,68 @@ def speed_section(results: list[Results]) -> str:
     return "\n".join([*lines, "", f"GPUs: {told}."])
 
 
-def quality_section(results: list[Results]) -> str:
-    """The models against the first network, in short."""
-    from .reproduce.scores import shown
-    from .reproduce.table import label_of
-
-    found = latest(results, "reproduce")
-    if found is None:
-        return f"Quality against trained networks: {NOT_MEASURED}."
-    report, name = found.report, f"benchmarks/results/{found.path.name}"
-    first = report["networks"][0]["name"]
-    told = (
-        f"{report['data']['name']}, {report['settings']['samples']} images of each model from the "
-        f"same noise in {len(report['settings']['timesteps'])} DDIM steps, against those of a "
-        "small U-Net: mean ± standard error. The second network differs from the first in its "
-        "seed alone. [The findings](docs/findings.md) have the whole table, how long the networks "
-        f"were trained, and what it means; [results file]({name})."
-    )
-    lines = [_filled(told), "", "| model | MSE | r2 | r2 of all steps | s / step |"]
-    lines.append("|---|---|---|---|---|")
-    for row in report["table"]:
-        one = row["against"].get(first)
-        if one is None:
-            continue
-        cells = [label_of(row, report), shown(one["mse"]["final"], 4), shown(one["r2"]["final"], 3)]
-        cells += [shown(one["r2"]["all_steps"], 3), f"{row['seconds_per_step']:.3g}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    # The others are on the report's page.
-    if "samples" in found.pictures:
-        picture = found.pictures["samples"].name
-        lines += ["", f"![{CAPTIONS['samples']}](benchmarks/results/{picture})"]
-    return "\n".join(lines)
+def _of(results: list[Results], kind: str, of: str) -> Results | None:
+    """The newest file of a kind for a set of images, which its name begins with."""
+    return latest([one for one in results if one.path.stem.startswith(f"{kind}-{of}")], kind)
 
 
-def table_section(results: list[Results]) -> str:
-    """The table of models against trained networks, as `pyflocality reproduce` writes it."""
-    from .reproduce.table import markdown
+def _quality(of: str = "mnist") -> Section:
+    """A section with the models against the first network, in short."""
 
-    found = latest(results, "reproduce")
-    if found is None:
-        return f"Table of models against networks: {NOT_MEASURED}."
-    head, rows, tail = markdown(found.report).strip().split("\n\n")
-    told = f"`{found.command}`, [results file](benchmarks/results/{found.path.name})."
-    paragraphs = [_filled(head), rows, _filled(tail), _filled(told)]
-    for name in ("steps", "samples"):
-        if name in found.pictures:
-            picture = found.pictures[name].name
-            paragraphs.append(f"![{CAPTIONS[name]}](benchmarks/results/{picture})")
-    return "\n\n".join(paragraphs)
+    def section(results: list[Results]) -> str:
+        from .reproduce.scores import shown
+        from .reproduce.table import label_of
+
+        found = _of(results, "reproduce", of)
+        if found is None:
+            return f"Quality against trained networks: {NOT_MEASURED}."
+        report, name = found.report, f"benchmarks/results/{found.path.name}"
+        first = report["networks"][0]["name"]
+        told = (
+            f"{report['data']['name']}, {report['settings']['samples']} images of each model from "
+            f"the same noise in {len(report['settings']['timesteps'])} DDIM steps, against those "
+            "of a small U-Net: mean ± standard error. The second network differs from the first "
+            "in its seed alone. [The findings](docs/findings.md) have the whole table, how long "
+            f"the networks were trained, and what it means; [results file]({name})."
+        )
+        lines = [_filled(told), "", "| model | MSE | r2 | r2 of all steps | s / step |"]
+        lines.append("|---|---|---|---|---|")
+        for row in report["table"]:
+            one = row["against"].get(first)
+            if one is None:
+                continue
+            mse, r2 = one["mse"], one["r2"]
+            cells = [label_of(row, report), shown(mse["final"], 4), shown(r2["final"], 3)]
+            cells += [shown(r2["all_steps"], 3), f"{row['seconds_per_step']:.3g}"]
+            lines.append("| " + " | ".join(cells) + " |")
+        # The others are on the report's page.
+        if "samples" in found.pictures:
+            picture = found.pictures["samples"].name
+            lines += ["", f"![{CAPTIONS['samples']}](benchmarks/results/{picture})"]
+        return "\n".join(lines)
+
+    return section
+
+
+def _table(of: str = "mnist") -> Section:
+    """A section with the whole table of models, as `pyflocality reproduce` writes it."""
+
+    def section(results: list[Results]) -> str:
+        from .reproduce.table import markdown
+
+        found = _of(results, "reproduce", of)
+        if found is None:
+            return f"Table of models against networks: {NOT_MEASURED}."
+        head, rows, tail = markdown(found.report).strip().split("\n\n")
+        told = f"`{found.command}`, [results file](benchmarks/results/{found.path.name})."
+        paragraphs = [_filled(head), rows, _filled(tail), _filled(told)]
+        for name in ("steps", "samples"):
+            if name in found.pictures:
+                picture = found.pictures[name].name
+                paragraphs.append(f"![{CAPTIONS[name]}](benchmarks/results/{picture})")
+        return "\n\n".join(paragraphs)
+
+    return section
 
 
 def _filled(text: str) -> str:
@@ -134,7 +148,7 @@ def _study(
     """A section with a table of a study beside networks, and its picture of a name."""
 
     def section(results: list[Results]) -> str:
-        found = latest([one for one in results if one.path.stem.startswith(f"{kind}-{of}")], kind)
+        found = _of(results, kind, of)
         if found is None:
             return f"{kind.capitalize()}: {NOT_MEASURED}."
         note, _, rows = table(found.report).partition("\n\n")
@@ -150,14 +164,21 @@ def _study(
 
 _SECTIONS: dict[str, Section] = {
     "speed": speed_section,
-    "quality": quality_section,
-    "table": table_section,
+    "quality": _quality(),
+    "quality_cifar10": _quality("cifar10"),
+    "table": _table(),
+    "table_cifar10": _table("cifar10"),
     "sweeps": _study("sweeps", quality_tables.sweeps),
+    "sweeps_cifar10": _study("sweeps", quality_tables.sweeps, of="cifar10"),
     "diagnosis": _study("sweeps", quality_tables.diagnosis, "why"),
+    "diagnosis_cifar10": _study("sweeps", quality_tables.diagnosis, "why", of="cifar10"),
     "masks": _study("sweeps", quality_tables.masks, "samples"),
+    "masks_cifar10": _study("sweeps", quality_tables.masks, "samples", of="cifar10"),
     "fields": _study("fields", quality_tables.fields),
+    "fields_cifar10": _study("fields", quality_tables.fields, of="cifar10"),
     "denoising": _study("denoising", quality_tables.denoising),
     "denoising_cifar10": _study("denoising", quality_tables.denoising, of="cifar10"),
+    "pattern": _study("pattern", quality_tables.pattern, of=""),
 }
 
 
