@@ -45,8 +45,8 @@ class Results:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the file's name says that it is of a GPU."""
-        return any(name in self.path.stem for name in ("h100", "h200"))
+        """Whether it tells of a GPU."""
+        return bool(self.report["machine"].get("gpu"))
 
     @property
     def pictures(self) -> dict[str, Path]:
@@ -91,7 +91,7 @@ class Results:
         words += self._networks()
         names = ("threshold", "samples", "seeds", "steps")
         words += [f"--{name} {self.report[name]}" for name in names if name in self.report]
-        return " ".join([*words, f"--out {path}"])
+        return " ".join([*words, *self._device(), f"--out {path}"])
 
     def _reproduce(self) -> str:
         """The command of `pyflocality reproduce`, with the methods unless they are all."""
@@ -106,7 +106,12 @@ class Results:
         few = [row for name, row in rows.items() if METHODS[name].few]
         if few:
             words.append(f"--els-images {few[0]['images']} --els-samples {few[0]['samples']}")
-        return " ".join([*words, "--out DIR"])
+        return " ".join([*words, *self._device(), "--out DIR"])
+
+    def _device(self) -> list[str]:
+        """The option of the device, unless it is the CPU."""
+        device = self.report.get("device", "cpu")
+        return [] if device == "cpu" else [f"--device {device}"]
 
     def _networks(self) -> list[str]:
         """Options that name the networks' files."""

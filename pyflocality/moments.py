@@ -299,6 +299,23 @@ class Moments:
         moments._sums = kind(header["count"], **tensors)
         return moments
 
+    def to(self, device: torch.device | str) -> Moments:
+        """These moments on a device, as a new object; themselves if they are there already.
+
+        Covariance and eigenvectors go along where they have been computed.
+        """
+        sums = self._whole()
+        tensors = {name: tensor.to(device) for name, tensor in sums.tensors().items()}
+        if all(tensors[name] is tensor for name, tensor in sums.tensors().items()):
+            return self
+        moved = Moments()
+        moved._sums, moved._image_shape = type(sums)(sums.count, **tensors), self._image_shape
+        if self._covariance is not None:
+            moved._covariance = self._covariance.to(device)
+        if self._eigen is not None:
+            moved._eigen = Eigen(*(tensor.to(device) for tensor in self._eigen))
+        return moved
+
     def content_key(self) -> str:
         """Hash of the moments, the same for the same images in any order (8-bit images)."""
         sums = self._whole()

@@ -322,9 +322,12 @@ def test_command_of_reproduce_is_read_as_it_was_meant(folder, reproduced, monkey
     found = latest(read_results(folder), "reproduce")
     assert cli.main(found.command.split()[1:]) == 0
     [plan] = plans
+    write(folder, "reproduce-mnist-2020-01-04.json", reproduced | {"device": "cuda"})
+    on_gpu = latest(read_results(folder), "reproduce").command
+    assert on_gpu == found.command.replace(" --out", " --device cuda --out")
     assert [path.name for path in plan.networks] == ["a.safetensors", "b.st"]
     assert (plan.source, plan.threshold, plan.samples, plan.seed) == ("mnist.zip", 0.005, 4, 3)
-    assert plan.methods == ("optimal", "equivariant")
+    assert plan.methods == ("optimal", "equivariant") and plan.device == "cpu"
     assert (plan.els_images, plan.els_samples) == (20, 2)
 
 

@@ -14,7 +14,8 @@ from pyflocality import cli
 
 pytest.importorskip("matplotlib", reason="the command draws with matplotlib")
 
-from pyflocality.benchmarks.oracle.unet import UNet  # noqa: E402
+from tiny_sets import COUNT, SHAPE, write_network, write_sets  # noqa: E402
+
 from pyflocality.benchmarks.reproduce import (  # noqa: E402
     diagnosis,
     methods,
@@ -25,8 +26,6 @@ from pyflocality.benchmarks.reproduce import (  # noqa: E402
     table,
 )
 
-SHAPE = (1, 8, 8)
-COUNT = 24
 SAMPLES = 3
 
 
@@ -34,20 +33,9 @@ SAMPLES = 3
 def folder(tmp_path_factory):
     """Images of three classes, sorted by class, and two networks."""
     folder = tmp_path_factory.mktemp("reproduce")
-    generator = torch.Generator().manual_seed(5)
-    rows = torch.linspace(0, 3, 8)
-    waves = torch.stack([torch.outer((rows * k).cos(), (rows + k).sin()) for k in (1, 2, 3)])
-    labels = torch.arange(3).repeat_interleave(COUNT // 3)
-    values = waves[labels] + 0.4 * torch.randn(COUNT, 8, 8, generator=generator)
-    images = ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    np.savez(folder / "set.npz", images=images[:, None].numpy(), labels=labels.numpy())
+    write_sets(folder)
     for seed, name in enumerate("ab"):
-        torch.manual_seed(seed)
-        network = UNet(SHAPE, width=8, multipliers=(1, 2), blocks=1)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
-        network.save(folder / f"{name}.safetensors", {"seed": seed})
+        write_network(folder / f"{name}.safetensors", seed)
     return folder
 
 
@@ -225,7 +213,9 @@ def test_a_damaged_run_is_made_anew(folder, here, tmp_path, capsys):
 def test_a_run_of_its_own_process_is_the_same_and_tells_its_memory(folder):
     data = loaded(folder)
     noise = runs.starting_noise(SHAPE, 2, 0)
-    request = runs.Request({"model": "optimal"}, data, None, None, noise, 2, False)
+    request = runs.Request(
+        {"model": "optimal"}, data, None, None, noise, 2, False, torch.device("cpu")
+    )
     mine, apart = runs.perform(request), runs.perform_apart(request)
     assert torch.equal(mine.x0, apart.x0)
     assert apart.facts["backends"] == mine.facts["backends"] and len(apart.facts["seconds"]) == 2

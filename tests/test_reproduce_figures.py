@@ -13,13 +13,11 @@ import pyflocality as pf
 pytest.importorskip("matplotlib", reason="the studies draw with matplotlib")
 
 from matplotlib import pyplot as plt  # noqa: E402
+from tiny_sets import SHAPE, write_network, write_sets  # noqa: E402
 
-from pyflocality.benchmarks.oracle.unet import UNet  # noqa: E402
 from pyflocality.benchmarks.reproduce import denoising, draw, fields, methods  # noqa: E402
 from pyflocality.benchmarks.reproduce.scores import summary  # noqa: E402
 
-SHAPE = (1, 8, 8)
-COUNT = 24
 MIXED = methods.METHODS["pca-locality-batch-mean"].label
 
 
@@ -27,20 +25,8 @@ MIXED = methods.METHODS["pca-locality-batch-mean"].label
 def folder(tmp_path_factory):
     """Images of three classes, and a network."""
     folder = tmp_path_factory.mktemp("figures")
-    generator = torch.Generator().manual_seed(5)
-    rows = torch.linspace(0, 3, 8)
-    waves = torch.stack([torch.outer((rows * k).cos(), (rows + k).sin()) for k in (1, 2, 3)])
-    labels = torch.arange(3).repeat_interleave(COUNT // 3)
-    values = waves[labels] + 0.4 * torch.randn(COUNT, 8, 8, generator=generator)
-    images = ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)[:, None].numpy()
-    np.savez(folder / "set.npz", images=images, labels=labels.numpy())
-    np.savez(folder / "plain.npz", images=images)
-    torch.manual_seed(0)
-    network = UNet(SHAPE, width=8, multipliers=(1, 2), blocks=1)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    network.save(folder / "a.safetensors", {"seed": 0})
+    write_sets(folder)
+    write_network(folder / "a.safetensors", 0)
     return folder
 
 

@@ -18,7 +18,6 @@ interrupted command goes on where it ended.
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,7 @@ from ..cpu_suite import write_json
 from . import methods, networks
 from .draw import line_style
 from .networks import Network
-from .runs import KeptRuns, Run, Settings, starting_noise
+from .runs import KeptRuns, Run, Settings, now, starting_noise
 from .scores import summary
 from .study import Study
 from .windows import calibrated_windows
@@ -76,7 +75,8 @@ def models(
         return methods.build(settings, searched, moments() if needed else None)
 
     for network in trained:
-        yield network.name, network.settings, functools.partial(networks.load, network.path)
+        load = functools.partial(networks.load, network.path, data.device)
+        yield network.name, network.settings, load
     for name in _NAMES:
         if name == "local" and windows is None:
             continue
@@ -91,9 +91,9 @@ def models(
 
 
 def nearest(images: Tensor, data: pf.TrainingSet) -> Tensor:
-    """The training images nearest to some images, [n, C, H, W]."""
-    indices = nearest_images(images, data.images).indices[:, 0]
-    return pf.TrainingSet(data.images[indices]).values()
+    """The training images nearest to some images, [n, C, H, W] on the CPU."""
+    indices = nearest_images(images.to(data.device), data.images).indices[:, 0]
+    return pf.TrainingSet(data.images[indices].cpu()).values()
 
 
 @torch.no_grad()
@@ -101,10 +101,11 @@ def restore_once(
     model: Model, clean: Tensor, noise: Tensor, t: int, data: pf.TrainingSet
 ) -> tuple[Tensor, dict[str, Any]]:
     """The first image as the model restores it, [1, C, H, W], and the errors of all."""
-    clock = time.perf_counter()
+    clock = now(data.device)
     alpha, sigma = pf.DDPMSchedule()(t)
-    answer = model(alpha * clean + sigma * noise, sigma, alpha).clamp(-1, 1)
-    seconds = time.perf_counter() - clock
+    noisy = (alpha * clean + sigma * noise).to(data.device)
+    answer = model(noisy, sigma, alpha).clamp(-1, 1).cpu()
+    seconds = now(data.device) - clock
     errors = (pf.metrics.mse(answer, target).tolist() for target in (clean, nearest(answer, data)))
     return answer[:1], dict(zip(_MEASURES, errors, strict=True)) | {"seconds": round(seconds, 4)}
 
@@ -122,7 +123,7 @@ def restore(
     Args:
         clean: Test images [n, C, H, W].
         found: Models by name, with their settings.
-        data: The training set.
+        data: The training set, on the models' device.
         kept: Where finished models and times lie, found by the images and the noise, too.
         progress: Whether to show a progress bar.
     """
@@ -231,13 +232,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     windows = None
     if study.trained:
         windows = calibrated_windows(
-            *("local", data, study.trained[0], KeptRuns(folder, common)),
+            *("local", data, study.trained[0], KeptRuns(folder, common, study.device)),
             seed=_SEED + 1,
             progress=progress,
         )
     common |= {"test": test.content_key(), "samples": len(clean), "seed": _SEED}
     found = list(models(data, study.trained, windows, options.threshold))
-    results, drawn = restore(clean, found, data, KeptRuns(folder, common), progress=progress)
+    kept = KeptRuns(folder, common, study.device)
+    results, drawn = restore(clean, found, data, kept, progress=progress)
     report = study.report(
         results,
         test={"name": test.name, "images": len(clean)},

@@ -90,9 +90,9 @@ def diagnose(
     """Figures at the states of a network's run.
 
     Args:
-        data: The training set.
-        moments: Its moments.
-        network: The network.
+        data: The training set, on the device that is to be used.
+        moments: Its moments, there as well.
+        network: The network, there as well.
         noise: Starting noise [n, C, H, W].
         threshold: Threshold of PCA locality.
         batch_means: Name, images in their order and images a batch of each batch mean.
@@ -107,13 +107,14 @@ def diagnose(
         posteriors are uniform, do not tell.
     """
     schedule = pf.DDPMSchedule()
-    run = pf.sample(network, x_T=noise, schedule=schedule, steps=STEPS, progress=progress)
+    start = noise.to(data.device)
+    run = pf.sample(network, x_T=start, schedule=schedule, steps=STEPS, progress=progress)
     models = {"exact": pf.PCALocalityDenoiser(data, threshold, moments=moments)}
     for name, images, size in batch_means:
         models[name] = pf.PCALocalityDenoiser(
             images, threshold, aggregation="batch_mean", batch_size=size, moments=moments
         )
-    variance = moments.covariance.diagonal()
+    variance = moments.covariance.diagonal().cpu()
     found: dict[str, list[dict[str, Any]]] = {"network": []} | {name: [] for name in models}
     visits = list(enumerate(run.timesteps.tolist()))
     for step, t in progress_bar(visits, description="diagnosis", enabled=progress):
@@ -125,7 +126,7 @@ def diagnose(
             answer = model(x, sigma, alpha).clamp(-1, 1)
             r2 = pf.metrics.r2(answer, target)
             of_exact = r2 if name == "exact" else of_exact
-            sizes = effective_sizes(model, x, sigma, alpha)
+            sizes = effective_sizes(model, x, sigma, alpha).cpu()
             found[name].append(
                 {
                     "mse": summary(pf.metrics.mse(answer, target)),

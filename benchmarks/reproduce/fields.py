@@ -33,7 +33,7 @@ from pyflocality.analysis.sensitivity import SensitivityRun
 
 from ..cpu_suite import write_json
 from . import networks
-from .runs import KeptRuns, Run, Settings, starting_noise
+from .runs import KeptRuns, Run, Settings, now, starting_noise
 from .study import Study
 
 if TYPE_CHECKING:
@@ -100,11 +100,14 @@ def make_or_find(
 
     def make() -> Run:
         clock = time.perf_counter()
+        denoiser = model()
+        start = noise.to(denoiser.device)
         found = analysis.sensitivity_along_run(
-            model(), pixel, steps=steps, every=-(-steps // LEVELS), x_T=noise, progress=progress
+            denoiser, pixel, steps=steps, every=-(-steps // LEVELS), x_T=start, progress=progress
         )
+        seconds = round(now(denoiser.device) - clock, 2)
         levels = {name: getattr(found, name).tolist() for name in ("timesteps", "alpha", "sigma")}
-        return Run(found.fields, levels | {"seconds": round(time.perf_counter() - clock, 2)})
+        return Run(found.fields.cpu(), levels | {"seconds": seconds})
 
     run, _ = kept.get(settings["model"], settings | {"pixel": list(pixel)}, make)
     levels = (torch.tensor(run.facts[name]) for name in ("timesteps", "alpha", "sigma"))
@@ -146,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seed": _SEED,
         "steps": options.steps,
     }
-    kept = KeptRuns(options.out.with_suffix(".runs"), common)
+    kept = KeptRuns(options.out.with_suffix(".runs"), common, study.device)
     runs, seconds = {}, {}
     for name, (settings, model) in _models(study).items():
         print(f"fields of {name}", flush=True)
@@ -174,7 +177,10 @@ def _models(study: Study) -> dict[str, tuple[Settings, Callable[[], pf.Denoiser]
     data, threshold = study.data, study.options.threshold
     moments = functools.cache(lambda: pf.Moments.from_data(data, progress=study.progress))
     found: dict[str, tuple[Settings, Callable[[], pf.Denoiser]]] = {
-        network.name: (network.settings, functools.partial(networks.load, network.path))
+        network.name: (
+            network.settings,
+            functools.partial(networks.load, network.path, study.device),
+        )
         for network in study.trained
     }
     found["PCA locality"] = (

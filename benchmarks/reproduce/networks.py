@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import pyflocality as pf
 
 from ..oracle.unet import UNet
@@ -49,9 +51,9 @@ class Network:
         }
 
 
-def load(path: Path) -> pf.NetworkDenoiser:
-    """A trained network as a denoiser, ready to denoise."""
-    unet = UNet.load(path)
+def load(path: Path, device: torch.device | str = "cpu") -> pf.NetworkDenoiser:
+    """A trained network as a denoiser, ready to denoise on a device."""
+    unet = UNet.load(path).to(device)
     schedule = pf.DDPMSchedule()
     return pf.NetworkDenoiser(unet, "v", takes=schedule, image_shape=unet.image_shape)
 

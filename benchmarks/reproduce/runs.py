@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ class Run:
     """What a model made of the starting noise.
 
     Attributes:
-        x0: Its answers, clipped to [-1, 1]: float32 [steps, n, C, H, W]; the last are the images.
+        x0: Its answers, clipped to [-1, 1]: float32 [steps, n, C, H, W] on the CPU; the last are
+            the images.
         facts: Time, memory, backends and date of the run.
     """
 
@@ -59,6 +61,7 @@ class Request:
         x_t: Starting noise [n, C, H, W].
         steps: Number of DDIM steps.
         progress: Whether to show a progress bar.
+        device: Where to run; for a run in a process of its own, all else is on the CPU.
     """
 
     settings: Settings
@@ -68,11 +71,21 @@ class Request:
     x_t: Tensor
     steps: int
     progress: bool
+    device: torch.device
+
+    def on_device(self) -> Request:
+        """The same with all that it is given on its device."""
+        return replace(
+            self,
+            data=None if self.data is None else self.data.to(self.device),
+            moments=None if self.moments is None else self.moments.to(self.device),
+            x_t=self.x_t.to(self.device),
+        )
 
     def denoiser(self) -> pf.Denoiser:
         """What runs."""
         if self.network is not None:
-            return networks.load(self.network)
+            return networks.load(self.network, self.device)
         return methods.build(self.settings, self.data, self.moments)
 
 
@@ -86,22 +99,26 @@ def perform(request: Request) -> Run:
 
     Its memory is how far the process grew at most, beyond what it held when images, moments and
     starting noise were there and nothing else: the resident set's peak, which Linux lets a process
-    reset; None elsewhere.
+    reset; None elsewhere. On a GPU it is the same of the memory that torch has allocated there,
+    and everything runs once before, as kernels are compiled at their first use.
     """
+    request, device = request.on_device(), request.device
     _touch(request)
-    before = _resident_bytes() if _reset_peak() else None
+    if device.type == "cuda":
+        pf.sample(request.denoiser(), x_T=request.x_t, steps=request.steps, progress=False)
+    growth = _memory_growth(device)
     with pf.trace_backends() as calls:
-        clock = time.perf_counter()
+        clock = now(device)
         timed = _Timed(request.denoiser())
-        built = time.perf_counter() - clock
+        built = now(device) - clock
         out = pf.sample(timed, x_T=request.x_t, steps=request.steps, progress=request.progress)
-    peak = peak_memory_bytes() if before is not None else None
+    memory = growth()
     return Run(
-        out.x0.float().clamp(-1, 1),
+        out.x0.float().clamp(-1, 1).cpu(),
         {
             "seconds": [round(seconds, 4) for seconds in timed.seconds],
             "preparation_seconds": round(built + timed.preparing, 4),
-            "extra_memory_bytes": None if peak is None else max(0, peak - before),
+            "extra_memory_bytes": memory,
             "backends": sorted({backend for _, backend in calls}) or ["torch"],
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -134,11 +151,15 @@ class KeptRuns:
     Args:
         folder: Where they lie; it is made when the first is kept.
         common: Settings of all of them: what identifies the images, the noise and the steps.
+        device: Where they are made: runs hold times.
     """
 
-    def __init__(self, folder: Path, common: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, common: Mapping[str, Any], device: torch.device) -> None:
         self.folder = folder
         self.common = {"pyflocality": pf.__version__, **common}
+        # Of the CPU's there are runs that were kept before there was a choice.
+        if device.type != "cpu":
+            self.common["device"] = device.type
 
     def path(self, name: str, settings: Mapping[str, Any], suffix: str = ".npz") -> Path:
         """The file of some settings."""
@@ -187,13 +208,13 @@ class _Timed:
         self.preparing = 0.0
 
     def __call__(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
-        clock = time.perf_counter()
+        clock = now(x.device)
         if hasattr(self.masks, "weights_at"):
             self.masks.weights_at(sigma, alpha)
-        self.preparing += time.perf_counter() - clock
-        clock = time.perf_counter()
+        self.preparing += now(x.device) - clock
+        clock = now(x.device)
         answer = self.denoiser(x, sigma, alpha)
-        self.seconds.append(time.perf_counter() - clock)
+        self.seconds.append(now(x.device) - clock)
         return answer
 
 
@@ -205,6 +226,26 @@ def _touch(request: Request) -> None:
         given += [moments.mean, moments.covariance, *moments.eigh()]
     for tensor in given:
         tensor.max()
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock, read when the device has done all that it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _memory_growth(device: torch.device) -> Callable[[], int | None]:
+    """What tells how many bytes more than now were in use at most since; None if unknown."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        return lambda: torch.cuda.max_memory_allocated(device) - held
+    if not _reset_peak():
+        return lambda: None
+    before = _resident_bytes()
+    return lambda: max(0, peak_memory_bytes() - before)
 
 
 def _reset_peak() -> bool:

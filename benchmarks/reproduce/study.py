@@ -9,8 +9,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import pyflocality as pf
+import torch
 
+import pyflocality as pf
+from pyflocality.cli._options import parse_device
+
+from ..gpu_machine import gpu_facts
 from ..machine import machine_facts
 from . import methods, networks
 from .networks import Network
@@ -30,12 +34,14 @@ class Study:
     Attributes:
         parser: Takes further options before `start`.
         options: What was asked for.
-        data: The training set, in a random order.
+        device: Where the models run.
+        data: The training set, in a random order and on that device.
         trained: The networks.
         progress: Whether to show progress bars.
     """
 
     options: argparse.Namespace
+    device: torch.device
     data: pf.TrainingSet
     trained: list[Network]
     progress: bool
@@ -56,6 +62,7 @@ class Study:
         add("--out", type=Path, required=True, help="JSON file to write")
         add("--threshold", type=float, default=0.005, help="of PCA locality")
         add("--samples", type=int, default=samples, help=about)
+        add("--device", default="cpu", help="cpu, or cuda with or without a number")
         add("--force", action="store_true", help="replace --out where it exists")
         add("--no-progress", action="store_true", help="no progress bars")
 
@@ -73,15 +80,17 @@ class Study:
         if not 0 <= options.threshold < 1:
             self.parser.error(f"--threshold must be in [0, 1), got {options.threshold}")
         try:
+            self.device = parse_device(options.device)
             if options.network:
                 networks.check_networks(options.network)
-            self.data = methods.load_mixed(options.source, progress=self.progress)
-            shape = self.data.image_shape
+            data = methods.load_mixed(options.source, progress=self.progress)
+            shape = data.image_shape
             self.trained = (
                 networks.check_networks(options.network, shape) if options.network else []
             )
         except (ValueError, FileNotFoundError) as error:
             self.parser.error(str(error))
+        self.data = data.to(self.device)
 
     def report(self, results: object, **further: object) -> dict[str, Any]:
         """The results with all that they depend on."""
@@ -90,7 +99,8 @@ class Study:
             "study": self.name,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": time.perf_counter() - self._clock,
-            "machine": machine_facts(),
+            "machine": facts_of(self.device),
+            "device": self.device.type,
             "data": data_record(self.data),
             "networks": [network.record() for network in self.trained],
             "threshold": self.options.threshold,
@@ -98,6 +108,11 @@ class Study:
             **further,
             "results": results,
         }
+
+
+def facts_of(device: torch.device) -> dict[str, Any]:
+    """Machine and versions, with those of the GPU where that is the device."""
+    return machine_facts() | (gpu_facts() if device.type == "cuda" else {})
 
 
 def data_record(data: pf.TrainingSet) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class Sweep:
     """Makes the runs, or finds them.
 
     Args:
-        data: The training set.
+        data: The training set, on the device that is to be used.
         trained: The networks.
         samples: Images for each seed.
         seeds: Number of seeds.
@@ -146,6 +146,7 @@ class Sweep:
                 self.noise,
                 STEPS,
                 self.progress,
+                self.data.device,
             )
             return perform(request)
 
@@ -233,7 +234,7 @@ def masks(data: pf.TrainingSet, moments: pf.Moments, threshold: float) -> list[d
         weights = denoiser.weights_at(sigma, alpha)
         empty = (weights.dense(torch.float32) == 0).all(1)
         # Where every image agrees the mean is the right answer.
-        varied = moments.covariance.diagonal() > 0
+        varied = moments.covariance.diagonal().cpu() > 0
         found.append(
             {
                 "t": t,
@@ -257,7 +258,7 @@ def why(sweep: Sweep, threshold: float) -> dict[str, Any]:
     found = diagnosis.diagnose(
         sweep.data,
         sweep.moments,
-        networks.load(network.path),
+        networks.load(network.path, sweep.data.device),
         sweep.noise[: min(sweep.samples, diagnosis.SAMPLES)],
         threshold,
         batch_means,
@@ -280,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seeds": options.seeds,
         "steps": STEPS,
     }
-    kept = KeptRuns(options.out.with_suffix(".runs"), common)
+    kept = KeptRuns(options.out.with_suffix(".runs"), common, study.device)
     sweep = Sweep(study.data, study.trained, options.samples, options.seeds, kept, study.progress)
     results, runs = run_sweeps(sweep, options.threshold)
     results["why"] = why(sweep, options.threshold)

@@ -16,22 +16,27 @@ import torch
 import pyflocality as pf
 from pyflocality._checks import check_count
 from pyflocality.cli._files import Outputs
+from pyflocality.cli._options import parse_device
 from pyflocality.cli._record import Stages
 from pyflocality.masks import check_threshold
 from pyflocality.ops import nearest_images
 
-from ..machine import machine_facts
 from . import draw, methods, networks
 from .methods import METHODS, Settings
 from .networks import Network
-from .runs import STEPS, KeptRuns, Request, Run, perform_apart, starting_noise
+from .runs import STEPS, KeptRuns, Request, Run, now, perform_apart, starting_noise
 from .scores import score, shown
-from .study import SCHEMA, data_record
+from .study import SCHEMA, data_record, facts_of
 from .windows import CALIBRATION_SAMPLES, calibrated_windows
 
 _WINDOWS_TOLD = (
     " Windows are those that follow network A at each noise level; ELS and bbELS take those of LS."
 )
+# What is told as memory, by the device.
+_MEMORY = {
+    "cpu": "what the process needs",
+    "cuda": "what torch's allocator of GPU memory holds",
+}
 FILES = ("reproduce.json", "table.md", "samples.png", "steps.png")
 
 
@@ -51,6 +56,7 @@ class Plan:
         els_samples: Samples that it makes, the first ones.
         force: Whether results that are there may be replaced.
         progress: Whether to say what is being done.
+        device: Where models and networks run, "cpu" or "cuda" with or without a number.
     """
 
     source: str
@@ -64,6 +70,7 @@ class Plan:
     els_samples: int = 32
     force: bool = False
     progress: bool = True
+    device: str = "cpu"
 
     @property
     def files(self) -> list[Path]:
@@ -77,6 +84,7 @@ class Plan:
             check_count(getattr(self, name), name)
         if not 0 <= self.seed < 2**63 - 1:
             raise ValueError(f"`seed` must lie in [0, 2^63 - 1), got {self.seed}")
+        parse_device(self.device)
         methods.check_methods(self.methods)
         networks.check_networks(self.networks)
 
@@ -122,6 +130,7 @@ class _Table:
         self, plan: Plan, data: pf.TrainingSet, trained: Sequence[Network], stages: Stages
     ) -> None:
         self.plan, self.data, self.trained, self.stages = plan, data, trained, stages
+        self.device = parse_device(plan.device)
         self.noise = starting_noise(data.image_shape, plan.samples, plan.seed)
         common = {
             "images": data.content_key(),
@@ -129,7 +138,7 @@ class _Table:
             "seed": plan.seed,
             "steps": STEPS,
         }
-        self.kept = KeptRuns(plan.out / "runs", common)
+        self.kept = KeptRuns(plan.out / "runs", common, self.device)
         self.runs: dict[str, Run] = {}
         self.windows: dict[str, pf.WindowTable] = {}
         self.reused: list[str] = []
@@ -162,7 +171,7 @@ class _Table:
             with self.stages(f"windows of {name_of_model}", f"windows of {name_of_model}"):
                 self.windows[name_of_model] = calibrated_windows(
                     name_of_model,
-                    self.data,
+                    self.data.to(self.device),
                     self.trained[0],
                     self.kept,
                     seed=plan.seed + 1,
@@ -194,6 +203,7 @@ class _Table:
                 self.noise[:samples],
                 STEPS,
                 self.plan.progress,
+                self.device,
             )
             with self.stages(name, f"sampling {samples} images: {name}"):
                 return perform_apart(request)
@@ -225,13 +235,14 @@ class _Table:
 
     def _search(self, target: torch.Tensor) -> Run:
         found, seconds = [], []
+        data = self.data.to(self.device)
         with self.stages("nearest", "searching for the nearest training images"):
             with pf.trace_backends() as calls:
-                for x0 in target:
-                    clock = time.perf_counter()
-                    indices = nearest_images(x0, self.data.images).indices[:, 0]
-                    seconds.append(round(time.perf_counter() - clock, 4))
-                    found.append(pf.TrainingSet(self.data.images[indices]).values())
+                for x0 in target.to(self.device):
+                    clock = now(self.device)
+                    indices = nearest_images(x0, data.images).indices[:, 0]
+                    seconds.append(round(now(self.device) - clock, 4))
+                    found.append(pf.TrainingSet(data.images[indices].cpu()).values())
         facts = {
             "seconds": seconds,
             "preparation_seconds": 0.0,
@@ -277,7 +288,9 @@ def _record(
         "schema": SCHEMA,
         "command": "reproduce",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine_facts(),
+        "machine": facts_of(table.device),
+        "device": table.device.type,
+        "memory": _MEMORY[table.device.type],
         "data": data_record(data),
         "networks": [network.record() for network in trained],
         "settings": {
@@ -322,12 +335,15 @@ def markdown(record: dict[str, Any]) -> str:
     ]
     lines += ["| " + " | ".join(_cells(row, names, record)) + " |" for row in record["table"]]
     machine = record["machine"]
+    # Files from before there was a choice of the device do not tell.
+    memory = record.get("memory", _MEMORY["cpu"])
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
     lines += [
         "",
         "Seconds are those of one denoiser call for all samples, without moments and masks; memory "
-        "is what the process needs beside images, moments and noise, at most."
+        f"is {memory} beside images, moments and noise, at most."
         + (_WINDOWS_TOLD if record["windows"] else ""),
-        f"{machine['cpu']}, {machine['threads']} threads, {record['date'][:10]}, pyflocality "
+        f"{where}, {record['date'][:10]}, pyflocality "
         f"{machine['pyflocality']}, torch {machine['torch']}.",
     ]
     return "\n".join(lines) + "\n"

@@ -27,7 +27,7 @@ def calibrated_windows(
 
     Args:
         name: Key of `CALIBRATED`.
-        data: The training set.
+        data: The training set, on the device that is to be used.
         network: The network.
         kept: Where finished runs lie.
         seed: Seed of the noise; not that of the noise on which models are compared.
@@ -44,7 +44,7 @@ def calibrated_windows(
         return pf.WindowTable.load(path)
     found = pf.calibrate_windows(
         data,
-        networks.load(network.path),
+        networks.load(network.path, data.device),
         steps=STEPS,
         samples=CALIBRATION_SAMPLES,
         model=CALIBRATED[name],

@@ -56,6 +56,7 @@ def reproduce(
         int,
         typer.Option(help="equivariant models: images that are made.", rich_help_panel=MODEL),
     ] = 32,
+    device: common.Device = "cpu",
     force: common.Force = False,
     as_json: common.Json = False,
     progress: common.Progress = True,
@@ -87,6 +88,7 @@ def reproduce(
         els_samples,
         force,
         progress,
+        device,
     )
     record = table.reproduce(plan)
     if as_json:
