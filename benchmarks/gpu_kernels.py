@@ -1,8 +1,4 @@
-"""The GPU kernels for the suite: also those that no operation uses yet, also without a GPU.
-
-A kernel is entered for the suite's own process, so that it can be measured before it is offered to
-anybody; what the library has entered itself stays as it is.
-"""
+"""The GPU kernels for the suite: those of the checkout, and in dry runs without a GPU."""
 
 from __future__ import annotations
 
@@ -13,50 +9,6 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-
-# Backend, module and function by operation.
-KERNELS = {
-    "masked_posterior": ("triton", "kernels.masked_posterior", "masked_posterior_state"),
-    "masked_posterior_jvp": (
-        "triton",
-        "kernels.masked_posterior_jvp",
-        "masked_posterior_jvp_state",
-    ),
-    "global_posterior": ("triton", "kernels.global_posterior", "global_posterior_state"),
-    "global_posterior_jvp": (
-        "triton",
-        "kernels.global_posterior_jvp",
-        "global_posterior_jvp_state",
-    ),
-    "covariance": ("triton", "kernels.covariance", "accumulate_covariance"),
-    "equivariant_posterior": (
-        "triton",
-        "kernels.equivariant_posterior",
-        "equivariant_posterior_state",
-    ),
-    "window_posterior": ("cuda", "cuda.window_posterior", "window_posterior_state"),
-    "window_posterior_jvp": ("cuda", "cuda.window_posterior", "window_posterior_jvp_state"),
-    "window_posterior_vjp": ("cuda", "cuda.window_adjoint", "window_posterior_vjp"),
-    "patch_set": ("cuda", "cuda.window_adjoint", "patch_set_mean"),
-}
-
-
-def enter_kernels(stack: ExitStack) -> list[str]:
-    """Enter the kernels that the library does not use; their names, "operation/backend".
-
-    Args:
-        stack: Takes them away again.
-    """
-    from pyflocality import _backends, ops  # noqa: F401  (operations register themselves)
-
-    entered = []
-    for op, (backend, module, function) in KERNELS.items():
-        if backend not in _backends.OPERATIONS[op]:
-            kernel = _backends.Implementation(f"pyflocality.{module}", function)
-            table = _backends.OPERATIONS[op]
-            stack.enter_context(mock.patch.dict(table, {backend: kernel}))
-            entered.append(f"{op}/{backend}")
-    return entered
 
 
 def pretend_gpu(stack: ExitStack) -> None:

@@ -4,9 +4,10 @@
 
 runs first calls with and without what was compiled before, every case (checked against float64
 before it is timed, in turns with its yardsticks, from a cold L2 cache) and the kernels' tests,
-within `--budget` seconds. Kernels that no operation uses yet take part. Results are written after
-every case. `--dry-run` runs the same code on tiny sizes in Triton's interpreter, without a GPU: its
-numbers mean nothing, but whatever would fail for a silly reason fails there.
+within `--budget` seconds. Cases name their backend, so kernels that run by name only take part.
+Results are written after every case. `--dry-run` runs the same code on tiny sizes in Triton's
+interpreter, without a GPU: its numbers mean nothing, but whatever would fail for a silly reason
+fails there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .gpu_kernels import ROOT, enter_kernels, find_checkout_packages, pretend_gpu
+from .gpu_kernels import ROOT, find_checkout_packages, pretend_gpu
 
 if TYPE_CHECKING:
     from .gpu_cases import GpuCase, GpuPlan
@@ -100,7 +101,6 @@ class Suite:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": machine_facts() | gpu_facts(),
             "gpu_before": gpu_state(),
-            "entered": [],
             "start": {},
             "results": [],
             "tests": {},
@@ -108,7 +108,6 @@ class Suite:
         if self.options.commit:
             self.report["machine"]["commit"] = self.options.commit
         with ExitStack() as stack:
-            self.report["entered"] = enter_kernels(stack)
             if self.options.dry_run:
                 pretend_gpu(stack)
             if self.options.start:
@@ -127,7 +126,7 @@ class Suite:
     def _start_times(self) -> dict[str, Any]:
         from .gpu_start import OPERATIONS, start_times
 
-        return start_times(OPERATIONS[:1] if self.options.dry_run else OPERATIONS)
+        return start_times(list(OPERATIONS)[: 1 if self.options.dry_run else None])
 
     def _record(self, case: GpuCase) -> dict[str, Any]:
         """Run a case; a failure is a record like any other."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyflocality.kernels._launch import version_of
+from pyflocality.kernels._kept import Kept, version_of
 
 # Columns are padded to whole blocks of the widest kernel.
 COLUMN_MULTIPLE = 128
@@ -26,23 +26,33 @@ class CentredImages:
     Attributes:
         images: Images as stored, uint8 [N, C, H, W].
         version: Version of `images` that this was made from; None where they have none.
-        centre: float16 [D].
+        kept_centre: The centre, float16 [D].
         variance: Mean over the D values of the mean of K^2, in the units of [-1, 1].
-        whole: The whole copy where it fits the memory budget, else None.
+        kept_whole: The whole copy where it fits the memory budget, else None.
         norms: What launchers keep beside the copy: by owner, a key and norms of the images.
     """
 
     images: Tensor
     version: int | None
-    centre: Tensor
+    kept_centre: Kept
     variance: float
-    whole: Tensor | None = None
-    norms: dict[object, tuple[object, Tensor]] = field(default_factory=dict)
+    kept_whole: Kept | None = None
+    norms: dict[object, tuple[object, Kept]] = field(default_factory=dict)
+
+    @property
+    def centre(self) -> Tensor:
+        """The centre, float16 [D], for use on the current stream."""
+        return self.kept_centre.here()[0]
+
+    @property
+    def whole(self) -> Tensor | None:
+        """The whole copy [D, columns] where it is kept, for use on the current stream."""
+        return None if self.kept_whole is None else self.kept_whole.here()[0]
 
     @property
     def dim(self) -> int:
         """Values of an image, D."""
-        return len(self.centre)
+        return self.images[0].numel()
 
     @property
     def columns(self) -> int:
@@ -51,22 +61,23 @@ class CentredImages:
 
     def fill(self, target: Tensor, first: int) -> None:
         """Write the columns from image `first` on into `target` [D, columns]."""
-        step = max(COLUMN_MULTIPLE, _ELEMENTS_AT_A_TIME // self.dim)
+        step, centre = max(COLUMN_MULTIPLE, _ELEMENTS_AT_A_TIME // self.dim), self.centre
         for start in range(0, target.shape[1], step):
             part = target[:, start : start + step]
             stored = self.images[first + start : first + start + part.shape[1]]
-            values = stored.reshape(len(stored), self.dim).half() - self.centre
+            values = stored.reshape(len(stored), self.dim).half() - centre
             part[:, : len(stored)].copy_(values.T)
             part[:, len(stored) :].zero_()
 
     def keep(self, budget: int) -> bool:
         """Keep the whole copy if it fits `budget` bytes; says whether it is kept."""
-        if self.whole is None and 2 * self.dim * self.columns <= budget:
-            self.whole = torch.empty(
+        if self.kept_whole is None and 2 * self.dim * self.columns <= budget:
+            whole = torch.empty(
                 self.dim, self.columns, dtype=torch.float16, device=self.images.device
             )
-            self.fill(self.whole, 0)
-        return self.whole is not None
+            self.fill(whole, 0)
+            self.kept_whole = Kept(whole)
+        return self.kept_whole is not None
 
 
 _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -85,7 +96,7 @@ def centred_images(images: Tensor) -> CentredImages:
     return found
 
 
-def _centre(images: Tensor) -> tuple[Tensor, float]:
+def _centre(images: Tensor) -> tuple[Kept, float]:
     count, dim = len(images), images[0].numel()
     step = max(1, _ELEMENTS_AT_A_TIME // dim)
     # Sums of bytes and of their squares over few images are exact in float32; the totals are
@@ -99,4 +110,4 @@ def _centre(images: Tensor) -> tuple[Tensor, float]:
         squares += values.square().sum(0)
     centre = (total / count).round()
     spread = (squares - 2 * centre * total) / count + centre.square()
-    return centre.half(), float(spread.mean()) / 127.5**2
+    return Kept(centre.half()), float(spread.mean()) / 127.5**2

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyflocality._gpu_limits import LARGE_SHARED_BYTES, shared_bytes_of
+
 # Factors of distances stay positive, normal float32 numbers: their product with a distance of
 # zero is zero, with an infinite one infinite (see `pyflocality.reference.state`).
 SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-126, 2.0**120
-# Programs along the second and third dimension of a grid.
-LARGEST_GRID = 65535
-# Shared memory that a block must be able to have for the tables of Hopper, bytes.
-LARGE_SHARED = 227 * 1024
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,7 @@ def generation(device: torch.device) -> int:
     if device.type != "cuda":
         # The interpreter runs what the newer generation would.
         return 90
-    # Not by the capability alone: consumer GPUs of later generations have less.
-    found = torch.cuda.get_device_properties(device)
-    # Older versions of torch do not tell; the generations 9 and 10 are those of data centres.
-    guess = LARGE_SHARED if found.major in (9, 10) else 0
-    shared = getattr(found, "shared_memory_per_block_optin", guess)
-    return 90 if shared >= LARGE_SHARED else 80
+    return 90 if shared_bytes_of(device) >= LARGE_SHARED_BYTES else 80
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
@@ -59,11 +52,3 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 def finite_power(scale: Tensor) -> Tensor:
     """Factor of a distance in the power of two, from that in the power of e; within float32."""
     return (scale * math.log2(math.e)).clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
-
-
-def version_of(images: Tensor) -> int | None:
-    """Version of a tensor, which changes with its values; None where nothing counts it.
-
-    Tensors made in torch's inference mode have none: what is derived from them cannot be kept.
-    """
-    return None if images.is_inference() else images._version

@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from pyflocality.kernels._kept import Kept
 from pyflocality.weights import QueryWeights
 
 # Outputs of a tile.
@@ -98,13 +99,15 @@ class MaskPlan:
         return sum(len(level.inputs) * OUTPUTS for level in self.levels)
 
 
-_plans: WeakKeyDictionary[QueryWeights, dict[tuple[object, ...], MaskPlan]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[QueryWeights, dict[tuple[object, ...], tuple[MaskPlan, Kept]]] = (
+    WeakKeyDictionary()
+)
 
 
 def mask_plan(
     weights: QueryWeights, image_shape: tuple[int, int, int], block_d: int, device: torch.device
 ) -> MaskPlan:
-    """The plan of a set of weights, built once per device.
+    """The plan of a set of weights, built once per device, for use on the current stream.
 
     Args:
         weights: Weights with one row per value of an image, [D, D].
@@ -116,11 +119,15 @@ def mask_plan(
     key = (tuple(image_shape), block_d, device)
     if key not in plans:
         if weights.is_mask:
-            plans[key] = plan_of_masks(unpacked(weights, device), image_shape, block_d)
+            plan = plan_of_masks(unpacked(weights, device), image_shape, block_d)
         else:
             values = weights.dense(torch.float32, device)
-            plans[key] = plan_of_values(values, image_shape, block_d)
-    return plans[key]
+            plan = plan_of_values(values, image_shape, block_d)
+        tensors = [tensor for level in plan.levels for tensor in vars(level).values()]
+        plans[key] = (plan, Kept(plan.outputs, *tensors))
+    plan, kept = plans[key]
+    kept.here()
+    return plan
 
 
 def unpacked(weights: QueryWeights, device: torch.device, rows: slice = slice(None)) -> Tensor:

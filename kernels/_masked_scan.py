@@ -14,10 +14,12 @@ import triton
 from torch import Tensor
 
 from pyflocality._budget import memory_budget_bytes
+from pyflocality._gpu_limits import LARGEST_GRID
 from pyflocality._problem import PosteriorProblem
 from pyflocality.kernels import _masked_products as kernels
 from pyflocality.kernels._centred_images import COLUMN_MULTIPLE, CentredImages
-from pyflocality.kernels._launch import LARGEST_GRID, Launch, finite_power, on_device_of
+from pyflocality.kernels._kept import Kept
+from pyflocality.kernels._launch import Launch, finite_power, on_device_of
 from pyflocality.kernels._mask_plan import OUTPUTS, Level, MaskPlan, unpacked
 from pyflocality.kernels.state import empty_state, merge_parts
 from pyflocality.reference.state import PosteriorState
@@ -191,8 +193,9 @@ class MaskedScan:
         return min(max(width, split), largest)
 
     def _columns(self, first: int, last: int) -> Tensor:
-        if self.images.whole is not None:
-            return self.images.whole[:, first:last]
+        whole = self.images.whole
+        if whole is not None:
+            return whole[:, first:last]
         columns = torch.empty(
             self.images.dim, last - first, dtype=torch.float16, device=self.queries.device
         )
@@ -201,20 +204,22 @@ class MaskedScan:
 
     def _kept_norms(self, budget: int) -> Tensor | None:
         """Squared norms of all images over all masks, kept for the next call with these masks."""
-        if self.images.whole is None or 4 * self.places * self.images.columns > budget:
+        whole = self.images.whole
+        if whole is None or 4 * self.places * self.images.columns > budget:
             self.images.norms.pop("masked", None)
             return None
-        owner, norms = self.images.norms.get("masked", (None, None))
+        owner, kept = self.images.norms.get("masked", (None, None))
         if owner is not self.plan:
             self.images.norms.pop("masked", None)
             norms = torch.empty(self.places, self.images.columns, device=self.queries.device)
             width = self._slice_width(budget // 4, 1, True, True)
             with on_device_of(self.queries):
                 for first in range(0, self.images.columns, width):
-                    columns = self.images.whole[:, first : first + width]
+                    columns = whole[:, first : first + width]
                     norms[:, first : first + width] = self._norms(columns, first)
-            self.images.norms["masked"] = (self.plan, norms)
-        return norms
+            kept = Kept(norms)
+            self.images.norms["masked"] = (self.plan, kept)
+        return kept.here()[0]
 
     def _norms(self, columns: Tensor, first: int) -> Tensor:
         """Squared norms of some images over all masks, infinite where no image is."""

@@ -11,6 +11,7 @@ weight are not read again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,15 +20,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyflocality._budget import memory_budget_bytes
+from pyflocality._budget import images_per_chunk, memory_budget_bytes
 from pyflocality._problem import PosteriorProblem
-from pyflocality.kernels._launch import (
-    Launch,
-    finite_power,
-    generation,
-    on_device_of,
-    version_of,
-)
+from pyflocality.kernels._kept import Kept, version_of
+from pyflocality.kernels._launch import Launch, finite_power, generation, on_device_of
 from pyflocality.kernels.state import empty_state, merge_parts
 from pyflocality.reference.state import PosteriorState
 
@@ -199,23 +195,41 @@ _norms: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def squared_norms(images: Tensor) -> Tensor:
     """Sums of (u - 128)^2 over every image, int64 [N]; kept while the images are unchanged."""
     version = version_of(images)
-    known, norms = _norms.get(images, (None, None))
+    known, kept = _norms.get(images, (None, None))
     if version is None or known != version:
         step = max(1, 2**24 // images[0].numel())
-        norms = torch.cat(
-            [
-                (part.flatten(1).to(torch.int32) - 128).square().sum(1, dtype=torch.int64)
-                for part in images.detach().split(step)
-            ]
+        kept = Kept(
+            torch.cat(
+                [
+                    (part.flatten(1).to(torch.int32) - 128).square().sum(1, dtype=torch.int64)
+                    for part in images.detach().split(step)
+                ]
+            )
         )
         if version is not None:
-            _norms[images] = (version, norms)
-    return norms
+            _norms[images] = (version, kept)
+    return kept.here()[0]
 
 
-def rows_of(images: Tensor) -> Tensor:
-    """Images [n, C, H, W] as [n, D], one after the other in memory: views are copied."""
-    return images.flatten(1).contiguous()
+def rows_of(problem: PosteriorProblem) -> Iterator[tuple[slice, Tensor]]:
+    """Images as [n, D], one after the other in memory, and which they are.
+
+    All together, or as many at a time as the problem asks for; views are copied, as many at a
+    time as fit half of the memory budget.
+    """
+    images, size = problem.images, problem.chunk_size or len(problem.images)
+    if problem.chunk_size is None and not images.is_contiguous():
+        budget = max(1, memory_budget_bytes(problem.memory_budget) // 2)
+        size = images_per_chunk(budget, images[0].nbytes, len(images))
+    for start in range(0, len(images), size):
+        chosen = slice(start, start + size)
+        yield chosen, images[chosen].flatten(1).contiguous()
+
+
+def budget_of(problem: PosteriorProblem) -> int:
+    """Working memory beside the copies of `rows_of`, bytes."""
+    budget = memory_budget_bytes(problem.memory_budget)
+    return budget if problem.images.is_contiguous() else budget // 2
 
 
 def fixed_point(noisy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,7 +269,7 @@ def global_posterior_state(
     # Distances to all images and one more sum per split, for some groups of queries at a time.
     splits, split_images = splits_of(len(problem.images), dim, config)
     per_group = QUERIES * (4 * len(problem.images) + 4 * (splits + 2) * dim)
-    groups = max(1, memory_budget_bytes(problem.memory_budget) // per_group)
+    groups = max(1, budget_of(problem) // per_group)
     together = max(1, min(groups * QUERIES, batch))
     parts = [
         _scan(problem, queries, factors, split_images, config)
@@ -286,13 +300,9 @@ def _scan(
     factor = torch.nn.functional.pad(factor, (0, padding), value=1.0)
     queries, norms = fixed_point(noisy), squared_norms(problem.images)
     state = empty_state(rows, noisy.shape[1], device)
-    chunk = problem.chunk_size or len(problem.images)
     with on_device_of(noisy):
-        for start in range(0, len(problem.images), chunk):
-            images = rows_of(problem.images[start : start + chunk])
-            parts = _scan_chunk(
-                images, norms[start : start + chunk], queries, factor, split, config
-            )
+        for chosen, images in rows_of(problem):
+            parts = _scan_chunk(images, norms[chosen], queries, factor, split, config)
             state = merge_parts(state, parts, factor)
     minimum, total, weighted = state
     return PosteriorState(minimum[:batch], total[:batch], weighted[:batch])

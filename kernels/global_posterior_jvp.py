@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyflocality._budget import memory_budget_bytes
 from pyflocality._problem import PosteriorProblem
 from pyflocality._tangents import centre_of
 from pyflocality.kernels._launch import Launch, finite_power, generation, on_device_of
@@ -22,6 +21,7 @@ from pyflocality.kernels.global_posterior import (
     CONFIGS,
     QUERIES,
     Config,
+    budget_of,
     distances_of,
     fixed_point,
     rows_of,
@@ -112,7 +112,7 @@ def global_posterior_jvp_state(
     # every split, for one noisy image.
     splits, _ = splits_of(count, dim, config)
     per_image = (1 + len(tangents)) * (40 * count + 4 * (splits + 4) * dim)
-    together = max(1, memory_budget_bytes(problem.memory_budget) // per_image)
+    together = max(1, budget_of(problem) // per_image)
     parts = [
         _scan(problem, rows, directions[rows], config)
         for rows in torch.arange(len(problem.x), device=problem.x.device).split(together)
@@ -135,12 +135,10 @@ def _scan(
     digits, quantum, _ = fixed_point(_filled(directions.flatten(0, 1)))
     offsets = _filled((directions * centre[:, None]).sum(2).flatten()[:, None])[:, 0]
     inner_queries = (digits, -0.5 * quantum, -offsets)
-    norms = squared_norms(problem.images)
-    size, state = problem.chunk_size or len(problem.images), None
+    norms, state = squared_norms(problem.images), None
     with on_device_of(noisy):
-        for start in range(0, len(problem.images), size):
-            images = rows_of(problem.images[start : start + size])
-            distance = distances_of(images, norms[start : start + size], queries, config)
+        for chosen, images in rows_of(problem):
+            distance = distances_of(images, norms[chosen], queries, config)
             none = norms.new_zeros(len(images))
             inner = distances_of(images, none, inner_queries, config)
             inner = inner[: directions.shape[:2].numel()].reshape(

@@ -6,8 +6,9 @@ That one answer serves the automatic choice (a debug message), an explicit reque
 `pyflocality doctor` and the skips of the tests.
 
 Precedence: the `backend=` argument, `use_backend`, the environment variable
-`PYFLOCALITY_BACKEND`, then `"auto"`: the first implementation of the table that can serve.
-Whoever names a backend gets that backend or an error, never another one.
+`PYFLOCALITY_BACKEND`, then `"auto"`: the first implementation of the table that can serve, but
+for those that run by name only. Whoever names a backend gets that backend or an error, never
+another one.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from pyflocality._transforms import in_full_precision
 logger = logging.getLogger("pyflocality")
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+# Why "auto" passes over a kernel that passes every test without a GPU.
+UNPROVEN = "no GPU has run this kernel yet: name it to use it"
 
 _requested: ContextVar[str | None] = ContextVar("pyflocality_backend", default=None)
 _trace: ContextVar[list[tuple[str, str]] | None] = ContextVar("pyflocality_trace", default=None)
@@ -82,11 +85,13 @@ class Implementation:
         function: Its name there.
         limits: Reason why this implementation cannot serve a call, or None if it can. Only what
             is special to it: the machine and the device are checked for the whole backend.
+        by_name_only: Reason why "auto" passes over it, or None where it does not.
     """
 
     module: str
     function: str
     limits: Callable[[Call], str | None] = lambda call: None
+    by_name_only: str | None = None
 
     def load(self) -> Callable[..., object]:
         """The function itself."""
@@ -178,8 +183,8 @@ def select(op: str, call: Call, backend: str | None = None) -> Callable[..., obj
     table = OPERATIONS[op]
     request = requested_backend(backend)
     if request == "auto":
-        for name in table:
-            why_not = reason(op, name, call)
+        for name, implementation in table.items():
+            why_not = implementation.by_name_only or reason(op, name, call)
             if why_not is None:
                 return _chosen(op, name, call)
             logger.debug("%s: backend %s passed over: %s", op, name, why_not)

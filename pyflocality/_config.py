@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from pyflocality._backends import BACKENDS, OPERATIONS, machine_reason, requested_backend
+from pyflocality._backends import (
+    BACKENDS,
+    OPERATIONS,
+    Implementation,
+    machine_reason,
+    requested_backend,
+)
 from pyflocality._budget import memory_budget_bytes
 from pyflocality._version import __version__
 
@@ -34,6 +40,11 @@ def _installed(distributions: tuple[str, ...]) -> str | None:
     return None
 
 
+def _by_name(table: dict[str, Implementation]) -> dict[str, str]:
+    """Why "auto" passes over some backends of an operation, by backend."""
+    return {name: one.by_name_only for name, one in table.items() if one.by_name_only is not None}
+
+
 def configuration() -> dict[str, Any]:
     """The configuration as plain values: versions, backends, operations, settings."""
     gpus = [
@@ -49,6 +60,9 @@ def configuration() -> dict[str, Any]:
         "gpus": gpus,
         "backends": {name: machine_reason(name) for name in BACKENDS if name != "auto"},
         "operations": {op: list(table) for op, table in sorted(OPERATIONS.items())},
+        "by_name_only": {
+            op: reasons for op, table in sorted(OPERATIONS.items()) if (reasons := _by_name(table))
+        },
         "backend": requested_backend(None),
         "memory_budget": memory_budget_bytes(None),
         "environment": {
@@ -73,7 +87,11 @@ def format_configuration(config: dict[str, Any]) -> str:
         lines.append(f"  {name:<10} {'ready' if reason is None else 'unavailable: ' + reason}")
     lines.append("operations, and the backends that implement them in order of preference:")
     for op, backends in config["operations"].items():
-        lines.append(f"  {op:<18} {', '.join(backends)}")
+        by_name = config["by_name_only"].get(op, {})
+        told = [f"{name} (by name only)" if name in by_name else name for name in backends]
+        lines.append(f"  {op:<26} {', '.join(told)}")
+    reasons = {why for by_name in config["by_name_only"].values() for why in by_name.values()}
+    lines += [f"by name only: {why}" for why in sorted(reasons)]
     for name, value in config["environment"].items():
         lines.append(f"{name}={value}")
     return "\n".join(lines)

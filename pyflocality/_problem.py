@@ -84,6 +84,7 @@ class PosteriorProblem:
         """The call as a backend's predicate sees it, with further facts of the operation."""
         facts |= {
             "images_dtype": self.images.dtype,
+            "image_shape": tuple(self.images.shape[1:]),
             "augmented": self.augmentation is not None,
             "ranks": self.ranks,
             "file": mapped_file(self.images),

@@ -6,6 +6,7 @@ import errno
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -500,6 +501,10 @@ def test_doctor_names_every_backend_and_reason(run):
         assert f"{name:<10} {'ready' if reason is None else 'unavailable: ' + reason}" in text
     for operation in ("covariance", "masked_posterior", "window_posterior"):
         assert operation in text
+    for operation, by_name in configuration()["by_name_only"].items():
+        for name, reason in by_name.items():
+            assert re.search(rf"^  {operation} .*\b{name} \(by name only\)", text, re.MULTILINE)
+            assert f"by name only: {reason}\n" in text
     code, text, _ = run("doctor", "--json")
     assert code == 0
     assert json.loads(text) == json.loads(json.dumps(configuration()))

@@ -8,8 +8,8 @@ import itertools
 import numpy as np
 import pytest
 
+from pyflocality._gpu_limits import SHARED_BYTES
 from pyflocality.cuda.geometry import (
-    SHARED_LIMIT,
     WindowPlan,
     WindowShape,
     ceil_div,
@@ -77,7 +77,7 @@ def test_regions_hold_every_window_of_their_tile():
 def test_plans_fit_the_machine():
     for shape in shapes():
         plan = plan_window(shape)
-        assert plan.shared_bytes <= SHARED_LIMIT, plan
+        assert plan.shared_bytes <= SHARED_BYTES, plan
         assert plan.threads <= 1024 and plan.threads % 32 == 0
         assert plan.min_blocks * plan.threads <= 2048
         # Registers that the compiler may give a thread: enough for its sums.
@@ -112,7 +112,7 @@ def test_every_pixel_of_a_whole_image_pass_has_one_thread():
         try:
             plan = plan_adjoint(shape)
         except ValueError as error:
-            assert height * width * 4 > SHARED_LIMIT - 8192, (shape, error)
+            assert height * width * 4 > SHARED_BYTES - 8192, (shape, error)
             continue
         across = ceil_div(width, 4)
         chunks = ceil_div(height * across, plan.threads)
@@ -123,7 +123,7 @@ def test_every_pixel_of_a_whole_image_pass_has_one_thread():
             y, x = own // across, own % across * 4 + j
             np.add.at(counts, (y[x < width], x[x < width]), 1)
         assert (counts == 1).all()
-        assert plan.shared_bytes <= SHARED_LIMIT
+        assert plan.shared_bytes <= SHARED_BYTES
 
 
 def test_larger_images_are_refused():

@@ -14,9 +14,18 @@ from cuda_simulator import SimulatedKernel, need_compiler, simulated_cupy
 from torch import Tensor
 from truth import filtered_posterior_mean, random_images, softmax, values_of, window_weights
 
+import pyflocality as pf
+from pyflocality import _backends, ops
 from pyflocality._problem import posterior_problem
 from pyflocality._tangents import jacobian_factor
-from pyflocality.cuda import geometry, launch, window_adjoint, window_posterior
+from pyflocality.cuda import (
+    geometry,
+    launch,
+    stored,
+    window_adjoint,
+    window_posterior,
+    window_rows,
+)
 from pyflocality.cuda.window_adjoint import patch_set_mean, window_posterior_vjp
 from pyflocality.cuda.window_posterior import window_posterior_jvp_state, window_posterior_state
 from pyflocality.cuda.window_rows import window_posterior_rows
@@ -334,3 +343,59 @@ def test_patch_sets_need_windows_that_fit(rng):
     problem, _, _ = noisy_problem((3, 6, 8), 5, 1, torch.uint8, rng)
     with pytest.raises(ValueError, match="`window` must be at most 6 to fit inside a 6x8 image"):
         patch_set_mean(problem, 7)
+
+
+def test_operations_by_name(rng, monkeypatch):
+    """Were there a GPU: the public operations on the backend, and a model of them."""
+    monkeypatch.setattr(_backends, "machine_reason", lambda backend: None)
+    monkeypatch.setattr(_backends, "_device_reason", lambda backend, device: None)
+    problem, sigma, alpha = noisy_problem((3, 6, 8), 45, 2, torch.uint8, rng)
+    x, given = problem.x, (problem.images, 3, sigma, alpha)
+    directions = torch.randn(2, *x.shape, generator=rng)
+    calls = {
+        "window_posterior": lambda z, u: ops.window_posterior_mean(z, *given),
+        "window_posterior_jvp": lambda z, u: ops.window_posterior_jvp(z, u, *given)[1],
+        "window_posterior_vjp": lambda z, u: ops.window_posterior_vjp(z, u, *given),
+        "patch_set": lambda z, u: ops.patch_set_mean(z, *given),
+    }
+    for op, call in calls.items():
+        with pf.use_backend("cuda"), pf.trace_backends() as ran:
+            found = call(x, directions)
+        assert ran == [(op, "cuda")]
+        with pf.use_backend("reference"):
+            exact, plain = call(x.double(), directions.double()), call(x, directions)
+        assert_within_budget(found, exact, plain, 27)
+    model = pf.LocalDenoiser(pf.TrainingSet(problem.images), window=3, backend="cuda")
+    again = model(x, sigma, alpha)
+    assert torch.equal(again, ops.window_posterior_mean(x, *given, backend="cuda"))
+    with pf.trace_backends() as ran:
+        field = pf.analysis.sensitivity(model, x, sigma, alpha, pixel=(1, 2, 3))
+    assert ran == [("window_posterior_vjp", "cuda")]
+    one = torch.zeros_like(x)
+    one[:, 1, 2, 3] = 1
+    assert torch.equal(field, model.vjp(x, one[None], sigma, alpha)[0].abs())
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_rows_of_many_noisy_images_fit_the_budget(strided, rng, monkeypatch):
+    """The distances of all noisy images to all images were held at once, whatever the budget."""
+    problem, sigma, alpha = noisy_problem((1, 6, 8), 40, 3, torch.uint8, rng)
+    whole = window_posterior_rows(problem, [(0, 2, 3)], 3)
+    batches = []
+    monkeypatch.setattr(
+        window_rows,
+        "run",
+        lambda launched, device, arguments: (
+            batches.append(launched.grid[1]),
+            launch.run(launched, device, arguments),
+        ),
+    )
+    images = problem.images
+    if strided:
+        images = images.repeat_interleave(2, 3)[..., ::2]
+        monkeypatch.setattr(stored, "_COPIED_BYTES", 15 * 48)
+    # One noisy image's distances, weights and sums, and half of another's.
+    some = posterior_problem(problem.x, images, sigma, alpha, memory_budget=22_000)
+    found = window_posterior_rows(some, [(0, 2, 3)], 3)
+    assert set(batches) == {1} and len(batches) == 3 * 2 * (3 if strided else 1)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from cuda_simulator import CompileException, need_compiler, simulated_cupy
 
-from pyflocality._backends import Call, machine_reason
-from pyflocality._gpu_limits import uint8_limits
-from pyflocality._gpu_limits_equivariant import patch_limits
+from pyflocality import _backends, ops
+from pyflocality._backends import OPERATIONS, BackendUnavailableError, Call, machine_reason
 from pyflocality.cuda import launch
 from pyflocality.cuda.arrays import as_tensor
 from pyflocality.cuda.launch import CudaKernelError, Launch, run
-from pyflocality.cuda.limits import patch_set_limits, window_posterior_limits
+from pyflocality.cuda.limits import window_adjoint_limits, window_posterior_limits
 from pyflocality.cuda.sources import compile_options, kernel_source
 from pyflocality.cuda.stored import grid_parts
 
 CPU = torch.device("cpu")
+GPU = {"triton", "cuda"}
 
 
 @pytest.fixture
@@ -121,18 +122,43 @@ def test_sums_of_splits(cupy, splits, rng):
 
 
 def test_limits():
-    def call(shape, dtype=torch.uint8, **options):
-        return Call(CPU, facts={"images_dtype": dtype, "image_shape": shape}, **options)
+    def call(shape, window=7, dtype=torch.uint8, **options):
+        facts = {"images_dtype": dtype, "image_shape": shape, "window": window}
+        return Call(CPU, facts=facts, **options)
 
     assert window_posterior_limits(call((3, 32, 32))) is None
-    assert window_posterior_limits(call((1, 256, 256))) is None
+    assert window_posterior_limits(call((1, 256, 256), 511)) is None
     assert "up to 256x256 pixels, got 300x20" in window_posterior_limits(call((3, 300, 20)))
-    assert "reads uint8 or float32" in window_posterior_limits(call((3, 8, 8), torch.float64))
+    refused = window_posterior_limits(call((3, 8, 8), dtype=torch.float64))
+    assert "reads uint8 or float32" in refused
     facts = {"images_dtype": torch.uint8, "image_shape": (3, 8, 8)}
     assert "computes in float32" in window_posterior_limits(Call(CPU, torch.float64, facts=facts))
     assert "no derivative" in window_posterior_limits(call((3, 8, 8), requires_grad=True))
-    assert patch_set_limits(call((3, 64, 64))) is None
-    assert "does not fit into the shared memory" in patch_set_limits(call((3, 256, 256)))
+    assert window_adjoint_limits(call((3, 64, 64), 127)) is None
+    assert "does not fit into the shared memory" in window_adjoint_limits(call((3, 256, 256)))
+    # The sums of a large window take up shared memory beside the image.
+    assert window_adjoint_limits(call((1, 80, 256))) is None
+    refused = window_adjoint_limits(call((1, 80, 256), 511))
+    assert "80x256 image does not fit into the shared memory" in refused
+
+
+def test_operations_tell_the_limits_their_window(monkeypatch):
+    """Were there a GPU: images too large for the pass over whole windows are refused before it."""
+    monkeypatch.setattr(_backends, "machine_reason", lambda backend: None)
+    monkeypatch.setattr(_backends, "_device_reason", lambda backend, device: None)
+    images, x = torch.zeros(1, 1, 80, 256, dtype=torch.uint8), torch.zeros(1, 1, 80, 256)
+    with pytest.raises(BackendUnavailableError, match="80x256 image does not fit"):
+        ops.window_posterior_vjp(x, x[None], images, 511, 0.5, backend="cuda")
+    big, images = torch.zeros(1, 1, 2, 257), torch.zeros(1, 1, 2, 257, dtype=torch.uint8)
+    calls = {
+        "patch_set": lambda: ops.patch_set_mean(big, images, 2, 0.5, backend="cuda"),
+        "mean": lambda: ops.window_posterior_mean(big, images, 3, 0.5, backend="cuda"),
+        "jvp": lambda: ops.window_posterior_jvp(big, big[None], images, 3, 0.5, backend="cuda"),
+        "sum": lambda: ops.posterior_log_sum_exp(big, images, 0.5, window=3, backend="cuda"),
+    }
+    for call in calls.values():
+        with pytest.raises(BackendUnavailableError, match="up to 256x256 pixels, got 2x257"):
+            call()
 
 
 @pytest.mark.parametrize("batch", [0, 1, 65535, 65536, 200_000])
@@ -143,18 +169,38 @@ def test_parts_of_a_batch_fit_a_grid(batch):
         assert all(part.stop - part.start <= min(at_a_time, 65535) for part in parts)
 
 
-def test_old_gpus_are_refused_with_the_reason(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    facts = {"images_dtype": torch.uint8, "image_shape": (3, 32, 32)}
-    reason = window_posterior_limits(Call(torch.device("cuda", 0), facts=facts))
+def gpu_of(monkeypatch, capability, shared):
+    """Have torch tell of a GPU of this capability and shared memory of a block, if it tells."""
+    found = SimpleNamespace(major=capability[0], shared_memory_per_block_optin=shared)
+    if shared is None:
+        del found.shared_memory_per_block_optin
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    facts = {"images_dtype": torch.uint8, "image_shape": (3, 32, 32), "window": 3}
+    call = Call(torch.device("cuda", 0), facts=facts)
+    limits = [table[name].limits for table in OPERATIONS.values() for name in table.keys() & GPU]
+    assert len(limits) == 10
+    (reason,) = {predicate(call) for predicate in limits}
+    return reason
+
+
+def test_gpus_that_cannot_run_a_kernel_are_refused_with_the_reason(monkeypatch):
+    """The reason is the same for the kernels of all operations."""
+    reason = gpu_of(monkeypatch, (7, 5), 64 * 1024)
     assert reason == "it needs a GPU of compute capability 8.0 or above, cuda:0 has 7.5"
-    # The Triton kernels say the same.
-    facts["window"] = 3
-    for limits in (uint8_limits, patch_limits):
-        assert limits(Call(torch.device("cuda", 0), facts=facts)) == reason
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    for limits in (window_posterior_limits, uint8_limits, patch_limits):
-        assert limits(Call(torch.device("cuda", 0), facts=facts)) is None
+    reason = gpu_of(monkeypatch, (8, 0), 64 * 1024)
+    assert reason == (
+        "its blocks need up to 101376 bytes of shared memory, cuda:0 gives a block 65536"
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "kibibytes"),
+    [((8, 0), 163), ((8, 6), 99), ((8, 9), 99), ((9, 0), 227), ((12, 0), 99), ((8, 6), None)],
+)
+def test_gpus_that_can_run_the_kernels(monkeypatch, capability, kibibytes):
+    shared = None if kibibytes is None else kibibytes * 1024
+    assert gpu_of(monkeypatch, capability, shared) is None
 
 
 def test_arrays_of_other_libraries_are_not_copied():

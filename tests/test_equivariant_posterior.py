@@ -163,4 +163,4 @@ def test_wrong_arguments(case, rng):
 
 
 def test_both_backends_are_registered():
-    assert list(OPERATIONS["equivariant_posterior"]) == ["cpu", "reference"]
+    assert list(OPERATIONS["equivariant_posterior"]) == ["triton", "cpu", "reference"]

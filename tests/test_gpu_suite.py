@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_kernels import KERNELS
+from benchmarks.gpu_cases import gpu_cases
 from pyflocality._backends import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
+GPU_BACKENDS = ("triton", "cuda")
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package 'triton' is not installed"
@@ -96,14 +97,6 @@ def test_each_operation_of_the_kernels_has_a_case(dry_run):
 
 
 @needs_triton
-def test_kernels_take_part_before_the_library_uses_them(dry_run):
-    report, _ = dry_run
-    entered = {f"{op}/{backend}" for op, (backend, *_) in KERNELS.items()}
-    used = {f"{op}/{name}" for op, table in OPERATIONS.items() for name in table}
-    assert set(report["entered"]) == entered - used
-
-
-@needs_triton
 def test_first_calls_are_timed_in_new_processes(dry_run):
     report, printed = dry_run
     (calls,) = report["start"].values()
@@ -113,12 +106,11 @@ def test_first_calls_are_timed_in_new_processes(dry_run):
     assert "first call of masked_posterior" in printed
 
 
-def test_kernels_exist():
-    for op, (_, module, function) in KERNELS.items():
-        assert op in OPERATIONS
-        path = module.replace(".", "/") + ".py"
-        source = ROOT / (path if module.startswith("kernels") else f"pyflocality/{path}")
-        assert f"def {function}(" in source.read_text(encoding="utf-8")
+def test_every_kernel_for_gpus_has_a_case():
+    kernels = {
+        (op, name) for op, table in OPERATIONS.items() for name in table if name in GPU_BACKENDS
+    }
+    assert {(case.op, case.backend) for case in gpu_cases()} == kernels | {("ddim", "triton")}
 
 
 def test_results_are_not_overwritten(tmp_path):

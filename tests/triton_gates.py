@@ -27,8 +27,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-# Shared memory a block may have, bytes.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+from pyflocality._gpu_limits import LARGE_SHARED_BYTES, SHARED_BYTES
+
+# Shared memory a block may have, bytes: the older tables serve every GPU that the backend takes.
+SHARED_LIMIT = {80: SHARED_BYTES, 90: LARGE_SHARED_BYTES}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyflocality._backends import OPERATIONS, requested_backend
 from pyflocality._budget import memory_budget_bytes
 from pyflocality._checks import check_batch, check_level
 from pyflocality._shards import ranks_of
@@ -47,6 +48,9 @@ def jacobian_row(
 
 def _has_rows_of_its_own(denoiser: Denoiser) -> bool:
     if not isinstance(denoiser, QueryDenoiser):
+        return False
+    # A backend that was named, and lacks this operation, may well have the transposed product.
+    if requested_backend(denoiser.backend) not in ("auto", *OPERATIONS["global_posterior_jvp"]):
         return False
     # The inputs are taken from the images as they are stored, all of them.
     if denoiser.data.augmentation is not None or ranks_of(denoiser.data.images) is not None:

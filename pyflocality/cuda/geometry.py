@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-# Shared memory of a block, bytes, that every GPU from compute capability 8.0 on can give.
-SHARED_LIMIT = 99 * 1024
+from pyflocality._gpu_limits import SHARED_BYTES
+
 # Of a multiprocessor, on GPUs made for data centres: what the blocks that run at once share.
 _SHARED_OF_ALL = 160 * 1024
 # Of the partial sums of the lines, where they do not fit into registers.
@@ -205,8 +205,8 @@ def _candidates(shape: WindowShape) -> Iterator[WindowPlan]:
     for plan in plans:
         for images in _IMAGES:
             whole = replace(plan, images=images)
-            budget = min(SHARED_LIMIT, _SHARED_OF_ALL // _register_blocks(plan))
-            if whole.shared_bytes <= (budget if images > 1 else SHARED_LIMIT):
+            budget = min(SHARED_BYTES, _SHARED_OF_ALL // _register_blocks(plan))
+            if whole.shared_bytes <= (budget if images > 1 else SHARED_BYTES):
                 yield whole
         yield from _bands(plan, (64, 32, 16))
     for plan in plans:
@@ -233,7 +233,7 @@ def plan_window(shape: WindowShape) -> WindowPlan:
     """
     _check_side(shape)
     for plan in _candidates(shape):
-        if plan.shared_bytes <= SHARED_LIMIT:
+        if plan.shared_bytes <= SHARED_BYTES:
             return plan
     raise ValueError(f"no plan fits into the shared memory of a block: {shape}")
 
@@ -256,8 +256,8 @@ def plan_adjoint(shape: WindowShape) -> WindowPlan:
     plan = replace(plan, line_threads=_line_threads(plan))
     for images in _IMAGES:
         whole = replace(plan, images=images)
-        budget = min(SHARED_LIMIT, _SHARED_OF_ALL // _register_blocks(plan))
-        if whole.shared_bytes <= (budget if images > 1 else SHARED_LIMIT):
+        budget = min(SHARED_BYTES, _SHARED_OF_ALL // _register_blocks(plan))
+        if whole.shared_bytes <= (budget if images > 1 else SHARED_BYTES):
             return whole
     raise ValueError(
         f"a {shape.height}x{shape.width} image does not fit into the shared memory of a block"

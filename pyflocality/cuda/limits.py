@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from pyflocality._backends import Call
-from pyflocality._gpu_limits import capability_reason
+from pyflocality._gpu_limits import device_limits
 from pyflocality._problem import float32_limits, stored_images_limits
-from pyflocality.cuda.geometry import WindowShape, plan_adjoint, plan_window
+from pyflocality.cuda.geometry import WindowPlan, WindowShape, plan_adjoint, plan_window
 
 
 def window_posterior_limits(call: Call) -> str | None:
     """Reason why the window scan cannot serve a call, or None if it can."""
-    return _call_reason(call) or _size_reason(call, False)
+    return _call_reason(call) or _size_reason(call, plan_window)
 
 
-def patch_set_limits(call: Call) -> str | None:
+def window_adjoint_limits(call: Call) -> str | None:
     """Reason why the pass over whole windows cannot serve a call, or None if it can."""
-    return _call_reason(call) or _size_reason(call, True)
+    return _call_reason(call) or _size_reason(call, plan_adjoint)
 
 
 def _call_reason(call: Call) -> str | None:
-    return float32_limits(call) or stored_images_limits(call) or capability_reason(call.device)
+    return float32_limits(call) or stored_images_limits(call) or device_limits(call)
 
 
-def _size_reason(call: Call, whole_windows: bool) -> str | None:
-    """The plan's own refusal, for calls that tell the shape of their images."""
-    if "image_shape" not in call.facts:
+def _size_reason(call: Call, plan: Callable[[WindowShape], WindowPlan]) -> str | None:
+    """The plan's own refusal, where the call's facts tell `window` and `image_shape` (C, H, W)."""
+    if "window" not in call.facts:
         return None
     channels, height, width = call.facts["image_shape"]
-    # The plan of the largest window fits whenever that of a smaller one does.
-    window = 2 * max(height, width) - 1
-    if whole_windows:
-        window = min(height, width)
-    stored_bytes = call.facts["images_dtype"] == torch.uint8
-    shape = WindowShape(channels, height, width, window, stored_bytes, width % 4 == 0)
+    stored_bytes, vector = call.facts["images_dtype"] == torch.uint8, width % 4 == 0
     try:
-        plan_adjoint(shape) if whole_windows else plan_window(shape)
+        plan(WindowShape(channels, height, width, call.facts["window"], stored_bytes, vector))
     except ValueError as error:
         return str(error)
     return None

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 from pyflocality._budget import memory_budget_bytes
+from pyflocality._gpu_limits import LARGEST_GRID
 from pyflocality._problem import PosteriorProblem
 from pyflocality._tangents import jacobian_factor
 from pyflocality.cuda.geometry import WindowShape
 
 # Weights are powers of two of distances; the factor must stay positive and finite in float32.
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 2.0**-126, 2.0**120
-# Images copied at a time where their memory is not contiguous.
-_COPIED_IMAGES = 4096
-# Blocks along y or z of a grid, which count noisy images.
-LARGEST_GRID = 65535
+# Bytes of images copied at a time where their memory is not contiguous.
+_COPIED_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class StoredProblem:
         if self.chunk_size is None and images.is_contiguous():
             yield images
             return
-        for part in images.split(self.chunk_size or _COPIED_IMAGES):
+        for part in images.split(self.chunk_size or max(1, _COPIED_BYTES // images[0].nbytes)):
             yield part.contiguous()
 
     def shape(self, images: Tensor, window: int, tangents: int = 0) -> WindowShape:
@@ -110,7 +109,7 @@ def batch_parts(
     return grid_parts(len(problem.noisy), memory_budget_bytes(budget) // bytes_each)
 
 
-def grid_parts(batch: int, at_a_time: int = LARGEST_GRID) -> Sequence[slice]:
+def grid_parts(batch: int, at_a_time: int) -> Sequence[slice]:
     """Slices of a batch that a grid can count; one, empty, of an empty batch."""
     step = min(max(1, at_a_time), LARGEST_GRID)
     return [slice(start, start + step) for start in range(0, max(1, batch), step)]

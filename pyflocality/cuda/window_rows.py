@@ -15,7 +15,7 @@ from torch import Tensor
 from pyflocality._problem import PosteriorProblem
 from pyflocality.cuda.geometry import ceil_div
 from pyflocality.cuda.launch import Launch, run
-from pyflocality.cuda.stored import StoredProblem, grid_parts, stored_problem
+from pyflocality.cuda.stored import StoredProblem, batch_parts, stored_problem
 from pyflocality.cuda.window_posterior import centres, merge_sums
 
 _THREADS, _IMAGES_PER_BLOCK = 256, 32
@@ -52,7 +52,11 @@ def window_posterior_rows(
             raise ValueError(
                 f"`outputs` must be (channel, row, column) within {shape}, got {output}"
             )
-    parts = [stored.part(part) for part in grid_parts(len(stored.noisy))]
+    # Distances and weights of all images, four times in double precision and twice in single; sums
+    # of every split, and the merged ones twice.
+    bytes_each = 40 * len(stored.images) + 4 * (_SPLITS + 4) * stored.images[0].numel()
+    slices = batch_parts(stored, problem.memory_budget, bytes_each)
+    parts = [stored.part(part) for part in slices]
     rows = [
         torch.cat([_row_of_output(part, output, window) for part in parts]) for output in outputs
     ]

@@ -5,12 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyflocality._backends import Call, Implementation, register, select
+from pyflocality._backends import UNPROVEN, Call, Implementation, register, select
 from pyflocality._checks import describe
+from pyflocality._gpu_limits import device_limits
 
 register(
     "covariance",
     {
+        "triton": Implementation(
+            "pyflocality.kernels.covariance",
+            "accumulate_covariance",
+            device_limits,
+            by_name_only=UNPROVEN,
+        ),
         "cpu": Implementation("pyflocality.native.covariance", "accumulate_covariance"),
         "reference": Implementation("pyflocality.reference.covariance", "accumulate_covariance"),
     },

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyflocality._backends import Implementation, register, select
+from pyflocality._backends import UNPROVEN, Implementation, register, select
 from pyflocality._checks import check_choice
+from pyflocality._gpu_limits_equivariant import patch_limits
 from pyflocality._problem import PosteriorOptions, float32_limits, posterior_problem
 from pyflocality._tangents import check_tangents, jacobian_factor, tangent_call
 from pyflocality.ops.window_posterior import check_window
@@ -21,6 +22,12 @@ BOUNDARIES = ("circular", "broken")
 register(
     "equivariant_posterior",
     {
+        "triton": Implementation(
+            "pyflocality.kernels.equivariant_posterior",
+            "equivariant_posterior_state",
+            patch_limits,
+            by_name_only=UNPROVEN,
+        ),
         "cpu": Implementation(
             "pyflocality.native.posterior", "equivariant_posterior_state", float32_limits
         ),
@@ -111,7 +118,7 @@ def equivariant_posterior_mean(
     problem = posterior_problem(x, images, sigma, alpha, **options)
     boundary = check_choice(boundary, "boundary", BOUNDARIES)
     window = check_patch_window(window, *x.shape[-2:], boundary)
-    run = select("equivariant_posterior", problem.call(), backend)
+    run = select("equivariant_posterior", problem.call(window=window), backend)
     state = run(problem, window, boundary == "circular")
     # [B, H W, C] -> [B, C, H, W]
     return finalize(state).transpose(1, 2).reshape(x.shape).to(x.dtype)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyflocality._backends import Implementation, register, select
+from pyflocality._backends import UNPROVEN, Implementation, register, select
+from pyflocality._gpu_limits import uint8_limits
 from pyflocality._problem import PosteriorOptions, float32_limits, posterior_problem
 from pyflocality._tangents import check_tangents, jacobian_factor, tangent_call
 from pyflocality.reference.state import finalize, finalize_jvp
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 register(
     "global_posterior",
     {
+        "triton": Implementation(
+            "pyflocality.kernels.global_posterior",
+            "global_posterior_state",
+            uint8_limits,
+            by_name_only=UNPROVEN,
+        ),
         "cpu": Implementation(
             "pyflocality.native.posterior", "global_posterior_state", float32_limits
         ),
@@ -28,6 +35,12 @@ register(
 register(
     "global_posterior_jvp",
     {
+        "triton": Implementation(
+            "pyflocality.kernels.global_posterior_jvp",
+            "global_posterior_jvp_state",
+            uint8_limits,
+            by_name_only=UNPROVEN,
+        ),
         "cpu": Implementation(
             "pyflocality.native.jvp", "global_posterior_jvp_state", float32_limits
         ),

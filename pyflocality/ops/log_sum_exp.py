@@ -63,8 +63,8 @@ def posterior_log_sum_exp(
     problem = posterior_problem(x, images, sigma, alpha, **options)
     check_level(sigma, len(x), x.device, "sigma", allow_zero=False)
     if window is not None:
-        run = select("window_posterior", problem.call(), backend)
-        state = run(problem, check_window(window, *x.shape[-2:]))
+        window = check_window(window, *x.shape[-2:])
+        state = select("window_posterior", problem.call(window=window), backend)(problem, window)
     elif weights is not None:
         weights = square_weights(weights, problem.images[0].numel())
         run = select("masked_posterior", problem.call(is_mask=weights.is_mask), backend)

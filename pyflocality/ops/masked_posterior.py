@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyflocality._backends import Call, Implementation, register, select
+from pyflocality._backends import UNPROVEN, Call, Implementation, register, select
+from pyflocality._gpu_limits import uint8_limits
 from pyflocality._problem import PosteriorOptions, float32_limits, posterior_problem
 from pyflocality._tangents import check_tangents, jacobian_factor, tangent_call
 from pyflocality._transforms import outside_transforms
@@ -27,6 +28,12 @@ def mask_limits(call: Call) -> str | None:
 register(
     "masked_posterior",
     {
+        "triton": Implementation(
+            "pyflocality.kernels.masked_posterior",
+            "masked_posterior_state",
+            uint8_limits,
+            by_name_only=UNPROVEN,
+        ),
         "cpu": Implementation(
             "pyflocality.native.posterior", "masked_posterior_state", mask_limits
         ),
@@ -49,6 +56,12 @@ register(
 register(
     "masked_posterior_jvp",
     {
+        "triton": Implementation(
+            "pyflocality.kernels.masked_posterior_jvp",
+            "masked_posterior_jvp_state",
+            uint8_limits,
+            by_name_only=UNPROVEN,
+        ),
         "cpu": Implementation("pyflocality.native.jvp", "masked_posterior_jvp_state", mask_limits),
         "reference": Implementation(
             "pyflocality.reference.masked_posterior", "masked_posterior_jvp_state"

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyflocality._backends import Implementation, register, select
+from pyflocality._backends import UNPROVEN, Implementation, register, select
 from pyflocality._checks import check_count
 from pyflocality._problem import PosteriorOptions, float32_limits, posterior_problem
+from pyflocality.cuda.limits import window_adjoint_limits
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 register(
     "patch_set",
     {
+        "cuda": Implementation(
+            "pyflocality.cuda.window_adjoint",
+            "patch_set_mean",
+            window_adjoint_limits,
+            by_name_only=UNPROVEN,
+        ),
         "cpu": Implementation(
             "pyflocality.native.window_adjoint", "patch_set_mean", float32_limits
         ),
@@ -78,5 +85,5 @@ def patch_set_mean(
     """
     problem = posterior_problem(x, images, sigma, alpha, **options)
     window = check_patch(window, *x.shape[-2:])
-    run = select("patch_set", problem.call(), backend)
+    run = select("patch_set", problem.call(window=window), backend)
     return run(problem, window).to(x.dtype)

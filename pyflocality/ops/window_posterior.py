@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyflocality._backends import Implementation, register, select
+from pyflocality._backends import UNPROVEN, Implementation, register, select
 from pyflocality._checks import check_count
 from pyflocality._problem import PosteriorOptions, float32_limits, posterior_problem
 from pyflocality._tangents import check_tangents, jacobian_factor, tangent_call
+from pyflocality.cuda.limits import window_adjoint_limits, window_posterior_limits
 from pyflocality.reference.state import finalize, finalize_jvp
 
 if TYPE_CHECKING:
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 register(
     "window_posterior",
     {
+        "cuda": Implementation(
+            "pyflocality.cuda.window_posterior",
+            "window_posterior_state",
+            window_posterior_limits,
+            by_name_only=UNPROVEN,
+        ),
         "cpu": Implementation(
             "pyflocality.native.posterior", "window_posterior_state", float32_limits
         ),
@@ -29,6 +36,12 @@ register(
 register(
     "window_posterior_vjp",
     {
+        "cuda": Implementation(
+            "pyflocality.cuda.window_adjoint",
+            "window_posterior_vjp",
+            window_adjoint_limits,
+            by_name_only=UNPROVEN,
+        ),
         "cpu": Implementation(
             "pyflocality.native.window_adjoint", "window_posterior_vjp", float32_limits
         ),
@@ -40,6 +53,12 @@ register(
 register(
     "window_posterior_jvp",
     {
+        "cuda": Implementation(
+            "pyflocality.cuda.window_posterior",
+            "window_posterior_jvp_state",
+            window_posterior_limits,
+            by_name_only=UNPROVEN,
+        ),
         "cpu": Implementation(
             "pyflocality.native.jvp", "window_posterior_jvp_state", float32_limits
         ),
@@ -108,7 +127,7 @@ def window_posterior_mean(
     """
     problem = posterior_problem(x, images, sigma, alpha, **options)
     window = check_window(window, *x.shape[-2:])
-    run = select("window_posterior", problem.call(), backend)
+    run = select("window_posterior", problem.call(window=window), backend)
     # [B, H W, C] -> [B, C, H, W]
     return finalize(run(problem, window)).transpose(1, 2).reshape(x.shape).to(x.dtype)
 
@@ -151,7 +170,8 @@ def window_posterior_jvp(
     problem = posterior_problem(x, images, sigma, alpha, **options)
     directions = check_tangents(tangents, x, sigma, problem)
     window = check_window(window, *x.shape[-2:])
-    run = select("window_posterior_jvp", tangent_call(problem, directions), backend)
+    call = tangent_call(problem, directions, window=window)
+    run = select("window_posterior_jvp", call, backend)
     state = run(problem, directions, window)
     mean, jv = finalize_jvp(state, x.shape[1], jacobian_factor(problem))
 
@@ -198,5 +218,6 @@ def window_posterior_vjp(
     problem = posterior_problem(x, images, sigma, alpha, **options)
     directions = check_tangents(cotangents, x, sigma, problem, "cotangents")
     window = check_window(window, *x.shape[-2:])
-    run = select("window_posterior_vjp", tangent_call(problem, directions), backend)
+    call = tangent_call(problem, directions, window=window)
+    run = select("window_posterior_vjp", call, backend)
     return run(problem, directions, window).reshape(cotangents.shape).to(x.dtype)

@@ -127,6 +127,18 @@ def test_views_whose_images_are_apart(device, rng, view, chunk_size):
     torch.testing.assert_close(found, exact_answer(x, stored, 0.5, 0.9), rtol=0, atol=2e-6)
 
 
+def test_views_are_copied_in_parts_that_fit_the_budget(device, rng, launches):
+    """The whole view was copied at once, whatever the budget."""
+    launches.watch(kernels, *KERNELS)
+    images = random_images(rng, 600, (1, 5, 6), torch.uint8).to(device)[::2]
+    stored = images.cpu().contiguous()
+    x = noisy_batch(stored, 3, 0.5, 0.9, rng)
+    # Half of it takes 130 images of 30 bytes.
+    found = answer(device, x, images, 0.5, 0.9, memory_budget=2 * 130 * 30)
+    assert [grid[0] for grid, _ in launches.of("distances_kernel")] == [3, 3, 1]
+    torch.testing.assert_close(found, exact_answer(x, stored, 0.5, 0.9), rtol=0, atol=2e-6)
+
+
 def test_no_noise_gives_the_nearest_image_and_ties_share(device, rng):
     images = random_images(rng, 60, (1, 4, 5), torch.uint8)
     twins = torch.cat([images[:1], images[:1], images[1:]])

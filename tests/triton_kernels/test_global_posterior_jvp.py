@@ -144,6 +144,20 @@ def test_views_whose_images_are_apart(device, rng, view, chunk_size):
     assert_close(found, truth(x, directions, stored, 0.5, 0.9))
 
 
+def test_views_are_copied_in_parts_that_fit_the_budget(device, rng, launches):
+    """The whole view was copied at once, whatever the budget."""
+    launches.watch(global_posterior, "distances_kernel")
+    images = random_images(rng, 400, SHAPE, torch.uint8).to(device)[::2]
+    stored = images.cpu().contiguous()
+    x = noisy_batch(stored, 1, 0.5, 0.9, rng)
+    directions = directions_like(x, 2, rng)
+    budget = 2 * 130 * VALUES
+    found = answer(device, x, directions, images, 0.5, 0.9, memory_budget=budget)
+    # Distances, then products, of 130 images and of the other 70.
+    assert [grid[0] for grid, _ in launches.of("distances_kernel")] == [3, 3, 2, 2]
+    assert_close(found, truth(x, directions, stored, 0.5, 0.9))
+
+
 @pytest.mark.parametrize("tangents", [0, 2])
 def test_without_tangents_and_without_noisy_images(device, rng, tangents):
     images = random_images(rng, 60, SHAPE, torch.uint8)
