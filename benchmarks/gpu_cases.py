@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .registry import DDIM_STEPS
 
@@ -21,6 +21,7 @@ class GpuCase:
         boundary: Border rule of the equivariant posterior.
         density: Share of inputs in a square mask around each output; None takes PCA masks.
         tangents: Tangents K of a derivative.
+        precision: "exact", or "auto" to permit coarser arithmetic.
         yardsticks: Names of what runs in turns with it.
         seconds: Longest time to spend on timing.
     """
@@ -34,6 +35,7 @@ class GpuCase:
     boundary: str | None = None
     density: float | None = None
     tangents: int | None = None
+    precision: str = "exact"
     yardsticks: tuple[str, ...] = ()
     seconds: float = 6.0
 
@@ -49,6 +51,7 @@ class GpuCase:
         parts += [self.boundary] if self.boundary else []
         parts += [f"density{self.density:g}"] if self.density else []
         parts += [f"K{self.tangents}"] if self.tangents else []
+        parts += [self.precision] if self.precision != "exact" else []
         return f"{self.op}/{self.backend}/{'-'.join(parts)}"
 
 
@@ -112,6 +115,7 @@ def gpu_cases(few: bool = False) -> list[GpuCase]:
     return [
         *masked,
         ddim,
+        *_coarser([*masked, ddim]),
         *sums[:1],
         *whole[:1],
         *patches[:1],
@@ -125,6 +129,7 @@ def gpu_cases(few: bool = False) -> list[GpuCase]:
         *whole[1:],
         *sums[1:],
         *batch_64,
+        *_coarser(patches[:2]),
         *patches[4:],
         *uniform[2 * len(uniform) // 3 :],
     ]
@@ -141,6 +146,11 @@ def _triton(
     **more,
 ) -> GpuCase:
     return GpuCase(op, "triton", data, batch, timestep, yardsticks=marks, seconds=seconds, **more)
+
+
+def _coarser(cases: list[GpuCase]) -> list[GpuCase]:
+    """The same with precision="auto", which takes half of the arithmetic at much noise."""
+    return [replace(case, precision="auto", yardsticks=case.yardsticks[:1]) for case in cases]
 
 
 def _masked(few: bool) -> tuple[list[GpuCase], list[GpuCase], list[GpuCase]]:

@@ -16,6 +16,7 @@ import argparse
 import gc
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
@@ -284,16 +285,16 @@ def table(report: dict[str, Any]) -> str:
     """Cases, the sum of the ten DDIM steps, and the tests."""
     lines = ["", f"{'case':<58} {'median':>8} {'p20':>8} {'p80':>8}"]
     lines += [line_of(record) for record in report["results"]]
-    steps = [
-        record
-        for record in report["results"]
-        if record["id"].startswith("masked_posterior/triton/cifar-B8-t")
-        and "density" not in record["id"]
-        and record["status"] == "ok"
-    ]
-    if steps:
-        total = sum(record["seconds"]["median"] for record in steps)
-        lines.append(f"sum of {len(steps)} PCA-locality steps at B = 8: {total * 1e3:.1f} ms")
+    for precision, ending in (("exact", ""), ("auto", "-auto")):
+        name = rf"masked_posterior/triton/cifar-B8-t\d+{ending}"
+        steps = [
+            record["seconds"]["median"]
+            for record in report["results"]
+            if re.fullmatch(name, record["id"]) and record["status"] == "ok"
+        ]
+        if steps:
+            told = f"{len(steps)} PCA-locality steps at B = 8, precision {precision!r}"
+            lines.append(f"sum of {told}: {sum(steps) * 1e3:.1f} ms")
     for op, calls in report["start"].items():
         told = ", ".join(
             f"{name} {call['first_seconds']:.2f} s" if "first_seconds" in call else f"{name} FAILED"

@@ -171,7 +171,7 @@ class GpuWorkload:
 
     def _means(self, op: str, images: Tensor, backend: str, dtype: torch.dtype) -> Tensor:
         """The posterior means of an operation, without tangents."""
-        options = {"backend": backend}
+        options = {"backend": backend, "precision": self.case.precision}
         if op == "equivariant_posterior":
             options["boundary"] = self.case.boundary
         function = getattr(ops, f"{op}_mean")
@@ -198,6 +198,7 @@ class GpuWorkload:
             mask_threshold=self.data.threshold,
             moments=self.data.moments,
             backend=self.case.backend,
+            precision=self.case.precision,
         )
 
     def generate(self) -> Tensor:

@@ -15,9 +15,9 @@ images are kept with channels innermost, so the run of a patch's values in one i
 contiguous, and a tile of keys is an overlapping view. Queries are zero where a run of fixed
 length reaches beyond the window.
 
-A query is split into one or two float16 parts, and so are the weights of the values, see
-`query_parts`. Weights below 2^-40 of the largest count as 0: even a billion patches of less
-weight would move no answer by 1e-3.
+A query is split into two float16 parts, or one where precision="auto" permits it, and so are the
+weights of the values, see `query_parts`. Weights below 2^-40 of the largest count as 0: even a
+billion patches of less weight would move no answer by 1e-3.
 """
 
 from __future__ import annotations
@@ -75,12 +75,16 @@ def equivariant_posterior_state(
         problem: The problem; images must be uint8.
         window: Side of a patch.
         circular: Whether x goes on periodically; else windows are cut at the border.
-        parts: float16 parts of queries and weights, 1 or 2; None follows `query_parts`.
+        parts: float16 parts of queries and weights, 1 or 2; None follows `query_parts` where the
+            problem's precision is "auto", else takes 2, which is as accurate as float32.
         config: Tile sizes; None takes `default_config`.
     """
     shape = tuple(problem.images.shape[1:])
     geometry = Geometry(shape, window, 0 if circular else window // 2)
-    chosen = [parts] * len(problem.x) if parts else query_parts(problem, window)
+    if parts is None and problem.precision == "auto":
+        chosen = query_parts(problem, window)
+    else:
+        chosen = [parts or 2] * len(problem.x)
     result = PosteriorState(
         *(
             torch.empty(len(chosen), shape[1] * shape[2], *more, device=problem.x.device)

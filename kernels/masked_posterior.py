@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_choice
+from pyflocality._precision import TOLERANCE
 from pyflocality._problem import PosteriorProblem
 from pyflocality.kernels._centred_images import centred_images
 from pyflocality.kernels._launch import generation
@@ -29,36 +29,29 @@ from pyflocality.kernels._masked_scan import (
 from pyflocality.reference.state import PosteriorState
 from pyflocality.weights import QueryWeights
 
-PRECISIONS = ("auto", "exact")
-# Largest error of an answer in [-1, 1] that "auto" may cause by rounding the queries.
-TOLERANCE = 1e-3
-
 
 def masked_posterior_state(
     problem: PosteriorProblem,
     weights: QueryWeights,
     *,
-    precision: str = "auto",
     config: Config | None = None,
 ) -> PosteriorState:
     """Scan with a query per output value, as the reference of this name.
 
     Args:
-        problem: float32 queries against uint8 images.
+        problem: float32 queries against uint8 images. Precision "exact" splits every query in
+            two float16 halves, which is as accurate as float32. "auto" takes one half where
+            `rounding_error` stays below 1e-3, which is so at high noise, where masks are dense
+            and the time goes. It decides for each noisy image alone, from its noise level.
         weights: Masks, or real weights (each kept as two float16 halves, 22 bits).
-        precision: "exact" splits every query in two float16 halves, which is as accurate as
-            float32. "auto" takes one half where `rounding_error` stays below 1e-3, which is so
-            at high noise, where masks are dense and the time goes. It decides for each noisy
-            image alone, from its noise level.
         config: Shapes of the kernels; None takes those shipped for the device.
     """
-    check_choice(precision, "precision", PRECISIONS)
     x = problem.x.detach()
     config = config or CONFIGS[generation(x.device)]
     plan = mask_plan(weights, tuple(problem.images.shape[1:]), config.block_d, x.device)
     images = centred_images(problem.images)
     exact = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    if precision == "auto":
+    if problem.precision == "auto":
         exact = rounding_error(problem, images.variance, plan.strongest) > TOLERANCE
     sums = [
         torch.empty(len(x), weights.shape[0], *more, dtype=torch.float64, device=x.device)

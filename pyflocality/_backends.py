@@ -184,7 +184,12 @@ def select(op: str, call: Call, backend: str | None = None) -> Callable[..., obj
     request = requested_backend(backend)
     if request == "auto":
         for name, implementation in table.items():
-            why_not = implementation.by_name_only or reason(op, name, call)
+            # Devices first: to look for a package and a GPU may take longer than a small call.
+            why_not = (
+                implementation.by_name_only
+                or _device_reason(name, call.device)
+                or reason(op, name, call)
+            )
             if why_not is None:
                 return _chosen(op, name, call)
             logger.debug("%s: backend %s passed over: %s", op, name, why_not)

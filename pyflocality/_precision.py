@@ -1,8 +1,15 @@
-"""What precision torch computes in."""
+"""What precision operations may compute in, and what torch does."""
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
+
+Precision = Literal["exact", "auto"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+# Error of an answer in [-1, 1], against float64, that "auto" means to stay below.
+TOLERANCE = 1e-3
 
 
 def plain_products() -> bool:

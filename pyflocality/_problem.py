@@ -14,6 +14,7 @@ from pyflocality._backends import Call
 from pyflocality._budget import images_per_chunk
 from pyflocality._checks import (
     check_batch,
+    check_choice,
     check_compute_dtype,
     check_count,
     check_level,
@@ -22,6 +23,7 @@ from pyflocality._checks import (
     describe,
 )
 from pyflocality._mapped import exceeds_budget, mapped_file
+from pyflocality._precision import PRECISIONS, Precision
 from pyflocality._shards import Ranks, plain, ranks_of
 from pyflocality._transforms import is_differentiated
 from pyflocality.reference.state import PosteriorState
@@ -40,6 +42,14 @@ class PosteriorOptions(TypedDict, total=False):
             not depend on it beyond rounding.
         augmentation: Copies of the images that are searched too, as `TrainingSet.augmentation`
             tells them; by default the images alone.
+        precision: "exact", the default, is as accurate as `dtype`. "auto" permits coarser
+            arithmetic where it is expected to move no answer in [-1, 1] by more than 1e-3 (an
+            estimate that held on CIFAR-10, no proven bound). Only `triton` has any:
+            `masked_posterior_mean` and `equivariant_posterior_mean` then keep noisy images in one
+            float16 number a value instead of two, for half of the products. That is decided for
+            each noisy image alone, from its noise level: at much noise, where the posterior
+            spans many images. Other backends and operations, derivatives and log-sum-exps
+            included, are exact either way.
     """
 
     temperature: float
@@ -47,6 +57,7 @@ class PosteriorOptions(TypedDict, total=False):
     memory_budget: int | str | None
     chunk_size: int | None
     augmentation: Augmentation | None
+    precision: Precision
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ class PosteriorProblem:
         augmentation: Copies of the images that are searched too, or None.
         ranks: The ranks that hold the set together; `images` are those of this one. None for a
             set that is not sharded.
+        precision: "exact", or "auto" where a backend may trade accuracy for time.
     """
 
     x: Tensor
@@ -74,6 +86,7 @@ class PosteriorProblem:
     chunk_size: int | None = None
     augmentation: Augmentation | None = None
     ranks: Ranks | None = None
+    precision: Precision = "exact"
 
     @property
     def count(self) -> int:
@@ -172,6 +185,7 @@ def posterior_problem(
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
     augmentation: Augmentation | None = None,
+    precision: Precision = "exact",
 ) -> PosteriorProblem:
     """Check the arguments that every posterior operation takes; see `PosteriorOptions`."""
     images = check_images(images)
@@ -183,6 +197,7 @@ def posterior_problem(
         chunk_size = check_count(chunk_size, "chunk_size")
     augmentation = check_augmentation(augmentation, images.shape[1:])
     temperature = check_positive(temperature, "temperature")
+    check_choice(precision, "precision", PRECISIONS)
     compute = check_compute_dtype(dtype, x)
     return PosteriorProblem(
         x.to(compute),
@@ -193,4 +208,5 @@ def posterior_problem(
         chunk_size,
         augmentation,
         ranks_of(images),
+        precision,
     )

@@ -176,15 +176,18 @@ class ShardedImages(Tensor):
 
     Attributes:
         ranks: The ranks that hold the set together.
+        own: The same images as an ordinary tensor. It is one object for as long as these are: what
+            kernels derive from images they find again by the tensor.
     """
 
     ranks: Ranks
+    own: Tensor
 
     @staticmethod
     def of(images: Tensor, ranks: Ranks) -> ShardedImages:
         """Images [n, C, H, W] as those of one rank, sharing their memory."""
         found = images.as_subclass(ShardedImages)
-        found.ranks = ranks
+        found.ranks, found.own = ranks, images
         return found
 
     def __repr__(self) -> str:
@@ -235,10 +238,7 @@ def _refuse(func: Callable[..., Any]) -> NoReturn:
 
 def plain(images: Tensor) -> Tensor:
     """The images of this rank alone, where they are those of a sharded set."""
-    if not isinstance(images, ShardedImages):
-        return images
-    with torch._C.DisableTorchFunctionSubclass():
-        return images.as_subclass(Tensor)
+    return images.own if isinstance(images, ShardedImages) else images
 
 
 def ranks_of(images: Tensor) -> Ranks | None:

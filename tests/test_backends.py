@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -197,6 +198,23 @@ def test_kernels_for_gpus_say_what_they_cannot_serve(monkeypatch):
             assert (shared is not None) == two_scans, (op, shared)
             floats = Call(CPU.device, facts=facts | {"images_dtype": torch.float32})
             assert (reason(op, backend, floats) is None) == (backend == "cuda"), op
+
+
+def test_tensors_on_a_cpu_look_for_no_gpu(monkeypatch):
+    """Not even for kernels that "auto" takes; it was looked for at each call."""
+    asked, serve = [], _backends.machine_reason
+
+    def noted(backend: str) -> str | None:
+        asked.append(backend)
+        return serve(backend)
+
+    monkeypatch.setattr(_backends, "machine_reason", noted)
+    facts = {"images_dtype": torch.uint8, "image_shape": (1, 4, 4)}
+    for op, table in OPERATIONS.items():
+        proven = {name: dataclasses.replace(one, by_name_only=None) for name, one in table.items()}
+        monkeypatch.setitem(OPERATIONS, op, proven)
+        select(op, Call(CPU.device, facts=facts))
+    assert set(asked) <= {"cpu", "reference"} and len(asked) >= len(OPERATIONS)
 
 
 def test_every_implementation_is_there():

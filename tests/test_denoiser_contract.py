@@ -59,6 +59,17 @@ def test_dtype_and_shape_follow_the_input(name, data):
         assert (found.double() - exact).abs().median() <= tolerance
 
 
+@pytest.mark.parametrize("name", [name for name in SCANNING if name != "nearest"])
+def test_precision_is_kept_and_only_permits(name, data):
+    """Backends without coarser arithmetic answer the same bits."""
+    denoiser = MAKERS[name](data, precision="auto")
+    twin = pickle.loads(pickle.dumps(denoiser)) if name in PICKLED else copy.deepcopy(denoiser)
+    assert getattr(twin, "denoiser", twin).precision == "auto"
+    x, plain = noisy(data, dtype=torch.float32), MAKERS[name](data)
+    assert getattr(plain, "denoiser", plain).precision == "exact"
+    assert torch.equal(twin(x, 0.9, 0.8), plain(x, 0.9, 0.8))
+
+
 @each
 def test_empty_batch(name, data):
     assert MAKERS[name](data)(torch.zeros(0, *SHAPE), 0.3).shape == (0, *SHAPE)
@@ -245,6 +256,11 @@ WRONG_OPTIONS = {
         lambda d: pf.OptimalDenoiser(d, memory_budget="much"),
         ValueError,
         "`memory_budget`",
+    ),
+    "precision": (
+        lambda d: pf.PCALocalityDenoiser(d, precision="half"),
+        ValueError,
+        "`precision` must be one of 'exact', 'auto', got 'half'",
     ),
     "query weights": (
         lambda d: pf.FilteredPosteriorDenoiser(d, torch.ones(2, 107), torch.ones(2, 108)),

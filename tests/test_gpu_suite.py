@@ -66,6 +66,8 @@ def test_the_report_says_where_and_with_what(dry_run):
         assert key in report["machine"]
     assert {"clocks.sm", "clocks.mem"} <= set(report["gpu_before"])
     assert "no number means anything" in printed
+    assert "steps at B = 8, precision 'exact': " in printed
+    assert "steps at B = 8, precision 'auto': " in printed
     for record in report["results"]:
         assert record["id"] in printed
 
@@ -111,6 +113,16 @@ def test_every_kernel_for_gpus_has_a_case():
         (op, name) for op, table in OPERATIONS.items() for name in table if name in GPU_BACKENDS
     }
     assert {(case.op, case.backend) for case in gpu_cases()} == kernels | {("ddim", "triton")}
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_coarser_arithmetic_is_timed_beside_the_exact_one(few):
+    cases = gpu_cases(few)
+    assert len({case.id for case in cases}) == len(cases)
+    coarser = [case for case in cases if case.precision == "auto"]
+    assert {case.op for case in coarser} == {"masked_posterior", "ddim", "equivariant_posterior"}
+    exact = {case.id for case in cases} - {case.id for case in coarser}
+    assert {case.id.removesuffix("-auto") for case in coarser} <= exact
 
 
 def test_results_are_not_overwritten(tmp_path):

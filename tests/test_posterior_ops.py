@@ -320,6 +320,14 @@ def test_wrong_chunk_sizes(chunk_size, problem):
         global_posterior_mean(x, images, 0.5, chunk_size=chunk_size)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_unknown_precisions(op, problem):
+    x, images = problem()
+    for precision in ("half", "Exact", None):
+        with pytest.raises(ValueError, match="`precision` must be one of 'exact', 'auto', got"):
+            run(op, x, images, 0.5, 0.9, precision=precision)
+
+
 def test_numbers_of_numpy_are_numbers(problem):
     _, images = problem()
     data = pf.TrainingSet(images)

@@ -1,25 +1,38 @@
-"""The CUDA kernels on arrays of other libraries: CuPy, or any producer of DLPack capsules."""
+"""The CUDA kernels on arrays of other libraries: CuPy, or any producer of DLPack capsules.
+
+The functions are those of `pyflocality.ops` of the same names on the cuda backend, with arrays in
+the place of tensors. Nothing that is given is copied; what is answered is as x is, CuPy or torch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyflocality.ops.window_posterior import window_posterior_mean as _mean_of_tensors
+from pyflocality import ops
+from pyflocality._backends import BackendUnavailableError, reason
+from pyflocality._checks import check_level
+from pyflocality._problem import posterior_problem
+from pyflocality.cuda.window_rows import window_posterior_rows as _rows_of_problem
+from pyflocality.ops.window_posterior import check_window
+
+# An array with `__dlpack__`.
+Array = Any
 
 
 def window_posterior_mean(
-    x: Any,  # noqa: ANN401
-    images: Any,  # noqa: ANN401
+    x: Array,
+    images: Array,
     window: int,
     sigma: float | Tensor,
     alpha: float | Tensor = 1.0,
     *,
     temperature: float = 1.0,
-) -> Any:  # noqa: ANN401
-    """`pyflocality.ops.window_posterior_mean` on the cuda backend, without a copy of its inputs.
+) -> Array:
+    """Posterior means over square windows, one posterior for each pixel.
 
     Args:
         x: Noisy images on a GPU, an array with `__dlpack__`, float32 [B, C, H, W].
@@ -34,25 +47,145 @@ def window_posterior_mean(
 
     Raises:
         TypeError: An array does not offer its memory through DLPack.
+        ValueError: An argument has the wrong shape, device or range.
         BackendUnavailableError: The cuda backend cannot serve this call.
     """
-    result = _mean_of_tensors(
-        as_tensor(x, "x"),
-        as_tensor(images, "images"),
-        window,
-        sigma,
-        alpha,
-        temperature=temperature,
-        backend="cuda",
+    arrays = {"x": x, "images": images}
+    return _answer(ops.window_posterior_mean, arrays, window, sigma, alpha, temperature=temperature)
+
+
+def window_posterior_jvp(
+    x: Array,
+    tangents: Array,
+    images: Array,
+    window: int,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    temperature: float = 1.0,
+) -> tuple[Array, Array]:
+    """`window_posterior_mean` and its derivatives along K tangents.
+
+    Args:
+        x: Noisy images, float32 [B, C, H, W].
+        tangents: Directions in the space of x, float32 [K, B, C, H, W].
+        images: Training images, uint8 or float32 [N, C, H, W].
+        window: Odd side of the window.
+        sigma: Noise level, a number or a torch tensor [B], positive.
+        alpha: Signal coefficient, a number or a torch tensor [B].
+        temperature: Divides the logits.
+
+    Returns:
+        Posterior means [B, C, H, W] and derivatives [K, B, C, H, W].
+
+    Raises:
+        TypeError: An array does not offer its memory through DLPack.
+        ValueError: An argument has the wrong shape, device or range.
+        BackendUnavailableError: The cuda backend cannot serve this call.
+    """
+    arrays = {"x": x, "tangents": tangents, "images": images}
+    return _answer(ops.window_posterior_jvp, arrays, window, sigma, alpha, temperature=temperature)
+
+
+def window_posterior_vjp(
+    x: Array,
+    cotangents: Array,
+    images: Array,
+    window: int,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    temperature: float = 1.0,
+) -> Array:
+    """Transposed derivatives of `window_posterior_mean` along K cotangents.
+
+    Args:
+        x: Noisy images, float32 [B, C, H, W].
+        cotangents: Directions in the space of the means, float32 [K, B, C, H, W].
+        images: Training images, uint8 or float32 [N, C, H, W].
+        window: Odd side of the window.
+        sigma: Noise level, a number or a torch tensor [B], positive.
+        alpha: Signal coefficient, a number or a torch tensor [B].
+        temperature: Divides the logits.
+
+    Returns:
+        Transposed derivatives, [K, B, C, H, W].
+
+    Raises:
+        TypeError: An array does not offer its memory through DLPack.
+        ValueError: An argument has the wrong shape, device or range.
+        BackendUnavailableError: The cuda backend cannot serve this call.
+    """
+    arrays = {"x": x, "cotangents": cotangents, "images": images}
+    return _answer(ops.window_posterior_vjp, arrays, window, sigma, alpha, temperature=temperature)
+
+
+def window_posterior_rows(
+    x: Array,
+    images: Array,
+    outputs: Sequence[tuple[int, int, int]],
+    window: int,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    temperature: float = 1.0,
+) -> Array:
+    """Derivatives of chosen values of `window_posterior_mean` by the noisy image.
+
+    Args:
+        x: Noisy images, float32 [B, C, H, W].
+        images: Training images, uint8 or float32 [N, C, H, W].
+        outputs: The values as (channel, row, column), R of them.
+        window: Odd side of the window.
+        sigma: Noise level, a number or a torch tensor [B], positive.
+        alpha: Signal coefficient, a number or a torch tensor [B].
+        temperature: Divides the logits.
+
+    Returns:
+        Rows of the Jacobian, [B, R, C, H, W].
+
+    Raises:
+        TypeError: An array does not offer its memory through DLPack.
+        ValueError: An argument has the wrong shape, device or range.
+        BackendUnavailableError: The cuda backend cannot serve this call.
+    """
+    return _answer(
+        _rows, {"x": x, "images": images}, outputs, window, sigma, alpha, temperature=temperature
     )
-    if type(x).__module__.partition(".")[0] != "cupy":
-        return result
-    import cupy
-
-    return cupy.from_dlpack(result)
 
 
-def as_tensor(array: Any, name: str) -> Tensor:  # noqa: ANN401
+def patch_set_mean(
+    x: Array,
+    images: Array,
+    window: int,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    temperature: float = 1.0,
+) -> Array:
+    """Posterior means of all square windows inside an image, laid over one another.
+
+    Args:
+        x: Noisy images, float32 [B, C, H, W].
+        images: Training images, uint8 or float32 [N, C, H, W].
+        window: Side of the window, odd or even.
+        sigma: Noise level, a number or a torch tensor [B].
+        alpha: Signal coefficient, a number or a torch tensor [B].
+        temperature: Divides the logits.
+
+    Returns:
+        Blended posterior means in [-1, 1], [B, C, H, W].
+
+    Raises:
+        TypeError: An array does not offer its memory through DLPack.
+        ValueError: An argument has the wrong shape, device or range.
+        BackendUnavailableError: The cuda backend cannot serve this call.
+    """
+    arrays = {"x": x, "images": images}
+    return _answer(ops.patch_set_mean, arrays, window, sigma, alpha, temperature=temperature)
+
+
+def as_tensor(array: Array, name: str) -> Tensor:
     """A tensor over the memory of an array, without a copy."""
     if isinstance(array, Tensor):
         return array
@@ -62,3 +195,42 @@ def as_tensor(array: Any, name: str) -> Tensor:  # noqa: ANN401
             f"got a {type(array).__name__}"
         )
     return torch.from_dlpack(array)
+
+
+def _answer(
+    operation: Callable[..., Any],
+    arrays: dict[str, Array],
+    *arguments: Any,  # noqa: ANN401
+    temperature: float,
+) -> Any:  # noqa: ANN401
+    """What an operation answers to arrays and its further arguments, in the kind of array of x."""
+    tensors = [as_tensor(array, name) for name, array in arrays.items()]
+    result = operation(*tensors, *arguments, temperature=temperature, backend="cuda")
+    if type(arrays["x"]).__module__.partition(".")[0] != "cupy":
+        return result
+    import cupy
+
+    if isinstance(result, tuple):
+        return tuple(cupy.from_dlpack(part) for part in result)
+    return cupy.from_dlpack(result)
+
+
+def _rows(
+    x: Tensor,
+    images: Tensor,
+    outputs: Sequence[tuple[int, int, int]],
+    window: int,
+    sigma: float | Tensor,
+    alpha: float | Tensor,
+    *,
+    temperature: float,
+    backend: str,
+) -> Tensor:
+    problem = posterior_problem(x, images, sigma, alpha, temperature=temperature)
+    check_level(sigma, len(x), x.device, "sigma", allow_zero=False)
+    window = check_window(window, *x.shape[-2:])
+    # The kernels of the rows serve what those of the means do.
+    why_not = reason("window_posterior", backend, problem.call(window=window))
+    if why_not is not None:
+        raise BackendUnavailableError(backend, "window_posterior_rows", why_not, ())
+    return _rows_of_problem(problem, outputs, window)

@@ -33,6 +33,7 @@ from pyflocality._checks import (
     describe,
 )
 from pyflocality._operators import new_handle
+from pyflocality._precision import PRECISIONS, Precision
 from pyflocality._tangents import check_directions
 from pyflocality._transforms import (
     in_full_precision,
@@ -300,6 +301,8 @@ class PosteriorDenoiser(Denoiser):
             (half precision computes in float32).
         memory_budget: Working memory beyond data and result, bytes or a string such as
             "2GB"; None follows the environment variable PYFLOCALITY_MEMORY_BUDGET, else 1 GB.
+        precision: "exact"; or "auto", which permits errors below 1e-3 in [-1, 1], see
+            `pyflocality.ops.PosteriorOptions`.
 
     Raises:
         TypeError: `data` is not a TrainingSet, or an option has the wrong type.
@@ -314,6 +317,7 @@ class PosteriorDenoiser(Denoiser):
         backend: str | None = None,
         dtype: torch.dtype | None = None,
         memory_budget: int | str | None = None,
+        precision: Precision = "exact",
     ) -> None:
         super().__init__(check_set(data).image_shape)
         if backend is not None:
@@ -326,6 +330,7 @@ class PosteriorDenoiser(Denoiser):
         self.backend = backend
         self.dtype = dtype
         self.memory_budget = memory_budget
+        self.precision = check_choice(precision, "precision", PRECISIONS)
 
     @property
     def device(self) -> torch.device:
@@ -345,7 +350,8 @@ class PosteriorDenoiser(Denoiser):
     @property
     def _posterior_options(self) -> dict[str, Any]:
         """Options that every operation with a posterior takes."""
-        return {"temperature": self.temperature, **self._options}
+        own = {"temperature": self.temperature, "precision": self.precision}
+        return own | self._options
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PosteriorDenoiser:
         # The set is no buffer: `.half()` must not touch its values and `state_dict` must not

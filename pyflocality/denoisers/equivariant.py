@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyflocality._checks import check_choice
+from pyflocality._precision import Precision
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import check_set
 from pyflocality.denoisers.window import Window, WindowDenoiser
@@ -47,6 +48,8 @@ class EquivariantDenoiser(WindowDenoiser):
         backend: Backend of its operations; None follows `pyflocality.use_backend`.
         dtype: float32 or float64 to compute in; None computes in the input's own dtype.
         memory_budget: Working memory, bytes or a string such as "2GB".
+        precision: "exact"; or "auto", which permits errors below 1e-3 in [-1, 1], see
+            `pyflocality.ops.PosteriorOptions`.
 
     Raises:
         TypeError: `window` has none of the three forms.
@@ -67,6 +70,7 @@ class EquivariantDenoiser(WindowDenoiser):
         backend: str | None = None,
         dtype: torch.dtype | None = None,
         memory_budget: int | str | None = None,
+        precision: Precision = "exact",
     ) -> None:
         _, height, width = check_set(data).image_shape
         check_choice(boundary, "boundary", BOUNDARIES)
@@ -78,6 +82,7 @@ class EquivariantDenoiser(WindowDenoiser):
             backend=backend,
             dtype=dtype,
             memory_budget=memory_budget,
+            precision=precision,
         )
         self.boundary = boundary
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyflocality._precision import Precision
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import PosteriorDenoiser
 from pyflocality.ops import (
@@ -40,6 +41,8 @@ class FilteredPosteriorDenoiser(PosteriorDenoiser):
         backend: Backend of its operations; None follows `pyflocality.use_backend`.
         dtype: float32 or float64 to compute in; None computes in the input's own dtype.
         memory_budget: Working memory, bytes or a string such as "2GB".
+        precision: "exact"; or "auto", which permits errors below 1e-3 in [-1, 1], see
+            `pyflocality.ops.PosteriorOptions`.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -60,9 +63,15 @@ class FilteredPosteriorDenoiser(PosteriorDenoiser):
         backend: str | None = None,
         dtype: torch.dtype | None = None,
         memory_budget: int | str | None = None,
+        precision: Precision = "exact",
     ) -> None:
         super().__init__(
-            data, temperature, backend=backend, dtype=dtype, memory_budget=memory_budget
+            data,
+            temperature,
+            backend=backend,
+            dtype=dtype,
+            memory_budget=memory_budget,
+            precision=precision,
         )
         self._weights = self._as_weights(query_weights, "query_weights")
         self._responses = None

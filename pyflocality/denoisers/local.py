@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyflocality._precision import Precision
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import check_set
 from pyflocality.denoisers.queries import QueryDenoiser
@@ -36,6 +37,8 @@ class LocalDenoiser(WindowDenoiser, QueryDenoiser):
         backend: Backend of its operations; None follows `pyflocality.use_backend`.
         dtype: float32 or float64 to compute in; None computes in the input's own dtype.
         memory_budget: Working memory, bytes or a string such as "2GB".
+        precision: "exact"; or "auto", which permits errors below 1e-3 in [-1, 1], see
+            `pyflocality.ops.PosteriorOptions`.
 
     Raises:
         TypeError: `window` has none of the three forms.
@@ -55,6 +58,7 @@ class LocalDenoiser(WindowDenoiser, QueryDenoiser):
         backend: str | None = None,
         dtype: torch.dtype | None = None,
         memory_budget: int | str | None = None,
+        precision: Precision = "exact",
     ) -> None:
         _, height, width = check_set(data).image_shape
         super().__init__(
@@ -65,6 +69,7 @@ class LocalDenoiser(WindowDenoiser, QueryDenoiser):
             backend=backend,
             dtype=dtype,
             memory_budget=memory_budget,
+            precision=precision,
         )
 
     def _mean(self, x: Tensor, window: int, sigma: Tensor, alpha: Tensor) -> Tensor:

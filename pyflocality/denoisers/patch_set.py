@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyflocality._checks import check_positive, describe
+from pyflocality._precision import Precision
 from pyflocality._transforms import outside_transforms
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import (
@@ -57,6 +58,8 @@ class PatchSetDenoiser(PosteriorDenoiser):
         backend: Backend of its operations; None follows `pyflocality.use_backend`.
         dtype: float32 or float64 to compute in; None computes in the input's own dtype.
         memory_budget: Working memory, bytes or a string such as "2GB".
+        precision: "exact"; or "auto", which permits errors below 1e-3 in [-1, 1], see
+            `pyflocality.ops.PosteriorOptions`.
 
     Raises:
         TypeError: `window` or `masks` has none of its forms.
@@ -77,9 +80,15 @@ class PatchSetDenoiser(PosteriorDenoiser):
         backend: str | None = None,
         dtype: torch.dtype | None = None,
         memory_budget: int | str | None = None,
+        precision: Precision = "exact",
     ) -> None:
         super().__init__(
-            data, temperature, backend=backend, dtype=dtype, memory_budget=memory_budget
+            data,
+            temperature,
+            backend=backend,
+            dtype=dtype,
+            memory_budget=memory_budget,
+            precision=precision,
         )
         if (window is None) == (masks is None):
             raise ValueError("give either `window` or `masks`, and not both")

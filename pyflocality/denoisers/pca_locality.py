@@ -14,6 +14,7 @@ from torch import Tensor
 from pyflocality._augmentation import enlarged_batches
 from pyflocality._budget import memory_budget_bytes
 from pyflocality._checks import check_choice, check_count, describe
+from pyflocality._precision import Precision
 from pyflocality._transforms import is_differentiated, outside_transforms
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Members, join_levels, split_levels
@@ -63,6 +64,8 @@ class PCALocalityDenoiser(QueryDenoiser):
         backend: Backend of its operations; None follows `pyflocality.use_backend`.
         dtype: float32 or float64 to compute in; None computes in the input's own dtype.
         memory_budget: Working memory, bytes or a string such as "2GB".
+        precision: "exact"; or "auto", which permits errors below 1e-3 in [-1, 1], see
+            `pyflocality.ops.PosteriorOptions`.
 
     Attributes:
         weights_seconds: Time spent on building the weights of noise levels so far.
@@ -88,6 +91,7 @@ class PCALocalityDenoiser(QueryDenoiser):
         backend: str | None = None,
         dtype: torch.dtype | None = None,
         memory_budget: int | str | None = None,
+        precision: Precision = "exact",
     ) -> None:
         super().__init__(
             data,
@@ -95,6 +99,7 @@ class PCALocalityDenoiser(QueryDenoiser):
             backend=backend,
             dtype=dtype,
             memory_budget=memory_budget,
+            precision=precision,
         )
         self.mask_threshold = check_threshold(mask_threshold, "mask_threshold")
         self.aggregation = check_choice(aggregation, "aggregation", ("exact", "batch_mean"))

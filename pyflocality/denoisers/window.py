@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyflocality._checks import describe
+from pyflocality._precision import Precision
 from pyflocality._transforms import outside_transforms
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import (
@@ -91,6 +92,8 @@ class WindowDenoiser(PosteriorDenoiser):
         backend: Backend of its operations; None follows `pyflocality.use_backend`.
         dtype: float32 or float64 to compute in; None computes in the input's own dtype.
         memory_budget: Working memory, bytes or a string such as "2GB".
+        precision: "exact"; or "auto", which permits errors below 1e-3 in [-1, 1], see
+            `pyflocality.ops.PosteriorOptions`.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class WindowDenoiser(PosteriorDenoiser):
         backend: str | None = None,
         dtype: torch.dtype | None = None,
         memory_budget: int | str | None = None,
+        precision: Precision = "exact",
     ) -> None:
         super().__init__(
             data,
@@ -110,6 +114,7 @@ class WindowDenoiser(PosteriorDenoiser):
             backend=backend,
             dtype=dtype,
             memory_budget=memory_budget,
+            precision=precision,
         )
         # Refuses a wrong integer or table at once; what a function answers is checked when it
         # is called.

@@ -101,7 +101,7 @@ def equivariant_posterior_mean(
         alpha: Signal coefficient, a number or [B], positive.
         boundary: "circular" or "broken".
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
+        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
 
     Returns:
         Posterior means in [-1, 1], dtype of x, [B, C, H, W].
@@ -151,7 +151,7 @@ def equivariant_posterior_jvp(
         alpha: Signal coefficient, a number or [B], positive.
         boundary: "circular" or "broken".
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
+        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
 
     Returns:
         Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.
@@ -205,7 +205,7 @@ def equivariant_posterior_vjp(
         alpha: Signal coefficient, a number or [B], positive.
         boundary: "circular" or "broken".
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
+        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
 
     Returns:
         Transposed products, the derivatives of sum(g * mean) by x, dtype of x, [K, B, C, H, W].

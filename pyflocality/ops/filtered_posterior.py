@@ -76,7 +76,7 @@ def filtered_posterior_mean(
         sigma: Noise level, a number or [B]; 0 gives the nearest image per query.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
+        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
 
     Returns:
         Blended posterior means in [-1, 1], dtype of x, [B, C, H, W].
@@ -127,7 +127,7 @@ def filtered_posterior_jvp(
         sigma: Noise level, a number or [B], positive.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
+        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
 
     Returns:
         Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.
@@ -174,7 +174,7 @@ def filtered_posterior_vjp(
         sigma: Noise level, a number or [B], positive.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
+        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
 
     Returns:
         Transposed products, the derivatives of sum(g * mean) by x, dtype of x, [K, B, C, H, W].

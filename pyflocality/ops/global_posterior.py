@@ -74,7 +74,7 @@ def global_posterior_mean(
         sigma: Noise level, a number or [B]; 0 gives the nearest image (ties share weight).
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
+        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
 
     Returns:
         Posterior means in [-1, 1], dtype of x, [B, C, H, W].
@@ -112,7 +112,7 @@ def global_posterior_jvp(
         sigma: Noise level, a number or [B], positive.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
+        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
 
     Returns:
         Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.

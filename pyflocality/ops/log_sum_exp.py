@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -47,7 +48,7 @@ def posterior_log_sum_exp(
         weights: A row of weights for each value, as in `masked_posterior_mean`: Q = C H W.
             With neither, whole images are compared: Q = 1.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
+        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
 
     Returns:
         Float64 [B, Q].
@@ -60,7 +61,8 @@ def posterior_log_sum_exp(
     """
     if window is not None and weights is not None:
         raise ValueError("give `window` or `weights`, not both")
-    problem = posterior_problem(x, images, sigma, alpha, **options)
+    # The tolerance of precision="auto" is for posterior means.
+    problem = replace(posterior_problem(x, images, sigma, alpha, **options), precision="exact")
     check_level(sigma, len(x), x.device, "sigma", allow_zero=False)
     if window is not None:
         window = check_window(window, *x.shape[-2:])

@@ -69,7 +69,7 @@ def patch_set_mean(
         sigma: Noise level, a number or [B]; 0 gives the nearest image per window.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, memory and copies of the images: see `PosteriorOptions`.
+        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
 
     Returns:
         Blended posterior means in [-1, 1], dtype of x, [B, C, H, W].

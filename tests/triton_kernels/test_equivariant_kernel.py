@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ def problem_of(
     count: int = 9,
     batch: int = 2,
     device: torch.device | str = "cpu",
+    **options: str,
 ) -> PosteriorProblem:
     images = random_images(rng, count, shape, torch.uint8)
     chosen = torch.randint(count, (batch,), generator=rng)
@@ -47,7 +49,7 @@ def problem_of(
     x = alpha * (images[chosen].float() / 127.5 - 1) + levels * noise
     if isinstance(sigma, torch.Tensor):
         sigma = sigma.to(device)
-    return posterior_problem(x.to(device), images.to(device), sigma, alpha)
+    return posterior_problem(x.to(device), images.to(device), sigma, alpha, **options)
 
 
 def truth_of(problem: PosteriorProblem, window: int, circular: bool, dtype: torch.dtype):
@@ -127,11 +129,20 @@ def test_shipped_configuration_in_several_blocks(rng, device):
     assert_like_float32(state, problem, 3, True)
 
 
-def test_one_part_holds_its_budget(rng, device):
+def test_one_part_where_auto_permits_it_holds_its_budget(rng, device, launches):
     """Where one float16 part is chosen, the answer moves by less than 1e-3."""
-    problem = problem_of(rng, (3, 6, 6), 0.9, 0.44, count=20, batch=3, device=device)
+    launches.watch(kernels, "scan_kernel")
+    sizes = {"count": 20, "batch": 3, "device": device}
+    problem = problem_of(rng, (3, 6, 6), 0.9, 0.44, **sizes)
     assert query_parts(problem, 3) == [1, 1, 1]
+    assert_like_float32(
+        equivariant_posterior_state(problem, 3, True, config=RESIDENT), problem, 3, True
+    )
+    assert {options["PARTS"] for _, _, options in launches.calls} == {2}
+    launches.calls.clear()
+    problem = replace(problem, precision="auto")
     state = equivariant_posterior_state(problem, 3, True, config=RESIDENT)
+    assert {options["PARTS"] for _, _, options in launches.calls} == {1}
     exact = truth_of(problem, 3, True, torch.float64)
     error = (finalize(state).cpu().double() - finalize(exact)).abs().max()
     assert 1e-6 < error < 1e-3
@@ -146,18 +157,14 @@ def test_parts_follow_the_noise(rng):
 def test_bits_do_not_depend_on_the_batch(rng, device):
     """An image alone, and among others with other noise levels and parts."""
     sigma = torch.tensor([0.02, 1.5, 0.3, 2.0, 0.02])
-    problem = problem_of(rng, (3, 7, 6), sigma, 0.9, batch=5, device=device)
+    problem = problem_of(rng, (3, 7, 6), sigma, 0.9, batch=5, device=device, precision="auto")
     parts = query_parts(problem, 3)
     assert set(parts) == {1, 2}
     for circular in (True, False):
         together = equivariant_posterior_state(problem, 3, circular, config=RESIDENT)
         for b in range(5):
-            alone = PosteriorProblem(
-                problem.x[b : b + 1],
-                problem.images,
-                problem.alpha[b : b + 1],
-                problem.scale[b : b + 1],
-            )
+            own = {name: getattr(problem, name)[b : b + 1] for name in ("x", "alpha", "scale")}
+            alone = replace(problem, **own)
             state = equivariant_posterior_state(alone, 3, circular, config=RESIDENT)
             for one, many in zip(state, together, strict=True):
                 assert torch.equal(one[0], many[b])

@@ -58,9 +58,8 @@ def problem_on(device, x, images, sigma, alpha=1.0, **options) -> PosteriorProbl
 
 
 def answer(device, x, images, weights, sigma, alpha=1.0, *, config=SMALL, **options):
-    precision = options.pop("precision", "exact")
     problem = problem_on(device, x, images, sigma, alpha, **options)
-    state = masked_posterior_state(problem, weights, precision=precision, config=config)
+    state = masked_posterior_state(problem, weights, config=config)
     return finalize(state).reshape(x.shape).double().cpu()
 
 
@@ -134,6 +133,26 @@ def test_levels_and_precision_of_every_image_alone(device, rng, launches):
     for b in (0, 4, 10):
         alone = answer(device, x[b : b + 1], images, weights, sigma[b], alpha[b], precision="auto")
         assert torch.equal(alone[0], found[b])
+
+
+@pytest.mark.parametrize(("sigma", "parts"), [(0.05, 2), (2.0, 1)])
+def test_auto_takes_half_of_the_products_at_much_noise(device, rng, launches, sigma, parts):
+    launches.watch(_masked_products, "pack_queries_kernel", "masked_posterior_kernel")
+    images = random_images(rng, 300, (3, 6, 6), torch.uint8)
+    x = noisy_batch(images, 2, sigma, 1.0, rng)
+    weights = band_masks((3, 6, 6))
+    found, parts_of = {}, {}
+    for precision in (None, "exact", "auto"):
+        launches.calls.clear()
+        options = {} if precision is None else {"precision": precision}
+        found[precision] = answer(device, x, images, weights, sigma, **options)
+        parts_of[precision] = {options["PARTS"] for _, _, options in launches.calls}
+    assert parts_of == {None: {2}, "exact": {2}, "auto": {parts}}
+    assert torch.equal(found[None], found["exact"])
+    assert torch.equal(found["auto"], found["exact"]) == (parts == 2)
+    exact = exact_answer(x, images, weights, sigma)
+    assert (found["exact"] - exact).abs().max() < (3e-4 if sigma == 0.05 else 1e-5)
+    assert (found["auto"] - exact).abs().max() < 1e-3
 
 
 def test_no_noise_gives_the_nearest_image_and_ties_share(device, rng):
@@ -238,9 +257,7 @@ def test_state_is_that_of_the_reference_and_merges(device, rng):
     x = noisy_batch(images, 2, 0.5, 0.8, rng)
     exact = reference_state(posterior_problem(x.double(), images, 0.5, 0.8), weights)
     halves = [
-        masked_posterior_state(
-            problem_on(device, x, part, 0.5, 0.8), weights, precision="exact", config=SMALL
-        )
+        masked_posterior_state(problem_on(device, x, part, 0.5, 0.8), weights, config=SMALL)
         for part in (images[:200], images[200:])
     ]
     scale = posterior_problem(x, images, 0.5, 0.8).scale.to(device)
@@ -263,7 +280,7 @@ def test_half_precision_queries(device, rng, dtype):
 
 def test_unknown_precision_is_refused(device, rng):
     images = random_images(rng, 20, (1, 4, 5), torch.uint8)
-    with pytest.raises(ValueError, match="`precision` must be one of 'auto', 'exact'"):
+    with pytest.raises(ValueError, match="`precision` must be one of 'exact', 'auto'"):
         answer(device, images.float(), images, band_masks((1, 4, 5)), 0.5, precision="half")
 
 

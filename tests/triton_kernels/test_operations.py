@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,8 @@ import pyflocality as pf
 from pyflocality import _backends, ops
 from pyflocality._problem import posterior_problem
 from pyflocality._shards import ShardedImages
-from pyflocality.kernels import _kept
+from pyflocality.kernels import _kept, _masked_products, equivariant_posterior
+from pyflocality.kernels._centred_images import CentredImages
 from pyflocality.kernels._mask_plan import OUTPUTS, mask_plan
 from pyflocality.kernels.global_posterior import global_posterior_state, squared_norms
 from pyflocality.kernels.masked_posterior import CONFIGS, masked_posterior_state
@@ -119,6 +121,33 @@ def test_a_model_on_a_backend_in_force(given):
     assert (jv.double() - exact).abs().max() < 1e-3 * exact.abs().max()
 
 
+def test_precision_reaches_the_kernels(given, launches):
+    """By the operations and the models; a log-sum-exp is exact whatever is permitted."""
+    given.x = (given.x + 4 * given.tangents[0]).contiguous()
+    level = (4.0, ALPHA)
+    data, auto = pf.TrainingSet(given.images), {"backend": "triton", "precision": "auto"}
+    images, weights = given.images, given.masks
+    x = given.x
+    calls = {
+        "operation": lambda: ops.masked_posterior_mean(x, images, weights, *level, **auto),
+        "pca": lambda: pf.PCALocalityDenoiser(data, 0.05, **auto)(x, *level),
+        "own": lambda: pf.FilteredPosteriorDenoiser(data, torch.eye(VALUES).bool(), **auto)(
+            x, *level
+        ),
+        "copied": lambda: copy.deepcopy(pf.PCALocalityDenoiser(data, 0.05, **auto))(x, *level),
+        "patches": lambda: pf.EquivariantDenoiser(data, 3, **auto)(x, *level),
+    }
+    launches.watch(_masked_products, "masked_posterior_kernel")
+    launches.watch(equivariant_posterior, "scan_kernel")
+    for name, call in calls.items():
+        launches.calls.clear()
+        call()
+        assert {options["PARTS"] for _, _, options in launches.calls} == {1}, name
+    launches.calls.clear()
+    ops.posterior_log_sum_exp(x, images, *level, weights=weights, **auto)
+    assert {options["PARTS"] for _, _, options in launches.calls} == {2}
+
+
 def test_a_part_of_a_sharded_set(given):
     """The state of this rank's images goes to the join, which answers for all."""
     merged = []
@@ -132,6 +161,26 @@ def test_a_part_of_a_sharded_set(given):
     found = ops.global_posterior_mean(given.x, images, SIGMA, ALPHA, backend="triton")
     assert merged == [(2, 1)]
     assert torch.equal(found, CALLS["global_posterior"](given, given.x, backend="triton"))
+
+
+def test_what_is_kept_is_found_again_for_a_sharded_set(given, monkeypatch):
+    """Every call took another tensor for the set, and converted all of it anew."""
+    ranks = SimpleNamespace(agree=lambda *what: None, merged=lambda state, scale: state)
+    images = ShardedImages.of(given.images, ranks)
+    converted = []
+
+    def fill(self, target, first, fill=CentredImages.fill):
+        converted.append(self.images.data_ptr())
+        fill(self, target, first)
+
+    monkeypatch.setattr(CentredImages, "fill", fill)
+    for level in (SIGMA, 2 * SIGMA):
+        ops.masked_posterior_mean(given.x, images, given.masks, level, ALPHA, backend="triton")
+    assert converted == [given.images.data_ptr()]
+    # And what changes in place is noticed.
+    given.images.copy_(255 - given.images)
+    ops.masked_posterior_mean(given.x, images, given.masks, SIGMA, ALPHA, backend="triton")
+    assert len(converted) == 2
 
 
 class Stream:
