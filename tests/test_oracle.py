@@ -151,7 +151,7 @@ def test_networks_that_results_tell_of_are_there():
     folder = ROOT / "benchmarks" / "oracle" / "checkpoints"
     files = sorted(folder.glob("*.safetensors"))
     there = {network.path.name: network for network in check_networks(files)}
-    kinds = ("reproduce", "sweeps", "fields", "denoising")
+    kinds = ("reproduce", "sweeps", "fields", "denoising", "pattern")
     told = [
         network
         for path in (ROOT / "benchmarks" / "results").glob("*.json")
