@@ -1,4 +1,4 @@
-"""All that the README and the findings are made of, on one machine, in one command.
+"""The kernels and the models beside trained networks, measured on one machine in one command.
 
     python -m benchmarks.everything --out FOLDER --mnist ZIP --mnist-test ZIP \\
         --cifar10 ZIP --cifar10-test ZIP [--device cuda]
@@ -6,11 +6,13 @@
 runs one after the other: the kernel suite; the training of two networks for each set, but for
 those that --networks has; the table of models against them; sweeps, denoising and fields; and the
 report's page. Results are named as those in `benchmarks/results`, NAME-SET-MACHINE-DATE, with the
-day on which the folder was begun; networks lie in FOLDER/networks, and the page, which shows the
-committed results as well, in FOLDER/page.
+day on which the folder was begun; networks lie in FOLDER/networks-MACHINE, and the page, which
+shows the committed results as well, in FOLDER/page. Models run on the backends that "auto" takes;
+the kernel suite names its own.
 
 Started again, it leaves out what is there and goes on inside what was interrupted. Where a step
 fails those go on that do not need what it makes. `--list` shows what would run, and runs nothing.
+The studies by themselves, from `memorize` to `pattern`, are commands of their own.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ import torch
 
 from pyflocality.cli._options import parse_device
 
+from . import gpu_suite
 from .machine import machine_facts
+from .reproduce.networks import check_networks
 from .results_files import FOLDER
 
 # Sets, and the published thresholds of PCA locality for them.
@@ -40,6 +44,8 @@ SEEDS = (0, 1)
 _WIDTH = 64
 # A CPU has no time for it.
 _ON_CPU = ("--width", 32, "--batch", 64, "--rate", 1e-3)
+# Seconds of the GPU suite: enough for every case.
+_BUDGET = 3600
 _PICTURES = {"sweeps": ("", "-why", "-samples"), "denoising": ("",), "fields": ("",)}
 # Options of tiny sizes, for a look.
 _QUICK = {
@@ -63,6 +69,7 @@ class Step:
         needs: Files that must be there.
         copies: Copies by the files that the command writes; made if it ends with one of `codes`.
         codes: Exit codes with which the results are whole.
+        clears: Files that are removed before.
     """
 
     name: str
@@ -71,6 +78,7 @@ class Step:
     needs: Sequence[Path] = ()
     copies: dict[Path, Path] = field(default_factory=dict)
     codes: tuple[int, ...] = (0,)
+    clears: Sequence[Path] = ()
 
     @property
     def command(self) -> list[str]:
@@ -88,8 +96,13 @@ class Step:
         if missing:
             return f"failed, there is no {missing[0]}"
         print(f"\n{self.name}: {shlex.join(self.command)}", flush=True)
+        for path in self.clears:
+            path.unlink(missing_ok=True)
         code = execute(self.command)
         if code in self.codes:
+            missing = [path for path in self.copies if not path.exists()]
+            if missing:
+                return f"failed, it left no {missing[0]}"
             for source, target in self.copies.items():
                 shutil.copyfile(source, target)
         return "done" if code == 0 else f"failed with exit code {code}"
@@ -102,7 +115,7 @@ def execute(command: Sequence[str]) -> int:
 
 def steps(options: argparse.Namespace) -> list[Step]:
     """All steps, in order."""
-    machine = machine_name(options.device) + ("-quick" if options.quick else "")
+    machine = _machine(options)
     stamp = f"{machine}-{day_of(options.out, machine)}"
     trained = {
         name: [_network(options, f"{name}-seed{seed}.safetensors") for seed in SEEDS]
@@ -113,7 +126,7 @@ def steps(options: argparse.Namespace) -> list[Step]:
         found += [_training(options, name, seed, paths[seed]) for seed in SEEDS]
     for kind in ("reproduce", *_PICTURES):
         found += [_comparison(options, kind, name, trained[name], stamp) for name in SETS]
-    words = ["report", "--results", options.out / "work" / "results", "--out"]
+    words = ["report", "--results", _folder(options, "work") / "results", "--out"]
     return [*found, Step("report", _of_package(*words, options.out / "page", "--force"))]
 
 
@@ -125,15 +138,16 @@ def _suite(options: argparse.Namespace, stamp: str) -> Step:
         words = _of_package("cpu_suite", "--cifar10", options.cifar10, "--out", made, *tiny)
         return Step("cpu suite", words, [made])
     # It writes after every case: what an interrupted one leaves is no result. A failed case is.
-    made, part = options.out / f"gpu-{stamp}.json", options.out / "work" / "gpu.json"
+    made, part = options.out / f"gpu-{stamp}.json", _folder(options, "work") / "gpu.json"
     sets = ("--cifar10", options.cifar10, "--mnist", options.mnist)
-    words = _of_package("gpu_suite", *sets, "--out", part, "--force", *tiny)
-    return Step("gpu suite", words, [made], copies={part: made}, codes=(0, 1))
+    words = _of_package("gpu_suite", *sets, "--budget", _BUDGET, "--out", part, *tiny)
+    codes = (0, gpu_suite.FAILED)
+    return Step("gpu suite", words, [made], copies={part: made}, codes=codes, clears=[part])
 
 
 def _training(options: argparse.Namespace, name: str, seed: int, made: Path) -> Step:
     """The training of a network."""
-    folder = options.out / "work" / f"{name}-seed{seed}"
+    folder = _folder(options, "work") / f"{name}-seed{seed}"
     on_cpu = parse_device(options.device).type == "cpu"
     words = ["oracle.train", getattr(options, name), "--out", folder, "--seed", seed]
     words += ["--minutes", options.minutes, "--device", options.device]
@@ -153,7 +167,7 @@ def _comparison(
     words += _QUICK[kind] if options.quick else ()
     source, made = getattr(options, name), options.out / f"{kind}-{name}-{stamp}"
     if kind == "reproduce":
-        folder = options.out / "work" / f"reproduce-{name}"
+        folder = _folder(options, "work") / f"reproduce-{name}"
         ends = {"reproduce.json": ".json", "samples.png": "-samples.png", "steps.png": "-steps.png"}
         copies = {folder / file: made.with_name(made.name + end) for file, end in ends.items()}
         words = ("pyflocality", "reproduce", source, "--out", folder, *words)
@@ -167,8 +181,18 @@ def _comparison(
 
 def _network(options: argparse.Namespace, file: str) -> Path:
     """The file of a network: the given one, or the one that is trained."""
-    folders = [folder for folder in (options.networks,) if folder and (folder / file).exists()]
-    return [*folders, options.out / "networks"][0] / file
+    given = options.networks / file if options.networks else None
+    return given if given and given.exists() else _folder(options, "networks") / file
+
+
+def _folder(options: argparse.Namespace, name: str) -> Path:
+    """A folder in that of the results, of this machine alone and apart from quick looks."""
+    return options.out / f"{name}-{_machine(options)}"
+
+
+def _machine(options: argparse.Namespace) -> str:
+    """The machine in names of files and folders."""
+    return machine_name(options.device) + ("-quick" if options.quick else "")
 
 
 def _of_package(module: str, *words: object) -> tuple[object, ...]:
@@ -191,9 +215,8 @@ def day_of(out: Path, machine: str) -> str:
     return max(days, default=datetime.now(timezone.utc).strftime("%Y-%m-%d"))
 
 
-def gather(out: Path) -> None:
+def gather(out: Path, gathered: Path) -> None:
     """Bring the committed results and those of a folder together, for the report."""
-    gathered = out / "work" / "results"
     gathered.mkdir(parents=True, exist_ok=True)
     for folder in (FOLDER, out):
         for path in (*folder.glob("*.json"), *folder.glob("*.png")):
@@ -206,12 +229,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(shlex.join(step.command) for step in steps(options) if not step.done))
         return 0
-    for folder in ("work", "networks"):
-        (options.out / folder).mkdir(parents=True, exist_ok=True)
+    for name in ("work", "networks"):
+        _folder(options, name).mkdir(parents=True, exist_ok=True)
     outcomes = {}
     for step in steps(options):
         if step.name == "report":
-            gather(options.out)
+            gather(options.out, _folder(options, "work") / "results")
         outcomes[step.name] = step.run()
         print(f"{step.name}: {outcomes[step.name]}", flush=True)
     print("\n" + "\n".join(f"{name:<24}{outcome}" for name, outcome in outcomes.items()))
@@ -227,22 +250,40 @@ def _checked(arguments: Sequence[str] | None) -> argparse.Namespace:
         add(f"--{name}", type=Path, required=True, help="training images")
         add(f"--{name}-test", type=Path, required=True, help="test images")
     add("--networks", type=Path, help="folder of networks SET-seedN.safetensors, not trained anew")
-    add("--device", default="cpu", help="cpu, or cuda with or without a number")
+    add("--device", default="cpu", help="cpu or cuda")
     add("--minutes", type=float, default=10.0, help="minutes of training for each network")
     add("--quick", action="store_true", help="tiny sizes, for a look: its numbers mean nothing")
     add("--list", action="store_true", help="show the commands that would run, and stop")
     options = parser.parse_args(arguments)
     sources = [getattr(options, f"{name}{part}") for name in SETS for part in ("", "_test")]
-    for path in (*sources, *filter(None, [options.networks])):
+    for path in sources:
         if not path.exists():
             parser.error(f"there is no {path}")
+    for path in (options.out, *options.out.parents):
+        if path.exists() and not path.is_dir():
+            parser.error(f"--out: {path} is no folder")
     if not options.minutes > 0:
         parser.error(f"--minutes must be positive, got {options.minutes}")
     try:
-        parse_device(options.device)
-    except ValueError as error:
+        if parse_device(options.device).index is not None:
+            parser.error("--device must be cpu or cuda: CUDA_VISIBLE_DEVICES chooses among GPUs")
+        _check_given(options.networks)
+    except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     return options
+
+
+def _check_given(folder: Path | None) -> None:
+    """Refuse a folder of networks that has one of a set, but not all, or what is no network."""
+    if folder is None:
+        return
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--networks: there is no folder {folder}")
+    for name in SETS:
+        files = [folder / f"{name}-seed{seed}.safetensors" for seed in SEEDS]
+        there = [path for path in files if path.exists()]
+        if there:
+            check_networks(files)
 
 
 if __name__ == "__main__":

@@ -67,14 +67,14 @@ class Timer:
         return torch.cuda.max_memory_allocated() - before
 
 
-def gpu_facts() -> dict[str, Any]:
-    """GPU, driver and the versions that matter."""
+def gpu_facts(number: int = 0) -> dict[str, Any]:
+    """GPU of a number, driver and the versions that matter."""
     facts: dict[str, Any] = {"cuda": torch.version.cuda, "gpu": None}
     for package in ("triton", "cupy"):
         found = importlib.util.find_spec(package)
         facts[package] = importlib.import_module(package).__version__ if found else None
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
+        properties = torch.cuda.get_device_properties(number)
         facts |= {
             "gpu": properties.name,
             "multiprocessors": properties.multi_processor_count,

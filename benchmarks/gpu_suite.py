@@ -34,12 +34,14 @@ if TYPE_CHECKING:
     from .gpu_workload import GpuSet
 
 SCHEMA = 1
+# Exit code of a whole run in which a case or a test failed; an error ends with others.
+FAILED = 3
 # Seconds that are left for the tests at the end, and that a case must have left to start.
 _TEST_SECONDS, _LEAST_SECONDS = 120, 10
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suite as the command line asks; returns 1 where something failed."""
+    """Run the suite as the command line asks; returns `FAILED` where something failed."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.out.exists() and not options.force:
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(report))
     print(f"\nwritten: {options.out}")
     failed = [record for record in report["results"] if record["status"] == "failed"]
-    return 1 if failed or report["tests"].get("exit_code") else 0
+    return FAILED if failed or report["tests"].get("exit_code") else 0
 
 
 class Suite:

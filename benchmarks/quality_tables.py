@@ -156,7 +156,7 @@ def pattern(report: Record) -> str:
             cells += [f"{one['snr']:.2g}"] if gamma else []
             cells += [_number(one.get(name), 2) for name in models]
         lines.append(cells)
-    trained = [network["facts"] for network in report["networks"]]
+    trained = [network["facts"] for network in report.get("networks", [])]
     told = "; ".join(
         f"weight {facts.get('planted', 0.0):g}, width {facts['width']}, {facts['steps']:,} steps "
         f"of {facts['batch']} images"

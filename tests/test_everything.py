@@ -116,7 +116,8 @@ def test_the_whole_chain(arguments, tmp_path, monkeypatch, capsys):
     assert found["settings"]["threshold"] == 0.3 and found["settings"]["samples"] == 2
     names = [network["file"] for network in found["networks"]]
     assert names == ["cifar10-seed0.safetensors", "cifar10-seed1.safetensors"]
-    facts = [UNet.load(out / "networks" / name).facts for name in names]
+    networks = out / f"networks-{machine_facts()['cores']}core-quick"
+    facts = [UNet.load(networks / name).facts for name in names]
     assert [(one["seed"], one["width"], one["steps"]) for one in facts] == [(0, 8, 20), (1, 8, 20)]
     page = (out / "page" / "index.html").read_text(encoding="utf-8")
     for kind in ("reproduce", "sweeps", "denoising", "fields"):
@@ -135,12 +136,13 @@ def test_what_is_there_is_left_out_and_what_lacks_something_fails(
     assert list(told) == STEPS
     assert told["cpu suite"] == told["training mnist seed 0"] == told["report"] == "done"
     assert told["training mnist seed 1"] == "failed with exit code 3"
-    missing = out / "networks" / "mnist-seed1.safetensors"
+    networks = out / f"networks-{machine_facts()['cores']}core"
+    missing = networks / "mnist-seed1.safetensors"
     assert told["fields mnist"] == f"failed, there is no {missing}"
     assert len(commands) == 6
 
     # A network from elsewhere is what was missing; the folder's day goes on.
-    for path in (missing, out / "networks" / "cifar10-seed1.safetensors"):
+    for path in (missing, networks / "cifar10-seed1.safetensors"):
         write_network(path, 1)
     for path in out.glob("cpu-*"):
         path.rename(path.with_name(re.sub(r"\d{4}-\d\d-\d\d", "2026-01-02", path.name)))
@@ -184,7 +186,7 @@ def test_on_a_gpu(arguments, tmp_path, monkeypatch):
     suite = steps["gpu suite"]
     assert re.fullmatch(r"gpu-h200-\d{4}-\d\d-\d\d.json", suite.makes[0].name)
     options = gpu_suite._parser().parse_args([str(word) for word in suite.words[1:]])
-    assert options.cifar10 == options.mnist == arguments[1] and options.force
+    assert options.cifar10 == options.mnist == arguments[1] and options.budget == 3600
     for name in ("mnist", "cifar10"):
         words = steps[f"training {name} seed 1"].command
         assert words[words.index("--width") + 1] == "64"
@@ -200,11 +202,24 @@ def test_on_a_gpu(arguments, tmp_path, monkeypatch):
     # Its results are whole also where a case failed, and are none where it was interrupted.
     (part,) = suite.copies
     part.parent.mkdir()
-    part.write_text("{}", encoding="utf-8")
-    for code, there in ((2, False), (-2, False), (1, True)):
-        monkeypatch.setattr(everything, "execute", lambda command, code=code: code)
-        assert suite.run() == f"failed with exit code {code}"
-        assert suite.makes[0].exists() == there
+    for code, writes, there in (
+        (1, True, False),
+        (-2, True, False),
+        (3, False, False),
+        (3, True, True),
+    ):
+        part.write_text("old", encoding="utf-8")
+
+        def execute(command, code=code, writes=writes):
+            assert not part.exists()
+            if writes:
+                part.write_text("new", encoding="utf-8")
+            return code
+
+        monkeypatch.setattr(everything, "execute", execute)
+        told = f"failed with exit code {code}" if writes else f"failed, it left no {part}"
+        assert suite.run() == told and suite.makes[0].exists() == there
+    assert suite.makes[0].read_text(encoding="utf-8") == "new"
 
 
 def test_commands_tell_how_they_ended():
@@ -230,12 +245,17 @@ def test_names_of_machines(monkeypatch, name, expected):
     ("more", "message"),
     [
         (("--mnist-test", "nowhere.zip"), "there is no nowhere.zip"),
-        (("--networks", "nowhere"), "there is no nowhere"),
+        (("--networks", "nowhere"), "there is no folder nowhere"),
+        (("--networks", "one"), "one/mnist-seed1.safetensors is not a file"),
+        (("--out", "one/mnist-seed0.safetensors/out"), "mnist-seed0.safetensors is no folder"),
         (("--minutes", "0"), "--minutes must be positive, got 0"),
         (("--device", "tpu"), "`device` must be cpu or cuda"),
     ],
 )
-def test_mistakes(arguments, commands, tmp_path, capsys, more, message):
+def test_mistakes(arguments, commands, tmp_path, monkeypatch, capsys, more, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one").mkdir()
+    write_network(tmp_path / "one" / "mnist-seed0.safetensors", 0)
     with pytest.raises(SystemExit):
         everything.main([*arguments, "--out", str(tmp_path / "out"), *more])
     assert message in capsys.readouterr().err

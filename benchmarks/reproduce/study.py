@@ -30,6 +30,7 @@ class Study:
         samples: How many samples there are if not given.
         about: What the samples are.
         needs_network: Whether there must be a network.
+        positive_threshold: Whether a threshold of 0 is refused.
 
     Attributes:
         parser: Takes further options before `start`.
@@ -46,8 +47,17 @@ class Study:
     trained: list[Network]
     progress: bool
 
-    def __init__(self, name: str, samples: int, about: str, *, needs_network: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        samples: int,
+        about: str,
+        *,
+        needs_network: bool = True,
+        positive_threshold: bool = False,
+    ) -> None:
         self.name, self._clock = name, time.perf_counter()
+        self._positive_threshold = positive_threshold
         self.parser = argparse.ArgumentParser(prog=f"python -m benchmarks.reproduce.{name}")
         add = self.parser.add_argument
         add("--source", required=True, help="training images")
@@ -79,6 +89,8 @@ class Study:
                 self.parser.error(f"--{name} must be at least 1, got {value}")
         if not 0 <= options.threshold < 1:
             self.parser.error(f"--threshold must be in [0, 1), got {options.threshold}")
+        if self._positive_threshold and options.threshold == 0:
+            self.parser.error("--threshold must be positive: its multiples are compared")
         try:
             self.device = parse_device(options.device)
             if options.network:
@@ -100,7 +112,7 @@ class Study:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": time.perf_counter() - self._clock,
             "machine": facts_of(self.device),
-            "device": self.device.type,
+            "device": str(self.device),
             "data": data_record(self.data),
             "networks": [network.record() for network in self.trained],
             "threshold": self.options.threshold,
@@ -112,7 +124,7 @@ class Study:
 
 def facts_of(device: torch.device) -> dict[str, Any]:
     """Machine and versions, with those of the GPU where that is the device."""
-    return machine_facts() | (gpu_facts() if device.type == "cuda" else {})
+    return machine_facts() | (gpu_facts(device.index or 0) if device.type == "cuda" else {})
 
 
 def data_record(data: pf.TrainingSet) -> dict[str, Any]:

@@ -289,7 +289,7 @@ def _record(
         "command": "reproduce",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": facts_of(table.device),
-        "device": table.device.type,
+        "device": str(table.device),
         "memory": _MEMORY[table.device.type],
         "data": data_record(data),
         "networks": [network.record() for network in trained],
