@@ -78,8 +78,13 @@ def _of(results: list[Results], kind: str, of: str) -> Results | None:
     return latest([one for one in results if one.path.stem.startswith(f"{kind}-{of}")], kind)
 
 
-def _quality(of: str = "mnist") -> Section:
-    """A section with the models against the first network, in short."""
+def _quality(of: str = "mnist", *, picture: bool = True) -> Section:
+    """A section with the models against the first network, in short; pictures in colour are large.
+
+    Args:
+        of: The set.
+        picture: Whether to show the samples.
+    """
 
     def section(results: list[Results]) -> str:
         from .reproduce.scores import shown
@@ -108,9 +113,9 @@ def _quality(of: str = "mnist") -> Section:
             cells += [shown(r2["all_steps"], 3), f"{row['seconds_per_step']:.3g}"]
             lines.append("| " + " | ".join(cells) + " |")
         # The others are on the report's page.
-        if "samples" in found.pictures:
-            picture = found.pictures["samples"].name
-            lines += ["", f"![{CAPTIONS['samples']}](benchmarks/results/{picture})"]
+        if picture and "samples" in found.pictures:
+            file = found.pictures["samples"].name
+            lines += ["", f"![{CAPTIONS['samples']}](benchmarks/results/{file})"]
         return "\n".join(lines)
 
     return section
@@ -165,7 +170,7 @@ def _study(
 _SECTIONS: dict[str, Section] = {
     "speed": speed_section,
     "quality": _quality(),
-    "quality_cifar10": _quality("cifar10"),
+    "quality_cifar10": _quality("cifar10", picture=False),
     "table": _table(),
     "table_cifar10": _table("cifar10"),
     "sweeps": _study("sweeps", quality_tables.sweeps),

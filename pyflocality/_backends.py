@@ -35,7 +35,7 @@ logger = logging.getLogger("pyflocality")
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 # Why "auto" passes over a kernel that passes every test without a GPU.
-UNPROVEN = "no GPU has run this kernel yet: name it to use it"
+UNPROVEN = "no GPU has run these kernels yet"
 
 _requested: ContextVar[str | None] = ContextVar("pyflocality_backend", default=None)
 _trace: ContextVar[list[tuple[str, str]] | None] = ContextVar("pyflocality_trace", default=None)
@@ -127,7 +127,13 @@ def machine_reason(backend: str) -> str | None:
     if importlib.util.find_spec(package) is None:
         return f"the package {package!r} is not installed: pip install 'pyflocality[{backend}]'"
     if not torch.cuda.is_available():
-        return "torch sees no CUDA device (torch.cuda.is_available() is False)"
+        cure = (
+            "install a build of torch with CUDA: this one has none"
+            if torch.version.cuda is None
+            else "see whether nvidia-smi lists a GPU and its driver is new enough for CUDA "
+            f"{torch.version.cuda}, and what CUDA_VISIBLE_DEVICES says"
+        )
+        return f"torch sees no CUDA device: {cure}"
     return None
 
 

@@ -81,8 +81,13 @@ def format_configuration(config: dict[str, Any]) -> str:
         f"packages: {packages}",
         f"CPU threads: {config['threads']}; GPUs: {', '.join(config['gpus']) or 'none'}",
         f"backend: {config['backend']}; memory budget: {config['memory_budget'] / 2**30:g} GB",
-        "backends:",
     ]
+    if config["backends"].get(config["backend"]) is not None:
+        lines.append(
+            f"PROBLEM: backend {config['backend']!r} is asked for and unavailable here, so every "
+            "operation raises an error; choose another by PYFLOCALITY_BACKEND or pf.use_backend"
+        )
+    lines.append("backends:")
     for name, reason in config["backends"].items():
         lines.append(f"  {name:<10} {'ready' if reason is None else 'unavailable: ' + reason}")
     lines.append("operations, and the backends that implement them in order of preference:")
@@ -90,11 +95,26 @@ def format_configuration(config: dict[str, Any]) -> str:
         by_name = config["by_name_only"].get(op, {})
         told = [f"{name} (by name only)" if name in by_name else name for name in backends]
         lines.append(f"  {op:<26} {', '.join(told)}")
-    reasons = {why for by_name in config["by_name_only"].values() for why in by_name.values()}
-    lines += [f"by name only: {why}" for why in sorted(reasons)]
+    lines += _by_name_lines(config["by_name_only"])
     for name, value in config["environment"].items():
         lines.append(f"{name}={value}")
     return "\n".join(lines)
+
+
+def _by_name_lines(by_name_only: dict[str, dict[str, str]]) -> list[str]:
+    """A line for each reason why backends run by name only: which, and how to use them."""
+    backends: dict[str, set[str]] = {}
+    for by_name in by_name_only.values():
+        for name, why in by_name.items():
+            backends.setdefault(why, set()).add(name)
+    lines = []
+    for why, names in sorted(backends.items()):
+        every, one = " and ".join(sorted(names)), max(names)
+        lines.append(
+            f"by name only: 'auto' passes over {every}, as {why}; to use one, name it by "
+            f"backend={one!r} in a call, pf.use_backend({one!r}) or PYFLOCALITY_BACKEND={one}"
+        )
+    return lines
 
 
 def show_config() -> None:

@@ -303,6 +303,10 @@ class Moments:
         """These moments on a device, as a new object; themselves if they are there already.
 
         Covariance and eigenvectors go along where they have been computed.
+
+        Raises:
+            ValueError: There are no images yet.
+            RuntimeError: An update was interrupted, or torch cannot use `device`.
         """
         sums = self._whole()
         tensors = {name: tensor.to(device) for name, tensor in sums.tensors().items()}

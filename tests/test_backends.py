@@ -248,7 +248,27 @@ def test_show_config(capsys):
         (line,) = [line for line in text.splitlines() if line.split()[:1] == [op]]
         for backend, why in by_name.items():
             assert f"{backend} (by name only)" in line
-            assert f"by name only: {why}" in text.splitlines()
+            (told,) = [line for line in text.splitlines() if line.startswith("by name only:")]
+            assert why in told and backend in told
+            assert "PYFLOCALITY_BACKEND=" in told and "pf.use_backend(" in told
+
+
+def test_a_backend_in_force_that_cannot_run_is_flagged(monkeypatch, capsys):
+    monkeypatch.setattr(
+        "pyflocality._config.machine_reason", lambda name: "no" if name == "cuda" else None
+    )
+    for backend, flagged in (("cuda", True), ("triton", False), ("auto", False)):
+        monkeypatch.setenv("PYFLOCALITY_BACKEND", backend)
+        pf.show_config()
+        assert ("PROBLEM: backend 'cuda' is asked for" in capsys.readouterr().out) == flagged
+
+
+def test_no_cuda_device_comes_with_a_cure(monkeypatch):
+    monkeypatch.setattr(_backends.importlib.util, "find_spec", lambda package: package)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for version, cure in ((None, "install a build of torch with CUDA"), ("12.8", "nvidia-smi")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert cure in _backends.machine_reason("triton")
 
 
 def test_kernels_that_no_gpu_has_run_give_one_reason():

@@ -120,6 +120,8 @@ def test_rows_are_those_of_the_transposed_derivative(gpu, given):
             x.double(), one, images, *LEVEL, temperature=TEMPERATURE, backend="reference"
         )
         torch.testing.assert_close(found.tensor[:, r].double(), exact[0], rtol=1e-4, atol=1e-5)
+    half = arrays.window_posterior_rows(x.half(), images, outputs, *LEVEL)
+    assert half.dtype == torch.float16
 
 
 def test_wrong_arguments_are_named(gpu, given):
@@ -137,6 +139,8 @@ def test_wrong_arguments_are_named(gpu, given):
         arrays.window_posterior_rows(x.double(), images, rows, *LEVEL)
     with pytest.raises(ValueError, match="`outputs` must be"):
         arrays.window_posterior_rows(x, images, [(5, 0, 0)], *LEVEL)
+    with pytest.raises(ValueError, match="`outputs` must be at least one .* got none"):
+        arrays.window_posterior_rows(x, images, [], *LEVEL)
 
 
 def test_without_a_gpu_the_backend_says_why(given, monkeypatch):

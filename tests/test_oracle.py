@@ -133,6 +133,20 @@ def test_another_training_is_not_continued(
     assert (tmp_path / "out" / "state.pt").read_bytes() == before
 
 
+def test_wrong_options_are_named(
+    images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option, value, message in (
+        ("--device", "gpu", "`device` must be cpu or cuda"),
+        ("--device", "cuda:99", "`device` must be one of"),
+        ("--planted", "0", "--planted must be in (0, 1], got 0"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            train(images, tmp_path / "out", option, value)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def _options(source: str, batch: int = 16) -> object:
     import argparse
 

@@ -169,7 +169,10 @@ def test_the_table_elsewhere_is_that_here(folder, tmp_path, there, capsys):
     assert set(there) >= {(2, *SHAPE), (16, *SHAPE)}
 
 
-def test_kept_runs_of_the_cpu_are_found_again_and_no_others(tmp_path):
+def test_kept_runs_of_the_cpu_are_found_again_and_no_others(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYFLOCALITY_BACKEND", raising=False)
+    gpu = ["H100"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu[0])
     common, settings = {"images": "key", "steps": 10}, {"model": "optimal"}
     told = {"pyflocality": pf.__version__, **common, "settings": settings}
     key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
@@ -180,6 +183,27 @@ def test_kept_runs_of_the_cpu_are_found_again_and_no_others(tmp_path):
     assert other == runs.KeptRuns(tmp_path, common, torch.device("cuda:0")).path(
         "optimal", settings
     )
+    # Nor those of another GPU or backend.
+    gpu[0] = "H200"
+    assert other != runs.KeptRuns(tmp_path, common, CUDA).path("optimal", settings)
+    monkeypatch.setenv("PYFLOCALITY_BACKEND", "reference")
+    assert path != runs.KeptRuns(tmp_path, common, CPU).path("optimal", settings)
+    monkeypatch.setenv("PYFLOCALITY_BACKEND", "auto")
+    assert path == runs.KeptRuns(tmp_path, common, CPU).path("optimal", settings)
+
+
+def test_multiples_keep_the_threshold_that_was_asked():
+    odd = 0.012345678912
+    assert sweeps.multiples(odd, (0.2, 1.0, 100.0)) == [0.00246914, odd]
+    assert sweeps.multiples(0.005, (0.2, 1.0)) == [0.001, 0.005]
+
+
+def test_sweeps_need_a_positive_threshold(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sweeps.main(
+            ["--source", "s", "--network", "n", "--out", str(tmp_path / "o"), "--threshold", "0"]
+        )
+    assert "--threshold must be positive" in capsys.readouterr().err
 
 
 def test_runs_on_a_gpu_are_timed_warm_and_tell_its_memory(folder, monkeypatch):
@@ -206,9 +230,10 @@ def test_runs_on_a_gpu_are_timed_warm_and_tell_its_memory(folder, monkeypatch):
     noise = runs.starting_noise(SHAPE, 2, 0)
     request = runs.Request({"model": "optimal"}, data, None, None, noise, 2, False, CUDA)
     run = runs.perform(request)
-    # A run that compiles the kernels, then memory and clock, then the run that counts.
-    whole = ["build", "call", "call"]
-    assert seen == [*whole, "reset", "synchronize", "build", "synchronize", "call", "call"]
+    # Memory counts from before the call that compiles the kernels, times after it.
+    warm_up = ["build", "call"]
+    assert [one for one in seen if one != "synchronize"] == ["reset", *warm_up, *warm_up, "call"]
+    assert seen[:5] == ["reset", *warm_up, "synchronize", "build"]
     assert run.facts["extra_memory_bytes"] == 234 and len(run.facts["seconds"]) == 2
 
 

@@ -81,11 +81,18 @@ def test_networks_of_planted_images(tmp_path, capsys):
     share = pattern.share_on_pattern(rows.abs().mean(0)[1], cross, (8, 8))
     assert share > 0.1 and found[0.5, 500]["network"] == pytest.approx(share, rel=1e-3)
 
+    tenth, grey = trained_on(source, tmp_path / "c", 0.1), tmp_path / "grey.npy"
+    np.save(grey, images[..., 0])
+    with pytest.raises(SystemExit):
+        trained_on(source, tmp_path / "c", 0.5)
+    assert "training with planted = 0.1, not 0.5" in capsys.readouterr().err
     again = ["--force", "--network", str(planted)]
     for arguments, message in (
         ([*command, *again, "--network", str(planted)], "each network once"),
         ([*command[:3], str(tmp_path / "other.npy"), *command[4:], *again], "was not trained on"),
         (["disks", "--quick", "--out", str(out), *again], "takes none"),
+        ([*command, "--force", "--network", str(tenth)], "each of the weights 0, 0.5 of this run"),
+        ([*command[:3], str(grey), *command[4:], "--force"], "of 3x32x32 images, those of"),
     ):
         np.save(tmp_path / "other.npy", images[::-1])
         with pytest.raises(SystemExit):

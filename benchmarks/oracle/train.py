@@ -32,9 +32,10 @@ from torch import Tensor, nn
 
 import pyflocality as pf
 from pyflocality._progress import progress_bar
+from pyflocality.cli._options import parse_device
 
 from ..machine import machine_facts
-from ..studies.pattern import planted
+from ..studies.pattern import WEIGHTS, planted
 from .unet import UNet
 
 EMA = 0.999
@@ -154,11 +155,13 @@ class Training:
             ValueError: The state is of another training.
         """
         state = torch.load(path, map_location=self.device, weights_only=True)
-        for name, value in self.settings.items():
-            if state["settings"][name] != value:
+        kept, own = state["settings"], self.settings
+        # The weight first: with another one the images differ, too.
+        for name in ("planted", *own):
+            if kept.get(name) != own.get(name):
                 raise ValueError(
-                    f"{path} is of a training with {name} = {state['settings'][name]!r}, "
-                    f"not {value!r}: choose another --out"
+                    f"{path} is of a training with {name} = {kept.get(name)!r}, "
+                    f"not {own.get(name)!r}: choose another --out"
                 )
         self.unet.load_state_dict(state["unet"])
         self.average.load_state_dict(state["average"])
@@ -197,10 +200,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rate", type=float, default=5e-4, help="learning rate")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--every", type=float, default=300, help="seconds between checkpoints")
-    parser.add_argument("--planted", type=float, help="weight of the planted pattern, in (0, 1]")
+    told = " and ".join(f"{weight:g}" for weight in WEIGHTS if weight)
+    parser.add_argument(
+        "--planted",
+        type=float,
+        help=f"weight of the planted pattern, in (0, 1]; the study takes {told}",
+    )
     parser.add_argument("--no-progress", dest="progress", action="store_false")
     options = parser.parse_args(arguments)
+    if options.planted is not None and not 0 < options.planted <= 1:
+        parser.error(f"--planted must be in (0, 1], got {options.planted:g}")
     try:
+        options.device = parse_device(options.device)
         data = pf.TrainingSet.load(options.source)
         if options.planted is not None:
             data = planted(data, options.planted)

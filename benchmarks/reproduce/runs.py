@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import pyflocality as pf
+from pyflocality._backends import requested_backend
 from pyflocality.cli._record import peak_memory_bytes
 
 from ..machine import machine_facts
@@ -99,14 +100,18 @@ def perform(request: Request) -> Run:
 
     Its memory is how far the process grew at most, beyond what it held when images, moments and
     starting noise were there and nothing else: the resident set's peak, which Linux lets a process
-    reset; None elsewhere. On a GPU it is the same of the memory that torch has allocated there,
-    and everything runs once before, as kernels are compiled at their first use.
+    reset; None elsewhere. On a GPU it is the same of the memory that torch has allocated there.
+
+    Preparation is the making of the model and of its masks; `seconds` are the model's answers. On
+    a GPU another model of the same settings answers once before, at the first level, as kernels
+    are compiled at their first use. That time is not counted, nor are copies of the images made
+    then that kernels keep; their memory is.
     """
     request, device = request.on_device(), request.device
     _touch(request)
-    if device.type == "cuda":
-        pf.sample(request.denoiser(), x_T=request.x_t, steps=request.steps, progress=False)
     growth = _memory_growth(device)
+    if device.type == "cuda":
+        _warm_up(request)
     with pf.trace_backends() as calls:
         clock = now(device)
         timed = _Timed(request.denoiser())
@@ -126,6 +131,14 @@ def perform(request: Request) -> Run:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         },
     )
+
+
+@torch.no_grad()
+def _warm_up(request: Request) -> None:
+    """Make the model and let it answer once, at the first level."""
+    schedule = pf.DDPMSchedule()
+    alpha, sigma = schedule(schedule.timesteps(request.steps).tolist()[0])
+    request.denoiser()(request.x_t, sigma, alpha)
 
 
 def perform_apart(request: Request) -> Run:
@@ -151,15 +164,22 @@ class KeptRuns:
     Args:
         folder: Where they lie; it is made when the first is kept.
         common: Settings of all of them: what identifies the images, the noise and the steps.
-        device: Where they are made: runs hold times.
+        device: Where they are made. Runs hold times, so a GPU's name is part of what they depend
+            on, and so is the backend that is in force now.
     """
 
     def __init__(self, folder: Path, common: Mapping[str, Any], device: torch.device) -> None:
         self.folder = folder
         self.common = {"pyflocality": pf.__version__, **common}
-        # Of the CPU's there are runs that were kept before there was a choice.
+        # Nothing is added to what the CPU and "auto" give: there are runs that were kept before
+        # there was a choice.
+        backend = requested_backend(None)
+        if backend != "auto":
+            self.common["backend"] = backend
         if device.type != "cpu":
             self.common["device"] = device.type
+        if device.type == "cuda":
+            self.common["gpu"] = torch.cuda.get_device_name(device)
 
     def path(self, name: str, settings: Mapping[str, Any], suffix: str = ".npz") -> Path:
         """The file of some settings."""

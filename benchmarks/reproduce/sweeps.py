@@ -60,8 +60,8 @@ def exact(threshold: float) -> Settings:
 
 
 def multiples(threshold: float, factors: Sequence[float]) -> list[float]:
-    """Multiples of a threshold below 1, as numbers of few digits."""
-    found = (float(f"{factor * threshold:g}") for factor in factors)
+    """A threshold itself, and multiples of it below 1 as numbers of few digits."""
+    found = (threshold if factor == 1 else float(f"{factor * threshold:g}") for factor in factors)
     return [value for value in found if value < 1]
 
 
@@ -271,7 +271,7 @@ def why(sweep: Sweep, threshold: float) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sweeps; returns the exit code."""
-    study = Study("sweeps", 32, "images for each seed")
+    study = Study("sweeps", 32, "images for each seed", positive_threshold=True)
     study.parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     study.start(arguments)
     options = study.options

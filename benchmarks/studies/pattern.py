@@ -28,10 +28,12 @@ ACCEPTS = ("network",)
 
 # Ratio from which on the paper marks a pattern as visible.
 _VISIBLE = 0.1
-_WEIGHTS = (0.0, 0.1, 0.5)
+# Weights of the pattern, 0 for the data as they are.
+WEIGHTS = (0.0, 0.1, 0.5)
 _STEPS = range(900, -1, -100)
 _THRESHOLD = 0.02
 _SIZE = 32
+_SHAPE = (3, _SIZE, _SIZE)
 # Images whose fields are averaged.
 _TESTED = 4
 
@@ -42,14 +44,20 @@ def run(
     """A record for each weight gamma and step, and the fields.
 
     Raises:
-        ValueError: A network was not made of these images, or there are two for one weight.
+        ValueError: The images are not 3x32x32, a network was not made of them, or its weight is
+            not of this run, or another's too.
     """
-    networks = by_weight(network)
+    weights = (0.0, 0.5) if quick else WEIGHTS
+    networks = by_weight(network, weights)
     data = pf.TrainingSet.load("photos" if cifar10 is None else cifar10)
-    weights = (0.0, 0.5) if quick else _WEIGHTS
+    if data.image_shape != _SHAPE:
+        shape, expected = ("x".join(map(str, one)) for one in (data.image_shape, _SHAPE))
+        raise ValueError(
+            f"`cifar10` must be of {expected} images, those of {data.name} are {shape}"
+        )
     sets = {gamma: planted(data, gamma) if gamma else data for gamma in weights}
     for gamma, unet in networks.items():
-        if gamma in sets and unet.facts["key"] != sets[gamma].content_key():
+        if unet.facts["key"] != sets[gamma].content_key():
             raise ValueError(f"`network` of weight {gamma:g} was not trained on {data.name}")
     records: list[dict[str, Any]] = []
     pictures: list[Any] = []
@@ -72,21 +80,21 @@ def run(
     return records, pictures
 
 
-def by_weight(paths: Sequence[Path]) -> dict[float, UNet]:
+def by_weight(paths: Sequence[Path], weights: Sequence[float]) -> dict[float, UNet]:
     """Networks by the weight of the pattern that was planted in their images, 0 for none.
 
     Raises:
-        ValueError: The study has no such weight, or there are two networks of one.
+        ValueError: A network's weight is none of `weights`, or there are two networks of one.
     """
     found: dict[float, UNet] = {}
     for path in paths:
         unet = UNet.load(path)
         gamma = unet.facts.get("planted", 0.0)
-        if gamma not in _WEIGHTS or gamma in found:
-            told = ", ".join(f"{weight:g}" for weight in _WEIGHTS)
+        if gamma not in weights or gamma in found:
+            told = ", ".join(f"{weight:g}" for weight in weights)
             raise ValueError(
-                f"`network` must be given once at most for each of the weights {told}, {path} is "
-                f"of weight {gamma:g}"
+                f"`network` must be given once at most for each of the weights {told} of this run, "
+                f"{path} is of weight {gamma:g}"
             )
         found[gamma] = unet
     return found

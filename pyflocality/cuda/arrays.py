@@ -1,7 +1,15 @@
 """The CUDA kernels on arrays of other libraries: CuPy, or any producer of DLPack capsules.
 
 The functions are those of `pyflocality.ops` of the same names on the cuda backend, with arrays in
-the place of tensors. Nothing that is given is copied; what is answered is as x is, CuPy or torch.
+the place of tensors; what is answered is as x is, CuPy or torch.
+
+Training images are read where they lie if they are contiguous, else copied a piece at a time. x
+and directions, which are of the size of the batch, are copied into the units of the kernels.
+
+Kernels run on torch's current stream, which waits for what the arrays' own libraries have yet to do
+with them. A function returns before its kernels are done, and nothing keeps the memory of the
+arrays in the meantime: keep them, unchanged, until the answer is there (`torch.cuda.synchronize`),
+or work on one stream. CuPy's current stream waits for an answer that is a CuPy array.
 """
 
 from __future__ import annotations
@@ -135,14 +143,14 @@ def window_posterior_rows(
     Args:
         x: Noisy images, float32 [B, C, H, W].
         images: Training images, uint8 or float32 [N, C, H, W].
-        outputs: The values as (channel, row, column), R of them.
+        outputs: The values as (channel, row, column), R >= 1 of them.
         window: Odd side of the window.
         sigma: Noise level, a number or a torch tensor [B], positive.
         alpha: Signal coefficient, a number or a torch tensor [B].
         temperature: Divides the logits.
 
     Returns:
-        Rows of the Jacobian, [B, R, C, H, W].
+        Rows of the Jacobian, dtype of x, [B, R, C, H, W].
 
     Raises:
         TypeError: An array does not offer its memory through DLPack.
@@ -233,4 +241,4 @@ def _rows(
     why_not = reason("window_posterior", backend, problem.call(window=window))
     if why_not is not None:
         raise BackendUnavailableError(backend, "window_posterior_rows", why_not, ())
-    return _rows_of_problem(problem, outputs, window)
+    return _rows_of_problem(problem, outputs, window).to(x.dtype)

@@ -40,11 +40,12 @@ def window_posterior_rows(
         Rows, float32 [B, R, C, H, W].
 
     Raises:
-        ValueError: An output lies outside of the image.
+        ValueError: There are no outputs, or one lies outside of the image.
         CudaKernelError: A kernel could not be compiled or launched.
     """
-    stored = stored_problem(problem)
-    shape = tuple(stored.images.shape[1:])
+    shape = tuple(problem.images.shape[1:])
+    if len(outputs) == 0:
+        raise ValueError("`outputs` must be at least one (channel, row, column), got none")
     for output in outputs:
         if len(output) != 3 or not all(
             0 <= place < size for place, size in zip(output, shape, strict=True)
@@ -52,6 +53,7 @@ def window_posterior_rows(
             raise ValueError(
                 f"`outputs` must be (channel, row, column) within {shape}, got {output}"
             )
+    stored = stored_problem(problem)
     # Distances and weights of all images, four times in double precision and twice in single; sums
     # of every split, and the merged ones twice.
     bytes_each = 40 * len(stored.images) + 4 * (_SPLITS + 4) * stored.images[0].numel()

@@ -301,7 +301,7 @@ class PosteriorDenoiser(Denoiser):
             (half precision computes in float32).
         memory_budget: Working memory beyond data and result, bytes or a string such as
             "2GB"; None follows the environment variable PYFLOCALITY_MEMORY_BUDGET, else 1 GB.
-        precision: "exact"; or "auto", which permits errors below 1e-3 in [-1, 1], see
+        precision: "exact"; or "auto", which permits errors of about 1e-3 in [-1, 1], see
             `pyflocality.ops.PosteriorOptions`.
 
     Raises:

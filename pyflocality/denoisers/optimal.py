@@ -27,7 +27,7 @@ class OptimalDenoiser(QueryDenoiser):
         backend: Backend of its operations; None follows `pyflocality.use_backend`.
         dtype: float32 or float64 to compute in; None computes in the input's own dtype.
         memory_budget: Working memory, bytes or a string such as "2GB".
-        precision: "exact"; or "auto", which permits errors below 1e-3 in [-1, 1], see
+        precision: "exact"; or "auto", which permits errors of about 1e-3 in [-1, 1], see
             `pyflocality.ops.PosteriorOptions`.
 
     References:
