@@ -115,8 +115,7 @@ def execute(command: Sequence[str]) -> int:
 
 def steps(options: argparse.Namespace) -> list[Step]:
     """All steps, in order."""
-    machine = _machine(options)
-    stamp = f"{machine}-{day_of(options.out, machine)}"
+    stamp = f"{options.machine}-{day_of(options.out, options.machine)}"
     trained = {
         name: [_network(options, f"{name}-seed{seed}.safetensors") for seed in SEEDS]
         for name in SETS
@@ -187,12 +186,7 @@ def _network(options: argparse.Namespace, file: str) -> Path:
 
 def _folder(options: argparse.Namespace, name: str) -> Path:
     """A folder in that of the results, of this machine alone and apart from quick looks."""
-    return options.out / f"{name}-{_machine(options)}"
-
-
-def _machine(options: argparse.Namespace) -> str:
-    """The machine in names of files and folders."""
-    return machine_name(options.device) + ("-quick" if options.quick else "")
+    return options.out / f"{name}-{options.machine}"
 
 
 def _of_package(module: str, *words: object) -> tuple[object, ...]:
@@ -270,6 +264,8 @@ def _checked(arguments: Sequence[str] | None) -> argparse.Namespace:
         _check_given(options.networks)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
+    # In names of files and folders.
+    options.machine = machine_name(options.device) + ("-quick" if options.quick else "")
     return options
 
 
@@ -281,8 +277,7 @@ def _check_given(folder: Path | None) -> None:
         raise FileNotFoundError(f"--networks: there is no folder {folder}")
     for name in SETS:
         files = [folder / f"{name}-seed{seed}.safetensors" for seed in SEEDS]
-        there = [path for path in files if path.exists()]
-        if there:
+        if any(path.exists() for path in files):
             check_networks(files)
 
 
