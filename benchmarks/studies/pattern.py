@@ -21,7 +21,7 @@ import pyflocality as pf
 from pyflocality import analysis, synthetic
 from pyflocality._progress import progress_bar
 
-from ..oracle.unet import UNet
+from ..reproduce.networks import load
 
 NEEDS = ("cifar10",)
 ACCEPTS = ("network",)
@@ -56,8 +56,8 @@ def run(
             f"`cifar10` must be of {expected} images, those of {data.name} are {shape}"
         )
     sets = {gamma: planted(data, gamma) if gamma else data for gamma in weights}
-    for gamma, unet in networks.items():
-        if unet.facts["key"] != sets[gamma].content_key():
+    for gamma, denoiser in networks.items():
+        if denoiser.module.facts["key"] != sets[gamma].content_key():
             raise ValueError(f"`network` of weight {gamma:g} was not trained on {data.name}")
     records: list[dict[str, Any]] = []
     pictures: list[Any] = []
@@ -69,10 +69,7 @@ def run(
             "pca_locality": pf.PCALocalityDenoiser(chosen, _THRESHOLD, moments=moments),
         }
         if gamma in networks:
-            unet, schedule = networks[gamma], pf.DDPMSchedule()
-            models["network"] = pf.NetworkDenoiser(
-                unet, "v", takes=schedule, image_shape=unet.image_shape
-            )
+            models["network"] = networks[gamma]
         for t in steps:
             record, fields = _look(models, moments, data.values(0, _TESTED), t)
             records.append({"gamma": gamma, **record})
@@ -80,23 +77,23 @@ def run(
     return records, pictures
 
 
-def by_weight(paths: Sequence[Path], weights: Sequence[float]) -> dict[float, UNet]:
+def by_weight(paths: Sequence[Path], weights: Sequence[float]) -> dict[float, pf.NetworkDenoiser]:
     """Networks by the weight of the pattern that was planted in their images, 0 for none.
 
     Raises:
         ValueError: A network's weight is none of `weights`, or there are two networks of one.
     """
-    found: dict[float, UNet] = {}
+    found: dict[float, pf.NetworkDenoiser] = {}
     for path in paths:
-        unet = UNet.load(path)
-        gamma = unet.facts.get("planted", 0.0)
+        denoiser = load(path)
+        gamma = denoiser.module.facts.get("planted", 0.0)
         if gamma not in weights or gamma in found:
             told = ", ".join(f"{weight:g}" for weight in weights)
             raise ValueError(
                 f"`network` must be given once at most for each of the weights {told} of this run, "
                 f"{path} is of weight {gamma:g}"
             )
-        found[gamma] = unet
+        found[gamma] = denoiser
     return found
 
 
