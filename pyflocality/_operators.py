@@ -85,6 +85,8 @@ def _define(name: str, directions: str, like: int) -> None:
         with torch.no_grad(), without_forward_mode():
             return FUNCTIONS[name](denoiser_of(denoiser), *arguments)
 
+    # Older releases of torch compile, frame by frame, what a compiled graph calls.
+    run = torch._disable_dynamo(run)
     schema = f"(int denoiser, Tensor x, Tensor sigma, Tensor alpha{directions}) -> Tensor"
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+# Where the tests find `benchmarks`; behind everything else, so that an installed pyflocality wins
+# over the one of the checkout.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 # Workers of pytest-xdist share the cores.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:

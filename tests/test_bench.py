@@ -12,18 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import baselines, cpu_suite, libraries, machine, runner
+from benchmarks.registry import QUICK, Case
+from benchmarks.sets import BenchmarkSet
+from benchmarks.summary import table, times_faster
 from pyflocality import cli
 from pyflocality._backends import machine_reason
 from pyflocality._problem import training_values
 
 ROOT = Path(__file__).resolve().parents[1]
-# Behind everything else: an installed pyflocality wins over the one of the checkout.
-sys.path.append(str(ROOT))
-
-from benchmarks import baselines, cpu_suite, libraries, machine, runner  # noqa: E402
-from benchmarks.registry import QUICK, Case  # noqa: E402
-from benchmarks.sets import BenchmarkSet  # noqa: E402
-from benchmarks.summary import table, times_faster  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     machine_reason("cpu") is not None, reason=str(machine_reason("cpu"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,13 @@ import pytest
 import torch
 
 import pyflocality as pf
+from benchmarks import baselines, cpu_suite, runner
+from benchmarks.plots import curves, draw
+from benchmarks.registry import DDIM_STEPS, FULL, QUICK, Case, cases
+from benchmarks.sets import BenchmarkSet, natural_images
+from benchmarks.summary import summarise, table
+from benchmarks.workload import Yardstick
+from benchmarks.workloads import make_workload
 from pyflocality._backends import OPERATIONS, Call, Implementation, machine_reason, select
 from pyflocality._problem import training_values
 from pyflocality.ops import (
@@ -23,16 +29,6 @@ from pyflocality.ops import (
 from pyflocality.weights import QueryWeights
 
 ROOT = Path(__file__).resolve().parents[1]
-# Behind everything else: an installed pyflocality wins over the one of the checkout.
-sys.path.append(str(ROOT))
-
-from benchmarks import baselines, cpu_suite, runner  # noqa: E402
-from benchmarks.plots import curves, draw  # noqa: E402
-from benchmarks.registry import DDIM_STEPS, FULL, QUICK, Case, cases  # noqa: E402
-from benchmarks.sets import BenchmarkSet, natural_images  # noqa: E402
-from benchmarks.summary import summarise, table  # noqa: E402
-from benchmarks.workload import Yardstick  # noqa: E402
-from benchmarks.workloads import make_workload  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     machine_reason("cpu") is not None, reason=str(machine_reason("cpu"))

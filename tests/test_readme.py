@@ -9,22 +9,18 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.readme_sections import rewritten
+from benchmarks.results_files import FOLDER, read_results
 from pyflocality import cli, denoisers
 from pyflocality._backends import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
-# Behind everything else: an installed pyflocality wins over the one of the checkout.
-sys.path.append(str(ROOT))
-
-from benchmarks.readme_sections import rewritten  # noqa: E402
-from benchmarks.results_files import FOLDER, read_results  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

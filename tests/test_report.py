@@ -7,19 +7,16 @@ import importlib
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-# Behind everything else: an installed pyflocality wins over the one of the checkout.
-sys.path.append(str(ROOT))
+from benchmarks import report
+from benchmarks.readme_sections import rewritten
+from benchmarks.report_figures import BASELINES, baselines_of, compared, intensity
+from benchmarks.results_files import FOLDER, cpu_results, latest, read_results
 
-from benchmarks import report  # noqa: E402
-from benchmarks.readme_sections import rewritten  # noqa: E402
-from benchmarks.report_figures import BASELINES, baselines_of, compared, intensity  # noqa: E402
-from benchmarks.results_files import FOLDER, cpu_results, latest, read_results  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 pytest.importorskip("matplotlib", reason="the report draws with matplotlib")
 

@@ -147,13 +147,12 @@ extern "C" __global__ void __launch_bounds__(pyflocality::AdjointTraits::kThread
   float* planes = pyflocality_shared;
 
   float sums[T::kAnswers][4] = {};
-  const long long end = (split + 1) * images_per_split;
-  const long long last = end < count ? end : count;
+  const long long first = split * images_per_split;
+  images += first * T::kValues;
 #pragma unroll 1
-  for (long long image = split * images_per_split; image < last; image += T::kImages) {
-    const long long left = last - image;
-    const ImageGroup group{images + image * T::kValues,
-                           static_cast<int>(left < T::kImages ? left : T::kImages)};
+  for (int left = images_of_split(first, count, images_per_split); left > 0; left -= T::kImages) {
+    const ImageGroup group{images, left < T::kImages ? left : T::kImages};
+    images += T::kImages * static_cast<long long>(T::kValues);
     window_planes(tile, group, noisy, nullptr, planes);
     for (int quad = threadIdx.x; quad < T::kQuads; quad += T::kThreads) {
       weigh(quad / T::kTileQuads, quad % T::kTileQuads * T::kQuad, group, posterior, planes);

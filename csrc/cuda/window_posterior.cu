@@ -34,8 +34,8 @@ struct ScanTraits : WindowTraits {
   static constexpr int kStateSums = (1 + kTangents) * (1 + kChannels);
   // Images weighed together: as many as the registers hold beside the sums.
   static constexpr bool kFew = kTangents > 0 || kAnswers > 3 || !kBytes || !kVector;
-  static constexpr int kFewest = kTangents > 1 && !(kBytes && kVector) ? 1 : 2;
-  static constexpr int kWanted = kFew ? kFewest : 4;
+  static constexpr bool kOne = kTangents > 1 && !(kBytes && kVector);
+  static constexpr int kWanted = kOne ? 1 : kFew ? 2 : 4;
   static constexpr int kTogether = kWanted < kImages ? kWanted : kImages;
   static_assert(kImages % kTogether == 0, "whole groups of images");
   static_assert(kTileHeight * kTileQuads <= kThreads, "four pixels a thread");
@@ -174,13 +174,12 @@ extern "C" __global__ void __launch_bounds__(pyflocality::ScanTraits::kThreads,
   State state[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) state[j].init();
-  const long long end = (split + 1) * images_per_split;
-  const long long last = end < count ? end : count;
+  const long long first = split * images_per_split;
+  images += first * T::kValues;
 #pragma unroll 1
-  for (long long image = split * images_per_split; image < last; image += T::kImages) {
-    const long long left = last - image;
-    const ImageGroup group{images + image * T::kValues,
-                           static_cast<int>(left < T::kImages ? left : T::kImages)};
+  for (int left = images_of_split(first, count, images_per_split); left > 0; left -= T::kImages) {
+    const ImageGroup group{images, left < T::kImages ? left : T::kImages};
+    images += T::kImages * static_cast<long long>(T::kValues);
     window_planes(tile, group, noisy, tangents, pyflocality_shared);
     if (active) {
       take_in(tile, row, column, slice, group, noisy, factor[b], pyflocality_shared, state);

@@ -101,13 +101,22 @@ struct ImageGroup {
   }
 };
 
+// How many images a split has, of `count` in all, from `first` on.
+__device__ inline int images_of_split(long long first, long long count,
+                                      long long images_per_split) {
+  const long long rest = count - first;
+  return static_cast<int>(rest < images_per_split ? rest : images_per_split);
+}
+
 // Rows [row, row + rows) of the region: squared differences, and tangents times values.
 __device__ inline void fill_band(const Tile& tile, int row, int rows, const ImageGroup& images,
                                  const float* noisy, const float* tangents, float* band) {
   using T = WindowTraits;
   constexpr int kStored = T::kTangents > 0 ? T::kTangents : 1;
   // As many as keep their loads in flight together within the registers: four bytes are one word.
-  constexpr int kWanted = (T::kBytes && T::kVector ? 4 : 2) >> T::kTangents;
+  // Fewer where the sums along lines, or the place of a tile, need registers of their own.
+  constexpr bool kFewer = !T::kUnrolled || (!T::kBytes && T::kTiles > 1);
+  constexpr int kWanted = (T::kBytes && T::kVector ? 4 : 2) >> (T::kTangents + kFewer);
   constexpr int kPossible = kWanted < T::kImages ? kWanted : T::kImages;
   constexpr int kTogether = kPossible > 0 ? kPossible : 1;
   static_assert(T::kImages % kTogether == 0, "whole groups of images");
@@ -118,7 +127,8 @@ __device__ inline void fill_band(const Tile& tile, int row, int rows, const Imag
 #pragma unroll 1
     for (int m = 0; m < T::kImages; m += kTogether) {
       float distance[kTogether][4] = {}, product[kStored][kTogether][4] = {};
-      constexpr int kUnroll = T::kChannels <= (T::kTangents > 0 ? 3 : 4) ? T::kChannels : 1;
+      constexpr int kMost = T::kTangents > 0 ? 3 : !T::kBytes && !T::kUnrolled ? 1 : 4;
+      constexpr int kUnroll = T::kChannels <= kMost ? T::kChannels : 1;
 #pragma unroll kUnroll
       for (int c = 0; c < T::kChannels; ++c) {
         const int offset = c * T::kPixels + y * T::kWidth;
