@@ -110,7 +110,7 @@ def simulated_cupy() -> types.ModuleType:
     module.RawModule = _RawModule
     module.cuda = types.SimpleNamespace(
         Device=_nothing,
-        ExternalStream=_nothing,
+        Stream=types.SimpleNamespace(from_external=_nothing),
         compiler=types.SimpleNamespace(CompileException=CompileException),
     )
     return module

@@ -76,12 +76,18 @@ def test_a_launch_that_fails_names_the_kernel_and_the_cause(cupy, monkeypatch):
         run(Launch("merge", "merge_sums", (1, 1, 1), 256), CPU, ())
 
 
-def test_launches_pass_pointers_on_the_current_stream(cupy, monkeypatch):
+@pytest.mark.parametrize("by_protocol", [True, False])
+def test_launches_pass_pointers_on_the_current_stream(by_protocol, cupy, monkeypatch):
     seen = {}
 
     class Stream:
         def __init__(self, handle, device):
             seen["stream"] = (handle, device)
+
+        @classmethod
+        def from_external(cls, stream):
+            version, handle = stream.__cuda_stream__()
+            return cls(handle, version)
 
         def __enter__(self):
             seen["entered"] = True
@@ -98,7 +104,9 @@ def test_launches_pass_pointers_on_the_current_stream(cupy, monkeypatch):
             seen["allowed"] = self.max_dynamic_shared_size_bytes
 
     kernel = Kernel()
-    cupy.cuda.ExternalStream = Stream
+    # Before CuPy 14 a handle, since then the protocol.
+    cupy.cuda.Stream = Stream if by_protocol else object
+    cupy.cuda.ExternalStream = None if by_protocol else Stream
     monkeypatch.setattr(cupy.RawModule, "get_function", lambda self, name: kernel)
     values = torch.zeros(3)
     run(Launch("merge", "merge_sums", (5, 2, 3), 96, 60_000), CPU, (values, 2**40))
@@ -109,6 +117,13 @@ def test_launches_pass_pointers_on_the_current_stream(cupy, monkeypatch):
     assert [argument.nbytes for argument in seen["args"]] == [8, 8]
     with pytest.raises(ValueError, match="contiguous memory, got strides"):
         run(Launch("merge", "merge_sums", (1, 1, 1), 256), CPU, (torch.zeros(3, 4).T,))
+
+
+@pytest.mark.filterwarnings("error")
+def test_streams_of_the_cupy_that_is_installed():
+    pytest.importorskip("cupy", reason="the package 'cupy' is not installed")
+    for handle in (0, 0x1234):
+        assert launch._stream(handle, 0).ptr == handle
 
 
 @need_compiler

@@ -80,10 +80,29 @@ def run(launch: Launch, device: torch.device, arguments: Sequence[Tensor | int])
             launch.source, launch.kernel, compile_options(launch.macros), launch.shared_bytes, index
         )
         try:
-            with cupy.cuda.ExternalStream(current_stream(device), index):
+            with _stream(current_stream(device), index):
                 kernel(launch.grid, (launch.threads,), passed, shared_mem=launch.shared_bytes)
         except Exception as error:
             raise CudaKernelError(launch.kernel, "launched", error) from error
+
+
+class _Handle:
+    """A stream by the protocol that CuPy takes it by."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
+
+
+def _stream(handle: int, device: int) -> Any:  # noqa: ANN401
+    import cupy
+
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(_Handle(handle))
+    # Before CuPy 14, which warns of it.
+    return cupy.cuda.ExternalStream(handle, device)
 
 
 def device_index(device: torch.device) -> int:
