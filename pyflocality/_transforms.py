@@ -27,10 +27,12 @@ def _is_differentiated(tensor: Tensor) -> bool:
 
 def is_traced() -> bool:
     """Whether operations are being recorded: by `torch.compile`, `torch.func.linearize`, .."""
-    # What Dynamo reads must come first, it does not know the other question.
+    # What Dynamo reads must come first, it does not know the other questions.
     if torch.compiler.is_compiling():
         return True
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    # Where older releases compile, tensors are fake: there is nothing but their shapes.
+    modes = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.PROXY, modes.FAKE))
 
 
 def has_readable_values(tensor: Tensor) -> bool:
