@@ -125,7 +125,11 @@ def machine_reason(backend: str) -> str | None:
         return None
     package = {"triton": "triton", "cuda": "cupy"}[backend]
     if importlib.util.find_spec(package) is None:
-        return f"the package {package!r} is not installed: pip install 'pyflocality[{backend}]'"
+        wanted = f"'pyflocality[{backend}]'"
+        # The extra brings CuPy for CUDA 13; CuPy has to be for the CUDA that torch brings.
+        if backend == "cuda" and (torch.version.cuda or "13").split(".")[0] != "13":
+            wanted = f"cupy-cuda{torch.version.cuda.split('.')[0]}x"
+        return f"the package {package!r} is not installed: pip install {wanted}"
     if not torch.cuda.is_available():
         cure = (
             "install a build of torch with CUDA: this one has none"

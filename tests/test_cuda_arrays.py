@@ -139,6 +139,12 @@ def test_wrong_arguments_are_named(gpu, given):
         arrays.window_posterior_rows(x.double(), images, rows, *LEVEL)
     with pytest.raises(ValueError, match="`outputs` must be"):
         arrays.window_posterior_rows(x, images, [(5, 0, 0)], *LEVEL)
+    with pytest.raises(ValueError, match="`outputs` must be .*0.5"):
+        arrays.window_posterior_rows(x, images, [(0.5, 0, 0)], *LEVEL)
+    with pytest.raises(ValueError, match="`images` must not have negative strides"):
+        arrays.window_posterior_mean(x, images.numpy()[::-1], *LEVEL)
+    with pytest.raises(TypeError, match="`x` cannot be passed through DLPack"):
+        arrays.window_posterior_mean(x.numpy().astype(">f4"), images, *LEVEL)
     with pytest.raises(ValueError, match="`outputs` must be at least one .* got none"):
         arrays.window_posterior_rows(x, images, [], *LEVEL)
 

@@ -139,6 +139,28 @@ def test_patch_set(window, rng):
     torch.testing.assert_close(found.double(), total / count, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("sigma", [0.3, 0.01, 0.0])
+@pytest.mark.parametrize("shape", [(4, 64, 64), (3, 96, 96)])
+def test_a_pass_over_whole_images_finds_what_a_scan_of_tiles_found(shape, sigma, rng):
+    images = random_images(rng, 65, shape, torch.uint8).cuda()
+    x = (
+        training_values(images[:2], torch.float32)
+        + 0.5 * torch.randn(2, *shape, generator=rng).cuda()
+    )
+    exact, plain = (
+        ops.patch_set_mean(z, images, 9, sigma, backend="reference") for z in (x.double(), x)
+    )
+    found = ops.patch_set_mean(x, images, 9, sigma, backend="cuda")
+    assert_within_budget(found, exact, plain, 1)
+
+
+def test_splits_of_many_images(rng):
+    """As many images as make splits longer than their least length, as on large sets."""
+    x, images, levels = noisy_batch((3, 8, 8), 20_000, 2, torch.uint8, rng)
+    exact, plain = (plain_mean(z, images, 3, levels) for z in (x.double(), x))
+    assert_within_budget(mean_of(x, images, 3, levels), exact, plain, 27)
+
+
 def test_other_streams_and_cupy_arrays(rng):
     cupy = pytest.importorskip("cupy")
     from pyflocality.cuda.arrays import as_tensor, window_posterior_mean

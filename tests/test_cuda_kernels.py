@@ -339,6 +339,22 @@ def test_patch_set(shape, window, dtype, rng):
     np.testing.assert_allclose(found.double().numpy(), exact, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("sigma", [0.01, 0.0])
+@pytest.mark.parametrize(("shape", "window"), [((1, 70, 72), 33), ((4, 64, 64), 9)])
+def test_a_pass_over_whole_images_finds_what_a_scan_of_tiles_found(shape, window, sigma, rng):
+    """To the last bit: far from all images, at little noise, each bit of a distance counts."""
+    sizes = geometry.WindowShape(*shape, window, stored_bytes=True, vector=True)
+    assert geometry.plan_window(sizes).tiles > 1 and geometry.plan_adjoint(sizes).tiles == 1
+    images = random_images(rng, 5, shape, torch.uint8)
+    x = torch.from_numpy(values_of(images[:1])).float() + 0.5 * torch.randn(
+        1, *shape, generator=rng
+    )
+    found = patch_set_mean(posterior_problem(x, images, sigma, 1.0), window)
+    exact = ops.patch_set_mean(x.double(), images, window, sigma, backend="reference")
+    plain = ops.patch_set_mean(x, images, window, sigma, backend="reference")
+    assert_within_budget(found, exact, plain, 1)
+
+
 def test_patch_sets_need_windows_that_fit(rng):
     problem, _, _ = noisy_problem((3, 6, 8), 5, 1, torch.uint8, rng)
     with pytest.raises(ValueError, match="`window` must be at most 6 to fit inside a 6x8 image"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -74,6 +75,22 @@ def test_a_launch_that_fails_names_the_kernel_and_the_cause(cupy, monkeypatch):
     message = "'merge_sums' could not be launched: RuntimeError: CUDA_ERROR_LAUNCH_OUT_OF"
     with pytest.raises(CudaKernelError, match=message):
         run(Launch("merge", "merge_sums", (1, 1, 1), 256), CPU, ())
+
+
+def test_a_cupy_that_finds_no_driver_is_the_cause(cupy, monkeypatch):
+    def refuse(index):
+        raise RuntimeError("cudaErrorInsufficientDriver")
+
+    cupy.cuda.Device = refuse
+    with pytest.raises(CudaKernelError, match="'merge_sums' could not be launched: .*Insufficient"):
+        run(Launch("merge", "merge_sums", (1, 1, 1), 256), CPU, ())
+
+
+def test_the_cupy_of_the_cuda_of_torch_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for version, package in (("12.6", "cupy-cuda12x"), ("13.0", "'pyflocality.cuda.'")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert re.search(f"pip install {package}$", machine_reason("cuda"))
 
 
 @pytest.mark.parametrize("by_protocol", [True, False])

@@ -59,7 +59,9 @@ __device__ inline void weigh(int row, int column, const ImageGroup& images,
     for (int j = 0; j < 4; ++j) {
       weight[j] = 0.0f;
       if (m < images.count && has_window(column + j, row)) {
-        weight[j] = relative_weight(place[j], minimum[j], posterior.factor) * inverse[j];
+        // The scan found the same distances, if the compiler rounded them alike.
+        const float distance = place[j] < minimum[j] ? minimum[j] : place[j];
+        weight[j] = relative_weight(distance, minimum[j], posterior.factor) * inverse[j];
       }
       heaviest = heaviest < weight[j] ? weight[j] : heaviest;
     }

@@ -9,15 +9,17 @@
 //
 // Cost of one (noisy image, image, pixel) at C = 3, by which the kernel is to be judged: 12
 // instructions for the squared difference (per channel: byte to float in two, subtract,
-// multiply-add), 2 x 3 additions for the sums along both axes, 6 + 3 C for the softmax (minimum,
+// multiply-add), 2 x 3 additions for the sums along both axes, 5 + 3 C for the softmax (minimum,
 // subtract, scale, exponential, add; per channel: byte to float in two, multiply-add), and what
-// moves them between registers, shared memory and cache. That is 33 at least; the code compiled
-// for compute capability 9.0 has 48 (k = 7, bytes), against 128 lanes of a multiprocessor each
-// cycle. CIFAR-10 (N 50,000, 32x32x3) at B = 8 has 4.1e8 of them: 0.47 ms at least and 0.68 ms as
+// moves them between registers, shared memory and cache. That is 32 at least; the loops compiled
+// for compute capability 9.0 have 50 (k = 7, bytes), against 128 lanes of a multiprocessor each
+// cycle. CIFAR-10 (N 50,000, 32x32x3) at B = 8 has 4.1e8 of them: 0.46 ms at least and 0.71 ms as
 // compiled on 132 multiprocessors at 1.7 GHz, beside one read of 154 MB (0.05 ms at 3 TB/s), which
-// overlaps. Shared memory moves 1 + 2 + 2 + 1 words each for windows up to 15, 1 + 6 + 6 + 1
-// above, against 32 words a cycle: 0.34 ms and 0.80 ms. All of this is arithmetic: none of it has
-// been measured.
+// overlaps. Shared memory and the first-level cache share a path of 32 words a cycle: the sums move
+// 1 + 2 + 2 + 1 words for windows up to 15, 1 + 6 + 6 + 1 above; the bytes, read twice, 2 x 3/4;
+// the noisy image, read for four images at once, 3/4, for two above. 8.25 words take 0.47 ms, 17
+// take 0.97 ms. The states of 481 splits are 79 MB, which the merge reads up to two and a half
+// times: 0.1 ms, which does not overlap. All of this is arithmetic: none of it has been measured.
 
 #include "pyflocality/window_phases.h"
 

@@ -9,7 +9,8 @@ and directions, which are of the size of the batch, are copied into the units of
 Kernels run on torch's current stream, which waits for what the arrays' own libraries have yet to do
 with them. A function returns before its kernels are done, and nothing keeps the memory of the
 arrays in the meantime: keep them, unchanged, until the answer is there (`torch.cuda.synchronize`),
-or work on one stream. CuPy's current stream waits for an answer that is a CuPy array.
+or work on one stream. CuPy's current stream waits for an answer that is a CuPy array; its memory is
+torch's, so keep it, too, until other streams are done with it.
 """
 
 from __future__ import annotations
@@ -194,7 +195,12 @@ def patch_set_mean(
 
 
 def as_tensor(array: Array, name: str) -> Tensor:
-    """A tensor over the memory of an array, without a copy."""
+    """A tensor over the memory of an array, without a copy.
+
+    Raises:
+        TypeError: The array does not offer its memory through DLPack.
+        ValueError: It runs backwards along an axis, which torch has no tensors for.
+    """
     if isinstance(array, Tensor):
         return array
     if not hasattr(array, "__dlpack__"):
@@ -202,7 +208,13 @@ def as_tensor(array: Array, name: str) -> Tensor:
             f"`{name}` must be a torch.Tensor, a CuPy array or another array with `__dlpack__`, "
             f"got a {type(array).__name__}"
         )
-    return torch.from_dlpack(array)
+    # What torch would end the process for.
+    if any(stride < 0 for stride in getattr(array, "strides", None) or ()):
+        raise ValueError(f"`{name}` must not have negative strides: pass a copy of it")
+    try:
+        return torch.from_dlpack(array)
+    except BufferError as error:
+        raise TypeError(f"`{name}` cannot be passed through DLPack: {error}") from error
 
 
 def _answer(

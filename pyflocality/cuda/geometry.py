@@ -9,6 +9,7 @@ same order in every batch and on every machine.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -225,6 +226,7 @@ def _check_side(shape: WindowShape) -> None:
         )
 
 
+@functools.lru_cache(maxsize=256)
 def plan_window(shape: WindowShape) -> WindowPlan:
     """The sizes of a scan.
 
@@ -238,6 +240,7 @@ def plan_window(shape: WindowShape) -> WindowPlan:
     raise ValueError(f"no plan fits into the shared memory of a block: {shape}")
 
 
+@functools.lru_cache(maxsize=256)
 def plan_adjoint(shape: WindowShape) -> WindowPlan:
     """The sizes of a pass that spreads weights over whole windows.
 

@@ -71,19 +71,21 @@ def run(launch: Launch, device: torch.device, arguments: Sequence[Tensor | int])
     # An empty batch, which the driver would refuse.
     if 0 in launch.grid:
         return
-    import cupy
-
     passed = tuple(_argument(value) for value in arguments)
     index = device_index(device)
-    with cupy.cuda.Device(index):
-        kernel = _kernel(
-            launch.source, launch.kernel, compile_options(launch.macros), launch.shared_bytes, index
-        )
-        try:
-            with _stream(current_stream(device), index):
-                kernel(launch.grid, (launch.threads,), passed, shared_mem=launch.shared_bytes)
-        except Exception as error:
-            raise CudaKernelError(launch.kernel, "launched", error) from error
+    try:
+        import cupy
+
+        with cupy.cuda.Device(index), _stream(current_stream(device), index):
+            kernel = _kernel(
+                *(launch.source, launch.kernel, compile_options(launch.macros)),
+                *(launch.shared_bytes, index),
+            )
+            kernel(launch.grid, (launch.threads,), passed, shared_mem=launch.shared_bytes)
+    except CudaKernelError:
+        raise
+    except Exception as error:
+        raise CudaKernelError(launch.kernel, "launched", error) from error
 
 
 class _Handle:

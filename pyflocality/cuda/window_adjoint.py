@@ -20,6 +20,7 @@ from pyflocality.cuda.geometry import (
 from pyflocality.cuda.launch import Launch, run
 from pyflocality.cuda.stored import StoredProblem, batch_parts, stored_problem
 from pyflocality.cuda.window_posterior import merge_sums, scan, scan_bytes
+from pyflocality.reference.patch_set import windows_over
 
 _QUAD = 4
 
@@ -50,10 +51,10 @@ def patch_set_mean(problem: PosteriorProblem, window: int) -> Tensor:
             f"image, got {window}"
         )
     stored = stored_problem(problem)
-    count = windows_over(height, window)[:, None] * windows_over(width, window)
     parts = batch_parts(stored, problem.memory_budget, _bytes(stored, window))
     sums = torch.cat([_patch_set_sums(stored.part(part), window) for part in parts])
-    return (sums / count.to(sums.device) * stored.step + stored.shift).float()
+    means = sums / windows_over((height, width), window, sums)
+    return (means * stored.step + stored.shift).float()
 
 
 def window_posterior_vjp(problem: PosteriorProblem, cotangents: Tensor, window: int) -> Tensor:
@@ -88,13 +89,6 @@ def window_posterior_vjp(problem: PosteriorProblem, cotangents: Tensor, window: 
         for g, result in zip(cotangents, pieces[-1], strict=True):
             result.copy_(_adjoint(chosen, merged, window, g[part], mean) * slope)
     return torch.cat(pieces, 1)
-
-
-def windows_over(length: int, window: int) -> Tensor:
-    """How many windows inside a line of pixels hold each of them, float64 [length]."""
-    place = torch.arange(length, dtype=torch.float64)
-    first, last = (place - window + 1).clamp(min=0), place.clamp(max=length - window)
-    return last - first + 1
 
 
 def _bytes(stored: StoredProblem, window: int) -> int:

@@ -8,6 +8,7 @@ k x k pixels of an image, whatever its size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -48,7 +49,8 @@ def window_posterior_rows(
         raise ValueError("`outputs` must be at least one (channel, row, column), got none")
     for output in outputs:
         if len(output) != 3 or not all(
-            0 <= place < size for place, size in zip(output, shape, strict=True)
+            isinstance(place, Integral) and 0 <= place < size
+            for place, size in zip(output, shape, strict=True)
         ):
             raise ValueError(
                 f"`outputs` must be (channel, row, column) within {shape}, got {output}"

@@ -58,12 +58,13 @@ def spread_inside(planes: Tensor, window: int) -> Tensor:
 
 def windows_over(size: Sequence[int], window: int, like: Tensor) -> Tensor:
     """How many windows inside an image of that height and width hold each pixel, [H, W]."""
-    rows, columns = (_windows_over(length, window).to(like) for length in size)
+    rows, columns = (_windows_over(length, window, like) for length in size)
     return rows[:, None] * columns
 
 
-def _windows_over(length: int, window: int) -> Tensor:
-    place = torch.arange(length)
+def _windows_over(length: int, window: int, like: Tensor) -> Tensor:
+    # Made where it is used: a copy to a GPU would wait for it.
+    place = torch.arange(length, dtype=like.dtype, device=like.device)
     first, last = (place - window + 1).clamp(min=0), place.clamp(max=length - window)
     return last - first + 1
 

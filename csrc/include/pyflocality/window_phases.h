@@ -171,18 +171,24 @@ __device__ inline void fill_band(const Tile& tile, int row, int rows, const Imag
   }
 }
 
-// Sums of a window along one line of shared memory; emit as in window_sums.
+// Sums of a window along one line of shared memory, which starts `origin` pixels into a line of the
+// image; emit as in window_sums. Blocks are cut where the image's are, so that the same window has
+// the same sum, to the last bit, whatever the tile: what one kernel found another finds again.
 template <typename Emit>
-__device__ inline void sum_line(const float* line, int stride, int length, int before, float* tails,
-                                const Emit& emit) {
+__device__ inline void sum_line(const float* line, int stride, int length, int origin, int before,
+                                float* tails, const Emit& emit) {
   using T = WindowTraits;
-  const auto element = [&](int x) { return line[x * stride]; };
+  const int phase = T::kTiles == 1 ? 0 : origin % T::kWindow;
+  const auto element = [&](int x) { return x < phase ? 0.0f : line[(x - phase) * stride]; };
+  const auto emit_own = [&](int x, float sum) {
+    if (x >= phase) emit(x - phase, sum);
+  };
   if constexpr (T::kUnrolled) {
     RegisterTails<T::kWindow> kept;
-    window_sums<T::kWindow, true>(length, before, element, kept, emit);
+    window_sums<T::kWindow, true>(phase + length, before, element, kept, emit_own);
   } else {
     StridedTails kept{tails + threadIdx.x, T::kLineThreads};
-    window_sums<T::kWindow, false>(length, before, element, kept, emit);
+    window_sums<T::kWindow, false>(phase + length, before, element, kept, emit_own);
   }
 }
 
@@ -194,15 +200,16 @@ __device__ inline void sum_rows(const Tile& tile, int row, int rows, int before,
     const int plane = item / rows, line = item % rows;
     float* values = shared + plane * T::kBandPlane + line * T::kBandStride;
     float* sums = shared + T::kSumOffset + plane * T::kSumPlane + (row + line) * T::kSumStride;
-    sum_line(values, 1, tile.columns, before, shared + T::kTailOffset, [&](int x, float sum) {
-      if (T::kInPlace) {
-        sums[x] = sum;
-      } else {
-        // The columns of the tile, which are all that the columns' sums are wanted of.
-        const int column = tile.left + x - tile.x;
-        if (column >= 0 && column < T::kTileWidth) sums[column] = sum;
-      }
-    });
+    sum_line(values, 1, tile.columns, tile.left, before, shared + T::kTailOffset,
+             [&](int x, float sum) {
+               if (T::kInPlace) {
+                 sums[x] = sum;
+               } else {
+                 // The columns of the tile, which are all that the columns' sums are wanted of.
+                 const int column = tile.left + x - tile.x;
+                 if (column >= 0 && column < T::kTileWidth) sums[column] = sum;
+               }
+             });
   }
 }
 
@@ -219,7 +226,7 @@ __device__ inline void sum_columns(const Tile& tile, int before, float* shared) 
   for (int item = threadIdx.x; item < T::kPlanes * width; item += T::kLineThreads) {
     const int plane = item / width, column = item % width;
     float* sums = shared + T::kSumOffset + plane * T::kSumPlane + sum_column(tile, column);
-    sum_line(sums, T::kSumStride, tile.rows, before, shared + T::kTailOffset,
+    sum_line(sums, T::kSumStride, tile.rows, tile.top, before, shared + T::kTailOffset,
              [&](int y, float sum) { sums[y * T::kSumStride] = sum; });
   }
 }
