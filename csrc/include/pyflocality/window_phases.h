@@ -127,7 +127,7 @@ __device__ inline void fill_band(const Tile& tile, int row, int rows, const Imag
 #pragma unroll 1
     for (int m = 0; m < T::kImages; m += kTogether) {
       float distance[kTogether][4] = {}, product[kStored][kTogether][4] = {};
-      constexpr int kMost = T::kTangents > 0 ? 3 : !T::kBytes && !T::kUnrolled ? 1 : 4;
+      constexpr int kMost = T::kTangents > 0 ? 3 : kFewer && !T::kBytes ? 1 : 4;
       constexpr int kUnroll = T::kChannels <= kMost ? T::kChannels : 1;
 #pragma unroll kUnroll
       for (int c = 0; c < T::kChannels; ++c) {
