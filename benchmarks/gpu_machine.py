@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch
 # Larger than the L2 cache of any GPU so far.
 _FLUSH_BYTES = 256 * 2**20
 _MOST_ROUNDS = 30
+_LONGEST_KERNELS = 3
 
 
 class Timer:
@@ -54,17 +55,62 @@ class Timer:
         last.synchronize()
         return first.elapsed_time(last) / 1e3
 
-    def peak_memory(self, function: Callable[[], object]) -> int | None:
-        """Most bytes a run holds beyond what was there; None on a CPU."""
+    def allocated(self) -> int:
+        """Bytes that torch holds on the device; 0 on a CPU."""
         if not self._cuda:
-            function()
+            return 0
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    def peak_memory(self, function: Callable[[], object], before: int | None = None) -> int | None:
+        """Most bytes in a run beyond those `before`, which are those there now; None on a CPU."""
+        before = self.allocated() if before is None else before
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        function()
+        if not self._cuda:
             return None
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+
+    def busy(self, function: Callable[[], object]) -> dict[str, Any]:
+        """How long one run keeps the GPU busy, and its longest kernels, by torch's profiler."""
+        if not self._cuda:
+            return {"unavailable": "a dry run has no CUDA device"}
+        try:
+            from torch.profiler import ProfilerActivity, profile
+
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                function()
+                torch.cuda.synchronize()
+            events = [
+                (event.name, event.time_range.elapsed_us() / 1e6)
+                for event in profiler.events()
+                if event.device_type == torch.autograd.DeviceType.CUDA
+            ]
+        except Exception as error:  # noqa: BLE001  (a profiler that fails must not cost the case)
+            return {"unavailable": f"{type(error).__name__}: {error}"[:500]}
+        return busy_times(events)
+
+
+def busy_times(events: Iterable[tuple[str, float]]) -> dict[str, Any]:
+    """Sum of the seconds of all kernels, and the kernels that take the most of them."""
+    calls: dict[str, list[float]] = {}
+    for name, seconds in events:
+        calls.setdefault(name, []).append(seconds)
+    if not calls:
+        # CUPTI needs rights that a container may not have.
+        return {"unavailable": "the profiler saw no kernel"}
+    by_time = sorted(calls, key=lambda name: -sum(calls[name]))
+    return {
+        "seconds": sum(map(sum, calls.values())),
+        "launches": sum(map(len, calls.values())),
+        "longest": [
+            {"kernel": name[:200], "seconds": sum(calls[name]), "launches": len(calls[name])}
+            for name in by_time[:_LONGEST_KERNELS]
+        ],
+    }
 
 
 def gpu_facts(number: int = 0) -> dict[str, Any]:
