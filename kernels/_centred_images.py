@@ -12,8 +12,9 @@ from pyflocality.kernels._kept import Kept, version_of
 
 # Columns are padded to whole blocks of the widest kernel.
 COLUMN_MULTIPLE = 128
-# Elements converted at a time.
-_ELEMENTS_AT_A_TIME = 2**24
+# Elements converted at a time, and the bytes that takes beside the result.
+_ELEMENTS_AT_A_TIME = 2**22
+CONVERSION_BYTES = 4 * _ELEMENTS_AT_A_TIME
 
 
 @dataclass

@@ -17,7 +17,7 @@ The rules here are plain torch; nothing of it needs a GPU or Triton.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -87,11 +87,25 @@ class MaskPlan:
         levels: The outputs' level, then the levels of their cores.
         outputs: Output at each place of the first level, int32 [tiles * 16]; 0 where none is.
         strongest: Largest sum over the inputs of a query's squared weights.
+        weights: The weights, bool or float32 [Q, D]; those of `mask_plan` keep masks as bits,
+            uint8 [Q, ceil(D / 8)].
     """
 
     levels: tuple[Level, ...]
     outputs: Tensor
     strongest: float
+    weights: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the plan keeps on its device."""
+        lists = [tensor for level in self.levels for tensor in vars(level).values()]
+        return [self.outputs, self.weights, *lists]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def products(self) -> int:
@@ -119,22 +133,22 @@ def mask_plan(
     key = (tuple(image_shape), block_d, device)
     if key not in plans:
         if weights.is_mask:
-            plan = plan_of_masks(unpacked(weights, device), image_shape, block_d)
+            bits = torch.from_numpy(weights.bits).to(device)
+            plan = plan_of_masks(unpacked(bits, weights.shape[1]), image_shape, block_d)
+            plan = replace(plan, weights=bits)
         else:
             values = weights.dense(torch.float32, device)
             plan = plan_of_values(values, image_shape, block_d)
-        tensors = [tensor for level in plan.levels for tensor in vars(level).values()]
-        plans[key] = (plan, Kept(plan.outputs, *tensors))
+        plans[key] = (plan, Kept(*plan.tensors))
     plan, kept = plans[key]
     kept.here()
     return plan
 
 
-def unpacked(weights: QueryWeights, device: torch.device, rows: slice = slice(None)) -> Tensor:
-    """Rows of a mask as bool [rows, D] on a device, from bits that travel packed."""
-    bits = torch.from_numpy(weights.bits[rows]).to(device)
-    shift = torch.arange(7, -1, -1, device=device, dtype=torch.uint8)
-    return ((bits[:, :, None] >> shift) & 1).bool().flatten(1)[:, : weights.shape[1]]
+def unpacked(bits: Tensor, inputs: int) -> Tensor:
+    """Masks as bool [rows, D] from their bits, uint8 [rows, ceil(D / 8)]."""
+    shift = torch.arange(7, -1, -1, device=bits.device, dtype=torch.uint8)
+    return ((bits[:, :, None] >> shift) & 1).bool().flatten(1)[:, :inputs]
 
 
 def plan_of_masks(masks: Tensor, grid: tuple[int, int, int], block_d: int) -> MaskPlan:
@@ -161,7 +175,7 @@ def plan_of_masks(masks: Tensor, grid: tuple[int, int, int], block_d: int) -> Ma
         places = level.places
     built.reverse()
     outputs = levels[0][0].clamp(min=0).flatten().int()
-    return MaskPlan(tuple(built), outputs, float(masks.sum(1).max()))
+    return MaskPlan(tuple(built), outputs, float(masks.sum(1).max()), masks)
 
 
 def plan_of_values(values: Tensor, grid: tuple[int, int, int], block_d: int) -> MaskPlan:
@@ -174,7 +188,8 @@ def plan_of_values(values: Tensor, grid: tuple[int, int, int], block_d: int) -> 
     parents = torch.zeros(0, dtype=torch.int32, device=values.device)
     level = _level(members, listed, values, parents, block_d)
     outputs = members.clamp(min=0).flatten().int()
-    return MaskPlan((level,), outputs, float(values.double().square().sum(1).max()))
+    strongest = float(values.double().square().sum(1).max())
+    return MaskPlan((level,), outputs, strongest, values)
 
 
 def tiles_of_grid(grid: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int, int]]:

@@ -7,7 +7,7 @@ follow nothing that a call can change.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -17,16 +17,19 @@ from pyflocality._budget import memory_budget_bytes
 from pyflocality._gpu_limits import LARGEST_GRID
 from pyflocality._problem import PosteriorProblem
 from pyflocality.kernels import _masked_products as kernels
-from pyflocality.kernels._centred_images import COLUMN_MULTIPLE, CentredImages
+from pyflocality.kernels._centred_images import (
+    COLUMN_MULTIPLE,
+    CONVERSION_BYTES,
+    CentredImages,
+)
 from pyflocality.kernels._kept import Kept
 from pyflocality.kernels._launch import Launch, finite_power, on_device_of
 from pyflocality.kernels._mask_plan import OUTPUTS, Level, MaskPlan, unpacked
 from pyflocality.kernels.state import empty_state, merge_parts
 from pyflocality.reference.state import PosteriorState
-from pyflocality.weights import QueryWeights
 
-# Elements of masks unpacked at a time.
-_ELEMENTS_AT_A_TIME = 2**24
+# Elements of weights in float64 at a time.
+_ELEMENTS_AT_A_TIME = 2**22
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,18 @@ CONFIGS = {
     80: Config(8, 128, 32, 8, Launch(8, 5), Launch(8, 5), Launch(4, 4)),
     90: Config(8, 128, 64, 8, Launch(8, 5), Launch(8, 5), Launch(4, 4)),
 }
+# For few noisy images: the rows of one warpgroup, which half of the warps share. Each thread then
+# has as many rows as above and the same images of them, so that every sum keeps its order.
+FEW_CONFIGS = {
+    arch: replace(config, batch=4, scan=Launch(4, 5), cores=Launch(4, 5))
+    for arch, config in CONFIGS.items()
+}
+
+
+def config_for(count: int, arch: int) -> Config:
+    """Shapes for a number of noisy images: no rows without one where fewer rows hold them all."""
+    few = FEW_CONFIGS[arch]
+    return few if count <= few.batch else CONFIGS[arch]
 
 
 def centred_noisy(problem: PosteriorProblem, centre: Tensor) -> Tensor:
@@ -66,15 +81,14 @@ def centred_noisy(problem: PosteriorProblem, centre: Tensor) -> Tensor:
     return noisy - problem.alpha[:, None] * (centre.double() / 127.5 - 1.0)
 
 
-def sums_over_weights(weights: QueryWeights, values: Tensor) -> Tensor:
+def sums_over_weights(plan: MaskPlan, values: Tensor) -> Tensor:
     """Weighted sums of every row of values [R, D] for each query: float64 [R, Q]."""
-    dense = None if weights.is_mask else weights.dense(torch.float32, values.device)
-    step = max(1, _ELEMENTS_AT_A_TIME // weights.shape[1])
+    values, step = values.double(), max(1, _ELEMENTS_AT_A_TIME // values.shape[1])
     sums = []
-    for start in range(0, weights.shape[0], step):
-        rows = slice(start, start + step)
-        part = unpacked(weights, values.device, rows) if dense is None else dense[rows]
-        sums.append(values.double() @ part.double().T)
+    for rows in plan.weights.split(step):
+        if rows.dtype == torch.uint8:
+            rows = unpacked(rows, values.shape[1])
+        sums.append(values @ rows.double().T)
     return torch.cat(sums, 1)
 
 
@@ -143,54 +157,81 @@ class MaskedScan:
             Smallest distances without their common term and weights, float32 [n, Q]; weighted
             sums, [n, Q, sums].
         """
-        copy = 2 * self.images.dim * self.images.columns
         kept = self.images.keep(self.budget // 2)
-        left = self.budget - copy * kept
-        norms = self._kept_norms(left * 7 // 8)
+        # Running states, what a merge makes of them, and the answers in float64.
+        states = 16 * (2 + self.sums) * self.groups * self.members * self.places
+        left = self.budget - self.plan.nbytes - self.queries.nbytes - states
+        if kept:
+            left -= 2 * self.images.dim * self.images.columns
+        else:
+            left -= min(CONVERSION_BYTES, left // 2)
+        norms = self._kept_norms(left)
         if norms is not None:
-            left -= 4 * self.places * self.images.columns
-        # Groups together: their queries are formed once per slice of the images.
-        per_group = sum(level.blocks for level in self.plan.levels) * self.parts * self._rows_bytes
-        together = max(1, min(self.groups, left // 2 // max(per_group, 1), LARGEST_GRID))
-        width = self._slice_width(left // 2, together, kept, norms is not None)
+            left -= norms.nbytes
+        # Groups together: their queries are formed once, or once per slice of the images.
+        per_group = self._packed_bytes(self.parts)
+        together = max(1, min(self.groups, left // 2 // per_group, LARGEST_GRID))
+        width = self._slice_width(left - together * per_group, together, kept, norms is not None)
         parts = [slice(g, min(g + together, self.groups)) for g in range(0, self.groups, together)]
-        rows = self.places * self.members
-        states = [
-            empty_state((part.stop - part.start) * rows, self.sums, self.gain.device)
-            for part in parts
-        ]
+        # Where all that the groups share is kept, one after the other goes through the images.
+        turns = [parts] if norms is None else [[part] for part in parts]
         with on_device_of(self.queries):
-            for first in range(0, self.images.columns, width):
-                last = min(first + width, self.images.columns)
-                columns = self._columns(first, last)
-                here = norms[:, first:last] if norms is not None else self._norms(columns, first)
-                states = [
-                    self._scan(columns, here, part, state)
-                    for part, state in zip(parts, states, strict=True)
-                ]
-        return self._answers(states)
+            return self._answers(
+                [state for turn in turns for state in self._states(turn, width, norms)]
+            )
 
-    @property
-    def _rows_bytes(self) -> int:
-        """Bytes of one half of one block of a group's queries."""
-        return 2 * OUTPUTS * self.config.batch * self.config.block_d
+    def _states(self, parts: list[slice], width: int, norms: Tensor | None) -> list[PosteriorState]:
+        """States of some groups, after one walk through the images in slices of a width."""
+        sizes = [(part.stop - part.start) * self.places * self.members for part in parts]
+        states = [empty_state(size, self.sums, self.gain.device) for size in sizes]
+        packed = self._packed(parts[0]) if len(parts) == 1 else None
+        for first in range(0, self.images.columns, width):
+            self._take_slice(
+                slice(first, min(first + width, self.images.columns)), parts, states, packed, norms
+            )
+        return states
+
+    def _take_slice(
+        self,
+        chosen: slice,
+        parts: list[slice],
+        states: list[PosteriorState],
+        packed: list[Tensor] | None,
+        norms: Tensor | None,
+    ) -> None:
+        """Take a slice of the images into the states; what is made for it ends with the call."""
+        columns = self._columns(chosen.start, chosen.stop)
+        here = self._norms(columns, chosen.start) if norms is None else norms[:, chosen]
+        for index, part in enumerate(parts):
+            # Without a name here, the queries of one part are gone before those of the next.
+            states[index] = self._scan(
+                columns, here, packed or self._packed(part), part, states[index]
+            )
+
+    def _packed_bytes(self, parts: int) -> int:
+        """Bytes of a group's packed queries, in one or two halves."""
+        blocks = sum(level.blocks for level in self.plan.levels)
+        return 2 * blocks * parts * OUTPUTS * self.config.batch * self.config.block_d
 
     def _slice_width(self, bytes_left: int, groups: int, kept: bool, have_norms: bool) -> int:
         """Columns of the images that are worked on at a time."""
-        above = sum(level.tiles * OUTPUTS for level in self.plan.levels[1:])
         split = self.config.block_n * self.config.split_blocks
-        per_column = 4 * above * (groups * self.config.batch + 1)
-        state = 4 * (2 + self.sums) * groups * self.places * self.members
-        per_column += state // split
-        per_column += 0 if kept else 2 * self.images.dim
-        per_column += 0 if have_norms else 4 * self.places
         # Whole splits, so that the bits do not depend on the memory there is.
         largest = LARGEST_GRID * self.config.block_n // split * split
         if self.chunk_size is not None:
             width = self.chunk_size // COLUMN_MULTIPLE * COLUMN_MULTIPLE
             return min(max(width, COLUMN_MULTIPLE), largest)
-        width = bytes_left // max(per_column, 1) // split * split
+        width = bytes_left // self._column_bytes(groups, kept, have_norms) // split * split
         return min(max(width, split), largest)
+
+    def _column_bytes(self, groups: int, kept: bool, have_norms: bool) -> int:
+        """Bytes for every column of a slice, rounded up."""
+        above = sum(level.tiles * OUTPUTS for level in self.plan.levels[1:])
+        state = 4 * (2 + self.sums) * groups * self.places * self.members
+        size = triton.cdiv(state, self.config.block_n * self.config.split_blocks)
+        size += 4 * above * groups * self.config.batch
+        size += 0 if kept else 2 * self.images.dim
+        return size + (0 if have_norms else 4 * (self.places + above))
 
     def _columns(self, first: int, last: int) -> Tensor:
         whole = self.images.whole
@@ -203,30 +244,38 @@ class MaskedScan:
         return columns
 
     def _kept_norms(self, budget: int) -> Tensor | None:
-        """Squared norms of all images over all masks, kept for the next call with these masks."""
-        whole = self.images.whole
-        if whole is None or 4 * self.places * self.images.columns > budget:
+        """Squared norms of all images over all masks, kept for the next call with these masks.
+
+        None where they do not fit the budget beside one group's queries and a slice.
+        """
+        whole, per_split = self.images.whole, self.config.block_n * self.config.split_blocks
+        room = budget - 4 * self.places * self.images.columns
+        # The same for both precisions, so that one does not throw away what the other needs.
+        least = self._packed_bytes(2) + per_split * self._column_bytes(1, True, True)
+        if whole is None or room < least:
             self.images.norms.pop("masked", None)
             return None
         owner, kept = self.images.norms.get("masked", (None, None))
         if owner is not self.plan:
             self.images.norms.pop("masked", None)
             norms = torch.empty(self.places, self.images.columns, device=self.queries.device)
-            width = self._slice_width(budget // 4, 1, True, True)
+            width = self._slice_width(room, 1, True, True)
             with on_device_of(self.queries):
                 for first in range(0, self.images.columns, width):
                     columns = whole[:, first : first + width]
-                    norms[:, first : first + width] = self._norms(columns, first)
+                    self._norms(columns, first, norms[:, first : first + width])
             kept = Kept(norms)
             self.images.norms["masked"] = (self.plan, kept)
         return kept.here()[0]
 
-    def _norms(self, columns: Tensor, first: int) -> Tensor:
+    def _norms(self, columns: Tensor, first: int, target: Tensor | None = None) -> Tensor:
         """Squared norms of some images over all masks, infinite where no image is."""
         count, config, above = len(self.images.images) - first, self.config, None
         for level in reversed(self.plan.levels):
-            norms = torch.empty(level.tiles * OUTPUTS, columns.shape[1], device=columns.device)
             outputs = level is self.plan.levels[0]
+            norms = target
+            if target is None or not outputs:
+                norms = torch.empty(level.tiles * OUTPUTS, columns.shape[1], device=columns.device)
             kernels.squared_norms_kernel[(level.tiles, columns.shape[1] // config.block_n)](
                 columns,
                 level.members,
@@ -238,7 +287,7 @@ class MaskedScan:
                 norms,
                 count if outputs else columns.shape[1],
                 columns.stride(0),
-                columns.shape[1],
+                norms.stride(0) if above is None else above.stride(0),
                 norms.stride(0),
                 HAS_PARENTS=level.has_parents,
                 PARTS=level.parts,
@@ -251,42 +300,41 @@ class MaskedScan:
             above = norms
         return above
 
-    def _packed(self, level: Level, part: slice) -> Tensor:
-        """Weighted values of the queries of some groups at the lists of a level."""
-        values, config = self.queries[part], self.config
-        shape = (
-            *(len(values), level.blocks, self.parts),
-            *(OUTPUTS * config.batch, config.block_d),
-        )
-        packed = torch.empty(shape, dtype=torch.float16, device=values.device)
-        kernels.pack_queries_kernel[(level.blocks, len(values))](
-            values,
-            level.inputs,
-            level.members,
-            packed,
-            values.shape[-1],
-            level.blocks,
-            MEMBER_PARTS=level.parts,
-            PARTS=self.parts,
-            OUTPUTS=OUTPUTS,
-            BATCH=config.batch,
-            BLOCK_D=config.block_d,
-            num_warps=4,
-        )
+    def _packed(self, part: slice) -> list[Tensor]:
+        """Weighted values of the queries of some groups at the lists of every level."""
+        values, config, packed = self.queries[part], self.config, []
+        for level in self.plan.levels:
+            shape = (
+                *(len(values), level.blocks, self.parts),
+                *(OUTPUTS * config.batch, config.block_d),
+            )
+            packed.append(torch.empty(shape, dtype=torch.float16, device=values.device))
+            kernels.pack_queries_kernel[(level.blocks, len(values))](
+                values,
+                level.inputs,
+                level.members,
+                packed[-1],
+                values.shape[-1],
+                level.blocks,
+                MEMBER_PARTS=level.parts,
+                PARTS=self.parts,
+                OUTPUTS=OUTPUTS,
+                BATCH=config.batch,
+                BLOCK_D=config.block_d,
+                num_warps=4,
+            )
         return packed
 
-    def _core_sums(self, columns: Tensor, part: slice) -> Tensor | None:
+    def _core_sums(self, columns: Tensor, packed: list[Tensor]) -> Tensor | None:
         """Sums that the tiles of the first level share, [groups, places, batch, columns]."""
-        config, above = self.config, None
-        for level in reversed(self.plan.levels[1:]):
-            packed = self._packed(level, part)
-            groups, width = len(packed), columns.shape[1]
+        config, above, width = self.config, None, columns.shape[1]
+        for level, queries in reversed(list(zip(self.plan.levels, packed, strict=True))[1:]):
             sums = torch.empty(
-                groups, level.tiles * OUTPUTS, config.batch, width, device=columns.device
+                len(queries), level.tiles * OUTPUTS, config.batch, width, device=columns.device
             )
-            kernels.core_sums_kernel[(level.tiles, groups, width // config.block_n)](
+            kernels.core_sums_kernel[(level.tiles, len(queries), width // config.block_n)](
                 columns,
-                packed,
+                queries,
                 level.inputs,
                 level.starts,
                 level.parents,
@@ -314,15 +362,20 @@ class MaskedScan:
         }
 
     def _scan(
-        self, columns: Tensor, norms: Tensor, part: slice, state: PosteriorState
+        self,
+        columns: Tensor,
+        norms: Tensor,
+        packed: list[Tensor],
+        part: slice,
+        state: PosteriorState,
     ) -> PosteriorState:
         """Take some columns of the images into the state of some groups."""
         config, level = self.config, self.plan.levels[0]
-        cores, packed = self._core_sums(columns, part), self._packed(level, part)
+        cores = self._core_sums(columns, packed)
         blocks = columns.shape[1] // config.block_n
-        grid = (level.tiles, len(packed), triton.cdiv(blocks, config.split_blocks))
+        grid = (level.tiles, len(packed[0]), triton.cdiv(blocks, config.split_blocks))
         inputs = (
-            *(columns, packed, level.inputs, level.starts, level.parents),
+            *(columns, packed[0], level.inputs, level.starts, level.parents),
             *(self.gain if cores is None else cores, norms, self.plan.outputs, level.row_scale),
             *(self.gain[part], self.factor[part]),
         )

@@ -24,6 +24,7 @@ from pyflocality.kernels._masked_scan import (
     Config,
     MaskedScan,
     centred_noisy,
+    config_for,
     sums_over_weights,
 )
 from pyflocality.reference.state import PosteriorState
@@ -44,11 +45,12 @@ def masked_posterior_state(
             `rounding_error` stays below 1e-3, which is so at high noise, where masks are dense
             and the time goes. It decides for each noisy image alone, from its noise level.
         weights: Masks, or real weights (each kept as two float16 halves, 22 bits).
-        config: Shapes of the kernels; None takes those shipped for the device.
+        config: Shapes of the kernels; None takes those shipped for the device and the batch.
     """
     x = problem.x.detach()
-    config = config or CONFIGS[generation(x.device)]
-    plan = mask_plan(weights, tuple(problem.images.shape[1:]), config.block_d, x.device)
+    arch = generation(x.device)
+    block_d = (config or CONFIGS[arch]).block_d
+    plan = mask_plan(weights, tuple(problem.images.shape[1:]), block_d, x.device)
     images = centred_images(problem.images)
     exact = torch.ones(len(x), dtype=torch.bool, device=x.device)
     if problem.precision == "auto":
@@ -60,14 +62,15 @@ def masked_posterior_state(
     for parts, chosen in ((1, ~exact), (2, exact)):
         rows = chosen.nonzero().flatten()
         if len(rows):
-            found = MaskedScan(problem, rows, images, plan, config, parts).run()
+            shapes = config or config_for(len(rows), arch)
+            found = MaskedScan(problem, rows, images, plan, shapes, parts).run()
             for whole, part in zip(sums, found, strict=True):
                 whole[rows] = part.double()
     # What the scan leaves out: the common term, and the centre of the images.
     minimum, total, weighted = sums
     centre = images.centre.double()
     minimum *= (problem.alpha / 127.5).square()[:, None]
-    minimum += sums_over_weights(weights, centred_noisy(problem, centre).square())
+    minimum += sums_over_weights(plan, centred_noisy(problem, centre).square())
     origin = (centre / 127.5 - 1.0)[:, None]
     return PosteriorState(minimum, total, weighted / 127.5 + total[..., None] * origin)
 

@@ -187,7 +187,7 @@ def masked_posterior_jvp_state(
         inner.append(found[3] * share)
         cross.append(found[4] * share)
     minimum = minimum * (problem.alpha / 127.5).square()[:, None]
-    minimum += sums_over_weights(weights, centred_noisy(problem, images.centre).square())
+    minimum += sums_over_weights(plan, centred_noisy(problem, images.centre).square())
     state = PosteriorState(minimum, total, torch.cat([means, *inner, *cross], -1))
     return uncentred(state, centre_of(problem).flatten(1)[..., None])
 
@@ -236,7 +236,7 @@ class TangentScan(MaskedScan):
         places, row_scale = plan.outputs.long(), plan.levels[0].row_scale
         self._centre = self.grouped(centre[:, places], 0.0).transpose(1, 2).contiguous()
         products = torch.cat([torch.zeros_like(tangents[:, :1]), tangents], 1) * centre[:, None]
-        offsets = sums_over_weights(weights, products.flatten(0, 1)).unflatten(0, self.unit.shape)
+        offsets = sums_over_weights(plan, products.flatten(0, 1)).unflatten(0, self.unit.shape)
         offsets = offsets[..., places] * self.unit[..., None] / row_scale
         self._offset = self.grouped(offsets, 0.0).permute(0, 3, 1, 2).contiguous()
 

@@ -43,7 +43,8 @@ def truth(x, directions, images, sigma, alpha=1.0):
     return finalize_jvp(state, images[0].numel(), jacobian_factor(problem))
 
 
-def assert_close(found, exact, atol=1e-5):
+def assert_close(found, exact, atol=2e-5):
+    """Errors reach 5.5e-6 where products are rounded towards zero, as tensor cores do."""
     for mine, true in zip(found, exact, strict=True):
         assert mine.shape == true.shape
         torch.testing.assert_close(mine, true, rtol=0, atol=atol)
@@ -91,7 +92,8 @@ def test_nearly_equal_images_at_little_noise(device, rng):
     directions = directions_like(x, 3, rng)
     found, exact = answer(device, x, directions, images, 0.03), truth(x, directions, images, 0.03)
     assert exact[1].abs().max() > 0.2
-    assert_close(found, exact, atol=2e-5)
+    # 1.3e-5 with products rounded towards zero.
+    assert_close(found, exact, atol=5e-5)
 
 
 def test_a_noise_level_for_every_image_ties_and_bits(device, rng):

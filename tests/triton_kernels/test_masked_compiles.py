@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+
 import pytest
 from triton_gates import compile_ahead
 
 from pyflocality.kernels import _masked_products as products
 from pyflocality.kernels import state
 from pyflocality.kernels._mask_plan import OUTPUTS
+from pyflocality.kernels._masked_scan import FEW_CONFIGS
 from pyflocality.kernels.masked_posterior import CONFIGS
 from pyflocality.kernels.masked_posterior_jvp import JVP_CONFIGS
 
@@ -83,26 +87,43 @@ def compiled(kernel, types, arch, launch, values):
     return compile_ahead(kernel, types, values, arch=arch, divisible=strides, **vars(launch))
 
 
-def scan(arch, parts, parents):
-    config = CONFIGS[arch]
+def scan(arch, parts, parents, table=CONFIGS):
+    config = table[arch]
     values = constants(config, config.scan, BATCH=config.batch, PARTS=parts, HAS_PARENTS=parents)
     return compiled(products.masked_posterior_kernel, SCAN, arch, config.scan, values)
 
 
 @pytest.mark.parametrize("parents", [False, True])
 @pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("table", [CONFIGS, FEW_CONFIGS], ids=["many", "few"])
 @pytest.mark.parametrize("arch", [80, 90])
-def test_scan(arch, parts, parents):
-    code = scan(arch, parts, parents)
+def test_scan(arch, parts, parents, table):
+    code = scan(arch, parts, parents, table)
     code.assert_fits(wgmma=True)
     assert code.has_async_copies
     # Products of two steps overlap: not every wait is for the last one.
     assert arch == 80 or max(code.waits) > 0, str(code)
 
 
+@pytest.mark.parametrize("parents", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_few_noisy_images_are_summed_in_the_order_of_many(arch, parts, parents):
+    """A thread has the same work in both: what differs is how many threads there are."""
+    few, many = (
+        Counter(re.findall(r"\b(FFMA|FADD|FMUL|FMNMX|MUFU\.EX2|SHFL|HMMA|HGMMA[.\w]*)", code.sass))
+        for code in (scan(arch, parts, parents, table) for table in (FEW_CONFIGS, CONFIGS))
+    )
+    assert few == many and few["SHFL"] > 0
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(
-    ("arch", "config"), [(80, CONFIGS[80]), (80, JVP_CONFIGS[80]), (90, CONFIGS[90])]
+    ("arch", "config"),
+    [
+        *((80, config) for config in (CONFIGS[80], FEW_CONFIGS[80], JVP_CONFIGS[80])),
+        *((90, config) for config in (CONFIGS[90], FEW_CONFIGS[90])),
+    ],
 )
 def test_core_sums(arch, config, parts):
     values = constants(config, config.cores, BATCH=config.batch, PARTS=parts, HAS_PARENTS=True)
@@ -123,9 +144,10 @@ def test_squared_norms(arch, config, parts):
     assert code.has_mma and not code.has_wgmma
 
 
+@pytest.mark.parametrize("table", [CONFIGS, FEW_CONFIGS], ids=["many", "few"])
 @pytest.mark.parametrize("arch", [80, 90])
-def test_pack_queries(arch):
-    config = CONFIGS[arch]
+def test_pack_queries(arch, table):
+    config = table[arch]
     values = {
         "MEMBER_PARTS": 2,
         "PARTS": 2,

@@ -14,6 +14,7 @@ from pyflocality._problem import PosteriorProblem, posterior_problem
 from pyflocality.kernels import _masked_products
 from pyflocality.kernels import masked_posterior as kernels
 from pyflocality.kernels._centred_images import centred_images
+from pyflocality.kernels._masked_scan import FEW_CONFIGS
 from pyflocality.kernels.masked_posterior import CONFIGS, masked_posterior_state
 from pyflocality.reference.masked_posterior import masked_posterior_state as reference_state
 from pyflocality.reference.state import finalize, log_sum_exp, merge
@@ -133,6 +134,35 @@ def test_levels_and_precision_of_every_image_alone(device, rng, launches):
     for b in (0, 4, 10):
         alone = answer(device, x[b : b + 1], images, weights, sigma[b], alpha[b], precision="auto")
         assert torch.equal(alone[0], found[b])
+
+
+@pytest.mark.parametrize("precision", ["exact", "auto"])
+def test_few_images_have_shapes_of_their_own_and_the_same_bits(device, rng, launches, precision):
+    """One noisy image cost what eight did."""
+    launches.watch(_masked_products, *KERNELS)
+    images = random_images(rng, 1100, (3, 6, 6), torch.uint8)
+    # All of them take two halves.
+    x, sigma = noisy_batch(images, 9, 0.1, 1.0, rng), torch.linspace(0.05, 0.1, 9)
+    options = {"precision": precision, "config": None}
+    found = answer(device, x, images, band_masks((3, 6, 6)), sigma, **options)
+    for count, batch in ((1, 4), (2, 4), (4, 4), (5, 8)):
+        launches.calls.clear()
+        some = answer(device, x[:count], images, band_masks((3, 6, 6)), sigma[:count], **options)
+        assert torch.equal(some, found[:count])
+        for name in ("pack_queries_kernel", "core_sums_kernel", "masked_posterior_kernel"):
+            assert {options["BATCH"] for _, options in launches.of(name)} == {batch}
+        ((grid, options_of),) = launches.of("masked_posterior_kernel")
+        # 3 tiles in 3 channels; splits of 1,024 images.
+        assert grid == (9, 1, 2) and options_of["num_warps"] == batch
+
+
+def test_both_shapes_of_a_generation_sum_alike():
+    """The bits of a result depend on these, and a query may come in either."""
+    for arch, few in FEW_CONFIGS.items():
+        for name in ("block_n", "block_d", "split_blocks", "norms"):
+            assert getattr(few, name) == getattr(CONFIGS[arch], name)
+        # Rows of a warp, and so the images that a thread sums.
+        assert few.batch / few.scan.num_warps == CONFIGS[arch].batch / CONFIGS[arch].scan.num_warps
 
 
 @pytest.mark.parametrize(("sigma", "parts"), [(0.05, 2), (2.0, 1)])
