@@ -15,6 +15,7 @@ from typing import Any
 
 from .gpu_kernels import ROOT
 
+_PYTEST = (sys.executable, "-m", "pytest", "-q", "--no-header", "-p", f"{__package__}.gpu_kernels")
 # Tests of code compiled ahead of time say nothing about a GPU: in names of tests and of files.
 _CHOSEN = ("-k", "not compiled and not compiles")
 # A failure must not hide the rest, but a broken context fails all that follows.
@@ -30,7 +31,7 @@ def run_tests(left: Callable[[], float]) -> dict[str, Any]:
     Args:
         left: Seconds left for both.
     """
-    command = [sys.executable, "-m", "pytest", "-q", _MOST_FAILURES, "--no-header", *_CHOSEN]
+    command = [*_PYTEST, _MOST_FAILURES, *_CHOSEN]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]
     # The few of the CUDA kernels first.
@@ -43,7 +44,7 @@ def run_sanitizers(left: Callable[[], float]) -> dict[str, Any]:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"unavailable": "compute-sanitizer is not on the PATH"}
-    tests = [sys.executable, "-m", "pytest", "-q", "--no-header", *_SANITIZED]
+    tests = [*_PYTEST, *_SANITIZED]
     commands = {
         # Without an exit code of its own it ends with that of pytest, whatever it finds.
         check: [tool, "--tool", check, "--error-exitcode", "9", *tests]

@@ -24,6 +24,11 @@ def pretend_gpu(stack: ExitStack) -> None:
         stack.enter_context(mock.patch.object(_backends, name, answer))
 
 
+def pytest_configure() -> None:
+    """As a plugin of pytest: the tests find the kernels where nothing is installed."""
+    find_checkout_packages()
+
+
 def find_checkout_packages() -> None:
     """Make the checkout importable as it is, where the package is not installed."""
     sys.path.append(str(ROOT))

@@ -330,7 +330,7 @@ def test_tests_that_take_too_long_or_die_have_failed(monkeypatch):
 
 @needs_triton
 def test_tests_of_both_kinds_of_kernels_are_chosen_without_compile_gates():
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    command = [*gpu_checks._PYTEST, "--collect-only", "-p", "no:cacheprovider"]
     folders = ("tests/triton_kernels", "tests/test_cuda_gpu.py")
     done = subprocess.run(
         [*command, *gpu_checks._CHOSEN, *folders], cwd=ROOT, capture_output=True, text=True
