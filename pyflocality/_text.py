@@ -1,0 +1,18 @@
+"""Names from outside, such as those of files, made fit for a message."""
+
+from __future__ import annotations
+
+
+def printable(text: str) -> str:
+    r"""Text with everything that does not show on a terminal as a visible escape.
+
+    Line ends, escape sequences, marks that reverse the direction of writing, invisible characters
+    and bytes that are no text (surrogates) become `\n`, `\x1b`, `\u202e`, `\udcff`; letters of
+    any script stay as they are, and so does what has been escaped before.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
