@@ -9,7 +9,8 @@ from pathlib import Path
 def checked_path(value: object, name: str) -> Path:
     """A path that was given, with `~` and `~user` expanded as a shell does it.
 
-    `~user` of a user whom this machine does not know is the name of a file.
+    Where no such home folder is known the path is refused, as a folder named `~` would be made
+    else; what is there under a name such as `~backup` is found, though.
 
     Args:
         value: What was given.
@@ -17,8 +18,8 @@ def checked_path(value: object, name: str) -> Path:
 
     Raises:
         TypeError: `value` is neither a str nor an os.PathLike of one.
-        ValueError: It is empty, has a character that no path can hold, or begins with `~` where
-            there is no home folder.
+        ValueError: It is empty, has a character that no path can hold, or begins with a `~` that
+            stands for no home folder.
     """
     text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else value
     if not isinstance(text, str):
@@ -35,12 +36,18 @@ def checked_path(value: object, name: str) -> Path:
             f"`{name}` must be a path that this system can encode, got {_shown(text)}"
         ) from None
     expanded = os.path.expanduser(text)
-    if expanded == "~" or expanded.startswith(("~/", f"~{os.sep}")):
+    if expanded.startswith("~") and not _is_a_name(expanded):
         raise ValueError(
-            f"`{name}` begins with ~, and this user has no home folder (HOME is not set): write "
-            f"the whole path, or ./{text} for a name that begins so; got {_shown(text)}"
+            f"`{name}` must be a path, and the ~ of {_shown(text)} stands for no known home "
+            "folder: write the whole path, or ./ in front of a name that begins so"
         )
     return Path(expanded)
+
+
+def _is_a_name(path: str) -> bool:
+    """Whether a path that begins with `~` and something is meant as it is: that is there."""
+    first = Path(path).parts[0]
+    return first != "~" and os.path.lexists(first)
 
 
 def _shown(value: object) -> str:

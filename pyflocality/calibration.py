@@ -8,12 +8,12 @@ import os
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pyflocality._checks import check_count, describe
+from pyflocality._paths import checked_path
 from pyflocality._progress import progress_bar
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, check_set
@@ -82,7 +82,7 @@ class WindowTable(Sequence[tuple[float, int]]):
             FileNotFoundError: The folder of `path` does not exist.
             OSError: The file cannot be written.
         """
-        path = Path(path)
+        path = checked_path(path, "path")
         if path.exists() and not force:
             raise FileExistsError(f"{path} is already there; pass force=True to replace it")
         if not path.parent.is_dir():
@@ -111,7 +111,7 @@ class WindowTable(Sequence[tuple[float, int]]):
             FileNotFoundError: There is no such file.
             ValueError: The file is damaged, or not a window table of this version.
         """
-        path = Path(path)
+        path = checked_path(path, "path")
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file")
         try:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import numbers
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ from pyflocality._checks import check_float_tensor, describe
 from pyflocality._mapped import mapped_file, streamed
 from pyflocality._moment_files import checksum, read_moments, write_moments
 from pyflocality._moment_sums import BLOCK_BYTES, Blend, ByteSums, FloatSums, kind_of_sums
+from pyflocality._paths import checked_path
 from pyflocality._progress import progress_bar
 from pyflocality._shards import plain, ranks_of
 
@@ -272,7 +272,7 @@ class Moments:
             OSError: The file cannot be written, on a full disk for example.
             ValueError: There are no images yet.
         """
-        path = Path(path)
+        path = checked_path(path, "path")
         sums = self._whole()
         if path.exists() and not force:
             raise FileExistsError(f"{path} exists: pass force=True to replace it")
@@ -289,7 +289,7 @@ class Moments:
             FileNotFoundError: There is no such file.
             ValueError: The file is damaged, or not a file of moments of this version.
         """
-        path = Path(path)
+        path = checked_path(path, "path")
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file")
         header, tensors = read_moments(path)

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from pyflocality._paths import checked_path
 from pyflocality._progress import progress_bar
 from pyflocality.sources import cache, folder, hub_dataset, tar_shards
 from pyflocality.sources.base import Request
@@ -79,7 +80,7 @@ def pack(
         ImportError: The source needs a package that is not installed.
     """
     request = Request.checked(resolution, channels, split, None, progress)
-    path, target = Path(os.path.expanduser(source)), Path(os.path.expanduser(out))
+    path, target = checked_path(source, "source"), checked_path(out, "out")
     with _open(path, request) as files:
         if sort_by_label:
             files = _sorted_by_label(files)
@@ -107,7 +108,7 @@ def verify(out: str | os.PathLike[str], *, progress: bool = True) -> None:
     Raises:
         ValueError: The set is damaged; the message tells which images.
     """
-    target = Path(out)
+    target = checked_path(out, "out")
     manifest = read_manifest(target)
     path, blocks = target / IMAGES, manifest["blocks_crc32"]
     if path.stat().st_size != manifest["bytes"]:

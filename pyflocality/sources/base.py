@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pyflocality._checks import check_count, describe
+from pyflocality._paths import checked_path
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,7 @@ class Request:
                 raise ValueError(f"`channels` must be 1 (grey) or 3 (RGB), got {channels}")
         if split is not None and not isinstance(split, str):
             raise TypeError(f"`split` must be a name such as 'train', got {describe(split)}")
-        if cache_dir is not None and not isinstance(cache_dir, (str, os.PathLike)):
-            raise TypeError(f"`cache_dir` must be a path, got {describe(cache_dir)}")
-        try:
-            folder = None if cache_dir is None else Path(cache_dir).expanduser()
-        except RuntimeError as error:
-            raise ValueError(
-                f"`cache_dir` must be a path, got {describe(cache_dir)}: {error}"
-            ) from error
+        folder = None if cache_dir is None else checked_path(cache_dir, "cache_dir")
         return cls(_checked_resolution(resolution), channels, split, folder, bool(progress))
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from pyflocality._checks import describe
+from pyflocality._paths import checked_path
 from pyflocality.sources import arrays, builtin, cifar, folder, mnist_idx, packed
 from pyflocality.sources.base import Loaded, Request
 
@@ -31,10 +32,8 @@ def open_source(source: str | os.PathLike[str], request: Request) -> Loaded:
         )
     if isinstance(source, str) and source in builtin.BUILTINS:
         return builtin.load_builtin(source, request)
-    # Unlike pathlib's, this expansion leaves the home of an unknown user as it is.
-    path = Path(os.path.expanduser(source))
-    # An empty name would be the working directory.
-    if source == "" or not path.exists():
+    path = checked_path(source, "source")
+    if not path.exists():
         names = ", ".join(repr(name) for name in builtin.BUILTINS)
         raise ValueError(
             f"`source` must be a builtin set ({names}) or the path of {FORMATS}; nothing is "
