@@ -18,47 +18,23 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pyflocality.sources import cache
 from pyflocality.sources.base import Loaded, Request, choose_split
 from pyflocality.sources.images import ColourFoundError, ImageFiles, LabelledFiles, decode_job
+from pyflocality.sources.trees import Tree, folder_tree, zip_tree
 
 SUFFIXES = frozenset(
     ".png .jpg .jpeg .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .tga".split()
 )
 SPLITS = frozenset("train training test testing val valid validation dev".split())
 _DESCRIPTION = "dataset.json"
-
-
-@dataclass(frozen=True)
-class Tree:
-    """The files below a folder, or inside an archive.
-
-    Attributes:
-        where: Path of the folder or archive, for messages.
-        separator: What stands between it and a file's name in messages.
-        files: For each name relative to it, the size in bytes and a mark of the content.
-        read: Reads one file.
-        fingerprint: What identifies the tree beyond its files.
-    """
-
-    where: str
-    separator: str
-    files: dict[str, tuple[int, int]]
-    read: Callable[[str], bytes]
-    fingerprint: tuple[Any, ...]
-
-    def path(self, name: str) -> str:
-        """How messages name one of the files."""
-        return f"{self.where}{self.separator}{name}"
 
 
 @dataclass(frozen=True)
@@ -75,19 +51,21 @@ class Selection:
 
 def load_folder(path: Path, request: Request) -> Loaded:
     """Load the images below a folder."""
-    return _load(_folder_tree(path), path.resolve().name, request)
+    with folder_tree(path, _is_wanted) as tree:
+        return _load(tree, path.resolve().name, request)
 
 
 def load_zip(path: Path, request: Request) -> Loaded:
     """Load the images inside a zip archive."""
-    with _zip_tree(path) as tree:
+    with zip_tree(path, _is_wanted) as tree:
         return _load(tree, path.name, request)
 
 
 @contextmanager
 def open_files(path: Path, request: Request) -> Iterator[LabelledFiles]:
     """The images of a folder or a zip archive, still encoded."""
-    with _zip_tree(path) if path.is_file() else nullcontext(_folder_tree(path)) as tree:
+    tree_of = zip_tree if path.is_file() else folder_tree
+    with tree_of(path, _is_wanted) as tree:
         selection = _select(tree, request.split)
         labels, label_names = _labels(tree, selection)
         fingerprint = {"tree": tree.fingerprint, "files": sorted(tree.files.items())}
@@ -124,71 +102,8 @@ def _is_image(name: str) -> bool:
     return not hidden and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def _base_name(name: str) -> str:
-    return name.rsplit("/", 1)[-1]
-
-
-def _folder_tree(folder: Path) -> Tree:
-    files: dict[str, tuple[int, int]] = {}
-    try:
-        for directory, names in _directories(folder):
-            for name in names:
-                path = Path(directory, name)
-                relative = path.relative_to(folder).as_posix()
-                if _is_image(relative) or name == _DESCRIPTION:
-                    status = path.stat()
-                    files[relative] = (status.st_size, status.st_mtime_ns)
-    except OSError as error:
-        raise ValueError(f"{error.filename}: cannot be read: {error.strerror}") from error
-    # Copies that keep the times of their files differ in the folder's place at least.
-    place = (str(folder.resolve()),)
-    return Tree(str(folder), os.sep, files, lambda name: (folder / name).read_bytes(), place)
-
-
-def _directories(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Each directory below a folder once, also through links, with the names of its files."""
-    visited: set[tuple[int, int]] = set()
-    starts = [str(folder)]
-    while starts:
-        # Links come after everything that needs none, so that a directory keeps its own name.
-        links: list[str] = []
-        for start in starts:
-            for directory, subdirectories, names in os.walk(start, onerror=_reraise):
-                status = os.stat(directory)
-                identity = (status.st_dev, status.st_ino)
-                if identity in visited:
-                    subdirectories.clear()
-                    continue
-                visited.add(identity)
-                paths = (os.path.join(directory, name) for name in subdirectories)
-                links.extend(path for path in paths if os.path.islink(path))
-                yield directory, names
-        starts = sorted(links)
-
-
-def _reraise(error: OSError) -> None:
-    raise error
-
-
-@contextmanager
-def _zip_tree(path: Path) -> Iterator[Tree]:
-    try:
-        archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a readable zip archive: {error}") from error
-    with archive:
-        members = {
-            info.filename: info
-            for info in archive.infolist()
-            if _is_image(info.filename) or _base_name(info.filename) == _DESCRIPTION
-        }
-        yield Tree(
-            str(path),
-            ": ",
-            {name: (info.file_size, info.CRC) for name, info in members.items()},
-            lambda name: archive.read(members[name]),
-            (path.stat().st_size,),
-        )
+def _is_wanted(name: str) -> bool:
+    return _is_image(name) or name.rsplit("/", 1)[-1] == _DESCRIPTION
 
 
 def _select(tree: Tree, split: str | None) -> Selection:
