@@ -1,0 +1,170 @@
+"""Advisory locks on folders and files: one process works, others wait or are refused.
+
+The system keeps a lock for as long as its holder lives, so none is left by a process that was
+killed. Where the system or the file system has no locks, work goes on without.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:
+    # Not on Windows.
+    fcntl = None
+
+logger = logging.getLogger("pyflocality")
+
+# A file is locked a moment after it was made; until then it is not taken for abandoned.
+_GRACE_SECONDS = 60.0
+# Without locks nobody can be asked whether a file is still being written.
+_GRACE_SECONDS_WITHOUT_LOCKS = 86_400.0
+_SILENT_SECONDS, _PAUSE_SECONDS = 1.0, 0.02
+
+
+class HeldError(OSError):
+    """Somebody else holds the lock."""
+
+
+@contextmanager
+def locked(path: Path, *, waiting_for: str | None = None) -> Iterator[bool]:
+    """Hold a lock inside a `with` block; threads of one process exclude each other, too.
+
+    Args:
+        path: A folder, which is locked itself; or the name of a lock file, which is empty, made
+            if need be and removed after the block.
+        waiting_for: What the others do meanwhile, as a message says it to whoever waits longer
+            than a second. None does not wait.
+
+    Yields:
+        Whether there are locks here: False goes on without.
+
+    Raises:
+        HeldError: Somebody else holds the lock, and `waiting_for` is None.
+        OSError: The lock file cannot be made.
+    """
+    descriptor, has_locks = _acquire(path, waiting_for)
+    try:
+        yield has_locks
+    finally:
+        _release(path, descriptor)
+
+
+def remove_abandoned(paths: Iterable[Path]) -> None:
+    """Remove temporary and lock files whose writers are gone.
+
+    Writers hold a lock on what they write (see `hold`). Files that are locked, or were made just
+    now, stay; where there are no locks, all of the last day do.
+    """
+    for path in paths:
+        # Somebody else may be faster, or it belongs to somebody else.
+        with suppress(OSError):
+            _remove_if_abandoned(path)
+
+
+def hold(descriptor: int) -> None:
+    """Lock an open file that nobody else knows yet, until it is closed."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _acquire(path: Path, waiting_for: str | None) -> tuple[int | None, bool]:
+    if fcntl is None:
+        return None, False
+    while True:
+        descriptor = _open(path)
+        try:
+            has_locks = _lock(descriptor, path, waiting_for)
+            if not has_locks or _is_at(descriptor, path):
+                return descriptor, has_locks
+        except BaseException:
+            os.close(descriptor)
+            raise
+        # The last holder has removed it: what is locked is nobody's lock file any more.
+        os.close(descriptor)
+
+
+def _release(path: Path, descriptor: int | None) -> None:
+    if descriptor is None:
+        return
+    try:
+        with suppress(OSError):
+            _remove_lock_file(path, descriptor)
+        # Not by closing alone: processes forked meanwhile share the lock.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    if path.is_dir():
+        return os.open(path, os.O_RDONLY)
+    # Locks of network file systems want a file that is open for writing.
+    flags = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(path, flags | os.O_RDWR, 0o666)
+    except PermissionError:
+        # Of another user, who may hold it.
+        return os.open(path, (flags & ~os.O_CREAT) | os.O_RDONLY)
+
+
+def _lock(descriptor: int, path: Path, waiting_for: str | None) -> bool:
+    """Lock an open file; False where there are no locks."""
+    started = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except (BlockingIOError, PermissionError) as error:
+            if waiting_for is None:
+                raise HeldError(error.errno, "another process holds the lock", str(path)) from error
+        except OSError:
+            return False
+        if time.monotonic() - started > _SILENT_SECONDS:
+            break
+        time.sleep(_PAUSE_SECONDS)
+    logger.warning("waiting for another process that %s", waiting_for)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=True))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_lock_file(path: Path, descriptor: int) -> None:
+    # A file with content is no lock file of ours, whatever it is called.
+    if not path.is_dir() and os.fstat(descriptor).st_size == 0 and _is_at(descriptor, path):
+        path.unlink()
+
+
+def _remove_if_abandoned(path: Path) -> None:
+    status = path.lstat()
+    age = time.time() - status.st_mtime
+    if age < _GRACE_SECONDS:
+        return
+    if fcntl is None:
+        if age > _GRACE_SECONDS_WITHOUT_LOCKS:
+            path.unlink()
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if _lock(descriptor, path, None):
+            if _is_at(descriptor, path):
+                path.unlink()
+        elif age > _GRACE_SECONDS_WITHOUT_LOCKS:
+            path.unlink()
+    finally:
+        os.close(descriptor)

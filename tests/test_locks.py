@@ -1,0 +1,160 @@
+"""Locks: one holder at a time, whatever ends it; files of writers that are gone are removed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from pyflocality import _locks
+from pyflocality._locks import HeldError, hold, locked, remove_abandoned
+
+pytestmark = pytest.mark.skipif(_locks.fcntl is None, reason="there are no such locks here")
+
+# By the module's file: a process that imports torch takes seconds to start.
+HOLDER = """
+import runpy, sys
+from pathlib import Path
+with runpy.run_path(sys.argv[1])["locked"](Path(sys.argv[2])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def holder():
+    """Starts a process that holds a lock until it is told to go on."""
+    started = []
+
+    def start(path):
+        child = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, _locks.__file__, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(child)
+        assert child.stdout.readline() == "held\n"
+        return child
+
+    yield start
+    for child in started:
+        child.kill()
+        child.communicate()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_lock_is_held_by_one_process_and_free_once_it_is_gone(tmp_path, holder, kind):
+    path = tmp_path if kind == "folder" else tmp_path / ".work.lock"
+    for end in (lambda child: child.communicate("\n"), lambda child: child.kill() or child.wait()):
+        child = holder(path)
+        with pytest.raises(HeldError, match="another process holds the lock"):
+            with locked(path):
+                pass
+        end(child)
+        with locked(path) as has_locks:
+            assert has_locks
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_who_waits_is_told_after_a_second(tmp_path, holder, caplog):
+    path = tmp_path / ".work.lock"
+    child = holder(path)
+    timer = threading.Timer(1.3, child.communicate, ("\n",))
+    timer.start()
+    with locked(path, waiting_for="decodes the images"):
+        pass
+    timer.join()
+    assert caplog.messages == ["waiting for another process that decodes the images"]
+    caplog.clear()
+    with locked(path, waiting_for="decodes the images"):
+        pass
+    assert caplog.messages == [] and list(tmp_path.iterdir()) == []
+
+
+def test_threads_take_turns_although_each_removes_the_file(tmp_path):
+    path, inside, most = tmp_path / ".work.lock", [], []
+
+    def work():
+        for _ in range(30):
+            with locked(path, waiting_for="works"):
+                inside.append(None)
+                most.append(len(inside))
+                time.sleep(0.0002)
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 120 and max(most) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_with_content_is_never_removed(tmp_path):
+    path = tmp_path / "thesis"
+    path.write_text("all of it")
+    with locked(path):
+        pass
+    assert path.read_text() == "all of it"
+
+
+def test_a_lock_file_is_no_way_to_write_through_a_link(tmp_path):
+    target, link = tmp_path / "target", tmp_path / ".work.lock"
+    link.symlink_to(target)
+    with pytest.raises(OSError):
+        with locked(link):
+            pass
+    assert not target.exists() and link.is_symlink()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_does_not_hold_on_to_the_lock(tmp_path):
+    with locked(tmp_path):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_file_system_without_locks_is_worked_on_without(tmp_path, monkeypatch):
+    def unsupported(descriptor, operation):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(_locks.fcntl, "flock", unsupported)
+    with locked(tmp_path / ".work.lock") as has_locks:
+        assert not has_locks
+    monkeypatch.setattr(_locks, "fcntl", None)
+    with locked(tmp_path / ".work.lock") as has_locks:
+        assert not has_locks
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_abandoned_when_old_and_free(tmp_path, monkeypatch):
+    young, free, held = (tmp_path / f"{name}.tmp" for name in ("young", "free", "held"))
+    for path in (young, free, held):
+        path.write_bytes(b"half")
+    for path in (free, held):
+        os.utime(path, (time.time() - 100,) * 2)
+    with open(held, "r+b") as file:
+        hold(file.fileno())
+        remove_abandoned([young, free, held, tmp_path / "none.tmp"])
+        assert sorted(tmp_path.iterdir()) == [held, young]
+    monkeypatch.setattr(_locks, "fcntl", None)
+    remove_abandoned([held])
+    assert held.exists()
+    os.utime(held, (time.time() - 90_000,) * 2)
+    remove_abandoned([held])
+    assert not held.exists()
