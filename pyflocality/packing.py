@@ -21,11 +21,13 @@ from typing import IO, Any
 
 import numpy as np
 
+from pyflocality._json import sealed
 from pyflocality._paths import checked_path
 from pyflocality._progress import progress_bar
 from pyflocality.sources import cache, folder, hub_dataset, tar_shards
 from pyflocality.sources.base import Request
 from pyflocality.sources.images import ColourFoundError, LabelledFiles, decode_from, decode_job
+from pyflocality.sources.npy import read_header
 from pyflocality.sources.packed import (
     FORMAT,
     IMAGES,
@@ -33,7 +35,7 @@ from pyflocality.sources.packed import (
     LABELS,
     MANIFEST,
     VERSION,
-    checksum_of,
+    read_begun,
     read_manifest,
 )
 
@@ -213,7 +215,7 @@ def _read_journal(target: Path) -> tuple[dict[str, Any], list[int]] | None:
     # A line that was cut short tells of nothing.
     whole = [line for line in lines if line.endswith("\n")]
     try:
-        return (json.loads(whole[0]), [int(line) for line in whole[1:]]) if whole else None
+        return (read_begun(whole[0]), [int(line) for line in whole[1:]]) if whole else None
     except ValueError as error:
         raise ValueError(
             f"{target / JOURNAL}: damaged: {error}: remove the folder and pack again"
@@ -230,7 +232,7 @@ def _write(files: LabelledFiles, request: Request, target: Path, key: int, colou
         header = {"key": key, "shape": list(job.shape), "images_per_block": per_block}
         begun = header, []
         with _durable(target / JOURNAL, "w") as journal:
-            journal.write(json.dumps(header) + "\n")
+            journal.write(sealed(header) + "\n")
     header, finished = begun
     _decode(files, request, target, header, finished)
     labels_crc = None
@@ -253,8 +255,7 @@ def _write(files: LabelledFiles, request: Request, target: Path, key: int, colou
         "blocks_crc32": finished,
     }
     with _replacing(target / MANIFEST) as file:
-        text = json.dumps(manifest | {"self": checksum_of(manifest)})
-        file.write(text.encode())
+        file.write(sealed(manifest).encode())
     (target / JOURNAL).unlink()
 
 
@@ -303,8 +304,16 @@ def _begin_array(array: IO[bytes], shape: list[int]) -> int:
         np.lib.format.write_array_header_1_0(array, header)
         _flush(array)
     array.seek(0)
-    np.lib.format.read_magic(array)
-    np.lib.format.read_array_header_1_0(array)
+    try:
+        found = read_header(array)
+    except ValueError as error:
+        found = error
+    expected = tuple(shape), False, np.dtype(np.uint8)
+    if found != expected:
+        raise ValueError(
+            f"{array.name}: damaged: its header says {found}, expected {expected}: remove "
+            "the folder and pack again"
+        )
     return array.tell()
 
 
@@ -317,8 +326,7 @@ def _compare(
 ) -> None:
     """Compare finished blocks with their checksums."""
     array.seek(0)
-    np.lib.format.read_magic(array)
-    np.lib.format.read_array_header_1_0(array)
+    read_header(array)
     size = int(np.prod(shape[1:]))
     for number, crc in enumerate(
         progress_bar(expected, description="comparing checksums", enabled=progress)

@@ -10,6 +10,7 @@ import re
 import sys
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ from PIL import Image
 
 import pyflocality as pf
 from pyflocality import packing
+from pyflocality._json import sealed
 from pyflocality.cli import main
 from pyflocality.packing import pack, verify
+from pyflocality.sources import packed
 
 COUNT = 23
 
@@ -303,6 +306,31 @@ def test_a_damaged_journal_is_named(folder, tmp_path):
         pack(folder, out, progress=False)
 
 
+def test_a_journal_of_fewer_images_is_found(folder, tmp_path, monkeypatch):
+    """One digit in its first line, and the set was packed short of some images."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(packing, "_decode", lambda *_: (_ for _ in ()).throw(OSError("stop")))
+    with pytest.raises(OSError, match="stop"):
+        pack(folder, out, progress=False)
+    monkeypatch.undo()
+    journal = out / "packing.jsonl"
+    text = journal.read_text()
+    assert f'"shape": [{COUNT}' in text
+    for damaged in (
+        text.replace(f'"shape": [{COUNT}', f'"shape": [{COUNT - 1}'),
+        text.replace('"shape": [', '"shape": [['),
+        text.replace('"key": ', '"kez": '),
+        "[" * 100_000 + "\n",
+        "[]\n",
+    ):
+        journal.write_text(damaged)
+        with pytest.raises(ValueError, match=re.escape(f"{journal}: damaged")):
+            pack(folder, out, progress=False)
+    journal.write_text(text)
+    pack(folder, out, progress=False)
+    assert len(pf.TrainingSet.load(out)) == COUNT
+
+
 @pytest.mark.parametrize("text", ["cat\n", "9" * 30])
 def test_classes_that_are_no_numbers_are_named(text, pixels, tmp_path):
     with tarfile.open(tmp_path / "shard.tar", "w") as archive:
@@ -334,6 +362,61 @@ def test_damage_is_found(name, folder, tmp_path, few_a_block):
         (out / name).write_bytes(content[:-1])
         with pytest.raises(ValueError, match="damaged: has"):
             pf.TrainingSet.load(out)
+
+
+@pytest.mark.parametrize("change", [(b"(23,", b"(21,"), (b"|u1", b"|i1"), (b"}", b"{")])
+def test_an_array_with_another_header_is_not_gone_on_with(
+    change, folder, tmp_path, few_a_block, monkeypatch
+):
+    out = tmp_path / "out"
+    monkeypatch.setattr(packing, "_replacing", lambda path: (_ for _ in ()).throw(OSError("stop")))
+    with pytest.raises(OSError, match="stop"):
+        pack(folder, out, progress=False)
+    monkeypatch.undo()
+    content = (out / "images.npy").read_bytes()
+    assert change[0] in content
+    (out / "images.npy").write_bytes(content.replace(*change, 1))
+    with pytest.raises(ValueError, match=re.escape(f"{out / 'images.npy'}: damaged: its header")):
+        pack(folder, out, progress=False)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"shape": [21, 3, 5, 7]}, r"images\.npy: damaged: has uint8 \[23, .*expected uint8 \[21,"),
+        ({"shape": [23, 3, 8]}, r"manifest\.json: not a manifest: 'shape' must be 4 positive"),
+        ({"shape": [23, 3, 8, True]}, r"'shape' must be 4 positive whole numbers"),
+        ({"label_names": {"0": "cat"}}, r"'label_names' must be strings or null, got dict"),
+        ({"bytes": "many"}, r"'bytes' must be a whole number, not negative, got 'many'"),
+        ({"checksum": 1e400}, r"'checksum' must be a whole number"),
+        ({"blocks_crc32": [[[]]]}, r"'blocks_crc32' must be whole numbers"),
+        ({"version": [1]}, r"has version \[1\] of the format"),
+    ],
+)
+def test_a_manifest_of_wrong_kinds_is_named(change, said, folder, tmp_path):
+    """Its checksum is right: it was not damaged, but written by somebody else."""
+    out = pack(folder, tmp_path / "out", progress=False)
+    manifest = packed.read_manifest(out)
+    (out / "manifest.json").write_text(sealed(manifest | change))
+    with pytest.raises(ValueError, match=re.escape(str(out)) + r".*" + said):
+        pf.TrainingSet.load(out)
+    text = sealed(manifest)
+    for damaged in ("[" * 100_000, "[1, 2]", "{}", text[:-30], text.replace("cat", "cow")):
+        damaged = damaged if "pyflocality" in damaged else damaged + " pyflocality-packed-set"
+        (out / "manifest.json").write_text(damaged)
+        with pytest.raises(ValueError, match=re.escape(f"{out / 'manifest.json'}: damaged, or")):
+            packed.read_manifest(out)
+
+
+@pytest.mark.parametrize("labels", [np.zeros(22, np.int64), np.zeros(23, np.int32)])
+def test_labels_that_do_not_fit_are_named(labels, folder, tmp_path):
+    out = pack(folder, tmp_path / "out", progress=False)
+    manifest = packed.read_manifest(out)
+    np.save(out / "labels.npy", labels)
+    crc = zlib.crc32((out / "labels.npy").read_bytes())
+    (out / "manifest.json").write_text(sealed(manifest | {"labels_crc32": crc}))
+    with pytest.raises(ValueError, match=r"labels\.npy: damaged: has int.*expected int64 \[23\]"):
+        pf.TrainingSet.load(out)
 
 
 def test_finished_blocks_that_changed_are_found(folder, tmp_path, few_a_block, monkeypatch):

@@ -8,25 +8,52 @@
 | `packing.jsonl` | only while the set is being packed: what is finished |
 
 The manifest is written last. It carries a CRC-32 of every block of images, which
-`pyflocality.packing.verify` compares, and one of a sample of the whole file, which opening a set
-compares: see `pyflocality.sources.cache`.
+`pyflocality.packing.verify` compares, and one of a sample of the whole file, header included,
+which opening a set compares: see `pyflocality.sources.cache`. Manifest and journal carry
+checksums of themselves.
 """
 
 from __future__ import annotations
 
-import json
+import io
+import os
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pyflocality._json import (
+    COUNT,
+    COUNTS,
+    POSITIVE,
+    TEXT,
+    TEXTS,
+    check_fields,
+    parsed_object,
+    shape,
+    unsealed,
+)
 from pyflocality.sources import cache
 from pyflocality.sources.arrays import convert
 from pyflocality.sources.base import Loaded, MappedImages, Request, refuse_split
+from pyflocality.sources.npy import map_array
 
 IMAGES, LABELS, MANIFEST, JOURNAL = "images.npy", "labels.npy", "manifest.json", "packing.jsonl"
 FORMAT, VERSION = "pyflocality-packed-set", 1
+
+_FIELDS = {
+    "key": COUNT,
+    "name": TEXT,
+    "shape": shape(4),
+    "label_names": TEXTS.or_none(),
+    "labels_crc32": COUNT.or_none(),
+    "bytes": COUNT,
+    "checksum": COUNT,
+    "images_per_block": POSITIVE,
+    "blocks_crc32": COUNTS,
+}
+_BEGUN_FIELDS = {"key": COUNT, "shape": shape(4), "images_per_block": POSITIVE}
 
 
 def is_packed(path: Path) -> bool:
@@ -54,23 +81,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder}: the set is not packed to its end: run `pyflocality pack` again"
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        own = manifest.pop("self")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: not a readable manifest: {error!r}") from error
-    if own != checksum_of(manifest):
-        raise ValueError(f"{path}: damaged: its contents do not match their checksum")
-    if manifest["version"] != VERSION:
+        manifest = unsealed(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: damaged, or no manifest: {error}") from error
+    if manifest.get("version") != VERSION:
         raise ValueError(
-            f"{path}: has version {manifest['version']} of the format; this release reads "
+            f"{path}: has version {manifest.get('version')!r} of the format; this release reads "
             f"version {VERSION}"
         )
+    try:
+        check_fields(manifest, _FIELDS)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a manifest: {error}") from error
     return manifest
 
 
-def checksum_of(entry: dict[str, Any]) -> int:
-    """CRC-32 of a manifest without its own checksum."""
-    return zlib.crc32(json.dumps(entry).encode())
+def read_begun(line: str) -> dict[str, Any]:
+    """What the first line of a journal says of the set that was begun.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    # Journals of earlier releases carry no checksum.
+    begun = unsealed(line) if '"self"' in line else parsed_object(line)
+    check_fields(begun, _BEGUN_FIELDS)
+    return begun
 
 
 def load_packed(folder: Path, request: Request) -> Loaded:
@@ -79,14 +114,7 @@ def load_packed(folder: Path, request: Request) -> Loaded:
     manifest = read_manifest(folder)
     path = folder / IMAGES
     try:
-        size = path.stat().st_size
-        if size != manifest["bytes"]:
-            raise ValueError(f"has {size} bytes, expected {manifest['bytes']}")
-        if cache.checksum(path) != manifest["checksum"]:
-            raise ValueError("its contents do not match their checksum")
-        images = np.lib.format.open_memmap(path, mode="c")
-        if list(images.shape) != manifest["shape"]:
-            raise ValueError(f"has shape {list(images.shape)}, expected {manifest['shape']}")
+        images = _open_images(path, manifest)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: damaged: {error}") from error
     labels = _read_labels(folder, manifest)
@@ -103,6 +131,21 @@ def load_packed(folder: Path, request: Request) -> Loaded:
     return convert(loaded, request)
 
 
+def _open_images(path: Path, manifest: dict[str, Any]) -> np.memmap:
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != manifest["bytes"]:
+            raise ValueError(f"has {size} bytes, expected {manifest['bytes']}")
+        if cache.checksum(path) != manifest["checksum"]:
+            raise ValueError("its contents do not match their checksum")
+        images = map_array(file)
+    if images.dtype != np.uint8 or list(images.shape) != manifest["shape"]:
+        raise ValueError(
+            f"has {images.dtype} {list(images.shape)}, expected uint8 {manifest['shape']}"
+        )
+    return images
+
+
 def _read_labels(folder: Path, manifest: dict[str, Any]) -> np.ndarray | None:
     if manifest["labels_crc32"] is None:
         return None
@@ -111,6 +154,11 @@ def _read_labels(folder: Path, manifest: dict[str, Any]) -> np.ndarray | None:
         content = path.read_bytes()
         if zlib.crc32(content) != manifest["labels_crc32"]:
             raise ValueError("its contents do not match their checksum")
-        return np.load(path, allow_pickle=False)
+        labels = np.load(io.BytesIO(content), allow_pickle=False)
+        if labels.dtype != np.int64 or list(labels.shape) != manifest["shape"][:1]:
+            raise ValueError(
+                f"has {labels.dtype} {list(labels.shape)}, expected int64 {manifest['shape'][:1]}"
+            )
+        return labels
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: damaged: {error}") from error
