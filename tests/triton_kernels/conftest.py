@@ -39,6 +39,36 @@ def device() -> torch.device:
     return torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 
 
+def _product(left: np.ndarray, right: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """sums + left @ right: every value adds its own row and column alone, from first to last.
+
+    A BLAS adds in an order that depends on the processor and on where in the matrix a value
+    lies: with it, bits that no kernel lets depend on the batch would.
+    """
+    if not np.issubdtype(sums.dtype, np.floating):
+        return np.matmul(left, right, dtype=sums.dtype) + sums
+    left, right = left.astype(sums.dtype), right.astype(sums.dtype)
+    total = left[..., :1] * right[..., :1, :]
+    term = np.empty_like(total)
+    for k in range(1, left.shape[-1]):
+        np.multiply(left[..., k, None], right[..., k, None, :], out=term)
+        total += term
+    return total + sums
+
+
+@pytest.fixture(autouse=True)
+def fixed_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's products are ours, not those of a BLAS."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    def dot(builder: object, a: object, b: object, d: object, *unused: object) -> object:
+        return interpreter.TensorHandle(_product(a.data, b.data, d.data), d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
 @pytest.fixture(autouse=True)
 def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every access of a kernel lies within a tensor of its launch, and fresh memory holds NaN.
