@@ -7,7 +7,8 @@ What becomes of a file:
 - An alpha channel that is opaque everywhere is dropped. Transparent pixels are refused, unless
   `channels` is given: then the image is composited over white.
 - 16-bit, 32-bit and floating-point grey images are refused: their range is anybody's guess.
-- The orientation a camera noted (EXIF) is applied. Of several frames the first counts.
+- The orientation a camera noted (EXIF, XMP) is applied, whatever else it noted and whether that is
+  sound or not. Of several frames the first counts.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyflocality.sources.base import DecodeJob, Request
+from pyflocality.sources.orientation import upright, without_metadata
 from pyflocality.sources.pixels import resize
 
 if TYPE_CHECKING:
@@ -96,15 +98,8 @@ class _Decoder:
 
     def decode(self, name: str) -> np.ndarray:
         """Decode one file: uint8 [C, H, W]."""
-        from PIL import Image, ImageOps
-
         try:
-            with Image.open(io.BytesIO(self.files.read(name))) as opened:
-                ImageOps.exif_transpose(opened, in_place=True)
-                image = self._convert(opened)
-                if self.request.resolution is not None:
-                    image = resize(image, self.request.resolution)
-                pixels = np.asarray(image)
+            pixels = self._decoded(self.files.read(name))
         except ColourFoundError:
             raise
         # Whatever a decoder trips over, the reader must learn which file it was.
@@ -118,6 +113,27 @@ class _Decoder:
                 "resolution= to bring all images to one size"
             )
         return pixels
+
+    def _decoded(self, content: bytes) -> np.ndarray:
+        try:
+            return self._pixels(content)
+        except (ColourFoundError, _RefusedError):
+            raise
+        except Exception:
+            # A sound picture with notes that Pillow cannot make sense of?
+            plain = without_metadata(content)
+            if plain is None:
+                raise
+        return self._pixels(plain)
+
+    def _pixels(self, content: bytes) -> np.ndarray:
+        from PIL import Image
+
+        with Image.open(io.BytesIO(content)) as opened:
+            image = self._convert(upright(opened))
+            if self.request.resolution is not None:
+                image = resize(image, self.request.resolution)
+            return np.asarray(image)
 
     def decode_block(self, start: int) -> list[np.ndarray]:
         """Decode the files from `start` on, a block of them."""
