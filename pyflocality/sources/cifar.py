@@ -1,12 +1,11 @@
 """CIFAR's batches: cifar-10 in its Python and binary versions, cifar-100 in Python's.
 
-Python's versions are pickles. They are read by an unpickler that knows NumPy arrays and nothing
-else, so a file cannot run code.
+Python's versions are pickles. They are read by `pyflocality.sources.inert_pickle`, which knows
+plain values and numeric arrays and calls nothing, so a file cannot run code.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from pyflocality._text import printable
+from pyflocality.sources import inert_pickle
 from pyflocality.sources.arrays import convert
 from pyflocality.sources.base import Loaded, Request, choose_split
 
 _SHAPE = (3, 32, 32)
 _VALUES = 3 * 32 * 32
-_NUMPY_BUILDERS = {
-    builder.__name__: builder
-    for builder in (np.empty(0).__reduce__()[0], np.empty(0).__reduce_ex__(5)[0])
-}
+# Classes of CIFAR-100, and three times the size of its largest file.
+_MAX_CLASSES = 100
+_MAX_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -74,34 +74,22 @@ def load_cifar(folder: Path, request: Request) -> Loaded:
     return convert(Loaded(images, name, labels, layout.names(folder)), request)
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
-        if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
-        if (module, name) == ("numpy", "dtype"):
-            return np.dtype
-        # How pickles of the oldest protocols spell bytes.
-        if (module, name) == ("_codecs", "encode"):
-            return _encode
-        if module.split(".")[0] == "numpy" and name in _NUMPY_BUILDERS:
-            return _NUMPY_BUILDERS[name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    return text.encode(encoding)
-
-
 def _unpickle(path: Path, *keys: str) -> list[Any]:
     """Entries of the dictionary that a file holds."""
     try:
-        with open(path, "rb") as file:
-            content = _ArrayUnpickler(file, encoding="bytes").load()
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"has {path.stat().st_size} bytes, expected {_MAX_BYTES} at most")
+        content = inert_pickle.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"holds a {type(content).__name__}, expected a dict")
         entries = {_text(key): value for key, value in content.items()}
+        missing = [key for key in keys if key not in entries]
+        if missing:
+            raise ValueError(f"holds no {missing[0]!r}")
         return [entries[key] for key in keys]
-    # Damaged pickles raise nearly anything.
-    except Exception as error:
-        raise ValueError(f"{path}: not a readable CIFAR batch: {error!r}") from error
+    except (OSError, ValueError) as error:
+        told = printable(str(error))
+        raise ValueError(f"{path}: not a readable CIFAR batch: {told}") from error
 
 
 def _text(value: bytes | str) -> str:
@@ -113,10 +101,18 @@ def _checked(path: Path, values: Any, labels: Any) -> tuple[np.ndarray, np.ndarr
         raise ValueError(f"{path}: `data` must be a uint8 array [n, {_VALUES}]")
     if values.shape[1] != _VALUES:
         raise ValueError(f"{path}: `data` must have shape [n, {_VALUES}], got {values.shape}")
-    numbers = np.asarray(labels)
-    if numbers.shape != (len(values),) or numbers.dtype.kind not in "iu":
+    # Checked one by one: a list of a list of a list takes more memory as an array than in a file.
+    if isinstance(labels, list) and all(type(label) is int for label in labels):
+        labels = np.array(labels)
+    whole = isinstance(labels, np.ndarray) and labels.dtype.kind in "iu"
+    if not whole or labels.shape != (len(values),):
         raise ValueError(f"{path}: expected {len(values)} whole numbers as labels")
-    return values, numbers.astype(np.int64)
+    if len(labels) and not 0 <= labels.min() <= labels.max() < _MAX_CLASSES:
+        raise ValueError(
+            f"{path}: expected labels from 0 to {_MAX_CLASSES - 1}, got {labels.min()} to "
+            f"{labels.max()}"
+        )
+    return values, labels.astype(np.int64)
 
 
 def _read_pickled_10(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +137,15 @@ def _read_binary_10(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _pickled_names(file: str, key: str) -> Callable[[Path], tuple[str, ...] | None]:
     def read(folder: Path) -> tuple[str, ...] | None:
         path = folder / file
-        return tuple(map(_text, _unpickle(path, key)[0])) if path.is_file() else None
+        if not path.is_file():
+            return None
+        names = _unpickle(path, key)[0]
+        if not isinstance(names, list) or not all(type(name) in (bytes, str) for name in names):
+            raise ValueError(f"{path}: expected a list of names as {key!r}")
+        try:
+            return tuple(map(_text, names))
+        except ValueError as error:
+            raise ValueError(f"{path}: {key!r} holds a name that is no text: {error}") from error
 
     return read
 
