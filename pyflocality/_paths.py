@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
+
+from pyflocality._text import printable
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe (FIFO)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def checked_path(value: object, name: str) -> Path:
@@ -42,6 +53,24 @@ def checked_path(value: object, name: str) -> Path:
             "folder: write the whole path, or ./ in front of a name that begins so"
         )
     return Path(expanded)
+
+
+def regular_file(path: Path) -> os.stat_result:
+    """Status of a file that may be opened, itself or at the end of a link.
+
+    To open a pipe would wait for whoever writes into it, and a device has no end.
+
+    Raises:
+        ValueError: It is no plain file, or there is none.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ValueError(f"{printable(str(path))}: cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise ValueError(f"{printable(str(path))}: is {kind}, expected a file")
+    return status
 
 
 def _is_a_name(path: str) -> bool:

@@ -16,7 +16,6 @@ images are ordered by their paths, so those of one class lie together.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyflocality.sources import cache
+from pyflocality.sources import cache, dataset_json
 from pyflocality.sources.base import Loaded, Request, choose_split
 from pyflocality.sources.images import ColourFoundError, ImageFiles, LabelledFiles, decode_job
 from pyflocality.sources.trees import Tree, folder_tree, zip_tree
@@ -34,7 +33,6 @@ SUFFIXES = frozenset(
     ".png .jpg .jpeg .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .tga".split()
 )
 SPLITS = frozenset("train training test testing val valid validation dev".split())
-_DESCRIPTION = "dataset.json"
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def _is_image(name: str) -> bool:
 
 
 def _is_wanted(name: str) -> bool:
-    return _is_image(name) or name.rsplit("/", 1)[-1] == _DESCRIPTION
+    return _is_image(name) or name.rsplit("/", 1)[-1] == dataset_json.NAME
 
 
 def _select(tree: Tree, split: str | None) -> Selection:
@@ -135,36 +133,16 @@ def _select(tree: Tree, split: str | None) -> Selection:
 
 
 def _labels(tree: Tree, selection: Selection) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    description = f"{selection.root}{_DESCRIPTION}"
+    # The nearest one counts, in the folder of the images or in one around it.
+    root = selection.root
+    while f"{root}{dataset_json.NAME}" not in tree.files and root:
+        root = root[: root.rfind("/", 0, -1) + 1]
+    description = f"{root}{dataset_json.NAME}"
     if description in tree.files:
-        return _described_labels(tree, description, selection), None
+        return dataset_json.described_labels(tree, description, selection.names), None
     parts = [selection.below(name).split("/") for name in selection.names]
     if not all(len(part) > 1 for part in parts):
         return None, None
     classes = sorted({part[0] for part in parts})
     number = {name: index for index, name in enumerate(classes)}
     return np.array([number[part[0]] for part in parts], np.int64), tuple(classes)
-
-
-def _described_labels(tree: Tree, description: str, selection: Selection) -> np.ndarray | None:
-    """The labels of the selected images by `dataset.json`."""
-    where = tree.path(description)
-    try:
-        entries = json.loads(tree.read(description))["labels"]
-        table = None if entries is None else {str(name): label for name, label in entries}
-    except Exception as error:
-        raise ValueError(
-            f'{where}: cannot be read as {{"labels": [[file name, class], ...]}}: {error!r}'
-        ) from error
-    if table is None:
-        return None
-    labels = []
-    for name in selection.names:
-        label = table.get(selection.below(name))
-        if isinstance(label, bool) or not isinstance(label, int):
-            raise ValueError(
-                f"{where}: expected a whole number as the class of "
-                f"{selection.below(name)!r}, got {label!r}"
-            )
-        labels.append(label)
-    return np.array(labels, np.int64)

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from pyflocality._paths import regular_file
+from pyflocality._text import printable
+from pyflocality.sources.archive_names import (
+    backslash_separates,
+    link_target,
+    refuse_repeats,
+    resolve_links,
+    tidy_name,
+)
+from pyflocality.sources.zip_directory import open_zip
+
+
+class ReadFile(Protocol):
+    """Reads one file, of `limit` bytes at the most where that is given."""
+
+    def __call__(self, name: str, limit: int | None = None) -> bytes:
+        """The content of a file; ValueError if it is damaged or too large."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +33,7 @@ class Tree:
     """The files below a folder, or inside an archive.
 
     Attributes:
-        where: Path of the folder or archive, for messages.
+        where: Path of the folder or archive, fit for messages.
         separator: What stands between it and a file's name in messages.
         files: For each wanted name relative to it, the size in bytes and a mark of the content.
         read: Reads one file.
@@ -27,35 +44,54 @@ class Tree:
     where: str
     separator: str
     files: dict[str, tuple[int, int]]
-    read: Callable[[str], bytes]
+    read: ReadFile
     fingerprint: tuple[Any, ...]
     others: list[str]
 
     def path(self, name: str) -> str:
         """How messages name one of the files."""
-        return f"{self.where}{self.separator}{name}"
+        return f"{self.where}{self.separator}{printable(name)}"
 
 
 @contextmanager
 def folder_tree(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Tree]:
-    """The files below a folder; `wanted` tells by a name whether a file may be read."""
-    files: dict[str, tuple[int, int]] = {}
-    others: list[str] = []
+    """The files below a folder.
+
+    Args:
+        folder: The folder.
+        wanted: Tells by its name whether a file may be read.
+
+    Raises:
+        ValueError: The folder or a wanted file cannot be read, or is no file at all.
+    """
+    where = printable(str(folder))
     try:
-        for directory, names in _directories(folder):
-            for name in names:
-                path = Path(directory, name)
-                relative = path.relative_to(folder).as_posix()
-                if not wanted(relative):
-                    others.append(relative)
-                    continue
-                status = path.stat()
-                files[relative] = (status.st_size, status.st_mtime_ns)
+        found = [
+            Path(directory, name).relative_to(folder).as_posix()
+            for directory, names in _directories(folder)
+            for name in names
+        ]
     except OSError as error:
-        raise ValueError(f"{error.filename}: cannot be read: {error.strerror}") from error
+        path = printable(str(error.filename))
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    # Backslashes are left where an archive of Windows was unpacked by a tool that knows none.
+    backslash = backslash_separates(where, found, [False] * len(found))
+    tidied = [tidy_name(where, name, backslash) for name in found]
+    refuse_repeats(where, tidied, found)
+    paths = {name: folder / raw for name, raw in zip(tidied, found, strict=True)}
+    files: dict[str, tuple[int, int]] = {}
+    for name in filter(wanted, tidied):
+        status = regular_file(paths[name])
+        files[name] = status.st_size, status.st_mtime_ns
+    others = [name for name in tidied if name not in files]
+
+    def read(name: str, limit: int | None = None) -> bytes:
+        if limit is not None and files[name][0] > limit:
+            raise ValueError(f"has {files[name][0]} bytes, expected {limit} at the most")
+        return paths[name].read_bytes()
+
     # Copies that keep the times of their files differ in the folder's place at least.
-    place = (str(folder.resolve()),)
-    yield Tree(str(folder), os.sep, files, lambda name: (folder / name).read_bytes(), place, others)
+    yield Tree(where, os.sep, files, read, (str(folder.resolve()),), others)
 
 
 def _directories(folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -85,19 +121,26 @@ def _reraise(error: OSError) -> None:
 
 @contextmanager
 def zip_tree(path: Path, wanted: Callable[[str], bool]) -> Iterator[Tree]:
-    """The files inside a zip archive; `wanted` tells by a name whether a file may be read."""
-    try:
-        archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a readable zip archive: {error}") from error
-    with archive:
-        infos = {info.filename: info for info in archive.infolist() if not info.is_dir()}
-        members = {name: info for name, info in infos.items() if wanted(name)}
-        yield Tree(
-            str(path),
-            ": ",
-            {name: (info.file_size, info.CRC) for name, info in members.items()},
-            lambda name: archive.read(members[name]),
-            (path.stat().st_size,),
-            [name for name in infos if not wanted(name)],
-        )
+    """The files inside a zip archive, with those that links inside of it lead to.
+
+    Args:
+        path: The archive.
+        wanted: Tells by its name whether a file may be read.
+
+    Raises:
+        ValueError: The archive is damaged, or it cannot be told what it holds.
+    """
+    with open_zip(path) as archive:
+        where = printable(str(path))
+        links = {name: link_target(name, text) for name, text in archive.links.items()}
+        members = {name: name for name in filter(wanted, archive.files)}
+        members |= resolve_links(where, archive.files, links, wanted)
+        others = [name for name in [*archive.files, *links] if name not in members]
+        archive.check_entries(name for name in others if name in archive.files)
+        entries = {name: archive.files[target] for name, target in members.items()}
+        files = {name: (entry.file_size, entry.CRC) for name, entry in entries.items()}
+
+        def read(name: str, limit: int | None = None) -> bytes:
+            return archive.read(members[name], limit)
+
+        yield Tree(where, ": ", files, read, (path.stat().st_size,), others)

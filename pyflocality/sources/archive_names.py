@@ -1,0 +1,146 @@
+"""Names of the members of archives, in one spelling for zip and tar alike.
+
+Tools write a name in many ways: with `/`, `./`, a drive or `../` in front, with doubled slashes,
+with backslashes on Windows, with accents as letters of their own on macOS. Here folders are
+separated by single slashes, nothing leads out of the archive, and text is composed (Unicode's
+NFC). Upper and lower case stay two things, as they are on the systems that tell them apart.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from pyflocality._text import printable
+
+# Names without any of these are as they should be.
+_ODD = re.compile(r"[^ -~]|\\|//|^/|/$|(?:^|/)\.{1,2}(?:/|$)|^$")
+_DRIVE = re.compile(r"[A-Za-z]:")
+_MAX_LINKS = 40
+
+
+def backslash_separates(where: str, names: Sequence[str], windows: Sequence[bool]) -> bool:
+    """Whether a backslash stands between folders, rather than in the name of a file.
+
+    It does in an archive that was made on Windows, and where no name has a slash.
+
+    Args:
+        where: The archive, for messages.
+        names: Names of its files, as written.
+        windows: For each whether the archive says that it was added on Windows.
+
+    Raises:
+        ValueError: Some were and some were not, so that it cannot be told.
+    """
+    first = next((name for name in names if "\\" in name), None)
+    if first is None:
+        return False
+    if not any("/" in name.removeprefix("./") for name in names):
+        return True
+    if any(windows) and not all(windows):
+        raise ValueError(
+            f"{where}: cannot tell whether the backslash in '{printable(first)}' separates "
+            "folders: only some of the members were added on Windows; archive the files again"
+        )
+    return any(windows)
+
+
+def tidy_name(where: str, name: str, backslash: bool) -> str:
+    """One name in the spelling of this module.
+
+    Args:
+        where: The archive, for messages.
+        name: The name as written.
+        backslash: Whether a backslash separates folders.
+
+    Raises:
+        ValueError: It is empty, has a NUL, or steps back (`..`) behind its beginning.
+    """
+    if not _ODD.search(name):
+        return name
+    parts = re.split(r"[/\\]" if backslash else "/", name)
+    if backslash and _DRIVE.fullmatch(parts[0]):
+        del parts[0]
+    parts = [part for part in parts if part not in ("", ".")]
+    while parts and parts[0] == "..":
+        del parts[0]
+    if not parts or ".." in parts or "\0" in name:
+        raise ValueError(
+            f"{where}: has a member of the name '{printable(name)}', damaged or unsafe"
+        )
+    return unicodedata.normalize("NFC", "/".join(parts))
+
+
+def refuse_repeats(where: str, names: Iterable[str], written: Iterable[str]) -> None:
+    """Raise if two members have one name, also where they were written differently."""
+    seen: dict[str, str] = {}
+    for name, spelling in zip(names, written, strict=True):
+        if name in seen:
+            spellings = "" if seen[name] == spelling else f", once as {ascii(spelling)}"
+            raise ValueError(
+                f"{where}: holds '{printable(name)}' twice{spellings}: which of them counts cannot "
+                "be told"
+            )
+        seen[name] = spelling
+
+
+def link_target(name: str, target: str) -> str | None:
+    """The member that a symbolic link means; None outside of the archive.
+
+    Args:
+        name: Name of the link, tidied.
+        target: What it holds.
+    """
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+    outside = path.startswith(("/", "../")) or path in ("..", ".")
+    return None if outside else unicodedata.normalize("NFC", path)
+
+
+def resolve_links(
+    where: str,
+    files: Mapping[str, object],
+    links: Mapping[str, str | None],
+    wanted: Callable[[str], bool],
+) -> dict[str, str]:
+    """The file behind each wanted link.
+
+    Args:
+        where: The archive, for messages.
+        files: Its files by name.
+        links: For each link what it means, or None for something outside of the archive.
+        wanted: Whether a file of some name may be read.
+
+    Raises:
+        ValueError: A wanted link leads to no file of the archive, or a link leads to a folder
+            of it, whose files would count under two names.
+    """
+    found: dict[str, str] = {}
+    folders = {folder for name in files for folder in _folders(name)} if links else set()
+    for link in links:
+        target: str | None = link
+        for _ in range(_MAX_LINKS):
+            if target not in links:
+                break
+            target = links[target]
+        if wanted(link):
+            if target not in files:
+                meant = links[link]
+                shown = "something outside" if meant is None else f"'{printable(meant)}'"
+                raise ValueError(
+                    f"{where}: '{printable(link)}' is a link to {shown}, which is no file of the "
+                    "archive: archive the files that links lead to"
+                )
+            found[link] = str(target)
+        elif target in folders:
+            raise ValueError(
+                f"{where}: '{printable(link)}' is a link to the folder '{printable(str(target))}': "
+                "archive the files that links lead to"
+            )
+    return found
+
+
+def _folders(name: str) -> Iterable[str]:
+    while name := posixpath.dirname(name):
+        yield name
