@@ -117,7 +117,8 @@ def resolve_links(
             of it, whose files would count under two names.
     """
     found: dict[str, str] = {}
-    folders = {folder for name in files for folder in _folders(name)} if links else set()
+    names = [*files, *links] if links else []
+    folders = {folder for name in names for folder in _folders(name)}
     for link in links:
         target: str | None = link
         for _ in range(_MAX_LINKS):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pyflocality.sources.archive_names import backslash_separates, tidy_name
+from pyflocality.sources.archive_names import tidy_name
 from pyflocality.sources.left_out import LeftOut
 from pyflocality.sources.trees import Tree
 
@@ -48,7 +48,7 @@ def described_labels(tree: Tree, description: str, images: Sequence[str]) -> np.
         ) from error
     if pairs is None:
         return None
-    table = _table(where, root, pairs)
+    table = _table(tree, where, root, pairs)
     labels = np.array([_class_of(where, name, table.get(name)) for name in images], np.int64)
     left_out = LeftOut(where)
     for name in table:
@@ -58,13 +58,14 @@ def described_labels(tree: Tree, description: str, images: Sequence[str]) -> np.
     return labels
 
 
-def _table(where: str, root: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _table(tree: Tree, where: str, root: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
     """The class of each file by its name in the tree."""
-    written = [name for name, _ in pairs]
-    backslash = backslash_separates(where, written, [False] * len(written))
     table: dict[str, object] = {}
     for name, label in pairs:
-        tidied = root + tidy_name(where, name, backslash)
+        tidied = root + tidy_name(where, name, backslash=False)
+        # Tools on Windows write backslashes here, too.
+        if tidied not in tree.files and "\\" in name:
+            tidied = root + tidy_name(where, name, backslash=True)
         if table.setdefault(tidied, label) != label:
             raise ValueError(
                 f"{where}: gives {tidied!r} two classes, {table[tidied]!r} and {label!r}"

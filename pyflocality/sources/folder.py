@@ -49,13 +49,13 @@ class Selection:
 
 def load_folder(path: Path, request: Request) -> Loaded:
     """Load the images below a folder."""
-    with folder_tree(path, _is_wanted) as tree:
+    with folder_tree(path, is_wanted) as tree:
         return _load(tree, path.resolve().name, request)
 
 
 def load_zip(path: Path, request: Request) -> Loaded:
     """Load the images inside a zip archive."""
-    with zip_tree(path, _is_wanted) as tree:
+    with zip_tree(path, is_wanted) as tree:
         return _load(tree, path.name, request)
 
 
@@ -63,9 +63,9 @@ def load_zip(path: Path, request: Request) -> Loaded:
 def open_files(path: Path, request: Request) -> Iterator[LabelledFiles]:
     """The images of a folder or a zip archive, still encoded."""
     tree_of = zip_tree if path.is_file() else folder_tree
-    with tree_of(path, _is_wanted) as tree:
-        selection = _select(tree, request.split)
-        labels, label_names = _labels(tree, selection)
+    with tree_of(path, is_wanted) as tree:
+        selection = select(tree, request.split)
+        labels, label_names = labels_of(tree, selection)
         fingerprint = {"tree": tree.fingerprint, "files": sorted(tree.files.items())}
         files = _image_files(tree, selection)
         yield LabelledFiles(files, path.resolve().name, labels, label_names, fingerprint)
@@ -85,8 +85,8 @@ def _load(tree: Tree, name: str, request: Request) -> Loaded:
     cached = cache.find(source, request)
     if cached is not None:
         return cached
-    selection = _select(tree, request.split)
-    labels, label_names = _labels(tree, selection)
+    selection = select(tree, request.split)
+    labels, label_names = labels_of(tree, selection)
     source = replace(source, labels=labels, label_names=label_names)
     files = _image_files(tree, selection)
     try:
@@ -95,18 +95,20 @@ def _load(tree: Tree, name: str, request: Request) -> Loaded:
         return cache.run_job(decode_job(files, request, colour=True), source, request)
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file of this name, with slashes between folders, is taken for an image."""
     hidden = name.startswith((".", "__MACOSX/")) or "/." in name or "/__MACOSX/" in name
     return not hidden and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def _is_wanted(name: str) -> bool:
-    return _is_image(name) or name.rsplit("/", 1)[-1] == dataset_json.NAME
+def is_wanted(name: str) -> bool:
+    """Whether a file of this name is read."""
+    return is_image(name) or name.rsplit("/", 1)[-1] == dataset_json.NAME
 
 
-def _select(tree: Tree, split: str | None) -> Selection:
-    """Strip enclosing folders and choose the split."""
-    names = [name for name in tree.files if _is_image(name)]
+def select(tree: Tree, split: str | None) -> Selection:
+    """Which images make up the set: those of one split, without enclosing folders."""
+    names = [name for name in tree.files if is_image(name)]
     if not names:
         raise ValueError(f"{tree.where}: holds no images ({', '.join(sorted(SUFFIXES))})")
     root, split_found = "", False
@@ -132,7 +134,8 @@ def _select(tree: Tree, split: str | None) -> Selection:
     return Selection(sorted(names, key=lambda name: name.split("/")), root)
 
 
-def _labels(tree: Tree, selection: Selection) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+def labels_of(tree: Tree, selection: Selection) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Class of each selected image and names of the classes, as far as they are known."""
     # The nearest one counts, in the folder of the images or in one around it.
     root = selection.root
     while f"{root}{dataset_json.NAME}" not in tree.files and root:
