@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def printable(text: str) -> str:
     r"""Text with everything that does not show on a terminal as a visible escape.
@@ -16,3 +19,16 @@ def printable(text: str) -> str:
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
         for char in text
     )
+
+
+@contextmanager
+def printable_errors() -> Iterator[None]:
+    """Errors of the block get messages fit to be shown, whatever names are in them."""
+    try:
+        yield
+    except Exception as error:
+        error.args = tuple(
+            printable(argument) if isinstance(argument, str) else argument
+            for argument in error.args
+        )
+        raise

@@ -23,6 +23,7 @@ from pyflocality._augmentation import Augmentation, check_augmentation, copies_o
 from pyflocality._checks import describe
 from pyflocality._mapped import read_checked, remember
 from pyflocality._shards import ranks_of
+from pyflocality._text import printable, printable_errors
 from pyflocality.sources.base import MappedImages, Request
 from pyflocality.sources.validation import (
     as_image_tensor,
@@ -170,14 +171,14 @@ class TrainingSet:
         from pyflocality.sources.registry import open_source
 
         request = Request.checked(resolution, channels, split, cache_dir, progress)
-        loaded = open_source(source, request)
-        remember(loaded.images)
-        try:
-            data = cls(
-                loaded.images, loaded.labels, name=loaded.name, label_names=loaded.label_names
-            )
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{os.fspath(source)}: {error}") from error
+        with printable_errors():
+            loaded = open_source(source, request)
+            remember(loaded.images)
+            name = printable(loaded.name)
+            try:
+                data = cls(loaded.images, loaded.labels, name=name, label_names=loaded.label_names)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{os.fspath(source)}: {error}") from error
         data._mapped = loaded.mapped
         return data
 

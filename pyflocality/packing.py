@@ -22,8 +22,9 @@ from typing import IO, Any
 import numpy as np
 
 from pyflocality._json import sealed
-from pyflocality._paths import checked_path
+from pyflocality._paths import checked_path, regular_file
 from pyflocality._progress import progress_bar
+from pyflocality._text import printable_errors
 from pyflocality.sources import cache, folder, hub_dataset, tar_shards
 from pyflocality.sources.base import Request
 from pyflocality.sources.images import ColourFoundError, LabelledFiles, decode_from, decode_job
@@ -83,7 +84,7 @@ def pack(
     """
     request = Request.checked(resolution, channels, split, None, progress)
     path, target = checked_path(source, "source"), checked_path(out, "out")
-    with _open(path, request) as files:
+    with printable_errors(), _open(path, request) as files:
         if sort_by_label:
             files = _sorted_by_label(files)
         asked = [resolution, channels, split] + ["sorted by label"] * sort_by_label
@@ -111,27 +112,27 @@ def verify(out: str | os.PathLike[str], *, progress: bool = True) -> None:
         ValueError: The set is damaged; the message tells which images.
     """
     target = checked_path(out, "out")
-    manifest = read_manifest(target)
-    path, blocks = target / IMAGES, manifest["blocks_crc32"]
-    if path.stat().st_size != manifest["bytes"]:
-        raise ValueError(
-            f"{path}: damaged: has {path.stat().st_size} bytes, expected {manifest['bytes']}"
-        )
-    with open(path, "rb") as file:
-        _compare(file, manifest["shape"], manifest["images_per_block"], blocks, progress)
+    with printable_errors():
+        manifest = read_manifest(target)
+        path, blocks = target / IMAGES, manifest["blocks_crc32"]
+        size = regular_file(path).st_size
+        if size != manifest["bytes"]:
+            raise ValueError(f"{path}: damaged: has {size} bytes, expected {manifest['bytes']}")
+        with open(path, "rb") as file:
+            _compare(file, manifest["shape"], manifest["images_per_block"], blocks, progress)
 
 
 def _open(path: Path, request: Request) -> AbstractContextManager[LabelledFiles]:
     if not path.exists():
         raise ValueError(f"`source` must be the path of a folder or an archive, got {str(path)!r}")
+    if not path.is_dir():
+        regular_file(path)
+    if tar_shards.find_shards(path):
+        return tar_shards.open_files(path, request)
     if hub_dataset.is_dataset(path):
         return hub_dataset.open_files(path, request)
-    if path.is_dir() or path.suffix.lower() == ".tar":
-        if tar_shards.find_shards(path):
-            return tar_shards.open_files(path, request)
     if path.is_dir() or path.suffix.lower() == ".zip":
         return folder.open_files(path, request)
-    tar_shards.find_shards(path)
     raise ValueError(
         f"{path}: not a format that is packed; `source` must be a folder or .zip of images, tar "
         "shards or a dataset's folder"

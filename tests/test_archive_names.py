@@ -196,7 +196,7 @@ TWICE = [
 
 
 @pytest.mark.parametrize(("first", "second"), TWICE)
-@pytest.mark.parametrize("kind", ["zip"])
+@pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_two_names_that_are_one_are_refused(tmp_path, kind, first, second):
     members = [(first, PNG[0]), (second, PNG[1])]
     if kind == "zip":
@@ -254,6 +254,15 @@ def test_a_name_that_ends_at_a_nul_is_refused(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"a.png_.txt", b"a.png\0.txt"))
     with pytest.raises(ValueError, match=r"set\.zip: has a member of the name 'a\.png\\x00\.txt'"):
         load(path)
+
+
+@pytest.mark.parametrize("names", WRITTEN.values(), ids=WRITTEN)
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_classes_of_a_tar_however_they_are_written(tmp_path, names, form):
+    path = write_tar(tmp_path / "set.tar", zip(names, PNG, strict=False), format=form)
+    data = load(pack(path, tmp_path / "out", progress=False))
+    assert_images(data, GREY[:3, None])
+    assert classes(data) == ["cat", "cat", "dog"]
 
 
 # Encodings of names in zips

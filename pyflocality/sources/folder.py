@@ -120,7 +120,7 @@ def select(tree: Tree, split: str | None) -> Selection:
             chosen = choose_split(split, tops, tree.where)
             names = [name for name in names if name.startswith(f"{root}{chosen}/")]
             split_found = True
-        elif len(tops) == 1 and all(len(part) > 2 for part in parts):
+        elif len(tops) == 1 and nested and _encloses(tree, f"{root}{tops[0]}/", parts):
             chosen = tops[0]
         else:
             break
@@ -132,6 +132,11 @@ def select(tree: Tree, split: str | None) -> Selection:
             f"train, test or val; it holds {found}"
         )
     return Selection(sorted(names, key=lambda name: name.split("/")), root)
+
+
+def _encloses(tree: Tree, folder: str, parts: list[list[str]]) -> bool:
+    """Whether the only folder encloses a set, rather than being its only class."""
+    return all(len(part) > 2 for part in parts) or f"{folder}{dataset_json.NAME}" in tree.files
 
 
 def labels_of(tree: Tree, selection: Selection) -> tuple[np.ndarray | None, tuple[str, ...] | None]:

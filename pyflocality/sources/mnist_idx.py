@@ -7,16 +7,22 @@ dimension as a big-endian 32-bit number; the values follow.
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
+from pyflocality._paths import regular_file
 from pyflocality.sources.arrays import convert
 from pyflocality.sources.base import Loaded, MappedImages, Request, choose_split, refuse_split
 
 _IMAGE_FILE = re.compile(r"(.*?)-?images[-.]idx3-ubyte(\.gz)?")
+# What DEFLATE can make of a byte at the most.
+_MAX_RATIO = 1032
+_PIECE = 2**24
 _PREFIXES = {"train": "train", "t10k": "test", "test": "test"}
 
 
@@ -68,39 +74,60 @@ def _labels_path(path: Path) -> Path | None:
     plain = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
     for name in (plain, f"{plain}.gz"):
         candidate = path.with_name(name)
-        if candidate.is_file() and candidate != path:
+        # What is there and cannot be read must not count as absent.
+        if os.path.lexists(candidate) and candidate != path:
             return candidate
     return None
 
 
 def _read(path: Path, dimensions: int) -> np.ndarray:
     """Values of an idx file, mapped into memory unless they are gzipped."""
+    size = regular_file(path).st_size
     zipped = path.suffix == ".gz"
+    start = 4 + 4 * dimensions
     try:
-        if zipped:
-            with gzip.open(path) as file:
-                content = file.read()
-            size = len(content)
-        else:
-            with open(path, "rb") as file:
-                content = file.read(4 + 4 * dimensions)
-            size = path.stat().st_size
+        with gzip.open(path) if zipped else open(path, "rb") as file:
+            shape = _read_header(file, path, dimensions)
+            values = int(np.prod(shape, dtype=object))
+            if not zipped and size != start + values:
+                raise _wrong_size(path, shape, start + values, f"it has {size}")
+            if zipped and start + values > _MAX_RATIO * size:
+                raise _wrong_size(path, shape, start + values, f"{size} bytes cannot expand to it")
+            if zipped or dimensions == 1 or values == 0:
+                return _read_values(file, path, shape, start)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
+    return np.memmap(path, np.uint8, "c", start, shape)
+
+
+def _read_header(file: IO[bytes], path: Path, dimensions: int) -> tuple[int, ...]:
+    """The shape that the values behind the header have."""
     start = 4 + 4 * dimensions
+    content = file.read(start)
     if len(content) < start or content[:4] != bytes([0, 0, 8, dimensions]):
         raise ValueError(
             f"{path}: not an idx file of unsigned bytes in {dimensions} dimensions: it starts "
             f"with {content[:4].hex(' ') or 'nothing'}"
         )
-    shape = tuple(int(length) for length in np.frombuffer(content, ">u4", dimensions, 4))
-    expected = start + int(np.prod(shape, dtype=object))
-    if size != expected:
-        raise ValueError(
-            f"{path}: its header announces {'x'.join(map(str, shape))} values, {expected} bytes "
-            f"in all, but it has {size}"
-        )
-    if zipped or dimensions == 1 or 0 in shape:
-        content = content if zipped else path.read_bytes()
-        return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
-    return np.memmap(path, np.uint8, "c", start, shape)
+    return tuple(int(length) for length in np.frombuffer(content, ">u4", dimensions, 4))
+
+
+def _read_values(file: IO[bytes], path: Path, shape: tuple[int, ...], start: int) -> np.ndarray:
+    """Exactly the values that the header announces, and the end of the file behind them."""
+    values = np.empty(shape, np.uint8)
+    rest, found = memoryview(values.reshape(-1)), 0
+    while found < len(rest) and (count := file.readinto(rest[found : found + _PIECE])):
+        found += count
+    # Reading the end also compares the checksum of a gzipped file.
+    more = len(file.read(1))
+    if found < len(rest) or more:
+        has = f"it has {start + found + more}" + " at least" * more
+        raise _wrong_size(path, shape, start + len(rest), has)
+    return values
+
+
+def _wrong_size(path: Path, shape: tuple[int, ...], expected: int, found: str) -> ValueError:
+    return ValueError(
+        f"{path}: its header announces {'x'.join(map(str, shape))} values, {expected} bytes in "
+        f"all, but {found}"
+    )

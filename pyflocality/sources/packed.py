@@ -34,6 +34,7 @@ from pyflocality._json import (
     shape,
     unsealed,
 )
+from pyflocality._paths import regular_file
 from pyflocality.sources import cache
 from pyflocality.sources.arrays import convert
 from pyflocality.sources.base import Loaded, MappedImages, Request, refuse_split
@@ -62,6 +63,8 @@ def is_packed(path: Path) -> bool:
 
 
 def _looks_like_manifest(path: Path) -> bool:
+    if not path.is_file():
+        return False
     try:
         with open(path, "rb") as file:
             return FORMAT.encode() in file.read(100)
@@ -132,6 +135,7 @@ def load_packed(folder: Path, request: Request) -> Loaded:
 
 
 def _open_images(path: Path, manifest: dict[str, Any]) -> np.memmap:
+    regular_file(path)
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size != manifest["bytes"]:
@@ -150,6 +154,7 @@ def _read_labels(folder: Path, manifest: dict[str, Any]) -> np.ndarray | None:
     if manifest["labels_crc32"] is None:
         return None
     path = folder / LABELS
+    regular_file(path)
     try:
         content = path.read_bytes()
         if zlib.crc32(content) != manifest["labels_crc32"]:

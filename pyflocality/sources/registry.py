@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pyflocality._checks import describe
-from pyflocality._paths import checked_path
+from pyflocality._paths import checked_path, regular_file
 from pyflocality.sources import arrays, builtin, cifar, folder, mnist_idx, packed
 from pyflocality.sources.base import Loaded, Request
 
@@ -41,6 +41,7 @@ def open_source(source: str | os.PathLike[str], request: Request) -> Loaded:
         )
     if path.is_dir():
         return _open_folder(path, request)
+    regular_file(path)
     suffix = path.suffix.lower()
     if suffix == ".zip":
         return folder.load_zip(path, request)
