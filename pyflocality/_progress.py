@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from contextlib import suppress
+from typing import Any, TextIO, TypeVar
+
+from pyflocality._text import printable
 
 T = TypeVar("T")
+# Quick jobs stay silent.
+_DELAY_SECONDS = 0.5
 
 
 def progress_bar(
@@ -13,7 +19,8 @@ def progress_bar(
 ) -> Iterator[T]:
     """Iterate over `items` behind a progress bar on standard error.
 
-    The bar shows once a job has run for half a second, so quick jobs stay silent.
+    The bar shows once a job has run for half a second, so quick jobs stay silent. Where standard
+    error is missing, closed or full, there is no bar.
 
     Args:
         items: What to iterate over.
@@ -21,9 +28,36 @@ def progress_bar(
         total: Number of items, where `len(items)` cannot tell.
         enabled: False iterates silently.
     """
-    if not enabled:
+    if not enabled or sys.stderr is None:
         yield from items
         return
     from tqdm.auto import tqdm
 
-    yield from tqdm(items, desc=description, total=total, delay=0.5)
+    yield from tqdm(
+        items,
+        desc=printable(description),
+        total=total,
+        delay=_DELAY_SECONDS,
+        file=_Forgiving(sys.stderr),
+    )
+
+
+class _Forgiving:
+    """A stream for a bar, which is not worth ending a job for."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Write what can be written."""
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        """Show it."""
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        """Everything else is the stream's."""
+        return getattr(self._stream, name)

@@ -5,7 +5,8 @@
 
 Every command answers a mistake with one line on standard error. Exit codes: 0 done, 1 this
 machine cannot do it (missing package, backend, memory, disk), 2 wrong arguments or inputs,
-130 interrupted.
+128 + n ended by signal n (130 interrupted). What cannot be written to standard output or standard
+error changes none of them, but for an answer that is asked for there (`--json`, `plan`, `doctor`).
 """
 
 from __future__ import annotations
@@ -20,17 +21,27 @@ from pyflocality.cli._analysis import memorize, sensitivity, spectrum
 from pyflocality.cli._bench import bench
 from pyflocality.cli._compare import compare
 from pyflocality.cli._doctor import doctor
+from pyflocality.cli._errors import in_one_line
 from pyflocality.cli._generate import generate
 from pyflocality.cli._moments import moments
 from pyflocality.cli._pack import pack
 from pyflocality.cli._plan import plan
-from pyflocality.cli._ranks import one_voice
+from pyflocality.cli._ranks import in_job, one_voice
 from pyflocality.cli._reproduce import reproduce
+from pyflocality.cli._signals import ended_by_signals
+from pyflocality.cli._streams import (
+    answer,
+    forgiving_streams,
+    occupy_standard_descriptors,
+    tell,
+)
+
+# What typer raises for words that it cannot read, whichever click it goes by.
+_Mistake = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="pyflocality",
     help="Exact, training-free diffusion models straight from a set of images.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -54,7 +65,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from pyflocality._version import __version__
 
-        typer.echo(f"pyflocality {__version__}")
+        answer(f"pyflocality {__version__}", only_here=False)
         raise typer.Exit
 
 
@@ -83,9 +94,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         try:
-            app(args=words, prog_name="pyflocality")
-        except SystemExit as stop:
-            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        return 0
+            code = app(args=words or ["--help"], prog_name="pyflocality", standalone_mode=False)
+        except _Mistake as mistake:
+            return _refused(mistake)
+        if not words:
+            return 2
+        # A command that ends by itself has none.
+        return code if isinstance(code, int) else 0
 
-    return one_voice(run) if words[:1] == ["generate"] else run()
+    if arguments is None:
+        occupy_standard_descriptors()
+    with forgiving_streams():
+        # torchrun tells its ranks when to end: see `joined`.
+        if in_job():
+            return one_voice(run) if words[:1] == ["generate"] else run()
+        with ended_by_signals():
+            return run()
+
+
+def _refused(mistake: Exception) -> int:
+    """Tell in one line what is wrong with the words of a command; the exit code."""
+    message, context = in_one_line(mistake.format_message()), getattr(mistake, "ctx", None)
+    hint = "" if context is None else f" (see {context.command_path} --help)"
+    tell(f"pyflocality: error: {message}{hint}")
+    return mistake.exit_code

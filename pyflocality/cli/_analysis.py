@@ -8,11 +8,11 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyflocality._paths import checked_path
 from pyflocality.cli import _generate_options as options
 from pyflocality.cli import _options as common
 from pyflocality.cli._denoisers import DenoiserOptions
@@ -20,8 +20,9 @@ from pyflocality.cli._errors import reported
 from pyflocality.cli._files import Outputs
 from pyflocality.cli._generate_options import Sampling
 from pyflocality.cli._models import complete_moments, given_options
-from pyflocality.cli._options import MODEL, SourceOptions
+from pyflocality.cli._options import MODEL, SourceOptions, given_path
 from pyflocality.cli._record import Stages, peak_memory_bytes, software
+from pyflocality.cli._streams import answer, listed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -309,8 +310,8 @@ def _run(
     command: str,
     source: SourceOptions,
     model: DenoiserOptions,
-    moments: Path | None,
-    out: Path,
+    moments: str | None,
+    out: str,
     work: Callable[[_Job], tuple[_Arrays, Figure, dict[str, Any]]],
     force: bool,
     as_json: bool,
@@ -324,14 +325,15 @@ def _run(
     _need("matplotlib", "plot")
     source.check()
     model.check()
+    folder, file = checked_path(out, "out"), given_path(moments, "moments")
     picture, arrays_file, record_file = (
-        out / name for name in (f"{command}.png", f"{command}.npz", "run.json")
+        folder / name for name in (f"{command}.png", f"{command}.npz", "run.json")
     )
     start = time.perf_counter()
     stages = Stages(announce=progress)
     files = [picture, arrays_file, record_file]
     with Outputs(files, force=force) as outputs, trace_backends() as backends:
-        given = None if moments is None else Moments.load(moments)
+        given = None if file is None else Moments.load(file)
         with stages("load", f"loading {source.source}"):
             data = source.load(progress=progress)
         job = _Job(data, given, stages)
@@ -355,9 +357,9 @@ def _run(
         outputs.temporary[record_file].write_text(text + "\n", encoding="utf-8")
         outputs.commit()
     if as_json:
-        typer.echo(text)
+        answer(text, only_here=True)
     else:
-        typer.echo(f"{record['seconds']['total']:.1f} s: {', '.join(map(str, files))}")
+        answer(f"{record['seconds']['total']:.1f} s: {listed(files)}", only_here=False)
 
 
 def _model(name: str, window: str | None, **others: object) -> DenoiserOptions:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +11,8 @@ import typer
 from pyflocality.cli import _options as common
 from pyflocality.cli._errors import reported
 from pyflocality.cli._files import Outputs
+from pyflocality.cli._options import given_path
+from pyflocality.cli._streams import answer, listed
 
 
 @reported()
@@ -27,8 +28,9 @@ def bench(
         bool, typer.Option("--list", help="Print the names of the cases and stop.")
     ] = False,
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
+            metavar="PATH",
             help="JSON file for all that was measured. Interrupted, a run with the same file goes "
             "on where it was.",
             rich_help_panel=common.OUTPUT,
@@ -49,30 +51,32 @@ def bench(
     from pyflocality.benchmarks.sets import BenchmarkSet
     from pyflocality.benchmarks.summary import table
 
+    file = given_path(out, "out")
     plan = QUICK if quick else FULL
     chosen = [case for case in cases(plan) if filter in case.id]
     if not chosen:
         raise ValueError(f"`filter` must be part of the name of a case (--list), got {filter!r}")
     if list_cases:
-        typer.echo("\n".join(case.id for case in chosen))
+        answer("\n".join(case.id for case in chosen), only_here=True)
         return
-    with nullcontext() if out is None else Outputs([out], force=force) as outputs:
+    with nullcontext() if file is None else Outputs([file], force=force) as outputs:
         report = run_suite(
             chosen,
             BenchmarkSet.build(plan.images, plan.shape, None),
             plan,
             quick=quick,
-            unfinished=None if out is None else unfinished_twin(out),
+            unfinished=None if file is None else unfinished_twin(file),
             progress=progress,
         )
         if outputs is not None:
-            write_json(report, outputs.temporary[out])
+            write_json(report, outputs.temporary[file])
             outputs.commit()
     if as_json:
-        typer.echo(json.dumps(report, indent=2))
+        answer(json.dumps(report, indent=2), only_here=True)
         return
-    typer.echo(table(report["results"], report["summary"]))
+    lines = [table(report["results"], report["summary"])]
     if quick:
-        typer.echo("quick: tiny sizes, the numbers mean little")
-    if out is not None:
-        typer.echo(f"written: {out}")
+        lines.append("quick: tiny sizes, the numbers mean little")
+    if file is not None:
+        lines.append(f"written: {listed([file])}")
+    answer("\n".join(lines), only_here=file is None)

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
+from pyflocality._paths import checked_path
 from pyflocality.cli import _generate_options as options
 from pyflocality.cli import _options as common
 from pyflocality.cli._denoisers import DENOISERS, DenoiserOptions, split_options
@@ -28,8 +27,9 @@ from pyflocality.cli._models import (
     neighbours_of,
     sampling_record,
 )
-from pyflocality.cli._options import SourceOptions
+from pyflocality.cli._options import SourceOptions, given_path
 from pyflocality.cli._record import ObservedDenoiser, Stages, software
+from pyflocality.cli._streams import answer, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,16 +112,16 @@ def compare(
         backend=backend,
         memory_budget=memory_budget,
     )
-    names = _names(methods)
+    names, folder = _names(methods), checked_path(out, "out")
     plan = Plan(
         SourceOptions(source, resolution, channels, split, label, device),
         split_options(names, given),
         names[0] if against is None else against,
         Sampling(n, steps, schedule.value, sampler.value, seed),
         flip,
-        moments,
+        given_path(moments, "moments"),
         memory_budget,
-        [out / name for name in _FILES],
+        [folder / name for name in _FILES],
         progress,
     )
     plan.check()
@@ -131,7 +131,7 @@ def compare(
         text = finished(record, start)
         outputs.temporary[plan.files[-1]].write_text(text + "\n", encoding="utf-8")
         outputs.commit()
-    typer.echo(text if as_json else _table(record, plan.files))
+    answer(text if as_json else _table(record, plan.files), only_here=as_json)
 
 
 def _names(methods: str) -> list[str]:
@@ -251,5 +251,5 @@ def _table(record: dict[str, Any], files: list[Path]) -> str:
     mse, r2 = _shown(record["nearest"])
     lines.append(f"{'nearest training images':<24}{mse:>9}{r2:>9}")
     lines.append(f"against {record['against']}, means of {record['sampling']['n']} images")
-    lines.append(", ".join(map(str, files)))
+    lines.append(listed(files))
     return "\n".join(lines)

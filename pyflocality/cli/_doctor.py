@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pyflocality.cli._errors import reported
+from pyflocality.cli._streams import answer
 
 
 @reported()
@@ -16,9 +17,11 @@ def doctor(
     """Show versions, the backends that can run here or why not, and the settings in force."""
     from pyflocality._config import configuration, format_configuration
 
+    found = configuration()
     if json:
         from json import dumps
 
-        typer.echo(dumps(configuration(), indent=2))
+        text = dumps(found, indent=2)
     else:
-        typer.echo(format_configuration(configuration()))
+        text = format_configuration(found)
+    answer(text, only_here=True)

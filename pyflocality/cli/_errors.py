@@ -11,6 +11,9 @@ from typing import ParamSpec
 
 import typer
 
+from pyflocality.cli._signals import last_word
+from pyflocality.cli._streams import tell
+
 P = ParamSpec("P")
 
 # Wrong arguments and inputs; everything else that is foreseen is the machine's fault.
@@ -46,20 +49,26 @@ def reported(**aliases: str) -> Callable[[Callable[P, None]], Callable[P, None]]
                 warnings.showwarning = _show_warning
                 try:
                     command(*args, **kwargs)
-                except KeyboardInterrupt:
-                    typer.echo("pyflocality: interrupted", err=True)
-                    raise typer.Exit(130) from None
+                except KeyboardInterrupt as error:
+                    words, code = last_word(error)
+                    tell(f"pyflocality: {words}")
+                    raise typer.Exit(code) from None
                 except Exception as error:
                     code = _exit_code(error)
                     if code is None:
                         raise
                     line = _one_line(error, options)
-                    typer.echo(f"pyflocality: error: {line}", err=True)
+                    tell(f"pyflocality: error: {line}")
                     raise typer.Exit(code) from None
 
         return run
 
     return decorate
+
+
+def in_one_line(message: str) -> str:
+    """A message of several lines as one."""
+    return " ".join(message.split("\n"))
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -80,7 +89,7 @@ def _exit_code(error: Exception) -> int | None:
 def _one_line(error: Exception, options: Mapping[str, str]) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
-    text = " ".join(str(error).splitlines()) or type(error).__name__
+    text = in_one_line(str(error)) or type(error).__name__
     names = "|".join(map(re.escape, options))
     text = re.sub(rf"`({names})`", lambda match: f"`{options[match[1]]}`", text)
     # "pass resolution= to ..." and "pass channels=1 ..." advise a caller in Python.
@@ -92,4 +101,4 @@ def _one_line(error: Exception, options: Mapping[str, str]) -> str:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    typer.echo(f"pyflocality: warning: {message}", err=True)
+    tell(f"pyflocality: warning: {in_one_line(str(message))}")

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
+from pyflocality._paths import checked_path
 from pyflocality.cli import _generate_options as options
 from pyflocality.cli import _options as common
 from pyflocality.cli._checkpoint import KeptAnswers
@@ -29,9 +28,10 @@ from pyflocality.cli._models import (
     sampling_record,
     with_eigenvectors,
 )
-from pyflocality.cli._options import SourceOptions, parse_device
+from pyflocality.cli._options import SourceOptions, given_path, parse_device
 from pyflocality.cli._ranks import joined, split_in_force
 from pyflocality.cli._record import ObservedDenoiser, Stages, software
+from pyflocality.cli._streams import answer, listed
 
 if TYPE_CHECKING:
     from pyflocality import Moments, SampleResult, TrainingSet
@@ -197,10 +197,10 @@ def generate(
         None if subset is None else SubsetOptions(subset.value),
         Sampling(n, steps, schedule.value, sampler.value, seed),
         flip,
-        moments,
+        given_path(moments, "moments"),
         global_share,
         split_in_force(None if split_over is None else split_over.value),
-        out,
+        checked_path(out, "out"),
         individual,
         trajectory,
         nearest,
@@ -219,10 +219,10 @@ def generate(
             outputs.commit()
         kept.forget()
     if as_json:
-        typer.echo(text)
+        answer(text, only_here=True)
     else:
-        listed = ", ".join(str(path) for path in plan.files if path not in plan.singles)
-        typer.echo(f"{n} images in {time.perf_counter() - start:.1f} s: {listed}")
+        files = listed(plan.files[: -1 - len(plan.singles)] + plan.files[-1:])
+        answer(f"{n} images in {time.perf_counter() - start:.1f} s: {files}", only_here=False)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -43,8 +42,9 @@ SubsetName = _choice("SubsetName", list(SUBSETS))
 _DENOISERS_HELP = "; ".join(f"{name}: {entry.summary}" for name, entry in DENOISERS.items())
 
 Out = Annotated[
-    Path,
+    str,
     typer.Option(
+        metavar="PATH",
         help="Folder for the results; it is made if need be.",
         show_default=False,
         rich_help_panel=OUTPUT,
@@ -144,9 +144,10 @@ Flip = Annotated[
     ),
 ]
 MomentsFile = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--moments",
+        metavar="PATH",
         help="Moments of the set, as `pyflocality moments` writes them.",
         rich_help_panel=MODEL,
     ),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyflocality._paths import checked_path
 from pyflocality.cli._errors import reported
 from pyflocality.cli._files import Outputs
 from pyflocality.cli._options import (
@@ -21,8 +21,10 @@ from pyflocality.cli._options import (
     Source,
     SourceOptions,
     Split,
+    given_path,
 )
 from pyflocality.cli._record import Stages, peak_memory_bytes, software
+from pyflocality.cli._streams import answer, listed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,11 +39,17 @@ _DRAWN = 15
 def moments(
     source: Source,
     out: Annotated[
-        Path, typer.Option(help="File to write, in safetensors format.", show_default=False)
+        str,
+        typer.Option(
+            metavar="PATH", help="File to write, in safetensors format.", show_default=False
+        ),
     ],
     picture: Annotated[
-        Path | None,
-        typer.Option(help="Also draw the mean and the leading eigenvectors into this PNG file."),
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Also draw the mean and the leading eigenvectors into this PNG file.",
+        ),
     ] = None,
     resolution: Resolution = None,
     channels: Channels = None,
@@ -57,14 +65,15 @@ def moments(
     """
     from pyflocality import Moments, trace_backends
 
-    if picture is not None and picture.suffix.lower() != ".png":
-        raise ValueError(f"`picture` must end in .png, got {str(picture)!r}")
-    if picture is not None and os.path.realpath(picture) == os.path.realpath(out):
-        raise ValueError(f"`picture` must be another file than `out`, got {str(picture)!r} twice")
+    file, drawing = checked_path(out, "out"), given_path(picture, "picture")
+    if drawing is not None and drawing.suffix.lower() != ".png":
+        raise ValueError(f"`picture` must end in .png, got {picture!r}")
+    if drawing is not None and os.path.realpath(drawing) == os.path.realpath(file):
+        raise ValueError(f"`picture` must be another file than `out`, got {picture!r} twice")
     options = SourceOptions(source, resolution, channels, split, label)
     options.check()
     stages = Stages(announce=progress)
-    files = [out] if picture is None else [out, picture]
+    files = [file] if drawing is None else [file, drawing]
     with Outputs(files, force=force) as outputs, trace_backends() as backends:
         with stages("load", f"loading {source}"):
             data = options.load(progress=progress)
@@ -73,9 +82,9 @@ def moments(
         size = data.num_values
         with stages("eigenvectors", f"eigenvectors of the covariance ({size:,} x {size:,})"):
             found.eigh()
-        found.save(outputs.temporary[out], force=True)
-        if picture is not None:
-            draw_moments(found).save(outputs.temporary[picture])
+        found.save(outputs.temporary[file], force=True)
+        if drawing is not None:
+            draw_moments(found).save(outputs.temporary[drawing])
         outputs.commit()
     record = summary(found) | {
         "source": source,
@@ -85,7 +94,8 @@ def moments(
         "software": software(),
         "files": [str(path) for path in files],
     }
-    typer.echo(json.dumps(record, indent=2) if as_json else _table(record))
+    text = json.dumps(record, indent=2) if as_json else _table(record)
+    answer(text, only_here=as_json)
 
 
 def summary(moments: Moments) -> dict[str, Any]:
@@ -131,5 +141,5 @@ def _table(record: dict[str, Any]) -> str:
     for count, share in record["variance_share"].items():
         told = "-" if share is None else f"{share:.2%}"
         lines.append(f"  leading {count:>3}   {told}")
-    lines.append(f"written to {', '.join(record['files'])}")
+    lines.append(f"written to {listed(record['files'])}")
     return "\n".join(lines)

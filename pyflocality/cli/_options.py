@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from pyflocality._paths import checked_path
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +71,11 @@ Progress = Annotated[
         help="Say on standard error what is being done, with progress bars.", rich_help_panel=OUTPUT
     ),
 ]
+
+
+def given_path(text: str | None, name: str) -> Path | None:
+    """The path of an option, where it is given."""
+    return None if text is None else checked_path(text, name)
 
 
 @dataclass(frozen=True)

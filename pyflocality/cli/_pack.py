@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +11,7 @@ import typer
 from pyflocality.cli import _options as common
 from pyflocality.cli._errors import reported
 from pyflocality.cli._options import parse_resolution
+from pyflocality.cli._streams import answer, listed
 
 
 @reported()
@@ -25,9 +25,7 @@ def pack(
             show_default=False,
         ),
     ],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)
-    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
     resolution: common.Resolution = None,
     channels: common.Channels = None,
     split: common.Split = None,
@@ -49,7 +47,7 @@ def pack(
     from pyflocality.sources.packed import read_manifest
 
     start = time.perf_counter()
-    packing.pack(
+    folder = packing.pack(
         source,
         out,
         resolution=parse_resolution(resolution),
@@ -58,15 +56,17 @@ def pack(
         sort_by_label=sort_by_label,
         progress=progress,
     )
-    manifest = read_manifest(out)
+    manifest = read_manifest(folder)
     seconds = time.perf_counter() - start
     if as_json:
         names = ("name", "shape", "bytes", "label_names")
         record = {name: manifest[name] for name in names} | {"seconds": round(seconds, 4)}
-        typer.echo(json.dumps(record, indent=2))
+        answer(json.dumps(record, indent=2), only_here=True)
         return
     count, *shape = manifest["shape"]
     size = "x".join(map(str, shape))
-    typer.echo(
-        f"{count:,} images {size}, {manifest['bytes'] / 1e9:.2f} GB in {seconds:.1f} s: {out}"
+    answer(
+        f"{count:,} images {size}, {manifest['bytes'] / 1e9:.2f} GB in {seconds:.1f} s: "
+        f"{listed([folder])}",
+        only_here=False,
     )

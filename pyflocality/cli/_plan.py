@@ -11,6 +11,7 @@ import typer
 from pyflocality.cli import _generate_options as options
 from pyflocality.cli import _options as common
 from pyflocality.cli._errors import reported
+from pyflocality.cli._streams import answer
 
 
 @reported()
@@ -69,7 +70,7 @@ def plan(
             for model in models
         },
     }
-    typer.echo(json.dumps(record, indent=2) if as_json else _table(record))
+    answer(json.dumps(record, indent=2) if as_json else _table(record), only_here=True)
 
 
 def _checked_share(share: float) -> float:

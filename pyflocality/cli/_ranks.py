@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-import typer
+from pyflocality.cli._streams import tell
 
 if TYPE_CHECKING:
     from pyflocality._shards import Ranks
@@ -108,10 +108,9 @@ def _ended(run: Callable[[], int]) -> tuple[int, bool]:
     try:
         return run(), False
     except RankLostError as error:
-        typer.echo(
+        tell(
             f"pyflocality: error: {error}. Start the job again with the same options: it goes on "
-            "behind the last finished step",
-            err=True,
+            "behind the last finished step"
         )
         return 1, True
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-import typer
+from pyflocality.cli._streams import tell
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ class Stages:
     def __call__(self, name: str, message: str) -> Iterator[None]:
         """Time a block as a stage, or as one more piece of it."""
         if self.announce:
-            typer.echo(message, err=True)
+            tell(message)
         start = time.perf_counter()
         yield
         spent = time.perf_counter() - start

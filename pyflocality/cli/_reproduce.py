@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pyflocality._paths import checked_path
 from pyflocality.cli import _generate_options as options
 from pyflocality.cli import _options as common
 from pyflocality.cli._errors import reported
 from pyflocality.cli._options import MODEL
+from pyflocality.cli._streams import answer, listed
 
 
 @reported()
 def reproduce(
     source: common.Source,
     network: Annotated[
-        list[Path],
+        list[str],
         typer.Option(
+            metavar="PATH",
             help="Trained network, a .safetensors file of benchmarks.oracle. Given several "
             "times, each is a target, and windows are calibrated by the first.",
             show_default=False,
@@ -78,8 +80,8 @@ def reproduce(
         names = tuple(name.strip() for name in methods.split(","))
     plan = table.Plan(
         source,
-        tuple(network),
-        out,
+        tuple(checked_path(file, "network") for file in network),
+        checked_path(out, "out"),
         threshold,
         samples,
         seed,
@@ -92,6 +94,7 @@ def reproduce(
     )
     record = table.reproduce(plan)
     if as_json:
-        typer.echo(json.dumps(record, indent=2, allow_nan=False))
+        text = json.dumps(record, indent=2, allow_nan=False)
     else:
-        typer.echo(table.markdown(record) + "\n" + ", ".join(map(str, plan.files)))
+        text = table.markdown(record) + "\n" + listed(plan.files)
+    answer(text, only_here=as_json)
