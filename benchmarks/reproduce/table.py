@@ -6,7 +6,7 @@ import functools
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,8 @@ def reproduce(plan: Plan) -> dict[str, Any]:
     """
     plan.check()
     start, stages = time.perf_counter(), Stages(announce=plan.progress)
-    with Outputs(plan.files, force=plan.force) as outputs:
+    asked = {"command": "reproduce", **asdict(plan), "force": None, "progress": None}
+    with Outputs(plan.files, force=plan.force, folder=plan.out, run=asked) as outputs:
         with stages("load", f"loading {plan.source}"):
             data = methods.load_mixed(plan.source, progress=plan.progress)
             trained = networks.check_networks(plan.networks, data.image_shape)

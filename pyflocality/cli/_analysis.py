@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -118,8 +118,10 @@ def sensitivity(
         told = {"pixels": [list(p) for p in run.pixels], "sampling": asdict(sampling)}
         return arrays, figures.sensitivity_figure(runs), told
 
-    source_options = SourceOptions(source, resolution, channels, split, label)
-    _run("sensitivity", source_options, model, moments, out, work, force, as_json, progress)
+    images = SourceOptions(source, resolution, channels, split, label)
+    settings = asdict(sampling) | {"pixel": pixel}
+    plan = _Plan("sensitivity", images, model, moments, settings, out, force, as_json, progress)
+    _run(plan, work)
 
 
 @reported(mask_threshold="threshold")
@@ -200,8 +202,10 @@ def spectrum(
         }
         return arrays, figures.spectrum_figure(spectra), told
 
-    source_options = SourceOptions(source, resolution, channels, split, label)
-    _run("spectrum", source_options, model, moments, out, work, force, as_json, progress)
+    images = SourceOptions(source, resolution, channels, split, label)
+    settings = asdict(sampling) | {"t": times, "k": k, "image": image}
+    plan = _Plan("spectrum", images, model, moments, settings, out, force, as_json, progress)
+    _run(plan, work)
 
 
 @reported(mask_threshold="threshold")
@@ -279,8 +283,10 @@ def memorize(
         }
         return arrays, figures.memorization_figure({model.name: curve}), told
 
-    source_options = SourceOptions(source, resolution, channels, split, label)
-    _run("memorize", source_options, model, None, out, work, force, as_json, progress)
+    images = SourceOptions(source, resolution, channels, split, label)
+    settings = asdict(sampling) | {"sizes": counts}
+    plan = _Plan("memorize", images, model, None, settings, out, force, as_json, progress)
+    _run(plan, work)
 
 
 class _Job:
@@ -306,36 +312,50 @@ class _Job:
         return model.build(self.data, self.moments() if needs else None)
 
 
-def _run(
-    command: str,
-    source: SourceOptions,
-    model: DenoiserOptions,
-    moments: str | None,
-    out: str,
-    work: Callable[[_Job], tuple[_Arrays, Figure, dict[str, Any]]],
-    force: bool,
-    as_json: bool,
-    progress: bool,
-) -> None:
+@dataclass(frozen=True)
+class _Plan:
+    """What to read, what to do and where to write."""
+
+    command: str
+    source: SourceOptions
+    model: DenoiserOptions
+    moments: str | None
+    settings: dict[str, Any]
+    out: str
+    force: bool
+    as_json: bool
+    progress: bool
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What tells one run from another."""
+        return asdict(self) | {"force": None, "as_json": None, "progress": None}
+
+
+def _run(plan: _Plan, work: Callable[[_Job], tuple[_Arrays, Figure, dict[str, Any]]]) -> None:
     """Check, load, work and write: the picture, the arrays and the record."""
     import numpy as np
 
     from pyflocality import Moments, trace_backends
 
     _need("matplotlib", "plot")
-    source.check()
-    model.check()
-    folder, file = checked_path(out, "out"), given_path(moments, "moments")
+    plan.source.check()
+    plan.model.check()
+    command, model = plan.command, plan.model
+    folder, moments = checked_path(plan.out, "out"), given_path(plan.moments, "moments")
     picture, arrays_file, record_file = (
         folder / name for name in (f"{command}.png", f"{command}.npz", "run.json")
     )
     start = time.perf_counter()
-    stages = Stages(announce=progress)
+    stages = Stages(announce=plan.progress)
     files = [picture, arrays_file, record_file]
-    with Outputs(files, force=force) as outputs, trace_backends() as backends:
-        given = None if file is None else Moments.load(file)
-        with stages("load", f"loading {source.source}"):
-            data = source.load(progress=progress)
+    with (
+        Outputs(files, force=plan.force, folder=folder, run=plan.asked) as outputs,
+        trace_backends() as backends,
+    ):
+        given = None if moments is None else Moments.load(moments)
+        with stages("load", f"loading {plan.source.source}"):
+            data = plan.source.load(progress=plan.progress)
         job = _Job(data, given, stages)
         arrays, figure, told = work(job)
         figure.savefig(outputs.temporary[picture], dpi=120)
@@ -343,7 +363,7 @@ def _run(
             np.savez_compressed(file, **arrays)
         record = {
             "command": command,
-            "source": asdict(source),
+            "source": asdict(plan.source),
             "data": {"name": data.name, "images": len(data), "image_shape": [*data.image_shape]},
             "denoiser": {"name": model.name, **model.given},
             **told,
@@ -356,7 +376,7 @@ def _run(
         text = json.dumps(record, indent=2, allow_nan=False)
         outputs.temporary[record_file].write_text(text + "\n", encoding="utf-8")
         outputs.commit()
-    if as_json:
+    if plan.as_json:
         answer(text, only_here=True)
     else:
         answer(f"{record['seconds']['total']:.1f} s: {listed(files)}", only_here=False)

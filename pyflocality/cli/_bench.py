@@ -59,7 +59,8 @@ def bench(
     if list_cases:
         answer("\n".join(case.id for case in chosen), only_here=True)
         return
-    with nullcontext() if file is None else Outputs([file], force=force) as outputs:
+    asked = {"command": "bench", "quick": quick, "filter": filter}
+    with nullcontext() if file is None else Outputs([file], force=force, run=asked) as outputs:
         report = run_suite(
             chosen,
             BenchmarkSet.build(plan.images, plan.shape, None),

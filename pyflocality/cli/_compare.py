@@ -126,7 +126,8 @@ def compare(
     )
     plan.check()
     start = time.perf_counter()
-    with Outputs(plan.files, force=force) as outputs:
+    asked = {"command": "compare", **asdict(plan), "progress": None}
+    with Outputs(plan.files, force=force, folder=folder, run=asked) as outputs:
         record = _run(plan, outputs)
         text = finished(record, start)
         outputs.temporary[plan.files[-1]].write_text(text + "\n", encoding="utf-8")

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import errno
+import glob
+import hashlib
+import json
 import os
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
+
+from pyflocality._locks import HeldError, locked
+from pyflocality.cli._journal import BegunRun, Journal
+from pyflocality.cli._signals import uninterrupted
 
 # No space left, quota exceeded, file too large.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -17,49 +25,86 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class Outputs:
     """Files that appear together, when everything is done.
 
-    Entering the `with` block refuses files that are there already and proves that all can be
-    written, before any work. Inside it, write to `temporary[path]`, then call `commit`. Whatever
-    was not committed is gone after the block, and so are folders made for it.
+    Entering the `with` block refuses files that are there already, or that another process is
+    writing, and proves that all can be written, before any work. Inside it, write to
+    `temporary[path]`, then call `commit`. Whatever was not committed is gone after the block, and
+    so are folders made for it.
+
+    A process that is killed leaves hidden files, which the next one with the same outputs removes.
+    If it was killed while it gave its files their names, the next one gives them the rest, and may
+    replace them where it was asked for the same: nobody was told of them.
 
     Args:
         paths: Where the files go, in the order in which they appear.
         force: Whether files that are there may be replaced.
+        folder: The folder that all of them are in, where it is the run's own: one process at a
+            time writes into it. Without it one process at a time writes each of the files.
+        run: What is asked for, as JSON has it, but for `force`; what it has no word for, as text.
     """
 
-    def __init__(self, paths: Sequence[Path], *, force: bool) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        *,
+        force: bool,
+        folder: Path | None = None,
+        run: object = None,
+    ) -> None:
         self.paths, self.force = tuple(paths), force
-        self.temporary = {path: _hidden_twin(path) for path in self.paths}
+        key = hashlib.sha256(json.dumps(run, sort_keys=True, default=str).encode()).hexdigest()
+        self._run = BegunRun(uuid.uuid4().hex, key, force)
+        self.temporary = {path: _hidden_twin(path, self._run.id) for path in self.paths}
+        name = f".{self.paths[0].name}.run" if folder is None else ".pyflocality.run"
+        self._journal = Journal((folder or self.paths[0].parent) / name)
+        self._locks = [folder] if folder else [_lock_file(path) for path in self.paths]
         self._made: list[Path] = []
+        # Files that a killed process had just given their names when it was asked for the same.
+        self._own: set[Path] = set()
+        self._has_locks = self._committed = False
+        self._stack = ExitStack()
 
     def __enter__(self) -> Outputs:
         """Claim the files.
 
         Raises:
-            FileExistsError: A file is there and `force` is False.
+            FileExistsError: A file is there and `force` is False, or another process writes it.
             NotADirectoryError: What should be the folder of a file is none.
             OSError: A file cannot be written.
         """
-        there = [path for path in self.paths if os.path.lexists(path)]
-        for path in there:
+        for path in self.paths:
             if path.is_dir():
                 raise IsADirectoryError(f"{path} is a folder, expected the name of a file")
-        if there and not self.force:
-            listed = ", ".join(map(str, there))
-            raise FileExistsError(f"{listed}: already there; pass --force to replace")
         try:
             for path in self.paths:
                 self._make_folder(path.parent)
-                self.temporary[path].touch()
-        except OSError:
+            self._has_locks = all([self._lock(path) for path in self._locks])
+            if self._has_locks:
+                self._settle_killed_runs()
+            self._refuse_what_is_there()
+            if self._has_locks:
+                self._journal.begin(self._run)
+            for temporary in self.temporary.values():
+                temporary.touch()
+        except BaseException:
             self._clean()
             raise
         return self
 
     def commit(self) -> None:
-        """Give every file its name."""
-        for path, temporary in self.temporary.items():
-            os.replace(temporary, path)
-        self._made.clear()
+        """Give every file its name.
+
+        Raises:
+            FileExistsError: A file has appeared meanwhile and `force` is False.
+        """
+        results = {self._name(path): _state(twin) for path, twin in self.temporary.items()}
+        # Half of the files would be worth nothing.
+        with uninterrupted():
+            self._refuse_what_is_there()
+            if self._has_locks:
+                self._journal.rename(self._run, results)
+            for path, temporary in self.temporary.items():
+                os.replace(temporary, path)
+            self._committed = True
 
     def __exit__(
         self,
@@ -81,16 +126,92 @@ class Outputs:
             path.mkdir(exist_ok=True)
             self._made.append(path)
 
+    def _lock(self, path: Path) -> bool:
+        """Keep other processes away; whether that is possible here."""
+        try:
+            return self._stack.enter_context(locked(path))
+        except HeldError:
+            what = path if path.is_dir() else path.with_name(path.name[1 : -len(".lock")])
+            raise FileExistsError(f"{what}: another process is writing it") from None
+        except OSError as error:
+            # A hidden name would tell nobody which option is meant.
+            error.filename = str(path.parent)
+            raise
+
+    def _refuse_what_is_there(self) -> None:
+        there = [path for path in self.paths if os.path.lexists(path) and path not in self._own]
+        if there and not self.force:
+            listed = ", ".join(map(str, there))
+            raise FileExistsError(f"{listed}: already there; pass --force to replace")
+
+    def _settle_killed_runs(self) -> None:
+        """Finish the renaming that killed processes had begun, and remove what else they left."""
+        for run in self._journal.runs():
+            for path, state in self._renamed(run):
+                twin = _hidden_twin(path, run.id)
+                if _state(twin) == state and (
+                    run.force or path in self._own or not os.path.lexists(path)
+                ):
+                    os.replace(twin, path)
+                if _state(path) == state and run.key == self._run.key:
+                    self._own.add(path)
+            self._remove_temporary(run.id)
+
+    def _renamed(self, run: BegunRun) -> Iterator[tuple[Path, tuple[int, int]]]:
+        """The results that a run was giving their names, and their state."""
+        known = {self._name(path): path for path in self.paths}
+        for name, state in run.renaming.items():
+            # Beside ours, nothing but a name in this folder is taken from a file of others.
+            path = known.get(name, self._journal.path.with_name(Path(name).name))
+            if name == self._name(path):
+                yield path, state
+
+    def _name(self, path: Path) -> str:
+        """How the journal calls a file."""
+        return os.path.relpath(path, self._journal.path.parent)
+
+    def _remove_temporary(self, run: str) -> None:
+        folders = {self._journal.path.parent, *(path.parent for path in self.paths)}
+        for folder in folders:
+            # Those that other writers made of the temporary names, too.
+            for path in glob.glob(f"{glob.escape(str(folder))}/.*{run}*"):
+                _quietly(Path(path).unlink)
+
+    def _are_results_there(self) -> bool:
+        """Whether the journal tells of results that nobody has been told of."""
+        renamed = (pair for run in self._journal.runs() for pair in self._renamed(run))
+        return any(_state(path) == state for path, state in renamed)
+
     def _clean(self) -> None:
-        # A folder is left alone where somebody else has put something into it meanwhile.
-        for remove in (
-            *(temporary.unlink for temporary in self.temporary.values()),
-            *(folder.rmdir for folder in reversed(self._made)),
-        ):
-            with suppress(OSError):
-                remove()
+        if not self._committed:
+            self._remove_temporary(self._run.id)
+        if self._has_locks and (self._committed or not self._are_results_there()):
+            _quietly(self._journal.remove)
+        self._stack.close()
+        if not self._committed:
+            # A folder is left alone where somebody else has put something into it meanwhile.
+            for folder in reversed(self._made):
+                _quietly(folder.rmdir)
 
 
-def _hidden_twin(path: Path) -> Path:
+def _quietly(remove: Callable[[], Any]) -> None:
+    with suppress(OSError):
+        remove()
+
+
+def _hidden_twin(path: Path, run: str) -> Path:
     """A hidden name beside a file, with its suffix: some writers go by that."""
-    return path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
+    return path.with_name(f".{path.stem}.{run}{path.suffix}")
+
+
+def _lock_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another one of the same name; None where there is none."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns

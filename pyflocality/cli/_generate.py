@@ -117,6 +117,11 @@ class Plan:
         return shard(data)
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """What tells one run from another."""
+        return {"command": "generate", **asdict(self), "progress": None}
+
+    @property
     def needs_moments(self) -> bool:
         """Whether anything is made of moments."""
         by_subset = self.subset is not None and self.subset.needs_moments
@@ -212,12 +217,12 @@ def generate(
         if ranks is not None and ranks.rank > 0:
             _find(replace(plan, progress=False), Stages(announce=False), ranks)
             return
-        with Outputs(plan.files, force=force) as outputs:
+        with Outputs(plan.files, force=force, folder=plan.out, run=plan.asked) as outputs:
             record, kept = _run(plan, outputs, ranks)
             text = finished(record, start)
             outputs.temporary[plan.files[-1]].write_text(text + "\n", encoding="utf-8")
             outputs.commit()
-        kept.forget()
+            kept.forget()
     if as_json:
         answer(text, only_here=True)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -74,7 +75,8 @@ def moments(
     options.check()
     stages = Stages(announce=progress)
     files = [file] if drawing is None else [file, drawing]
-    with Outputs(files, force=force) as outputs, trace_backends() as backends:
+    asked = {"command": "moments", "source": asdict(options), "files": files}
+    with Outputs(files, force=force, run=asked) as outputs, trace_backends() as backends:
         with stages("load", f"loading {source}"):
             data = options.load(progress=progress)
         with stages("moments", f"covariance of {len(data):,} images"):

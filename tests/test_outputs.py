@@ -1,0 +1,243 @@
+"""The files of a command: one process at a time, whoever is killed and whenever."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from pyflocality import _locks
+from pyflocality.cli import _files
+from pyflocality.cli._files import Outputs
+from pyflocality.cli._journal import BegunRun, Journal
+
+pytestmark = pytest.mark.skipif(_locks.fcntl is None, reason="this system has no locks")
+
+NAMES = ["a.png", "b.npy", "run.json"]
+
+
+def outputs(folder, *, run="same", force=False, names=NAMES):
+    return Outputs([folder / name for name in names], force=force, folder=folder, run=run)
+
+
+def write(outputs, text):
+    for path in outputs.paths:
+        outputs.temporary[path].write_text(f"{text} {path.name}")
+
+
+def contents(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def whole(text, names=NAMES):
+    return {name: f"{text} {name}" for name in names}
+
+
+def killed(folder, renamed, *, force=False, run="same"):
+    """Kill a process that writes into a folder: at work (None), or after some of the renames."""
+
+    def work():
+        done = []
+
+        def replace(source, target):
+            if len(done) == renamed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done.append(target)
+            rename(source, target)
+
+        rename = os.replace
+        with outputs(folder, run=run, force=force) as begun:
+            write(begun, "killed")
+            # Like those of a writer that writes files of its own.
+            twin = begun.temporary[begun.paths[0]]
+            twin.with_name(f".{twin.name}.0123.tmp").write_text("inner")
+            if renamed is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            _files.os = type("os", (), {**vars(os), "replace": staticmethod(replace)})
+            begun.commit()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    folder = tmp_path / "out"
+    killed(folder, None)
+    assert len(os.listdir(folder)) == 5
+    (folder / ".mine.0123456789abcdef0123456789abcdef.png").write_text("mine")
+    with outputs(folder, run="other") as begun:
+        assert sorted(contents(folder)) == sorted(
+            [".mine.0123456789abcdef0123456789abcdef.png", ".pyflocality.run"]
+            + [path.name for path in begun.temporary.values()]
+        )
+        write(begun, "new")
+        begun.commit()
+    (folder / ".mine.0123456789abcdef0123456789abcdef.png").unlink()
+    assert contents(folder) == whole("new")
+
+
+@pytest.mark.parametrize("renamed", [0, 1, 2, 3])
+def test_killed_amid_the_renames_the_same_command_goes_on(tmp_path, renamed):
+    killed(tmp_path, renamed)
+    # Interrupted itself, it changes nothing about that.
+    with pytest.raises(KeyboardInterrupt), outputs(tmp_path) as begun:
+        write(begun, "interrupted")
+        raise KeyboardInterrupt
+    assert contents(tmp_path).items() >= whole("killed").items()
+    killed(tmp_path, None)
+    with outputs(tmp_path) as begun:
+        write(begun, "new")
+        begun.commit()
+    assert contents(tmp_path) == whole("new")
+    with pytest.raises(FileExistsError, match="--force"), outputs(tmp_path):
+        pass
+    assert contents(tmp_path) == whole("new")
+
+
+@pytest.mark.parametrize("renamed", [0, 1, 2, 3])
+def test_killed_amid_the_renames_another_command_asks(tmp_path, renamed):
+    killed(tmp_path, renamed)
+    with pytest.raises(FileExistsError, match="--force"), outputs(tmp_path, run="other"):
+        pass
+    assert contents(tmp_path).items() >= whole("killed").items()
+    # The same command still goes on.
+    with outputs(tmp_path) as begun:
+        write(begun, "new")
+        begun.commit()
+    assert contents(tmp_path) == whole("new")
+
+
+def test_what_has_been_changed_meanwhile_is_asked_for(tmp_path):
+    killed(tmp_path, 3)
+    (tmp_path / "b.npy").write_text("precious")
+    with pytest.raises(FileExistsError, match="b.npy: already there"), outputs(tmp_path):
+        pass
+    assert (tmp_path / "b.npy").read_text() == "precious"
+
+
+def test_a_killed_process_that_might_replace_what_was_there(tmp_path):
+    for name in NAMES:
+        (tmp_path / name).write_text("old")
+    killed(tmp_path, 1, force=True)
+    with outputs(tmp_path, force=True) as begun:
+        assert contents(tmp_path).items() >= whole("killed").items()
+        write(begun, "new")
+        begun.commit()
+    assert contents(tmp_path) == whole("new")
+
+
+def test_a_killed_process_does_not_replace_what_came_after_it(tmp_path):
+    killed(tmp_path, 1)
+    (tmp_path / "b.npy").write_text("precious")
+    with pytest.raises(FileExistsError, match="b.npy: already there"), outputs(tmp_path):
+        pass
+    assert (tmp_path / "b.npy").read_text() == "precious"
+
+
+def test_two_processes_do_not_write_the_same(tmp_path):
+    folder = tmp_path / "out"
+    with outputs(folder) as begun:
+        with pytest.raises(FileExistsError, match="another process is writing it"):
+            outputs(folder, force=True).__enter__()
+        with pytest.raises(FileExistsError, match="another process is writing it"):
+            outputs(folder, names=["c.png"]).__enter__()
+        write(begun, "first")
+        begun.commit()
+    assert contents(folder) == whole("first")
+
+
+def test_files_of_their_own_in_one_folder_are_written_side_by_side(tmp_path):
+    one, other, picture = (tmp_path / name for name in ("one", "other", "picture"))
+    with Outputs([one, picture], force=False) as first:
+        with Outputs([other], force=False) as second:
+            second.temporary[other].write_text("other")
+            second.commit()
+        for paths in ([one], [picture], [other, picture]):
+            with pytest.raises(FileExistsError, match="another process is writing it"):
+                Outputs(paths, force=True).__enter__()
+        for path in (one, picture):
+            first.temporary[path].write_text(path.name)
+        first.commit()
+    assert contents(tmp_path) == {name: name for name in ("one", "other", "picture")}
+
+
+def test_what_appeared_while_it_worked_is_not_replaced(tmp_path):
+    with pytest.raises(FileExistsError, match="b.npy: already there"), outputs(tmp_path) as begun:
+        write(begun, "new")
+        (tmp_path / "b.npy").write_text("precious")
+        begun.commit()
+    assert contents(tmp_path) == {"b.npy": "precious"}
+
+
+def test_a_signal_does_not_cut_the_renames_in_two(tmp_path, monkeypatch):
+    rename = os.replace
+
+    def replace(source, target):
+        signal.raise_signal(signal.SIGINT)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with outputs(tmp_path) as begun:
+        write(begun, "new")
+        begun.commit()
+    assert contents(tmp_path) == whole("new")
+
+
+def test_links_are_replaced_and_nothing_is_written_through_them(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in (*NAMES, "dangling"):
+        (folder / name).symlink_to(precious if name != "dangling" else tmp_path / "nowhere")
+    names = [*NAMES, "dangling"]
+    with pytest.raises(FileExistsError, match="dangling"), outputs(folder, names=names):
+        pass
+    with outputs(folder, names=names, force=True) as begun:
+        write(begun, "new")
+        begun.commit()
+    assert contents(folder) == whole("new", names)
+    assert not any(path.is_symlink() for path in folder.iterdir())
+    assert precious.read_text() == "precious" and not (tmp_path / "nowhere").exists()
+
+
+def test_a_journal_that_is_not_ours_moves_nothing(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    run = BegunRun("0" * 32, "key", True)
+    victim, twin = tmp_path / "victim.txt", tmp_path / f".victim.{run.id}.txt"
+    victim.write_text("precious")
+    twin.write_text("evil")
+    journal = Journal(folder / ".pyflocality.run")
+    status = twin.stat()
+    journal.begin(run)
+    journal.rename(run, {"../victim.txt": (status.st_size, status.st_mtime_ns)})
+    for line in ("[]", "{}", "nonsense", '{"id": "*", "key": "", "force": true}', "null", "[1"):
+        with open(journal.path, "a") as file:
+            file.write(line + "\n")
+    assert [found.id for found in journal.runs()] == [run.id]
+    with outputs(folder, force=True) as begun:
+        write(begun, "new")
+        begun.commit()
+    assert victim.read_text() == "precious" and twin.read_text() == "evil"
+    assert contents(folder) == whole("new")
+    # One that is a link is neither read nor written.
+    journal.path.symlink_to(victim)
+    with pytest.raises(OSError), outputs(folder, force=True):
+        pass
+    assert victim.read_text() == "precious"
+
+
+def test_without_locks_results_still_appear_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(_locks, "fcntl", None)
+    killed(tmp_path, None)
+    with outputs(tmp_path) as begun:
+        assert not (tmp_path / ".pyflocality.run").exists()
+        write(begun, "new")
+        begun.commit()
+    assert contents(tmp_path).items() >= whole("new").items()
