@@ -44,13 +44,19 @@ class MappedFile:
         size: Bytes that are mapped.
     """
 
-    def __init__(self, array: np.memmap, address: int) -> None:
+    def __init__(
+        self, array: np.memmap, address: int, descriptor: int | None, by_name: bool
+    ) -> None:
         self.path = os.fspath(array.filename)
         self.address, self.size = address, len(array._mmap)
         # Maps start at whole pages of the file.
         self._start = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
         # Also what was deleted or replaced can be read on, as it can be from the map.
-        self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        if descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        else:
+            self._descriptor = os.dup(descriptor)
+        self._by_name = by_name
         self._identity = _identity(os.fstat(self._descriptor))
 
     def close(self) -> None:
@@ -68,22 +74,24 @@ class MappedFile:
     def check(self) -> None:
         """Raise unless the file is as it was when it was mapped.
 
-        A file that was deleted is still there for those who map it.
+        A file that was deleted is still there for those who map it, and so is a cache entry that
+        somebody has replaced by an equal one.
 
         Raises:
             ValueError: The file has been changed, cut short or replaced.
         """
-        try:
-            now = _identity(os.stat(self.path))
-        except OSError:
-            return
-        before = self._identity
-        if now == before:
-            return
-        what = "replaced by another file"
-        if now[:2] == before[:2]:
+        before, now = self._identity, _identity(os.fstat(self._descriptor))
+        if now != before:
             what = f"changed (it has {now[2]} bytes, and had {before[2]})"
-        raise ValueError(_useless(self.path, what))
+            raise ValueError(_useless(self.path, what))
+        if self._by_name and self._is_replaced():
+            raise ValueError(_useless(self.path, "replaced by another file"))
+
+    def _is_replaced(self) -> bool:
+        try:
+            return _identity(os.stat(self.path))[:2] != self._identity[:2]
+        except OSError:
+            return False
 
     def read(self, part: Tensor, buffer: Tensor) -> Tensor:
         """The values of some images, read from the file and not from the map.
@@ -173,8 +181,14 @@ def _dense_dimensions(stored: Tensor) -> int:
     return stored.ndim
 
 
-def remember(array: object) -> None:
-    """Take note of an array that maps a file and holds what the file holds; not of others."""
+def remember(array: object, descriptor: int | None = None, *, by_name: bool = True) -> None:
+    """Take note of an array that maps a file and holds what the file holds; not of others.
+
+    Args:
+        array: Any array.
+        descriptor: The open file that it maps; None opens it by its name.
+        by_name: Whether another file in its place is a change of the set.
+    """
     memory = getattr(array, "_mmap", None)
     if not isinstance(array, np.memmap) or memory is None:
         return
@@ -183,11 +197,11 @@ def remember(array: object) -> None:
     if address in _files:
         return
     try:
-        file = MappedFile(array, address)
+        file = MappedFile(array, address, descriptor, by_name)
     except OSError:
         # Deleted by now: the map is all there is.
         return
-    if file.begins_with(content[: mmap.PAGESIZE]):
+    if descriptor is not None or file.begins_with(content[: mmap.PAGESIZE]):
         _files[address] = file
         weakref.finalize(memory, _forget, address)
     else:

@@ -144,7 +144,9 @@ class TrainingSet:
         of at least 1,000 images, are kept as memory-mapped files in `cache_dir`, under a key made
         of the source's content (a zip's names, checksums and sizes; a folder's place, names,
         sizes and times) and of the arguments below. A damaged entry is decoded again, with a
-        warning. Entries may be deleted at any time.
+        warning; of several processes one decodes while the others wait. Entries may be deleted at
+        any time. The folder is made for its user alone; one that belongs to somebody else or that
+        everybody may write to, or that cannot be written, is not used, which a warning tells.
 
         Args:
             source: Name of a builtin set, or a path.
@@ -157,8 +159,8 @@ class TrainingSet:
                 archive with such folders at its top, MNIST's and CIFAR's folders. None is
                 `"train"` there.
             cache_dir: Folder of decoded sets; None is the environment variable
-                `PYFLOCALITY_CACHE_DIR` or `pyflocality` in the user's cache folder
-                (`XDG_CACHE_HOME`, `~/.cache`).
+                `PYFLOCALITY_CACHE_DIR` or `pyflocality` in the user's cache folder, as
+                platformdirs knows it (`XDG_CACHE_HOME` or `~/.cache` on Linux).
             progress: Whether to show progress on standard error.
 
         Raises:
@@ -396,12 +398,10 @@ class TrainingSet:
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a pickled set; raises ValueError if the file it maps has another size."""
+        """Restore a pickled set; raises ValueError if the file it maps is not the same any more."""
         self.__dict__.update({"_content_key": None, "augmentation": None} | state)
         if self._mapped is not None:
-            array = self._mapped.open()
-            remember(array)
-            self.images = checked_shape(as_image_tensor(array))
+            self.images = checked_shape(as_image_tensor(self._mapped.open()))
 
 
 def _content_key(images: Tensor) -> str:

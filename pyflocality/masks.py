@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyflocality._cache import default_cache_dir, read_blob, write_blob
+from pyflocality._cache import read_blob, write_blob
 from pyflocality._checks import check_level, describe
 from pyflocality.moments import Moments
 from pyflocality.weights import QueryWeights
@@ -99,14 +99,14 @@ def cached_pca_locality_weights(
         return pca_locality_weights(moments, sigma, alpha, threshold)
     level = [_RULE_VERSION, moments.content_key(), float(sigma), float(alpha), float(threshold)]
     key = hashlib.sha256(json.dumps(level).encode()).hexdigest()[:32]
-    path = default_cache_dir() / "masks" / f"{key}.bits"
+    name = f"masks/{key}.bits"
     row = (inputs + 7) // 8
-    payload = read_blob(path, inputs * row)
+    payload = read_blob(name, inputs * row)
     if payload is not None:
         bits = np.frombuffer(payload, np.uint8).reshape(inputs, row)
         return QueryWeights.from_bits(bits, inputs)
     weights = pca_locality_weights(moments, sigma, alpha, threshold)
-    write_blob(path, weights.bits.tobytes())
+    write_blob(name, weights.bits.tobytes())
     return weights
 
 

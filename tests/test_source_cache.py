@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import io
+import multiprocessing
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
+import time
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from source_files import (
     write_tree,
 )
 
+from pyflocality import _cache, _json, _locks
 from pyflocality.data import TrainingSet
 from pyflocality.sources import cache, images
 
@@ -124,6 +127,60 @@ def damage_all(array, entry):
     entry.write_text("[]")
 
 
+def damage_nesting(array, entry):
+    entry.write_text("[" * 100_000)
+
+
+def rewritten(entry, **changes):
+    """An entry with other fields and the right checksum: written by somebody else."""
+    found = _json.unsealed(entry.read_text())
+    entry.write_text(_json.sealed(found | changes))
+
+
+def damage_kinds(array, entry):
+    rewritten(entry, labels={"0": 1})
+
+
+def damage_names(array, entry):
+    rewritten(entry, label_names=[["0"], ["1"]])
+
+
+def damage_size_kind(array, entry):
+    rewritten(entry, bytes="all")
+
+
+def damage_label_count(array, entry):
+    rewritten(entry, labels=[0, 0, 0])
+
+
+def damage_shape(array, entry):
+    """Fewer images, under checksums that are right."""
+    images = np.load(array)
+    np.save(array, images[:4])
+    crc = cache.checksum(array)
+    rewritten(entry, bytes=array.stat().st_size, checksum=crc, labels=[0] * 4)
+
+
+def damage_dtype(array, entry):
+    np.save(array, np.load(array).view(np.int8))
+    rewritten(entry, checksum=cache.checksum(array))
+
+
+def damage_by_a_link(array, entry):
+    """What a link leads to is somebody else's, whatever it holds."""
+    array.rename(array.with_suffix(".elsewhere"))
+    array.symlink_to(array.with_suffix(".elsewhere"))
+
+
+def damage_by_a_pipe(array, entry):
+    entry.unlink()
+    os.mkfifo(entry)
+
+
+def damage_owner(array, entry):
+    entry.chmod(0o666)
+
+
 def remove_array(array, entry):
     array.unlink()
 
@@ -137,6 +194,16 @@ def remove_array(array, entry):
         damage_labels,
         damage_version,
         damage_all,
+        damage_nesting,
+        damage_kinds,
+        damage_names,
+        damage_size_kind,
+        damage_label_count,
+        damage_shape,
+        damage_dtype,
+        damage_by_a_link,
+        damage_by_a_pipe,
+        damage_owner,
         remove_array,
     ],
 )
@@ -145,8 +212,9 @@ def test_a_damaged_cache_is_rebuilt_with_a_warning(cached_zip, monkeypatch, dama
     load(path, cache_dir=folder)
     (array,), (entry,) = folder.glob("*.npy"), folder.glob("*.json")
     damage(array, entry)
-    with pytest.warns(UserWarning, match=rf"{entry}: the cached images are damaged"):
+    with pytest.warns(UserWarning, match=rf"{entry}: the cached images are damaged") as told:
         check_cached_zip(load(path, cache_dir=folder))
+    assert len(told) == 1
     forbid_decoding(monkeypatch)
     check_cached_zip(load(path, cache_dir=folder))
 
@@ -154,8 +222,13 @@ def test_a_damaged_cache_is_rebuilt_with_a_warning(cached_zip, monkeypatch, dama
 def test_an_unwritable_cache_leaves_the_images_in_memory(cached_zip):
     path, folder = cached_zip
     folder.write_text("a file where the cache should be")
-    with pytest.warns(UserWarning, match="cannot be cached.*PYFLOCALITY_CACHE_DIR"):
+    with pytest.warns(UserWarning) as told:
         data = load(path, cache_dir=folder)
+        load(path, cache_dir=folder)
+    assert len(told) == 1
+    text = str(told[0].message)
+    assert text.startswith(f"nothing is cached: {folder} is no folder: ")
+    assert "PYFLOCALITY_CACHE_DIR" in text
     assert_images(data, GREY[ZIP_ORDER][:, None])
     assert data.labels.tolist() == ZIP_LABELS
     assert "memory-mapped" not in repr(data)
@@ -164,17 +237,14 @@ def test_an_unwritable_cache_leaves_the_images_in_memory(cached_zip):
 def test_a_full_disk_leaves_the_images_in_memory(cached_zip, monkeypatch):
     path, folder = cached_zip
 
-    class FullDisk(io.FileIO):
-        def write(self, content):
-            raise OSError(28, "No space left on device")
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
 
-    def temporary(place, written):
-        written.append(str(place) + ".tmp")
-        return FullDisk(written[-1], "w")
-
-    monkeypatch.setattr(cache, "_temporary", temporary)
-    with pytest.warns(UserWarning, match="No space left on device"):
-        assert_images(load(path, cache_dir=folder), GREY[ZIP_ORDER][:, None])
+    monkeypatch.setattr(_cache.os, "fsync", full)
+    with pytest.warns(UserWarning, match="No space left on device") as told:
+        for _ in range(2):
+            assert_images(load(path, cache_dir=folder), GREY[ZIP_ORDER][:, None])
+    assert len(told) == 1
     assert list(folder.iterdir()) == []
 
 
@@ -215,17 +285,6 @@ def test_converted_npy_files_are_cached(tmp_path, monkeypatch):
     assert "memory-mapped" in repr(data)
     monkeypatch.setattr("pyflocality.sources.arrays.convert_array", None)
     assert load(path, channels=1).content_key() == data.content_key()
-
-
-def test_where_the_cache_lies(monkeypatch):
-    monkeypatch.setenv("PYFLOCALITY_CACHE_DIR", "/own")
-    assert cache.default_cache_dir() == Path("/own")
-    monkeypatch.delenv("PYFLOCALITY_CACHE_DIR")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/shared")
-    assert cache.default_cache_dir() == Path("/shared/pyflocality")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/somebody")
-    assert cache.default_cache_dir() == Path("/home/somebody/.cache/pyflocality")
 
 
 def test_the_checksum_of_a_large_file_samples_its_blocks(tmp_path, monkeypatch):
@@ -281,3 +340,130 @@ def test_progress_is_shown_or_not(tmp_path, monkeypatch):
     TrainingSet.load(path)
     load(path)
     assert shown == [("decoding set.zip", 1, True), ("decoding set.zip", 1, False)]
+
+
+@pytest.fixture
+def cold_starts(cached_zip, tmp_path):
+    """Loads the zip in several processes at a time; which of them decoded, and what they saw."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    path, folder = cached_zip
+    decodings = tmp_path / "decodings"
+    decode = images._Decoder.decode
+
+    def slow(self, name):
+        time.sleep(0.1)
+        with open(decodings, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        return decode(self, name)
+
+    def work(barrier, answers):
+        images._Decoder.decode = slow
+        barrier.wait()
+        data = load(path, cache_dir=folder)
+        # The first use compares the file with what was mapped.
+        answers.put((data.values().sum().item(), "memory-mapped" in repr(data)))
+
+    def start(count):
+        context = multiprocessing.get_context("fork")
+        barrier, answers = context.Barrier(count), context.SimpleQueue()
+        children = [context.Process(target=work, args=(barrier, answers)) for _ in range(count)]
+        for child in children:
+            child.start()
+        found = [answers.get() for _ in children]
+        for child in children:
+            child.join()
+        assert [child.exitcode for child in children] == [0] * count
+        return found, decodings.read_text().split()
+
+    return start, path, folder
+
+
+def test_one_process_decodes_while_others_wait(cold_starts):
+    start, path, folder = cold_starts
+    found, decodings = start(4)
+    expected = (GREY.astype(np.float32) / 127.5 - 1).sum()
+    assert len(set(found)) == 1 and found[0] == (pytest.approx(expected, abs=1e-3), True)
+    # Each looks at the first image, which tells the shape of all.
+    counts = sorted(decodings.count(process) for process in set(decodings))
+    assert counts == [1, 1, 1, 1 + len(GREY)]
+    assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".npy"]
+
+
+def test_without_locks_every_process_finishes(cold_starts, monkeypatch):
+    monkeypatch.setattr(_locks, "fcntl", None)
+    start, path, folder = cold_starts
+    found, _ = start(3)
+    assert len(set(found)) == 1
+    check_cached_zip(load(path, cache_dir=folder))
+    assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".npy"]
+
+
+def test_an_entry_that_is_replaced_stays_of_use_to_those_who_map_it(cached_zip):
+    path, folder = cached_zip
+    data = load(path, cache_dir=folder)
+    content = pickle.dumps(data)
+    (array,), (entry,) = folder.glob("*.npy"), folder.glob("*.json")
+    before, inode = data.values(), array.stat().st_ino
+    damage_entry(array, entry)
+    with pytest.warns(UserWarning, match="damaged"):
+        other = load(path, cache_dir=folder)
+    assert array.stat().st_ino != inode
+    for twin in (data, other, pickle.loads(content)):
+        assert np.array_equal(twin.values(), before)
+        assert twin.content_key() == data.content_key()
+    # What they map is told when it changes, though.
+    with open(array, "r+b") as file:
+        file.seek(200)
+        file.write(b"x")
+    data.values()
+    with pytest.raises(ValueError, match="changed"):
+        other.values()
+
+
+def test_what_killed_runs_left_is_removed_by_the_next(cached_zip):
+    path, folder = cached_zip
+    load(path, cache_dir=folder)
+    (array,), (entry,) = folder.glob("*.npy"), folder.glob("*.json")
+    key = array.stem
+    left = [
+        *(f".{key}.npy.0123456789abcdef0123456789abcdef.tmp", f".{key}.lock", f"{key}x1y2z3.tmp"),
+        f".{'0' * 32}.npy.0123456789abcdef0123456789abcdef.tmp",
+    ]
+    others = ["mine.tmp", ".notes.lock"]
+    for name in left + others:
+        (folder / name).write_bytes(b"half" if name.endswith("tmp") else b"")
+        os.utime(folder / name, (time.time() - 3600,) * 2)
+    entry.unlink()
+    load(path, cache_dir=folder)
+    assert sorted(file.name for file in folder.iterdir()) == sorted(
+        [*others, array.name, entry.name]
+    )
+
+
+RANK = """
+import sys
+import torch
+import torch.distributed
+import pyflocality as pf
+from pyflocality.sources import cache
+cache.MIN_IMAGES = 5
+torch.distributed.init_process_group("gloo")
+torch.distributed.barrier()
+data = pf.TrainingSet.load(sys.argv[1], cache_dir=sys.argv[2], progress=False)
+assert "memory-mapped" in repr(data)
+print(pf.OptimalDenoiser(data)(torch.zeros(1, *data.image_shape), 0.5).sum().item() != 0)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_sixteen_ranks_start_with_a_cold_cache(cached_zip, tmp_path):
+    path, folder = cached_zip
+    (tmp_path / "rank.py").write_text(RANK)
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    program += ["--nproc-per-node=16", str(tmp_path / "rank.py"), str(path), str(folder)]
+    run = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["True"] * 16
+    assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".npy"]

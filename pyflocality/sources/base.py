@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from pyflocality._cache import open_entry
 from pyflocality._checks import check_count, describe
+from pyflocality._mapped import remember
 from pyflocality._paths import checked_path
 
 
@@ -88,53 +90,85 @@ class MappedImages:
     Attributes:
         path: The file.
         file_size: Its size in bytes; another size means another file.
+        modified: When it was written, in nanoseconds; another time means another file, too.
         dtype: NumPy's name of the dtype stored.
         shape: Shape stored.
         offset: Bytes in front of the values.
         fortran: Whether the values are stored in Fortran order.
         channels_last: Whether the shape stored is [N, H, W, C].
+        cached: Whether the file is a cache entry: whoever replaces it does so by an equal one.
         start: First image of the set.
         stop: One past its last image; None for all.
     """
 
     path: str
     file_size: int
+    modified: int
     dtype: str
     shape: tuple[int, ...]
     offset: int
     fortran: bool
     channels_last: bool
+    cached: bool = False
     start: int = 0
     stop: int | None = None
 
     @classmethod
-    def of(cls, array: np.memmap, *, channels_last: bool = False) -> MappedImages:
+    def of(
+        cls, array: np.memmap, *, channels_last: bool = False, cached: bool = False
+    ) -> MappedImages:
         """Describe an array that maps a whole file."""
         fortran = array.flags.f_contiguous and not array.flags.c_contiguous
-        path, size = os.path.abspath(array.filename), os.path.getsize(array.filename)
-        return cls(path, size, array.dtype.str, array.shape, array.offset, fortran, channels_last)
+        path = os.path.abspath(array.filename)
+        return cls(
+            path,
+            *_size_and_time(os.stat(path)),
+            array.dtype.str,
+            array.shape,
+            array.offset,
+            fortran,
+            channels_last,
+            cached,
+        )
 
     def open(self) -> np.ndarray:
         """Map the images: [N, C, H, W] or [N, H, W], copied only where they are written to.
 
         Raises:
-            ValueError: The file is missing or has changed its size.
+            ValueError: The file is missing, or is not the one that was described.
         """
-        size = os.path.getsize(self.path) if os.path.isfile(self.path) else None
-        if size != self.file_size:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise ValueError(
-                f"{self.path}: the file of a memory-mapped training set {found}, expected "
-                f"{self.file_size} bytes: load the set again"
-            )
-        order = "F" if self.fortran else "C"
-        array = np.memmap(self.path, self.dtype, "c", self.offset, self.shape, order)
+        try:
+            with open_entry(Path(self.path)) if self.cached else open(self.path, "rb") as file:
+                self._check(os.fstat(file.fileno()))
+                order = "F" if self.fortran else "C"
+                array = np.memmap(file, self.dtype, "c", self.offset, self.shape, order)
+                remember(array, file.fileno(), by_name=not self.cached)
+        except FileNotFoundError as error:
+            raise ValueError(self._useless("is missing")) from error
+        except OSError as error:
+            what = f"cannot be opened ({error.strerror or error})"
+            raise ValueError(self._useless(what)) from error
         array = array[self.start : self.stop]
         return array.transpose(0, 3, 1, 2) if self.channels_last else array
+
+    def _check(self, status: os.stat_result) -> None:
+        size, modified = _size_and_time(status)
+        if size != self.file_size:
+            raise ValueError(self._useless(f"has {size} bytes, expected {self.file_size} bytes"))
+        # A cache entry's name is that of its content.
+        if modified != self.modified and not self.cached:
+            raise ValueError(self._useless("was written to since the set was loaded"))
+
+    def _useless(self, what: str) -> str:
+        return f"{self.path}: the file of a memory-mapped training set {what}: load the set again"
 
     def part(self, start: int, stop: int) -> MappedImages:
         """The images start..stop-1 of these."""
         return replace(self, start=self.start + start, stop=self.start + stop)
+
+
+def _size_and_time(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)

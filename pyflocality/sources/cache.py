@@ -1,10 +1,11 @@
 """Decoded images on disk, mapped into memory.
 
 A set that takes long to decode is written once as `<key>.npy` beside `<key>.json`, which holds
-the version, the size of the array file, a checksum of it, the labels and a checksum of itself.
-The key is a hash of what identifies the source and of the conversion asked for, so a changed
-source gets another key. Both files are written under temporary names and renamed; the JSON file
-comes last, so a run that is cut short leaves nothing that a later one would trust.
+the version, the size of the array file, a checksum of it, dtype and shape, the labels and a
+checksum of itself. The key is a hash of what identifies the source and of the conversion asked
+for, so a changed source gets another key. Both files are written under temporary names and
+renamed; the JSON file comes last, so a run that is cut short leaves nothing that a later one would
+trust. One process decodes while others that want the same set wait for it.
 
 The checksum of the array file covers every byte up to 256 MiB and, beyond, 4,096 blocks of
 64 KiB spread evenly from the first to the last: damage of a small set is always found, and
@@ -16,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -26,11 +26,33 @@ from typing import IO, Any
 
 import numpy as np
 
-from pyflocality._cache import default_cache_dir
+from pyflocality._cache import cache_folder, make_folder, open_entry, replacing, tell_unwritable
+from pyflocality._json import (
+    COUNT,
+    TEXT,
+    TEXTS,
+    WHOLE_NUMBERS,
+    check_fields,
+    sealed,
+    shape,
+    unsealed,
+)
+from pyflocality._locks import locked
+from pyflocality._mapped import remember
 from pyflocality._progress import progress_bar
 from pyflocality.sources.base import DecodeJob, Loaded, MappedImages, Request
+from pyflocality.sources.npy import map_array
 
-VERSION = 1
+VERSION = 2
+_FIELDS = {
+    "source": TEXT,
+    "dtype": TEXT,
+    "shape": shape(4),
+    "bytes": COUNT,
+    "checksum": COUNT,
+    "labels": WHOLE_NUMBERS.or_none(),
+    "label_names": TEXTS.or_none(),
+}
 # Sets below both bounds decode in about a second, or less: they are never cached.
 MIN_IMAGES = 1000
 MIN_SOURCE_BYTES = 32 * 2**20
@@ -54,27 +76,18 @@ def find(loaded: Loaded, request: Request) -> Loaded | None:
 
     A damaged entry is reported by a warning and taken for absent.
     """
-    if loaded.fingerprint is None:
+    place = _place(loaded, request)
+    if place is None:
         return None
     try:
-        array_path, entry_path = _paths(loaded.fingerprint, request)
-        if not entry_path.is_file():
-            return None
-    except (OSError, RuntimeError):
+        return _read(loaded, place)
+    except FileNotFoundError:
         return None
-    try:
-        entry = _read_entry(entry_path)
-        if entry["bytes"] != array_path.stat().st_size or entry["checksum"] != checksum(array_path):
-            raise ValueError(f"{array_path.name} is not the file that was written")
-        images = np.lib.format.open_memmap(array_path, mode="c")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         warnings.warn(
-            f"{entry_path}: the cached images are damaged ({error}); decoding again", stacklevel=6
+            f"{place}.json: the cached images are damaged ({error}); decoding again", stacklevel=6
         )
         return None
-    labels = None if entry["labels"] is None else np.array(entry["labels"], np.int64)
-    names = None if entry["label_names"] is None else tuple(entry["label_names"])
-    return Loaded(images, loaded.name, labels, names, MappedImages.of(images))
 
 
 def run_job(job: DecodeJob, source: Loaded, request: Request) -> Loaded:
@@ -82,15 +95,16 @@ def run_job(job: DecodeJob, source: Loaded, request: Request) -> Loaded:
 
     Where the cache cannot be written, a warning says so and the images stay in memory.
     """
-    if source.fingerprint is not None:
+    place = _place(source, request)
+    if place is not None:
         try:
-            return _write(job, source, request)
-        except (OSError, RuntimeError) as error:
-            warnings.warn(
-                f"the decoded images of {source.name} cannot be cached ({error}); they stay in "
-                "memory. Name a writable folder with cache_dir= or PYFLOCALITY_CACHE_DIR",
-                stacklevel=6,
-            )
+            return _cached(job, source, request, place)
+        except OSError as error:
+            # Where there are no locks somebody else may have been faster.
+            found = _found_meanwhile(source, place)
+            if found is not None:
+                return found
+            tell_unwritable(place.parent, error)
     images = np.empty(job.shape, job.dtype)
     with closing(job.images()) as decoded:
         for index, image in enumerate(_shown(decoded, job, source, request)):
@@ -98,15 +112,17 @@ def run_job(job: DecodeJob, source: Loaded, request: Request) -> Loaded:
     return Loaded(images, source.name, source.labels, source.label_names)
 
 
-def checksum(path: Path) -> int:
+def checksum(file: Path | IO[bytes]) -> int:
     """CRC-32 of a file's blocks: all of them, or 4,096 spread evenly over a large file."""
-    total = -(-path.stat().st_size // _BLOCK)
+    if isinstance(file, Path):
+        with open(file, "rb") as opened:
+            return checksum(opened)
+    total = -(-os.fstat(file.fileno()).st_size // _BLOCK)
     count = min(total, _MAX_BLOCKS)
     crc = 0
-    with open(path, "rb") as file:
-        for index in range(count):
-            file.seek(_BLOCK * (index * (total - 1) // max(count - 1, 1)))
-            crc = zlib.crc32(file.read(_BLOCK), crc)
+    for index in range(count):
+        file.seek(_BLOCK * (index * (total - 1) // max(count - 1, 1)))
+        crc = zlib.crc32(file.read(_BLOCK), crc)
     return crc
 
 
@@ -121,63 +137,85 @@ def _shown(
     )
 
 
-def _paths(fingerprint: dict[str, Any], request: Request) -> tuple[Path, Path]:
-    folder = default_cache_dir() if request.cache_dir is None else request.cache_dir
-    key = cache_key(fingerprint, request)
-    return folder / f"{key}.npy", folder / f"{key}.json"
+def _place(source: Loaded, request: Request) -> Path | None:
+    """Where the two files of a set lie, without their suffixes; None if it is not cached."""
+    if source.fingerprint is None:
+        return None
+    folder = cache_folder(chosen=request.cache_dir)
+    return None if folder is None else folder / cache_key(source.fingerprint, request)
 
 
-def _write(job: DecodeJob, source: Loaded, request: Request) -> Loaded:
-    array_path, entry_path = _paths(source.fingerprint or {}, request)
-    array_path.parent.mkdir(parents=True, exist_ok=True)
-    written: list[str] = []
+def _read(source: Loaded, place: Path) -> Loaded:
+    """The entry of a source.
+
+    Raises:
+        FileNotFoundError: There is none.
+        OSError: It cannot be trusted, or read.
+        ValueError: It is damaged.
+    """
+    with open_entry(place.with_suffix(".json")) as file:
+        entry = unsealed(file.read())
+    if entry.get("version") != VERSION:
+        raise ValueError(f"version {entry.get('version')!r}, expected {VERSION}")
+    check_fields(entry, _FIELDS)
     try:
-        with (
-            _temporary(array_path, written) as file,
-            closing(job.images()) as decoded,
-        ):
+        # Whoever replaces the files from here on leaves those that are open as they are.
+        with open_entry(place.with_suffix(".npy")) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry["bytes"] or checksum(file) != entry["checksum"]:
+                raise ValueError(f"{place.name}.npy is not the file that was written")
+            images = map_array(file)
+            remember(images, file.fileno(), by_name=False)
+    except FileNotFoundError as error:
+        raise ValueError(f"{place.name}.npy is missing") from error
+    if list(images.shape) != entry["shape"] or images.dtype.str != entry["dtype"]:
+        raise ValueError(f"{place.name}.npy is {images.dtype.str} {list(images.shape)}")
+    labels = None if entry["labels"] is None else np.array(entry["labels"], np.int64)
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{len(labels)} labels of {len(images)} images")
+    names = None if entry["label_names"] is None else tuple(entry["label_names"])
+    mapped = MappedImages.of(images, cached=True)
+    return Loaded(images, source.name, labels, names, mapped)
+
+
+def _cached(job: DecodeJob, source: Loaded, request: Request, place: Path) -> Loaded:
+    """Decode a set into the cache, or find what somebody else decodes meanwhile."""
+    make_folder(place.parent)
+    lock, doing = place.with_name(f".{place.name}.lock"), f"decodes {source.name}"
+    with locked(lock, waiting_for=doing):
+        found = _found_meanwhile(source, place)
+        if found is None:
+            _write(job, source, request, place)
+            found = _read(source, place)
+    return found
+
+
+def _found_meanwhile(source: Loaded, place: Path) -> Loaded | None:
+    try:
+        return _read(source, place)
+    except (OSError, ValueError):
+        return None
+
+
+def _write(job: DecodeJob, source: Loaded, request: Request, place: Path) -> None:
+    # The entry is written when the array is in its place.
+    with replacing(place.with_suffix(".json")) as entry_file:
+        with replacing(place.with_suffix(".npy")) as file:
             header = {"descr": job.dtype.str, "fortran_order": False, "shape": job.shape}
             np.lib.format.write_array_header_1_0(file, header)
             # Plain writes, not a map: a full disk is then an error and not a bus error.
-            for image in _shown(decoded, job, source, request):
-                file.write(np.ascontiguousarray(image))
-        entry = {
-            "version": VERSION,
-            "source": source.name,
-            "shape": job.shape,
-            "bytes": os.path.getsize(written[0]),
-            "checksum": checksum(Path(written[0])),
-            "labels": None if source.labels is None else source.labels.tolist(),
-            "label_names": source.label_names,
-        }
-        with _temporary(entry_path, written) as file:
-            file.write(json.dumps(entry | {"self": _entry_checksum(entry)}).encode())
-        os.replace(written[0], array_path)
-        os.replace(written[1], entry_path)
-    finally:
-        for leftover in written:
-            Path(leftover).unlink(missing_ok=True)
-    images = np.lib.format.open_memmap(array_path, mode="c")
-    mapped = MappedImages.of(images)
-    return Loaded(images, source.name, source.labels, source.label_names, mapped)
-
-
-def _temporary(path: Path, written: list[str]) -> IO[bytes]:
-    file: IO[bytes] = tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False
-    )
-    written.append(file.name)
-    return file
-
-
-def _entry_checksum(entry: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(entry).encode())
-
-
-def _read_entry(path: Path) -> dict[str, Any]:
-    entry = json.loads(path.read_text(encoding="utf-8"))
-    if entry["version"] != VERSION:
-        raise ValueError(f"version {entry['version']}, expected {VERSION}")
-    if entry.pop("self") != _entry_checksum(entry):
-        raise ValueError(f"{path.name} is not the file that was written")
-    return entry
+            with closing(job.images()) as decoded:
+                for image in _shown(decoded, job, source, request):
+                    file.write(np.ascontiguousarray(image))
+            file.flush()
+            entry = {
+                "version": VERSION,
+                "source": source.name,
+                "dtype": job.dtype.str,
+                "shape": job.shape,
+                "bytes": file.tell(),
+                "checksum": checksum(file),
+                "labels": None if source.labels is None else source.labels.tolist(),
+                "label_names": source.label_names,
+            }
+        entry_file.write(sealed(entry).encode())

@@ -34,6 +34,7 @@ from pyflocality._json import (
     shape,
     unsealed,
 )
+from pyflocality._mapped import remember
 from pyflocality._paths import regular_file
 from pyflocality.sources import cache
 from pyflocality.sources.arrays import convert
@@ -140,9 +141,10 @@ def _open_images(path: Path, manifest: dict[str, Any]) -> np.memmap:
         size = os.fstat(file.fileno()).st_size
         if size != manifest["bytes"]:
             raise ValueError(f"has {size} bytes, expected {manifest['bytes']}")
-        if cache.checksum(path) != manifest["checksum"]:
+        if cache.checksum(file) != manifest["checksum"]:
             raise ValueError("its contents do not match their checksum")
         images = map_array(file)
+        remember(images, file.fileno())
     if images.dtype != np.uint8 or list(images.shape) != manifest["shape"]:
         raise ValueError(
             f"has {images.dtype} {list(images.shape)}, expected uint8 {manifest['shape']}"
