@@ -21,8 +21,9 @@ from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 from pyflocality._backends import requested_backend, use_backend
+from pyflocality._forward_mode import asked_by_forward_mode, derivative_along
 from pyflocality._operators import FUNCTIONS, LIBRARY, denoiser_of
-from pyflocality._transforms import derivative_along, in_full_precision, is_traced
+from pyflocality._transforms import in_full_precision, is_traced
 
 if TYPE_CHECKING:
     from pyflocality.denoisers.base import Denoiser
@@ -39,7 +40,7 @@ def estimate(denoiser: Denoiser, x: Tensor, sigma: Tensor, alpha: Tensor) -> Ten
     """
     if has_parameters(denoiser):
         return denoiser._denoise(x, sigma, alpha)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         if forward_ad._current_level >= 0:
             raise NotImplementedError(
                 "compiled graphs lose forward-mode tangents: call the denoiser uncompiled inside "
@@ -55,7 +56,7 @@ def directional(
     """Derivatives of the estimate along tangents [K, B, C, H, W], themselves differentiable."""
     if has_parameters(denoiser):
         return denoiser._jvp(x, tangents, sigma, alpha)[1]
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return torch.ops.pyflocality.directional(denoiser._handle, x, sigma, alpha, tangents)
     return Estimate(denoiser, requested_backend(None)).directional(x, sigma, alpha, tangents)
 
@@ -66,7 +67,7 @@ def transposed(
     """Derivatives by x of the estimate times cotangents [K, B, C, H, W], as `directional`."""
     if has_parameters(denoiser):
         return denoiser._vjp(x, cotangents, sigma, alpha)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return torch.ops.pyflocality.transposed(denoiser._handle, x, sigma, alpha, cotangents)
     return Estimate(denoiser, requested_backend(None)).transposed(x, sigma, alpha, cotangents)
 
@@ -239,11 +240,12 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor:  # noqa: ANN401
         arguments = ctx.saved_tensors
-        parts = [
-            ctx.rows.push(number, arguments, tangent)
-            for number, tangent in enumerate(tangents)
-            if tangent is not None
-        ]
+        with asked_by_forward_mode():
+            parts = [
+                ctx.rows.push(number, arguments, tangent)
+                for number, tangent in enumerate(tangents)
+                if tangent is not None
+            ]
         return sum(parts[1:], start=parts[0])
 
     @staticmethod

@@ -154,8 +154,10 @@ def build_index(
     defect = float(torch.linalg.norm(vectors.T @ vectors - torch.eye(components).to(vectors)))
     defect += components * values * UNIT64
     widths = [stop - start for start, stop in zip([0, *stages[:-1]], stages, strict=True)]
-    blocks = [torch.empty(count, width, device=data.device) for width in widths]
-    residuals = torch.empty(len(stages), count, device=data.device)
+    blocks = [
+        torch.empty(count, width, dtype=torch.float32, device=data.device) for width in widths
+    ]
+    residuals = torch.empty(len(stages), count, dtype=torch.float32, device=data.device)
     energies = torch.empty(count, dtype=torch.float64, device=data.device)
     lowest, highest = centre.new_full((values,), torch.inf), centre.new_full((values,), -torch.inf)
     chunk = images_per_chunk(memory_budget, 8 * (3 * values + 2 * components), min(count, 2048))

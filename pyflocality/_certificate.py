@@ -111,10 +111,17 @@ def _pilot(index: ComponentIndex, scale: float, tolerance: float) -> list[Tensor
     """Shares in doubt after every stage, [queries] each."""
     count, values, components = len(index.energies), len(index.centre), index.stages[-1]
     device = index.device
-    sample = torch.linspace(0, count - 1, min(count, _PILOT_IMAGES)).long().unique().to(device)
+    sample = (
+        torch.linspace(0, count - 1, min(count, _PILOT_IMAGES), dtype=torch.float32)
+        .long()
+        .unique()
+        .to(device)
+    )
     coefficients = torch.cat([block[sample] for block in index.blocks], 1).double()
     energies, residuals = index.energies[sample].double(), index.residuals[:, sample].double()
-    chosen = torch.linspace(0, len(sample) - 1, min(len(sample), _PILOT_QUERIES)).long()
+    chosen = torch.linspace(
+        0, len(sample) - 1, min(len(sample), _PILOT_QUERIES), dtype=torch.float32
+    ).long()
     factor = _finite(scale)
     deviation = (2.0 * factor) ** -0.5
     generator = torch.Generator().manual_seed(0)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
-from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 
@@ -28,7 +26,7 @@ def _is_differentiated(tensor: Tensor) -> bool:
 def is_traced() -> bool:
     """Whether operations are being recorded: by `torch.compile`, `torch.func.linearize`, .."""
     # What Dynamo reads must come first, it does not know the other questions.
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return True
     # Where older releases compile, tensors are fake: there is nothing but their shapes.
     modes = torch._C._TorchDispatchModeKey
@@ -62,27 +60,6 @@ def in_full_precision(device: torch.device) -> AbstractContextManager[None]:
 def outside_transforms() -> AbstractContextManager[None]:
     """A block whose tensors are plain ones, whatever `torch.func` does around it."""
     return torch._C._DisableFuncTorch()
-
-
-def derivative_along(
-    function: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Value of a function and its derivative along a tangent, by forward mode.
-
-    Also inside a block `torch.autograd.forward_ad.dual_level`, where `torch.func.jvp` refuses.
-    """
-    # A tensor whose elements share memory cannot carry a tangent.
-    x, tangent = x.contiguous(), tangent.contiguous()
-    if forward_ad._current_level < 0 or eager_transforms.JVP_NESTING > 0:
-        return torch.func.jvp(function, (x,), (tangent,))
-    # torch.func.jvp opens a dual level, of which there can be one, unless it is nested in another
-    # torch.func.jvp.
-    with eager_transforms.jvp_increment_nesting() as nesting:
-        value, derivative = torch.func.jvp(function, (x,), (tangent,))
-        return (
-            functorch._unwrap_for_grad(value, nesting),
-            functorch._unwrap_for_grad(derivative, nesting),
-        )
 
 
 def without_derivatives(tensor: Tensor) -> Tensor:

@@ -189,7 +189,9 @@ def _ascent(
 
     def normal() -> Tensor:
         source = device if generator is None else generator.device
-        return torch.randn(shape, generator=generator, device=source).to(device)
+        return torch.randn(shape, generator=generator, device=source, dtype=torch.float32).to(
+            device
+        )
 
     y = rule.start_sigma * normal()
     images = torch.empty_like(y)

@@ -194,7 +194,9 @@ def calibrate_windows(
     shape = (check_count(samples, "samples"), *shape)
     device = data.device if generator is None else generator.device
     # The network may be any function, without a shape and a device of its own.
-    noise = torch.randn(shape, generator=generator, device=device).to(data.device)
+    noise = torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(
+        data.device
+    )
     run = sample(
         network,
         schedule=schedule,

@@ -31,6 +31,7 @@ from pyflocality._moment_sums import BLOCK_BYTES, Blend, ByteSums, FloatSums, ki
 from pyflocality._paths import checked_path
 from pyflocality._progress import progress_bar
 from pyflocality._shards import plain, ranks_of
+from pyflocality._threads import Lock
 
 if TYPE_CHECKING:
     from pyflocality.data import TrainingSet
@@ -74,6 +75,8 @@ class Moments:
         self._interrupted = False
         self._covariance: Tensor | None = None
         self._eigen: Eigen | None = None
+        # Of both: a batch of threads computes them once.
+        self._keeping = Lock()
 
     @classmethod
     def from_data(
@@ -138,9 +141,10 @@ class Moments:
         It is kept until the next `update`: do not change it in place.
         """
         sums = self._whole()
-        if self._covariance is None:
-            self._covariance = sums.covariance()
-        return self._covariance
+        with self._keeping:
+            if self._covariance is None:
+                self._covariance = sums.covariance()
+            return self._covariance
 
     def eigh(self) -> Eigen:
         """Eigenvalues and eigenvectors of the covariance, kept until the next `update`.
@@ -152,12 +156,13 @@ class Moments:
         Returns:
             `values` [D] descending and `vectors` [D, D] in columns, float64.
         """
-        if self._eigen is None:
-            values, vectors = torch.linalg.eigh(self.covariance)
-            values, vectors = values.flip(0), vectors.flip(1)
-            floor = len(values) * torch.finfo(torch.float64).eps * values[0]
-            self._eigen = Eigen(torch.where(values > floor, values, 0.0), vectors)
-        return self._eigen
+        with self._keeping:
+            if self._eigen is None:
+                values, vectors = torch.linalg.eigh(self.covariance)
+                values, vectors = values.flip(0), vectors.flip(1)
+                floor = len(values) * torch.finfo(torch.float64).eps * values[0]
+                self._eigen = Eigen(torch.where(values > floor, values, 0.0), vectors)
+            return self._eigen
 
     def update(self, batch: Tensor, *, backend: str | None = None) -> None:
         """Take in a batch of images; moments that were `blended` take in none.

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pyflocality._checks import check_count, check_float_tensor, check_positive, describe
+from pyflocality._forward_mode import derivative_along
 from pyflocality.data import TrainingSet
 
 # Seeds the generator of a caller who passes none, so that a set is always the same.
@@ -101,7 +102,7 @@ def disk_tangents(parameters: DiskParameters, size: int) -> Tensor:
     for row in range(len(coordinates)):
         direction = torch.zeros_like(coordinates)
         direction[row] = 1.0
-        rows.append(torch.func.jvp(render, (coordinates,), (direction,))[1])
+        rows.append(derivative_along(render, coordinates, direction)[1])
     return torch.stack(rows, 1)
 
 
@@ -227,7 +228,9 @@ def inject_pattern(
     images = torch.empty_like(data.images)
     for start in range(0, len(data), _CHUNK):
         part = images[start : start + _CHUNK]
-        colour = 2.0 * torch.rand(len(part), channels, 1, 1, generator=source) - 1.0
+        colour = (
+            2.0 * torch.rand(len(part), channels, 1, 1, generator=source, dtype=torch.float32) - 1.0
+        )
         values = data.values(start, start + len(part), dtype=kind)
         mixed = (1 - gamma) * values + gamma * (colour * pattern).to(values.device)
         if images.dtype == torch.uint8:

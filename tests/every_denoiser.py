@@ -32,7 +32,9 @@ def golden(denoiser: pf.Denoiser) -> pf.GoldenSubset:
 
 def soft_weights(queries: int, values: int) -> Tensor:
     """Random weights of all inputs."""
-    return torch.rand(queries, values, generator=torch.Generator().manual_seed(queries))
+    return torch.rand(
+        queries, values, dtype=torch.float32, generator=torch.Generator().manual_seed(queries)
+    )
 
 
 def near_masks(height: int, width: int) -> Tensor:

@@ -146,7 +146,12 @@ def memorization_curve(
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     order = torch.randperm(len(data), generator=generator, device=generator.device).cpu()
     schedule = DDPMSchedule() if schedule is None else schedule
-    noise = torch.randn(n, *data.image_shape, generator=generator, device=generator.device)
+    noise = torch.randn(
+        (n, *data.image_shape),
+        generator=generator,
+        device=generator.device,
+        dtype=torch.float32,
+    )
     start = schedule.init_noise_sigma * noise.to(data.device)
     mean = _mean_image(data)
 

@@ -57,6 +57,12 @@ class Denoiser(nn.Module):
     fullgraph=True, and its first derivatives by x; what a graph would lose or get wrong (torch.func
     inside it, forward-mode tangents, derivatives by the level) raises an error.
 
+    Any number of threads may call one denoiser, its derivatives included, and get what one would.
+    Torch's forward mode is one for the whole process: derivatives that need it wait for each
+    other, and are found by two backward passes, equal to rounding, where a caller has it open
+    (`torch.autograd.forward_ad.dual_level`, `torch.func.jvp`). Torch itself lets one thread alone
+    into such a block at a time.
+
     A subclass defines `_denoise`, in operations that torch differentiates wherever its arguments
     are differentiated, and better derivatives than torch's in `_jvp` and `_vjp`. Where it has
     parameters, all its operations are left to torch, `torch.autocast` included; others compute in

@@ -22,6 +22,7 @@ from pyflocality._certificate import (
 )
 from pyflocality._checks import check_one_level, describe
 from pyflocality._mapped import read_checked
+from pyflocality._threads import Lock
 from pyflocality._transforms import is_differentiated
 from pyflocality.denoisers.base import Denoiser
 from pyflocality.denoisers.golden import refuse_augmented
@@ -119,6 +120,8 @@ class CertifiedSubset(Denoiser):
         self.denoiser = denoiser
         self.tol = float(tol)
         self._moments = moments
+        # Of the index and the plans: a batch of threads builds them once.
+        self._keeping = Lock()
         self._forget()
 
     def _forget(self) -> None:
@@ -133,14 +136,15 @@ class CertifiedSubset(Denoiser):
     @property
     def index(self) -> ComponentIndex:
         """Coefficients of all training images, computed at first use."""
-        if self._index is None or self._index.device != self.device:
-            self._forget()
-            data, budget = self.denoiser.data, self.denoiser.memory_budget
-            if self._moments is None:
-                self._moments = Moments.from_data(data)
-            stages = subset_stages(data, memory_budget_bytes(budget) // 2)
-            self._index = build_index(data, self._moments, budget, stages)
-        return self._index
+        with self._keeping:
+            if self._index is None or self._index.device != self.device:
+                self._forget()
+                data, budget = self.denoiser.data, self.denoiser.memory_budget
+                if self._moments is None:
+                    self._moments = Moments.from_data(data)
+                stages = subset_stages(data, memory_budget_bytes(budget) // 2)
+                self._index = build_index(data, self._moments, budget, stages)
+            return self._index
 
     def plan(self, sigma: float, alpha: float = 1.0) -> SubsetPlan:
         """What is done at a noise level; see the description of the class.
@@ -157,12 +161,13 @@ class CertifiedSubset(Denoiser):
             check_one_level(sigma, "sigma", allow_zero=True),
             check_one_level(alpha, "alpha", allow_zero=False),
         )
-        if level not in self._plans:
-            index, scale = self.index, self._scale(*level)
-            self._plans[level] = plan_level(index, scale, self._tolerance(torch.float32))
-            if len(self._plans) > _KEPT_PLANS:
-                self._plans.popitem(last=False)
-        return self._plans[level]
+        with self._keeping:
+            if level not in self._plans:
+                index, scale = self.index, self._scale(*level)
+                self._plans[level] = plan_level(index, scale, self._tolerance(torch.float32))
+                if len(self._plans) > _KEPT_PLANS:
+                    self._plans.popitem(last=False)
+            return self._plans[level]
 
     def certify(
         self, x: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0

@@ -14,6 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from pyflocality._budget import memory_budget_bytes
 from pyflocality._checks import check_count, check_float_tensor, check_one_level, describe
 from pyflocality._mapped import read_checked, streamed
+from pyflocality._threads import Lock
 from pyflocality._transforms import without_derivatives
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, PosteriorDenoiser
@@ -148,6 +149,8 @@ class GoldenSubset(Denoiser):
         self.pool_resolution = check_count(pool_resolution, "pool_resolution")
         self.generator = generator
         self._pooled: Tensor | None = None
+        # Of the pooled images: a batch of threads pools them once.
+        self._keeping = Lock()
         budget = memory_budget_bytes(denoiser.memory_budget)
         gathered = self.k_max * data.images[0].nbytes
         if self.k_max < len(data) and gathered > budget:
@@ -225,15 +228,23 @@ class GoldenSubset(Denoiser):
 
     def _pooled_chunks(self) -> Iterator[Tensor]:
         """Pooled images in stored units, float32, a few at a time."""
-        data = self.denoiser.data
+        with self._keeping:
+            pooled = self._kept_pooled()
+        if pooled is None:
+            # Rounded like those that are kept: the budget must not change the answer.
+            for values in _chunks(self.denoiser.data.images, None, self.denoiser.memory_budget):
+                yield self._pool_images(values).half().float()
+            return
+        for part in pooled.split(_CACHED_IMAGES):
+            yield part.to(torch.float32, copy=True)
+
+    def _kept_pooled(self) -> Tensor | None:
+        """All pooled images, float16; None where they do not fit the memory budget."""
+        data, budget = self.denoiser.data, self.denoiser.memory_budget
         if self._pooled is None or self._pooled.device != self.device:
             shape = self._pool_images(data.values(0, 1)).shape[1:]
-            size, budget = 2 * len(data) * math.prod(shape), self.denoiser.memory_budget
-            if size > memory_budget_bytes(budget) // 2:
-                # Rounded like those that are kept: the budget must not change the answer.
-                for values in _chunks(data.images, None, budget):
-                    yield self._pool_images(values).half().float()
-                return
+            if 2 * len(data) * math.prod(shape) > memory_budget_bytes(budget) // 2:
+                return None
             pooled = torch.empty(len(data), *shape, dtype=torch.float16, device=self.device)
             for part, values in zip(
                 pooled.split(_CACHED_IMAGES), _chunks(data.images, None, budget), strict=True
@@ -241,8 +252,7 @@ class GoldenSubset(Denoiser):
                 part.copy_(self._pool_images(values))
             # Also where torch is differentiating, and lends its tensors for that long only.
             self._pooled = without_derivatives(pooled)
-        for part in self._pooled.split(_CACHED_IMAGES):
-            yield part.to(torch.float32, copy=True)
+        return self._pooled
 
     def _over_subset(self, x: Tensor, sigma: float, alpha: float) -> PosteriorDenoiser:
         """The wrapped denoiser with the subset of a noisy image [C, H, W] for its training set."""

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from pyflocality._autograd import vjp_by_torch
 from pyflocality._checks import check_choice, check_count, describe
+from pyflocality._forward_mode import forward_mode
 from pyflocality._times import check_invertible, time_at
 from pyflocality._transforms import is_differentiated
 from pyflocality.denoisers.base import Denoiser
@@ -142,16 +142,16 @@ class NetworkDenoiser(Denoiser):
     def _jvp(
         self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
     ) -> tuple[Tensor, Tensor]:
-        def along(tangent: Tensor) -> Tensor:
-            return torch.func.jvp(lambda z: self._denoise(z, sigma, alpha), (x,), (tangent,))[1]
-
         _check_same_every_time(self.module)
         estimates = self._denoise(x, sigma, alpha)
         if tangents.numel() == 0:
             return estimates, torch.zeros_like(tangents)
         parts = tangents.split(max(1, _TOGETHER // len(x)))
-        # Fused attention has no forward mode.
-        with sdpa_kernel(SDPBackend.MATH), _ForwardMode():
+        with _ForwardMode(), forward_mode() as derivative:
+
+            def along(tangent: Tensor) -> Tensor:
+                return derivative(lambda z: self._denoise(z, sigma, alpha), x, tangent)[1]
+
             return estimates, torch.cat([torch.vmap(along)(part) for part in parts])
 
     def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
@@ -186,9 +186,11 @@ class NetworkDenoiser(Denoiser):
 
 
 class _ForwardMode(TorchFunctionMode):
-    """Lets torch's forward mode through group normalisation.
+    """Lets torch's forward mode through a network, in this thread alone.
 
-    Its derivative there asks for contiguous tangents, which those behind attention are not.
+    Fused attention has no forward mode: attention is computed by its formula, as
+    `torch.nn.attention.sdpa_kernel` would have it for all threads. The derivative of group
+    normalisation asks for contiguous tangents, which those behind attention are not.
     """
 
     def __torch_function__(
@@ -199,9 +201,36 @@ class _ForwardMode(TorchFunctionMode):
         options: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         """Run an operation of torch."""
+        options = options or {}
         if function is nn.functional.group_norm:
             arguments = (arguments[0].contiguous(), *arguments[1:])
-        return function(*arguments, **(options or {}))
+        elif function is nn.functional.scaled_dot_product_attention:
+            return _attention(*arguments, **options)
+        elif function is nn.functional.multi_head_attention_forward:
+            # It takes the formula where the weights are asked for.
+            wanted = options.get("need_weights", True)
+            output, weights = function(*arguments, **options | {"need_weights": True})
+            return output, weights if wanted else None
+        return function(*arguments, **options)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """As `torch.nn.functional.scaled_dot_product_attention`, by its formula."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        barred = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = barred.masked_fill(~attn_mask, -torch.inf)
+    return torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )[0]
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ from pyflocality._augmentation import enlarged_batches
 from pyflocality._budget import memory_budget_bytes
 from pyflocality._checks import check_choice, check_count, describe
 from pyflocality._precision import Precision
+from pyflocality._threads import Lock
 from pyflocality._transforms import is_differentiated, outside_transforms
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Members, join_levels, split_levels
@@ -114,29 +115,36 @@ class PCALocalityDenoiser(QueryDenoiser):
         self.weights_seconds = 0.0
         self._moments = moments
         self._weights: OrderedDict[tuple[float, float], QueryWeights] = OrderedDict()
+        # Of the moments and the weights: a batch of threads builds them once.
+        self._keeping = Lock()
 
     @property
     def moments(self) -> Moments:
         """Moments of the training set, computed at first use."""
-        if self._moments is None:
-            self._moments = Moments.from_data(self.data)
-        return self._moments
+        with self._keeping:
+            if self._moments is None:
+                self._moments = Moments.from_data(self.data)
+            return self._moments
 
     def weights_at(self, sigma: float, alpha: float = 1.0) -> QueryWeights:
         """The query weights [D, D] of a noise level."""
         level = (sigma, alpha)
-        if level in self._weights:
+        with self._keeping:
+            if level not in self._weights:
+                self._build_weights(level)
             self._weights.move_to_end(level)
             return self._weights[level]
+
+    def _build_weights(self, level: tuple[float, float]) -> None:
+        """Build the weights of a noise level, and drop those not used for longest."""
         start = time.perf_counter()
         with outside_transforms():
-            weights = cached_pca_locality_weights(self.moments, sigma, alpha, self.mask_threshold)
+            weights = cached_pca_locality_weights(self.moments, *level, self.mask_threshold)
         self.weights_seconds += time.perf_counter() - start
         self._weights[level] = weights
         budget = memory_budget_bytes(self.memory_budget)
         while len(self._weights) > 1 and sum(w.nbytes for w in self._weights.values()) > budget:
             self._weights.popitem(last=False)
-        return weights
 
     def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
         def mean(m: Members, images: Tensor, weights: QueryWeights, **options: object) -> Parts:
