@@ -32,9 +32,13 @@ from pyflocality._paths import checked_path
 from pyflocality._progress import progress_bar
 from pyflocality._shards import plain, ranks_of
 from pyflocality._threads import Lock
+from pyflocality._waiting import interruptible
 
 if TYPE_CHECKING:
     from pyflocality.data import TrainingSet
+
+# Values from which on the eigenvectors of a covariance take a good part of a second.
+_LONG_EIGH = 512
 
 
 class Eigen(NamedTuple):
@@ -153,12 +157,15 @@ class Moments:
         0. Fewer images than values (N <= D) always give such zeros: the covariance has rank at
         most N - 1, and the eigenvectors of the null space are an arbitrary basis of it.
 
+        An interruption (KeyboardInterrupt) is raised at once, though the solver cannot be
+        stopped: it keeps a core busy until it is done.
+
         Returns:
             `values` [D] descending and `vectors` [D, D] in columns, float64.
         """
         with self._keeping:
             if self._eigen is None:
-                values, vectors = torch.linalg.eigh(self.covariance)
+                values, vectors = _eigh(self.covariance)
                 values, vectors = values.flip(0), vectors.flip(1)
                 floor = len(values) * torch.finfo(torch.float64).eps * values[0]
                 self._eigen = Eigen(torch.where(values > floor, values, 0.0), vectors)
@@ -384,6 +391,14 @@ class Moments:
                 "start again from a new object or a saved file"
             )
         return self._sums
+
+
+def _eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors."""
+    # What is quick needs no thread, and a GPU's stream and device are those of this one.
+    if len(covariance) < _LONG_EIGH or covariance.device.type != "cpu":
+        return torch.linalg.eigh(covariance)
+    return interruptible(lambda: torch.linalg.eigh(covariance))
 
 
 def _check_images(images: object, name: str) -> None:

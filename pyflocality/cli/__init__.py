@@ -11,12 +11,14 @@ error changes none of them, but for an answer that is asked for there (`--json`,
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 
+from pyflocality._waiting import has_abandoned_calls
 from pyflocality.cli._analysis import memorize, sensitivity, spectrum
 from pyflocality.cli._bench import bench
 from pyflocality.cli._compare import compare
@@ -102,8 +104,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A command that ends by itself has none.
         return code if isinstance(code, int) else 0
 
-    if arguments is None:
-        occupy_standard_descriptors()
+    if arguments is not None:
+        return _answered(words, run)
+    occupy_standard_descriptors()
+    code = _answered(words, run)
+    if has_abandoned_calls():
+        # Python's own end, and that of the libraries, would wait for them or trip over them.
+        os._exit(code)
+    return code
+
+
+def _answered(words: Sequence[str], run: Callable[[], int]) -> int:
+    """Run a command with signals and streams as a command line has them."""
     with forgiving_streams():
         # torchrun tells its ranks when to end: see `joined`.
         if in_job():
