@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -39,6 +39,8 @@ TWO_SCANS = frozenset(
         "filtered_posterior_vjp",
     }
 )
+# Bytes of the integers that stand for exact distances: whatever levels and images, they are enough.
+_KEY_BYTES = 512
 _TWO_SCANS_BACKENDS = ("cpu", "reference")
 
 
@@ -109,12 +111,15 @@ class Ranks:
         there = self.summed(torch.tensor(int(tensor is not None), device=like.device))
         return self.gathered(tensor, slice(None), like) if int(there) else None
 
-    def nearest(self, indices: Tensor, distances: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def nearest(
+        self, indices: Tensor, distances: Tensor, keys: Sequence[Sequence[int]], count: int
+    ) -> tuple[Tensor, Tensor]:
         """The nearest images of the whole set from those of the parts.
 
         Args:
             indices: Positions in this rank's part, image i of copy j at j `count` + i, [B, k].
             distances: Their distances, ascending, [B, k].
+            keys: Integers in the order of the exact distances on all ranks, [B, k].
             count: Images of this rank's part, copies not included.
 
         Returns:
@@ -125,14 +130,22 @@ class Ranks:
         counts = self.gathered(counts.new_tensor(count), here, counts)
         whole, start = int(counts.sum()), int(counts[: self.rank].sum())
         indices = indices // count * whole + indices % count + start
+        if indices.numel() == 0:
+            return indices, distances
+        content = [key.to_bytes(_KEY_BYTES, "big", signed=True) for row in keys for key in row]
+        written = torch.frombuffer(bytearray(b"".join(content)), dtype=torch.uint8)
+        written = written.reshape(*indices.shape, _KEY_BYTES).to(indices.device)
         found = []
-        for own in (indices, distances):
+        for own in (indices, distances, written):
             every = own.new_empty(self.count, *own.shape)
             found.append(torch.cat(list(self.gathered(own, here, every)), 1))
-        # By position first, so that among equal distances the earlier image comes first.
-        order = found[0].argsort(1)
-        order = order.gather(1, found[1].gather(1, order).argsort(dim=1, stable=True))
-        order = order[:, : indices.shape[1]]
+        orders = []
+        for places, row in zip(found[0].tolist(), found[2].cpu().numpy(), strict=True):
+            read = [int.from_bytes(key.tobytes(), "big", signed=True) for key in row]
+            pairs = list(zip(read, places, strict=True))
+            # Among equal distances the earlier image comes first.
+            orders.append(sorted(range(len(pairs)), key=pairs.__getitem__)[: indices.shape[1]])
+        order = indices.new_tensor(orders).reshape(indices.shape)
         return found[0].gather(1, order), found[1].gather(1, order)
 
     def agree(self, what: str, *tensors: Tensor) -> None:
@@ -274,8 +287,6 @@ def over_ranks(op: str, run: Callable[..., Any], ranks: Ranks) -> Callable[..., 
         tensors = [part for argument in arguments for part in _tensors_of(argument)]
         ranks.agree(f"{op} {numbers}", problem.x, problem.alpha, problem.scale, *tensors)
         result = run(problem, *arguments)
-        if op == "nearest":
-            return ranks.nearest(*result, len(problem.images))
         return ranks.merged(result, problem.scale) if op in STATE_OPERATIONS else result
 
     return joined

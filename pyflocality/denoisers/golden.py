@@ -24,6 +24,7 @@ from pyflocality.denoisers.local import LocalDenoiser
 from pyflocality.denoisers.optimal import OptimalDenoiser
 from pyflocality.denoisers.patch_set import PatchSetDenoiser
 from pyflocality.denoisers.pca_locality import PCALocalityDenoiser
+from pyflocality.reference.nearest import nearest_of
 
 _WRAPPED = (
     OptimalDenoiser,
@@ -204,10 +205,25 @@ class GoldenSubset(Denoiser):
         pool = self._pool(y, sizes.pool)
         if pool is not None and len(pool) == sizes.kept:
             return pool.sort().values
-        chunks = _chunks(images, pool, self.denoiser.memory_budget)
-        distances = _distances(chunks, y)
-        nearest = distances.topk(sizes.kept, largest=False).indices
-        return (nearest if pool is None else pool[nearest]).sort().values
+        kept = self._nearest(x.double().flatten(), y, alpha, pool, sizes.kept)
+        return (kept if pool is None else pool[kept]).sort().values
+
+    def _nearest(self, x: Tensor, y: Tensor, alpha: float, pool: Tensor | None, k: int) -> Tensor:
+        """Which k of the pool are nearest to x [D], which is y in stored units: exactly these."""
+        images = self.denoiser.data.images
+        distances = _distances(_chunks(images, pool, self.denoiser.memory_budget), y).double()
+        # What float32 may be off by: a sum of D squares, their differences, and y itself.
+        unit = torch.finfo(torch.float32).eps / 2
+        slack = unit * ((y.numel() / 2 + 8) * distances + 4 * y.double().norm())
+        low, high = distances - slack, distances + slack
+        sure = high < low.kthvalue(k).values
+        doubtful = ((low <= high.kthvalue(k).values) & ~sure).nonzero()[:, 0]
+        sure = sure.nonzero()[:, 0]
+        positions = doubtful if pool is None else pool[doubtful]
+        blocks = (images.index_select(0, rows) for rows in positions.split(_CACHED_IMAGES))
+        level = torch.tensor([alpha], dtype=torch.float64, device=x.device)
+        found = nearest_of(x[None], level, blocks, k - len(sure))
+        return torch.cat([sure, doubtful[found.indices[0]]])
 
     def _pool(self, y: Tensor, size: int) -> Tensor | None:
         """Positions of the candidates for y in stored units, ascending; None for all images."""

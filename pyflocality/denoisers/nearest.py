@@ -17,7 +17,8 @@ class NearestDenoiser(PosteriorDenoiser):
 
     .. math:: \hat x_0(x) = v_{i^*}, \qquad i^* = \arg\min_i \lVert x - \alpha v_i \rVert^2
 
-    Among equal distances the earlier image wins. The noise level sigma does not matter.
+    Among equal distances the earlier image wins; distances are compared without rounding, in every
+    dtype. The noise level sigma does not matter.
     The derivative is zero almost everywhere, and zero is the answer everywhere.
 
     Args:

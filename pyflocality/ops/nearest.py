@@ -45,6 +45,9 @@ def nearest_images(
 ) -> Neighbours:
     """The k training images nearest to each query, in squared distance |x - alpha v|^2.
 
+    Which images these are is exact: neither the dtype nor any rounding decides, and images that
+    are equally far are known to be.
+
     Args:
         x: Queries, [B, C, H, W].
         images: Training images, uint8 (u means u / 127.5 - 1) or float in [-1, 1],
@@ -52,7 +55,7 @@ def nearest_images(
         alpha: Signal coefficient, a number or [B], positive.
         k: Number of neighbours, at most N, or the number of images and copies.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        dtype: float32 or float64 to compute in; None computes in x's own.
+        dtype: float32 or float64 to answer distances in; None takes x's own.
         memory_budget: Working memory, bytes or a string such as "2GB".
         chunk_size: Training images at a time; None derives it from the budget.
         augmentation: Copies of the images that are searched too, as `TrainingSet.augmentation`
