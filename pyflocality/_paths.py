@@ -73,6 +73,11 @@ def regular_file(path: Path) -> os.stat_result:
     return status
 
 
+def no_link(path: str, flags: int) -> int:
+    """An opener, as `open` takes it, that refuses links: somebody may have put one there."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def _is_a_name(path: str) -> bool:
     """Whether a path that begins with `~` and something is meant as it is: that is there."""
     first = Path(path).parts[0]

@@ -6,7 +6,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
+from pyflocality._backends import machine_reason
 from pyflocality.cli import main
 from pyflocality.cli._record import ObservedDenoiser
 
@@ -90,9 +92,49 @@ def test_damaged_answers_are_made_again(tmp_path, stop_after, damage):
 def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, capsys):
     from pyflocality.cli import _checkpoint
 
-    def full(*arguments):
+    def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(_checkpoint, "open", full, raising=False)
     assert generate(tmp_path / "out") == 0
     assert capsys.readouterr().err.count("could not be resumed") == 1
+
+
+def test_answers_are_never_written_through_a_link(tmp_path, stop_after, capsys):
+    out, precious = tmp_path / "out", tmp_path / "precious"
+    stop_after(4)
+    assert generate(out) == 130
+    (kept,) = out.iterdir()
+    kept.rename(precious)
+    content = precious.read_bytes()
+    kept.symlink_to(precious)
+    stop_after(100)
+    assert generate(out) == 0
+    assert "could not be resumed" in capsys.readouterr().err
+    assert precious.read_bytes() == content
+    assert record(out)["resumed_calls"] == 0 and not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("model", "backend", "resumed"),
+    [("local", "auto", 4), ("local", "reference", 0), ("wiener", "auto", 0)],
+)
+def test_another_number_of_threads_resumes_where_it_changes_nothing(
+    tmp_path, stop_after, model, backend, resumed
+):
+    if backend == "auto" and machine_reason("cpu") is not None:
+        pytest.skip("the native extension is not built")
+    words = ["generate", "digits", "--out", str(tmp_path / "out"), "--denoiser", model]
+    words += ["--n", "2", "--steps", "6", "--no-progress"]
+    words += ["--backend", backend] if model == "local" else []
+    threads = torch.get_num_threads()
+    stop_after(4)
+    try:
+        assert main(words) == 130
+        torch.set_num_threads(threads + 1)
+        stop_after(100)
+        assert main(words) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert record(tmp_path / "out")["resumed_calls"] == resumed
+    assert record(tmp_path / "out")["software"]["threads"] == threads + 1

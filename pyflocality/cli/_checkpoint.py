@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyflocality._paths import no_link
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -86,7 +88,7 @@ class KeptAnswers:
         import torch
 
         try:
-            with open(self.path, "rb") as file:
+            with open(self.path, "rb", opener=no_link) as file:
                 file.seek(self._end)
                 header = file.read(_HEADER.size)
                 if len(header) < _HEADER.size:
@@ -105,7 +107,7 @@ class KeptAnswers:
     def _keep(self, question: int, answer: Tensor) -> None:
         content = _bytes(answer)
         try:
-            with open(self.path, "ab") as file:
+            with open(self.path, "ab", opener=no_link) as file:
                 file.truncate(self._end)
                 file.write(_HEADER.pack(question, zlib.crc32(content), len(content)) + content)
             self._end += _HEADER.size + len(content)

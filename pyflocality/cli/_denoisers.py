@@ -28,6 +28,7 @@ class Entry:
         required: Options that must be given.
         centred: Whether its window lies around a pixel, so that its side must be odd.
         subsets: Ways in which it can search part of the images, keys of `SUBSETS`.
+        sums_by_torch: Whether torch adds up its answers, whose rounding depends on the threads.
     """
 
     class_name: str
@@ -38,6 +39,7 @@ class Entry:
     required: tuple[str, ...] = ()
     centred: bool = False
     subsets: tuple[str, ...] = ()
+    sums_by_torch: bool = False
 
 
 # Classes in `pyflocality.denoisers` that wrap a denoiser, and what tells how much they search.
@@ -94,9 +96,15 @@ DENOISERS: dict[str, Entry] = {
         ("global_posterior",),
         subsets=("golden", "certified"),
     ),
-    "wiener": Entry("WienerDenoiser", "the best linear one", {}, (), needs_moments="only"),
+    "wiener": Entry(
+        "WienerDenoiser", "the best linear one", {}, (), needs_moments="only", sums_by_torch=True
+    ),
     "ledoit-wolf": Entry(
-        "LedoitWolfDenoiser", "the linear one for few images, its covariance shrunk", {}, ()
+        "LedoitWolfDenoiser",
+        "the linear one for few images, its covariance shrunk",
+        {},
+        (),
+        sums_by_torch=True,
     ),
     "fourier": Entry(
         "FourierWienerDenoiser",
@@ -104,6 +112,7 @@ DENOISERS: dict[str, Entry] = {
         {},
         (),
         needs_moments="only",
+        sums_by_torch=True,
     ),
     "nearest": Entry("NearestDenoiser", "the nearest training image", _SCAN, ("nearest",)),
 }
@@ -125,6 +134,16 @@ class DenoiserOptions:
     def entry(self) -> Entry:
         """The denoiser's entry."""
         return DENOISERS[self.name]
+
+    @property
+    def depends_on_threads(self) -> bool:
+        """Whether the number of threads changes the rounding of the answers: not by our kernels."""
+        from pyflocality._backends import machine_reason, requested_backend
+
+        backend = requested_backend(self.given.get("backend"))
+        if backend == "auto" and machine_reason("cpu") is not None:
+            backend = "reference"
+        return self.entry.sums_by_torch or backend == "reference"
 
     def check(self) -> None:
         """Refuse wrong values, foreign options and backends that cannot run, before any work."""

@@ -304,6 +304,8 @@ def _find(plan: Plan, stages: Stages, ranks: Ranks | None) -> _Found:
             "sampling": asdict(plan.sampling),
             "backend": requested_backend(None),
         }
+        if not plan.denoiser.depends_on_threads:
+            others["software"] = settings["software"] | {"threads": None}
     asked = split_samples(observed) if plan.split_over == "samples" else observed
     kept = KeptAnswers(asked, plan.out, settings | others, ranks)
     with stages("sampling", f"sampling {plan.sampling.n} images in {plan.sampling.steps} steps"):

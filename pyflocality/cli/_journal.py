@@ -8,13 +8,14 @@ lines tell is only acted upon under the lock of the results.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pyflocality._paths import no_link
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Journal:
     def runs(self) -> list[BegunRun]:
         """The runs that did not end by themselves, in order."""
         try:
-            with open(self.path, encoding="ascii", opener=_no_link) as file:
+            with open(self.path, encoding="ascii", opener=no_link) as file:
                 lines = file.read().splitlines()
         except (OSError, UnicodeDecodeError):
             return []
@@ -71,13 +72,9 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
     def _add(self, line: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="ascii", opener=_no_link) as file:
+        with open(self.path, "a", encoding="ascii", opener=no_link) as file:
             # A line before it that was cut short must not swallow it.
             file.write("\n" + json.dumps(line) + "\n")
-
-
-def _no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _take(line: dict[str, Any], runs: dict[str, BegunRun]) -> None:
