@@ -11,9 +11,10 @@ import errno
 import json
 import os
 import shutil
+import stat
 import zlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,8 @@ from typing import IO, Any
 import numpy as np
 
 from pyflocality._json import sealed
-from pyflocality._paths import checked_path, regular_file
+from pyflocality._locks import HeldError, locked
+from pyflocality._paths import checked_path, no_link, regular_file
 from pyflocality._progress import progress_bar
 from pyflocality._text import printable_errors
 from pyflocality.sources import cache, folder, hub_dataset, tar_shards
@@ -78,7 +80,7 @@ def pack(
         TypeError: An argument is of the wrong type.
         ValueError: The source is damaged, empty or of mixed sizes, or has no labels to sort by;
             what is in `out` is damaged.
-        FileExistsError: `out` holds something else, or another process is packing into it.
+        FileExistsError: `out` holds something else, or another process is writing into it.
         OSError: The disk is full, or cannot be written to.
         ImportError: The source needs a package that is not installed.
     """
@@ -93,8 +95,12 @@ def pack(
         _check_target(target, key)
         target.mkdir(parents=True, exist_ok=True)
         with _alone(target), _named(target):
+            # Another process may have come first.
+            _check_target(target, key)
             if (target / MANIFEST).is_file():
                 verify(target, progress=progress)
+                # Of a process that was killed when all was done.
+                (target / JOURNAL).unlink(missing_ok=True)
                 return target
             try:
                 _write(files, request, target, key, colour=False)
@@ -177,23 +183,12 @@ def _is_barely_begun(target: Path) -> bool:
 @contextmanager
 def _alone(target: Path) -> Iterator[None]:
     """Keep other processes from packing into a folder, where the system has locks."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    descriptor = os.open(target, os.O_RDONLY)
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FileExistsError(f"{target}: another process is packing into it") from error
-        except OSError:
-            # The file system has no locks.
-            pass
+            stack.enter_context(locked(target))
+        except HeldError:
+            raise FileExistsError(f"{target}: another process is writing into it") from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -207,8 +202,19 @@ def _named(target: Path) -> Iterator[None]:
         raise
 
 
+def _is_own(path: Path) -> bool:
+    """Whether a file is there that has no other name: a link is replaced, never written through."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_nlink <= 1
+
+
 def _read_journal(target: Path) -> tuple[dict[str, Any], list[int]] | None:
     """What was begun and the checksums of its finished blocks, or None without a journal."""
+    if not _is_own(target / JOURNAL):
+        return None
     try:
         lines = (target / JOURNAL).read_text(encoding="ascii").splitlines(keepends=True)
     except OSError:
@@ -226,14 +232,16 @@ def _read_journal(target: Path) -> tuple[dict[str, Any], list[int]] | None:
 def _write(files: LabelledFiles, request: Request, target: Path, key: int, colour: bool) -> None:
     """Decode what is missing, then write labels and manifest."""
     begun = _read_journal(target)
+    if os.path.lexists(target / IMAGES) and not _is_own(target / IMAGES):
+        begun = None
     if begun is None:
         job = decode_job(files.files, request, colour=colour)
         per_block = max(1, _BLOCK_BYTES // int(np.prod(job.shape[1:])))
         (target / IMAGES).unlink(missing_ok=True)
         header = {"key": key, "shape": list(job.shape), "images_per_block": per_block}
         begun = header, []
-        with _durable(target / JOURNAL, "w") as journal:
-            journal.write(sealed(header) + "\n")
+        with _durable(target / JOURNAL) as journal:
+            journal.write((sealed(header) + "\n").encode())
     header, finished = begun
     _decode(files, request, target, header, finished)
     labels_crc = None
@@ -270,7 +278,10 @@ def _decode(
     """Append the missing blocks to the array; `finished` grows with them."""
     shape, per_block = header["shape"], header["images_per_block"]
     first = min(len(finished) * per_block, shape[0])
-    with open(target / IMAGES, "a+b") as array, open(target / JOURNAL, "a") as journal:
+    with (
+        open(target / IMAGES, "a+b", opener=no_link) as array,
+        open(target / JOURNAL, "a", opener=no_link) as journal,
+    ):
         start = _begin_array(array, shape)
         if finished:
             _compare(array, shape, per_block, finished, request.progress)
@@ -356,9 +367,10 @@ def _flush(file: IO[Any]) -> None:
 
 
 @contextmanager
-def _durable(path: Path, mode: str) -> Iterator[IO[Any]]:
-    """A file whose contents are on the disk after the block."""
-    with open(path, mode) as file:
+def _durable(path: Path) -> Iterator[IO[bytes]]:
+    """A new file whose contents are on the disk after the block."""
+    path.unlink(missing_ok=True)
+    with open(path, "xb") as file:
         yield file
         _flush(file)
 
@@ -368,7 +380,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that appears whole or not at all."""
     temporary = path.with_suffix(".tmp")
     try:
-        with _durable(temporary, "wb") as file:
+        with _durable(temporary) as file:
             yield file
         os.replace(temporary, path)
     finally:

@@ -254,7 +254,7 @@ def test_a_disk_that_is_full_from_the_start(folder, pixels, tmp_path, monkeypatc
     """Nothing is finished but an empty journal, or the beginning of one: it is begun anew."""
     out = tmp_path / "out"
 
-    def full(path, mode):
+    def full(path):
         path.write_text(written)
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -272,7 +272,7 @@ def test_one_process_packs_into_a_folder(folder, pixels, tmp_path):
     out.mkdir()
     other = os.open(out, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(FileExistsError, match="another process is packing into it"):
+    with pytest.raises(FileExistsError, match="another process is writing into it"):
         pack(folder, out, progress=False)
     assert not any(out.iterdir())
     os.close(other)
@@ -455,3 +455,64 @@ def test_command(folder, tmp_path, capsys):
     assert "of other options" in capsys.readouterr().err
     assert main(["pack", str(tmp_path / "nowhere"), str(out)]) == 2
     assert "`SOURCE` must be the path" in capsys.readouterr().err
+
+
+def test_links_are_replaced_and_nothing_is_written_through_them(
+    folder, pixels, tmp_path, few_a_block, monkeypatch
+):
+    whole = pack(folder, tmp_path / "whole", progress=False)
+    contents = {path.name: path.read_bytes() for path in whole.iterdir()}
+    out = tmp_path / "out"
+
+    def begin():
+        """A set of which two blocks are finished."""
+        flushed = packing._flush
+        count = 0
+
+        def stop(file):
+            nonlocal count
+            flushed(file)
+            count += 1
+            if count == 6:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(packing, "_flush", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pack(folder, out, progress=False)
+        monkeypatch.setattr(packing, "_flush", flushed)
+        assert sorted(os.listdir(out)) == ["images.npy", "packing.jsonl"]
+
+    for name in ("images.npy", "packing.jsonl", "labels.tmp", "manifest.tmp", "labels.npy"):
+        for link in (os.symlink, os.link):
+            begin()
+            precious = tmp_path / "precious"
+            if (out / name).exists():
+                (out / name).rename(precious)
+            else:
+                precious.write_bytes(b"precious")
+            before = precious.read_bytes()
+            link(precious, out / name)
+            assert pack(folder, out, progress=False) == out
+            assert precious.read_bytes() == before, (name, link)
+            assert {path.name: path.read_bytes() for path in out.iterdir()} == contents
+            assert not any(path.is_symlink() for path in out.iterdir())
+            for path in (*out.iterdir(), precious):
+                path.unlink()
+
+
+def test_a_pipe_in_place_of_the_images_is_replaced(folder, tmp_path, monkeypatch):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("no pipes with names here")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "packing.jsonl").touch()
+    os.mkfifo(out / "images.npy")
+    pack(folder, out, progress=False)
+    verify(out, progress=False)
+
+
+def test_a_run_killed_when_all_was_done_leaves_nothing(folder, tmp_path, monkeypatch):
+    out = pack(folder, tmp_path / "out", progress=False)
+    (out / "packing.jsonl").write_text("of a run that is over\n")
+    pack(folder, out, progress=False)
+    assert sorted(os.listdir(out)) == ["images.npy", "labels.npy", "manifest.json"]
