@@ -25,13 +25,14 @@ from pyflocality._mapped import read_checked, remember
 from pyflocality._shards import ranks_of
 from pyflocality._text import printable, printable_errors
 from pyflocality.sources.base import MappedImages, Request
+from pyflocality.sources.layout import check_layout
 from pyflocality.sources.validation import (
     as_image_tensor,
     as_labels,
     as_positions,
     blocks,
     check_copy,
-    check_range,
+    check_values,
     checked_names,
     checked_shape,
 )
@@ -49,6 +50,8 @@ class TrainingSet:
             for grey images, [N, H, W]. Either uint8, where u means u / 127.5 - 1, or float32 or
             float64 in [-1, 1].
         labels: Class of each image, whole numbers [N].
+        layout: `"NCHW"`, `"NHWC"` or `"NHW"`: how the axes are to be read. Without it, shapes that
+            can be read in several ways are refused (`pyflocality.sources.layout`).
         name: What to call the set in messages.
         label_names: Names of the classes 0, 1, ...
 
@@ -62,10 +65,12 @@ class TrainingSet:
     Raises:
         TypeError: `images` or `labels` is of the wrong type or dtype.
         ValueError: `images` is empty, has a wrong shape, holds NaN or leaves [-1, 1], or
-            `labels` does not match it.
+            `labels` does not match it; `images` or `labels` is a masked array with masked values;
+            8-bit images hold 0 and 1 alone, which are both black.
 
     Warns:
-        UserWarning: Float images lie in [0, 1], with nothing negative.
+        UserWarning: Float images lie in [0, 1], with nothing negative; three grey images may be
+            the channels of one.
     """
 
     images: Tensor
@@ -79,14 +84,14 @@ class TrainingSet:
         images: object,
         labels: object = None,
         *,
+        layout: str | None = None,
         name: str = "array",
         label_names: Sequence[str] | None = None,
     ) -> None:
-        tensor = checked_shape(as_image_tensor(images))
+        tensor = checked_shape(as_image_tensor(images), check_layout(layout))
         classes = None if labels is None else as_labels(labels, tensor)
         names = None if label_names is None else checked_names(label_names, classes)
-        if tensor.is_floating_point():
-            check_range(tensor, name)
+        check_values(tensor, name)
         self._assign(tensor, name, classes, names)
 
     def _assign(
@@ -119,6 +124,7 @@ class TrainingSet:
         resolution: int | Sequence[int] | None = None,
         channels: int | None = None,
         split: str | None = None,
+        layout: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> TrainingSet:
@@ -158,6 +164,8 @@ class TrainingSet:
             split: `"train"`, `"test"` or another part of a source that has parts: a folder or
                 archive with such folders at its top, MNIST's and CIFAR's folders. None is
                 `"train"` there.
+            layout: `"NCHW"`, `"NHWC"` or `"NHW"` for .npy and .npz files: how their axes are to be
+                read; needed where that cannot be told (`pyflocality.sources.layout`).
             cache_dir: Folder of decoded sets; None is the environment variable
                 `PYFLOCALITY_CACHE_DIR` or `pyflocality` in the user's cache folder, as
                 platformdirs knows it (`XDG_CACHE_HOME` or `~/.cache` on Linux).
@@ -172,13 +180,18 @@ class TrainingSet:
         # Sources make training sets themselves.
         from pyflocality.sources.registry import open_source
 
-        request = Request.checked(resolution, channels, split, cache_dir, progress)
+        request = Request.checked(resolution, channels, split, cache_dir, progress, layout)
         with printable_errors():
             loaded = open_source(source, request)
             remember(loaded.images)
-            name = printable(loaded.name)
             try:
-                data = cls(loaded.images, loaded.labels, name=name, label_names=loaded.label_names)
+                data = cls(
+                    loaded.images,
+                    loaded.labels,
+                    layout={3: "NHW", 4: "NCHW"}.get(loaded.images.ndim),
+                    name=printable(loaded.name),
+                    label_names=loaded.label_names,
+                )
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{os.fspath(source)}: {error}") from error
         data._mapped = loaded.mapped
@@ -401,7 +414,9 @@ class TrainingSet:
         """Restore a pickled set; raises ValueError if the file it maps is not the same any more."""
         self.__dict__.update({"_content_key": None, "augmentation": None} | state)
         if self._mapped is not None:
-            self.images = checked_shape(as_image_tensor(self._mapped.open()))
+            array = self._mapped.open()
+            layout = "NHW" if array.ndim == 3 else "NCHW"
+            self.images = checked_shape(as_image_tensor(array), layout)
 
 
 def _content_key(images: Tensor) -> str:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from pyflocality._text import printable
 from pyflocality.sources import cache
 from pyflocality.sources.base import DecodeJob, Loaded, MappedImages, Request, refuse_split
+from pyflocality.sources.layout import find_layout
+from pyflocality.sources.left_out import LeftOut
 from pyflocality.sources.pixels import convert_array
+from pyflocality.sources.validation import as_image_tensor, check_values, checked_shape
 
-_IMAGE_KEYS = ("images", "x", "arr_0")
-_LABEL_KEYS = ("labels", "y")
+_IMAGE_KEYS = ("images", "x", "X", "data", "image", "imgs", "samples", "arr_0")
+_LABEL_KEYS = ("labels", "y", "label", "targets", "target")
 
 
 def load_npy(path: Path, request: Request) -> Loaded:
@@ -23,48 +27,84 @@ def load_npy(path: Path, request: Request) -> Loaded:
         array = np.lib.format.open_memmap(path, mode="c")
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path}: not a readable .npy file: {error}") from error
+    layout = _layout_of(array, path, request)
     status = path.stat()
     fingerprint = None
-    if array.ndim > 0 and len(array) >= cache.MIN_IMAGES:
-        fingerprint = {"npy": str(path.resolve()), "stat": [status.st_size, status.st_mtime_ns]}
-    channels_last = is_channels_last(array)
+    if len(array) >= cache.MIN_IMAGES:
+        stat = [status.st_size, status.st_mtime_ns]
+        fingerprint = {"npy": str(path.resolve()), "stat": stat, "layout": layout}
     mapped = None
     if array.dtype.isnative:
-        mapped = MappedImages.of(array, channels_last=channels_last)
-    images = array.transpose(0, 3, 1, 2) if channels_last else array
+        mapped = MappedImages.of(array, channels_last=layout == "NHWC")
+    images = array.transpose(0, 3, 1, 2) if layout == "NHWC" else array
     return convert(Loaded(images, path.name, mapped=mapped, fingerprint=fingerprint), request)
 
 
 def load_npz(path: Path, request: Request) -> Loaded:
-    """Load an .npz file: images under `images`, `x` or `arr_0`, labels under `labels` or `y`."""
+    """Load an .npz file: images under `images`, `x` or `arr_0`, labels under `labels` or `y`.
+
+    Other usual names are found, too, and `arr_1` where it can be labels. What else the file holds
+    is told by a warning; two arrays that may both be meant are refused.
+    """
     refuse_split(request.split, str(path))
+    left_out = LeftOut(str(path))
     try:
         with np.load(path, allow_pickle=False) as archive:
-            image_key = next((key for key in _IMAGE_KEYS if key in archive), None)
-            label_key = next((key for key in _LABEL_KEYS if key in archive), None)
-            keys = ", ".join(archive.files) or "nothing"
+            keys = archive.files
+            image_key = _key_of(keys, _IMAGE_KEYS, "images")
             images = None if image_key is None else archive[image_key]
+            label_key = _key_of(keys, _LABEL_KEYS, "labels")
             labels = None if label_key is None else archive[label_key]
+            if images is not None and label_key is None and "arr_1" in keys:
+                second = archive["arr_1"]
+                if second.ndim == 1 and second.dtype.kind in "iu" and len(second) == len(images):
+                    label_key, labels = "arr_1", second
+    except _TwoArraysError as error:
+        raise ValueError(f"{path}: {error}") from None
     # A damaged archive fails in zipfile, in zlib or in NumPy's reader of headers.
     except Exception as error:
         raise ValueError(f"{path}: not a readable .npz file: {error}") from error
     if images is None:
-        raise ValueError(f"{path}: holds no `images`, `x` or `arr_0`, only {keys}")
-    if is_channels_last(images):
+        shown = printable(", ".join(keys)) or "nothing"
+        raise ValueError(f"{path}: holds no `images`, `x` or `arr_0`, only {shown:.200}")
+    for key in keys:
+        if key not in (image_key, label_key):
+            left_out.add(key, "neither images nor labels by its name")
+    left_out.warn()
+    if _layout_of(images, path, request) == "NHWC":
         images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     return convert(Loaded(images, path.name, labels), request)
 
 
-def is_channels_last(array: np.ndarray) -> bool:
-    """Whether a shape can only be [N, H, W, C] with one or three channels."""
-    return array.ndim == 4 and array.shape[3] in (1, 3) and array.shape[1] not in (1, 3)
+class _TwoArraysError(Exception):
+    """Two arrays of a file could be what is looked for."""
+
+
+def _key_of(keys: list[str], wanted: Sequence[str], what: str) -> str | None:
+    """The one of the usual names that is there, or None."""
+    found = [key for key in wanted if key in keys]
+    if len(found) > 1:
+        listed = " and ".join(f"`{key}`" for key in found)
+        raise _TwoArraysError(f"holds {listed}, each of which may be the {what}: keep one of them")
+    return found[0] if found else None
+
+
+def _layout_of(array: np.ndarray, path: Path, request: Request) -> str | None:
+    """How the axes of a file's images are to be read; None for an array without any images."""
+    if 0 in array.shape:
+        return None
+    try:
+        return find_layout(array.shape, request.layout)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def convert(loaded: Loaded, request: Request) -> Loaded:
     """Bring the images of an array source to the size and channels asked for.
 
     Raises:
-        ValueError: The images are neither grey nor RGB and `channels` is given.
+        TypeError: The images are of a wrong dtype.
+        ValueError: They leave [-1, 1], or are neither grey nor RGB and `channels` is given.
     """
     images = loaded.images
     if images.ndim not in (3, 4) or 0 in images.shape:
@@ -83,6 +123,11 @@ def convert(loaded: Loaded, request: Request) -> Loaded:
     cached = cache.find(loaded, request)
     if cached is not None:
         return replace(cached, labels=loaded.labels, label_names=loaded.label_names)
+    try:
+        # The values as they are stored: resampling would hide what is wrong with them.
+        check_values(checked_shape(as_image_tensor(images), "NCHW"), loaded.name, warn=False)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{loaded.name}: {error}") from error
 
     def converted() -> Iterator[np.ndarray]:
         return (convert_array(image, resolution, channels) for image in images)

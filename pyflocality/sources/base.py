@@ -14,6 +14,7 @@ from pyflocality._cache import open_entry
 from pyflocality._checks import check_count, describe
 from pyflocality._mapped import remember
 from pyflocality._paths import checked_path
+from pyflocality.sources.layout import check_layout
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Request:
         split: Name of the part wanted of a source that has parts, or None.
         cache_dir: Folder of decoded sets, or None for the default one.
         progress: Whether to show a progress bar.
+        layout: How the axes of arrays are to be read, or None.
     """
 
     resolution: tuple[int, int] | None = None
@@ -33,6 +35,7 @@ class Request:
     split: str | None = None
     cache_dir: Path | None = None
     progress: bool = True
+    layout: str | None = None
 
     @classmethod
     def checked(
@@ -42,6 +45,7 @@ class Request:
         split: str | None,
         cache_dir: str | os.PathLike[str] | None,
         progress: bool,
+        layout: str | None = None,
     ) -> Request:
         """Arguments in canonical form; raises ValueError or TypeError naming the faulty one."""
         if channels is not None:
@@ -51,7 +55,8 @@ class Request:
         if split is not None and not isinstance(split, str):
             raise TypeError(f"`split` must be a name such as 'train', got {describe(split)}")
         folder = None if cache_dir is None else checked_path(cache_dir, "cache_dir")
-        return cls(_checked_resolution(resolution), channels, split, folder, bool(progress))
+        size = _checked_resolution(resolution)
+        return cls(size, channels, split, folder, bool(progress), check_layout(layout))
 
 
 def _checked_resolution(resolution: object) -> tuple[int, int] | None:
@@ -71,16 +76,6 @@ def refuse_split(split: str | None, where: str) -> None:
     """Raise if a part is asked of a source that has none."""
     if split is not None:
         raise ValueError(f"`split` must be left out: {where} has no parts, got {split!r}")
-
-
-def choose_split(split: str | None, available: Sequence[str], where: str) -> str:
-    """The part that is asked for: without a request "train", or the only part there is."""
-    if split is None and (len(available) == 1 or "train" in available):
-        return "train" if "train" in available else available[0]
-    if split not in available:
-        listed = ", ".join(repr(name) for name in available)
-        raise ValueError(f"`split` must be one of {listed} for {where}, got {split!r}")
-    return split
 
 
 @dataclass(frozen=True)

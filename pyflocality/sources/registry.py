@@ -31,6 +31,7 @@ def open_source(source: str | os.PathLike[str], request: Request) -> Loaded:
             "arrays and tensors go to TrainingSet(...)"
         )
     if isinstance(source, str) and source in builtin.BUILTINS:
+        _refuse_layout(request, f"the builtin set {source!r}")
         return builtin.load_builtin(source, request)
     path = checked_path(source, "source")
     if not path.exists():
@@ -39,10 +40,12 @@ def open_source(source: str | os.PathLike[str], request: Request) -> Loaded:
             f"`source` must be a builtin set ({names}) or the path of {FORMATS}; nothing is "
             f"there: {str(source)!r}"
         )
+    suffix = path.suffix.lower()
+    if path.is_dir() or suffix not in (".npy", ".npz"):
+        _refuse_layout(request, str(path))
     if path.is_dir():
         return _open_folder(path, request)
     regular_file(path)
-    suffix = path.suffix.lower()
     if suffix == ".zip":
         return folder.load_zip(path, request)
     if suffix == ".npy":
@@ -52,6 +55,14 @@ def open_source(source: str | os.PathLike[str], request: Request) -> Loaded:
     if mnist_idx.is_idx_file(path):
         return mnist_idx.load_idx_file(path, request)
     raise ValueError(f"{path}: not a format that is read; `source` must be {FORMATS}")
+
+
+def _refuse_layout(request: Request, where: str) -> None:
+    if request.layout is not None:
+        raise ValueError(
+            "`layout` must be left out: it tells how the axes of .npy and .npz files are to be "
+            f"read, got {request.layout!r} for {where}"
+        )
 
 
 def _open_folder(path: Path, request: Request) -> Loaded:

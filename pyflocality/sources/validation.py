@@ -18,6 +18,7 @@ from torch import Tensor
 from pyflocality._budget import memory_budget_bytes
 from pyflocality._checks import describe
 from pyflocality._mapped import mapped_file, remember, streamed
+from pyflocality.sources.layout import find_layout
 
 # Large sets are checked and hashed in pieces of this many bytes.
 _BLOCK_BYTES = 64 * 2**20
@@ -30,8 +31,9 @@ def as_image_tensor(images: object) -> Tensor:
     if isinstance(images, Tensor):
         return images.detach()
     if isinstance(images, np.ndarray):
+        images = without_mask(images, "images")
         if images.dtype.newbyteorder("=") not in (np.uint8, np.float32, np.float64):
-            _refuse_dtype(str(images.dtype), images.dtype.kind in "iub")
+            _refuse_dtype(str(images.dtype), images.dtype.kind)
         if not images.dtype.isnative:
             images = images.astype(images.dtype.newbyteorder("="))
         if any(stride < 0 for stride in images.strides):
@@ -44,7 +46,13 @@ def as_image_tensor(images: object) -> Tensor:
                 remember(images)
             return torch.from_numpy(images)
     if hasattr(images, "__dlpack__"):
-        return torch.from_dlpack(images)
+        try:
+            return torch.from_dlpack(images)
+        # What other libraries raise for the arrays that they cannot hand over.
+        except Exception as error:
+            raise TypeError(
+                f"`images` cannot be taken over by DLPack from {describe(images)}: {error}"
+            ) from error
     raise TypeError(
         "`images` must be a NumPy array, a torch tensor or an object with __dlpack__, got "
         f"{describe(images)}"
@@ -52,33 +60,61 @@ def as_image_tensor(images: object) -> Tensor:
     )
 
 
-def _refuse_dtype(dtype: str, whole: bool) -> NoReturn:
-    cure = "whole numbers 0..255 must be uint8" if whole else "convert it to float32"
-    raise TypeError(f"`images` must be uint8, float32 or float64, got {dtype}: {cure}")
+def without_mask(array: np.ndarray, name: str) -> np.ndarray:
+    """A plain array; one of which values are masked is refused, as they are no values."""
+    if isinstance(array, np.ma.MaskedArray):
+        masked = int(np.ma.getmaskarray(array).sum())
+        if masked:
+            raise ValueError(
+                f"`{name}` is a masked array with {masked} masked values: fill them, "
+                f"{name}.filled(value), or leave their rows out"
+            )
+        return np.asarray(array.data)
+    return array
 
 
-def checked_shape(images: Tensor) -> Tensor:
-    """Images of a known dtype as [N, C, H, W]."""
+# What to do about arrays of other kinds, by NumPy's letters for them.
+_CURES = {
+    "b": "pass images.astype(np.uint8) * 255 (in torch, images.to(torch.uint8) * 255), where "
+    "False is black and True is white",
+    "i": "whole numbers 0..255 must be uint8",
+    "u": "whole numbers 0..255 must be uint8",
+    "f": "convert it to float32",
+    "O": "images of one size make an array of numbers, np.stack(list_of_images)",
+    "V": "a field of it may be what is meant, images['name']",
+}
+
+
+def _refuse_dtype(dtype: str, kind: str) -> NoReturn:
+    cure = _CURES.get(kind)
+    told = f"`images` must be uint8, float32 or float64, got {dtype:.100}"
+    raise TypeError(told if cure is None else f"{told}: {cure}")
+
+
+def checked_shape(images: Tensor, layout: str | None = None) -> Tensor:
+    """Images of a known dtype as [N, C, H, W].
+
+    Args:
+        images: The images.
+        layout: How their axes are to be read, as in `pyflocality.sources.layout`.
+    """
     if images.dtype not in (torch.uint8, torch.float32, torch.float64):
-        whole = not images.is_floating_point() and not images.is_complex()
-        _refuse_dtype(str(images.dtype).removeprefix("torch."), whole)
-    if images.ndim not in (3, 4):
-        raise ValueError(
-            f"`images` must have shape [N, C, H, W] or [N, H, W], got {describe(images)}"
-        )
-    if images.numel() == 0:
+        floats = "f" if images.is_floating_point() else "c" if images.is_complex() else "i"
+        kind = "b" if images.dtype == torch.bool else floats
+        _refuse_dtype(str(images.dtype).removeprefix("torch."), kind)
+    if images.ndim in (3, 4) and images.numel() == 0:
         raise ValueError(f"`images` must hold at least one image, got {describe(images)}")
+    found = find_layout(images.shape, layout)
     if images.is_meta:
         raise ValueError(f"`images` must hold values, got {describe(images)}")
-    if images.ndim == 3:
-        return images[:, None]
-    if images.shape[3] in (1, 3) and images.shape[1] not in (1, 3):
+    if found == "NHWC" and layout is None:
         raise ValueError(
             f"`images` must have shape [N, C, H, W], got {describe(images)}, which looks like "
-            "[N, H, W, C]: permute it, images.permute(0, 3, 1, 2) in torch or "
-            "images.transpose(0, 3, 1, 2) in NumPy"
+            "[N, H, W, C]: give layout='NHWC', or layout='NCHW' if it is not"
         )
-    return images
+    if found == "NHWC":
+        return images.permute(0, 3, 1, 2)
+    return images[:, None] if found == "NHW" else images
 
 
 def blocks(images: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -87,8 +123,37 @@ def blocks(images: Tensor) -> Iterator[tuple[int, Tensor]]:
     yield from zip(range(0, len(images), step), streamed(images, step), strict=True)
 
 
-def check_range(images: Tensor, name: str) -> None:
-    """Raise if float images hold NaN or leave [-1, 1]; warn if they look like [0, 1]."""
+def check_values(images: Tensor, name: str, *, warn: bool = True) -> None:
+    """Raise if images hold what no picture does.
+
+    That is NaN, infinities and values outside of [-1, 1] in floats, nothing but 0 and 1 in bytes.
+
+    Args:
+        images: The images, uint8 or float.
+        name: What to call the set.
+        warn: Whether to warn of floats that look like [0, 1].
+    """
+    if images.dtype == torch.uint8:
+        _check_levels(images)
+        return
+    lowest, highest = _range(images)
+    if lowest < -1.0 - _RANGE_SLACK or highest > 1.0 + _RANGE_SLACK:
+        cure = "rescale it"
+        if lowest >= 0.0 and highest <= 255.0:
+            cure = "if it is in [0, 255], pass uint8 or images / 127.5 - 1"
+        raise ValueError(
+            f"`images` must be in [-1, 1], got values from {lowest:g} to {highest:g}: {cure}"
+        )
+    if warn and lowest >= 0.0:
+        warnings.warn(
+            f"the float images of {name} lie in [{lowest:g}, {highest:g}], with nothing negative; "
+            "[-1, 1] is expected: if their range is [0, 1], pass 2 * images - 1",
+            stacklevel=3,
+        )
+
+
+def _range(images: Tensor) -> tuple[float, float]:
+    """The least and the largest of finite values."""
     lowest, highest = float("inf"), float("-inf")
     for start, block in blocks(images):
         low, high = (float(bound) for bound in torch.aminmax(block))
@@ -99,18 +164,23 @@ def check_range(images: Tensor, name: str) -> None:
                 f"{start + int(bad.nonzero()[0, 0])}"
             )
         lowest, highest = min(lowest, low), max(highest, high)
-    if lowest < -1.0 - _RANGE_SLACK or highest > 1.0 + _RANGE_SLACK:
-        cure = "rescale it"
-        if lowest >= 0.0 and highest <= 255.0:
-            cure = "if it is in [0, 255], pass uint8 or images / 127.5 - 1"
+    return lowest, highest
+
+
+def _check_levels(images: Tensor) -> None:
+    """Raise if the values of 8-bit images are 0 and 1: nearly black, where 255 is white."""
+    highest = 0
+    # Nearly all sets have a brighter value in their first image.
+    for part in (images[:1], images):
+        for _, block in blocks(part):
+            highest = max(highest, int(block.max()))
+            if highest > 1:
+                return
+    if highest == 1:
         raise ValueError(
-            f"`images` must be in [-1, 1], got values from {lowest:g} to {highest:g}: {cure}"
-        )
-    if lowest >= 0.0:
-        warnings.warn(
-            f"the float images of {name} lie in [{lowest:g}, {highest:g}], with nothing negative; "
-            "[-1, 1] is expected: if their range is [0, 1], pass 2 * images - 1",
-            stacklevel=3,
+            "`images` are uint8 with values of 0 and 1 alone, of which 255 is white and both are "
+            "as good as black: pass images * 255 if they are black and white, "
+            "images / np.float32(127.5) - 1 if they are not"
         )
 
 
@@ -128,14 +198,39 @@ def check_copy(images: Tensor, count: int, name: str) -> None:
 
 def as_labels(labels: object, images: Tensor) -> Tensor:
     """Labels as int64 [N] beside the images."""
-    array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    array = _label_array(labels)
     if array.shape != (len(images),):
         raise ValueError(
             f"`labels` must have shape [{len(images)}], one for each image, got {list(array.shape)}"
         )
     if array.dtype.kind not in "iu":
-        raise TypeError(f"`labels` must be whole numbers, got {array.dtype}")
+        cure = ": labels.astype(np.int64) if they are" if array.dtype.kind == "f" else ""
+        raise TypeError(f"`labels` must be whole numbers, got {str(array.dtype):.100}{cure}")
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"`labels` must be below 2**63, got {array.max()}")
     return torch.from_numpy(array.astype(np.int64)).to(images.device)
+
+
+def _label_array(labels: object) -> np.ndarray:
+    if isinstance(labels, Tensor):
+        if labels.is_floating_point() or labels.is_complex():
+            dtype = str(labels.dtype).removeprefix("torch.")
+            raise TypeError(
+                f"`labels` must be whole numbers, got {dtype}: labels.long() if they are"
+            )
+        return labels.detach().cpu().numpy()
+    if isinstance(labels, np.ndarray):
+        return without_mask(labels, "labels")
+    try:
+        array = np.asarray(labels)
+    # Lists in lists of several lengths, numbers beyond all bounds.
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"`labels` must be a list of whole numbers: {error}") from error
+    if array.dtype == object and array.ndim == 1:
+        beyond = [label for label in array if isinstance(label, int) and abs(label) >= 2**63]
+        if beyond:
+            raise ValueError(f"`labels` must be below 2**63, got {str(beyond[0]):.40}")
+    return array
 
 
 def checked_names(label_names: Sequence[str], labels: Tensor | None) -> tuple[str, ...]:
