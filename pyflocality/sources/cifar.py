@@ -16,7 +16,8 @@ import numpy as np
 from pyflocality._text import printable
 from pyflocality.sources import inert_pickle
 from pyflocality.sources.arrays import convert
-from pyflocality.sources.base import Loaded, Request, choose_split
+from pyflocality.sources.base import Loaded, Request
+from pyflocality.sources.splits import choose_split
 
 _SHAPE = (3, 32, 32)
 _VALUES = 3 * 32 * 32

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from pyflocality.sources.base import Request, choose_split
+from pyflocality.sources.base import Request
 from pyflocality.sources.images import ImageFiles, LabelledFiles
+from pyflocality.sources.splits import choose_split
 
 # What `datasets` leaves in the folder of a saved set and of a set with several splits.
 _MARKS = ("state.json", "dataset_dict.json")

@@ -45,10 +45,10 @@ class LeftOut:
         ]
         self._reasons.clear()
         told = f"{total} left out: {'; '.join(parts)}"
-        warnings.warn(f"{printable(self._where)}: {told}", stacklevel=_caller_level())
+        warnings.warn(f"{printable(self._where)}: {told}", stacklevel=caller_level())
 
 
-def _caller_level() -> int:
+def caller_level() -> int:
     """The `stacklevel` of the first frame outside the library, for a warning of the caller."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and (

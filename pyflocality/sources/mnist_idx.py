@@ -17,7 +17,8 @@ import numpy as np
 
 from pyflocality._paths import regular_file
 from pyflocality.sources.arrays import convert
-from pyflocality.sources.base import Loaded, MappedImages, Request, choose_split, refuse_split
+from pyflocality.sources.base import Loaded, MappedImages, Request, refuse_split
+from pyflocality.sources.splits import choose_split
 
 _IMAGE_FILE = re.compile(r"(.*?)-?images[-.]idx3-ubyte(\.gz)?")
 # What DEFLATE can make of a byte at the most.

@@ -3,7 +3,7 @@
 A shard holds samples: files with the same path up to the first dot of their name belong to one.
 The image is the file with an image suffix, the class the whole number in the file ending in
 `.cls`. Where there is no such file, folders and `dataset.json` tell splits and classes as in a
-zip archive: see `pyflocality.sources.folder`. Shards are read in the order of their names and
+zip archive: see `pyflocality.sources.selection`. Shards are read in the order of their names and
 must not be compressed, so that an image can be read without those before it. In a folder of
 shards a word such as `train` or `val` in the name of each is its split.
 """
@@ -23,10 +23,11 @@ import numpy as np
 from pyflocality._text import printable
 from pyflocality.sources import dataset_json
 from pyflocality.sources.archive_names import resolve_links
-from pyflocality.sources.base import Request, choose_split
-from pyflocality.sources.folder import SPLITS, SUFFIXES, is_image, is_wanted, labels_of, select
+from pyflocality.sources.base import Request
 from pyflocality.sources.images import ImageFiles, LabelledFiles
 from pyflocality.sources.left_out import LeftOut
+from pyflocality.sources.selection import SUFFIXES, is_image, is_wanted, labels_of, select
+from pyflocality.sources.splits import choose_split, part_words
 from pyflocality.sources.tar_index import Extent, TarIndex, identity_of, index_tar
 from pyflocality.sources.trees import Tree
 
@@ -121,7 +122,7 @@ def _choose_shards(
     shards: list[Path], split: str | None, where: str
 ) -> tuple[list[Path], str | None]:
     """The shards of one split, where their names tell it, and the split still to be found."""
-    splits = [set(re.findall("[a-z]+", shard.stem.lower())) & SPLITS for shard in shards]
+    splits = [part_words(shard.stem) for shard in shards]
     named = sorted(set().union(*splits))
     if not named or (len(named) == 1 and split != named[0] and all(splits)):
         return shards, split

@@ -1,0 +1,128 @@
+"""Parts of a set: what their folders and files are called, and which of them is asked for.
+
+A name means a part by one of the words below, whatever its case, alone or with a number, a letter
+or a word such as `set` or `images` behind it: `train`, `Testing`, `val_set`, `train2017`,
+`testA`. A word may also stand at the end of a longer name: `digits_train` beside `digits_test`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from pyflocality._text import printable
+
+_WORDS = {
+    "train": "train(?:ing)?|trn",
+    "test": "test(?:ing)?|tst",
+    "validation": "val|valid|validate|validation",
+    "development": "dev|development",
+    "evaluation": "eval|evaluation",
+    "unlabeled": "unlabell?ed",
+    "extra": "extra",
+}
+# Parts that tell by themselves that a set has parts.
+_MAIN = ("train", "test", "validation", "development", "evaluation")
+_NAME = re.compile(
+    r"(?:(?P<set>.+)[-_. ])?(?:"
+    + "|".join(f"(?P<{kind}>{words})" for kind, words in _WORDS.items())
+    + r")(?:[-_. ]?(?:set|split|part|data|dataset|images?|imgs?)|(?P<which>[-_. ]?(?:[abs]|\d+)))?",
+    re.IGNORECASE,
+)
+
+
+class _Part(NamedTuple):
+    """What a name says.
+
+    Attributes:
+        of: The set of which it is a part, or "".
+        kind: Kind of the part.
+        which: The one of several of its kind, or "".
+    """
+
+    of: str
+    kind: str
+    which: str
+
+
+def _part(name: str) -> _Part | None:
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    kind = next(kind for kind in _WORDS if match[kind])
+    return _Part((match["set"] or "").lower(), kind, match["which"] or "")
+
+
+def find_parts(names: Iterable[str]) -> list[str]:
+    """The names, of several that lie side by side, that tell that a set has parts.
+
+    They do if two of them, at least, are of different kinds (`train` and `test`, say), whatever
+    else lies there. Else nothing of it is a part: `train` beside `car` is a vehicle.
+    """
+    parts = {name: part for name in names if (part := _part(name)) is not None}
+    kinds: dict[str, set[str]] = {}
+    for part in parts.values():
+        if part.kind in _MAIN:
+            kinds.setdefault(part.of, set()).add(part.kind)
+    return sorted(name for name, part in parts.items() if len(kinds.get(part.of, ())) > 1)
+
+
+def are_parts(names: Sequence[str]) -> bool:
+    """Whether names that have nothing beside them are parts, one of a main kind at least."""
+    parts = [_part(name) for name in names]
+    if not all(part is not None and not part.of for part in parts):
+        return False
+    return any(part.kind in _MAIN for part in parts)
+
+
+def part_words(name: str) -> set[str]:
+    """The words in a name that mean parts which tell by themselves that a set has parts."""
+    pattern = "|".join(_WORDS[kind] for kind in _MAIN)
+    return {word for word in re.findall("[a-z]+", name.lower()) if re.fullmatch(pattern, word)}
+
+
+def is_train(name: str) -> bool:
+    """Whether a name alone is that of the part to train with."""
+    part = _part(name)
+    return part is not None and (part.of, part.kind) == ("", "train")
+
+
+def choose_split(split: str | None, available: Sequence[str], where: str) -> str:
+    """The part that is asked for; without a request that for training, or the only one.
+
+    Args:
+        split: A name that is there, in any case, or another name of its kind: "val" is
+            "validation" where there is no other.
+        available: Names of the parts.
+        where: The source, for messages.
+
+    Raises:
+        ValueError: There is no such part, or there are several.
+    """
+    found = _matching(split, available)
+    if len(found) == 1:
+        return found[0]
+    listed = printable(", ".join(repr(name) for name in available))
+    raise ValueError(f"`split` must be one of {listed} for {where}, got {split!r}")
+
+
+def _matching(split: str | None, available: Sequence[str]) -> list[str]:
+    if split is None and len(available) == 1:
+        return [available[0]]
+    wanted = "train" if split is None else split
+    if wanted in available:
+        return [wanted]
+    alike = [name for name in available if name.lower() == wanted.lower()]
+    part = _part(wanted)
+    if alike or part is None or part.which:
+        return alike
+    kinds = ((name, _part(name)) for name in available)
+    same = [name for name, found in kinds if found is not None and found.kind == part.kind]
+    return [name for name in same if not part.of or _part(name).of == part.of]
+
+
+def requested(split: str, names: Sequence[str]) -> str | None:
+    """The one of some names that a request means, or None."""
+    found = _matching(split, names) if names else []
+    return found[0] if len(found) == 1 else None
