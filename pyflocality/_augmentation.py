@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyflocality._checks import check_count, describe
-from pyflocality._mapped import streamed
+from pyflocality._mapped import read_checked, streamed
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def enlarged_blocks(
 def enlarged_at(images: Tensor, augmentation: Augmentation | None, positions: Tensor) -> Tensor:
     """Images at some positions [n] of the enlarged set: [n, C, H, W] as stored."""
     transforms = (augmentation or _NONE).transforms
-    chosen = images[positions % len(images)]
+    chosen = read_checked(images, images.__getitem__, positions % len(images))
     number = positions // len(images)
     for copy in number.unique().tolist():
         if copy == 0:

@@ -9,14 +9,11 @@ import hashlib
 import os
 import re
 import stat
-import uuid
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from pyflocality._locks import hold, remove_abandoned
+from pyflocality._locks import remove_abandoned, replacing
 from pyflocality._paths import checked_path
 
 _CURE = "name a folder of your own with PYFLOCALITY_CACHE_DIR (or cache_dir=)"
@@ -100,27 +97,6 @@ def open_entry(path: Path) -> IO[bytes]:
         file.close()
         raise
     return file
-
-
-@contextmanager
-def replacing(path: Path, mode: int = 0o600) -> Iterator[IO[bytes]]:
-    """A file that appears whole or not at all, in place of what is there, links too.
-
-    Args:
-        path: The file; its folder is there.
-        mode: Permissions of the file, from which the umask takes.
-    """
-    # The name is cut: file systems bound its length.
-    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "x+b", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-            hold(file.fileno())
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_blob(name: str, size: int) -> bytes | None:

@@ -1,17 +1,21 @@
-"""Advisory locks on folders and files: one process works, others wait or are refused.
+"""Advisory locks on folders and files, and files that appear whole or not at all.
 
-The system keeps a lock for as long as its holder lives, so none is left by a process that was
-killed. Where the system or the file system has no locks, work goes on without.
+One process works, others wait or are refused. The system keeps a lock for as long as its holder
+lives, so none is left by a process that was killed. Where the system or the file system has no
+locks, work goes on without.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 try:
     import fcntl
@@ -66,6 +70,39 @@ def remove_abandoned(paths: Iterable[Path]) -> None:
         # Somebody else may be faster, or it belongs to somebody else.
         with suppress(OSError):
             _remove_if_abandoned(path)
+
+
+@contextmanager
+def replacing(path: Path, mode: int = 0o600) -> Iterator[IO[bytes]]:
+    """A file that appears whole or not at all, in place of what is there, links too.
+
+    Args:
+        path: The file; its folder is there.
+        mode: Permissions of the file, from which the umask takes.
+    """
+    temporary = path.with_name(f"{_twin_begin(path)}{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "x+b", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            hold(file.fileno())
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def twins_of(path: Path) -> Iterator[Path]:
+    """The temporary files of `replacing` for a file, as far as their names tell."""
+    begin = _twin_begin(path)
+    for name in os.listdir(path.parent):
+        if name.startswith(begin) and re.fullmatch(r"[0-9a-f]{32}\.tmp", name[len(begin) :]):
+            yield path.with_name(name)
+
+
+def _twin_begin(path: Path) -> str:
+    # Cut, as file systems bound the length of a name.
+    return f".{path.name[:40]}."
 
 
 def hold(descriptor: int) -> None:

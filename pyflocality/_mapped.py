@@ -10,17 +10,23 @@ cache for as long as nobody else needs that memory.
 Sets within the budget stay where they are: kernels read them from the map, which reading into a
 buffer first would slow down by a third or more where they do little else. So do those who pick
 single images (`TrainingSet.values`, subsets, golden subsets). Such reads are checked before and
-after, but a file that is cut short in between takes the process with it (SIGBUS), as it does for
-every program that maps it.
+after, and guarded: where the file is cut short in between, zeros take the place of what is gone
+(`csrc/cpu/mapped_guard.h`), and the error comes after the scan. Without the native extension, and
+where a program reads `TrainingSet.images` by itself, such a file takes the process with it
+(SIGBUS), as it does for every program that maps it.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import mmap
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +39,8 @@ from pyflocality._budget import memory_budget_bytes
 _files: dict[int, MappedFile] = {}
 # Where files are read by moving their position, one at a time does.
 _moving = threading.Lock()
+# Where the native extension is missing.
+_NO_GUARD = SimpleNamespace(lost=False, release=lambda: None)
 
 
 class MappedFile:
@@ -56,7 +64,7 @@ class MappedFile:
             self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         else:
             self._descriptor = os.dup(descriptor)
-        self._by_name = by_name
+        self._by_name, self._lost = by_name, False
         self._identity = _identity(os.fstat(self._descriptor))
 
     def close(self) -> None:
@@ -78,7 +86,7 @@ class MappedFile:
         somebody has replaced by an equal one.
 
         Raises:
-            ValueError: The file has been changed, cut short or replaced.
+            ValueError: The file has been changed, cut short or replaced, or could not be read.
         """
         before, now = self._identity, _identity(os.fstat(self._descriptor))
         if now != before:
@@ -86,6 +94,37 @@ class MappedFile:
             raise ValueError(_useless(self.path, what))
         if self._by_name and self._is_replaced():
             raise ValueError(_useless(self.path, "replaced by another file"))
+        if self._lost:
+            raise ValueError(_useless(self.path, "not readable everywhere (did its disk fail?)"))
+
+    @contextmanager
+    def guarded(self) -> Iterator[Any]:
+        """Let a block read the map: it ends in an error unless the file stays as it was mapped.
+
+        Yields:
+            An object whose `lost` tells whether something could not be read so far.
+
+        Raises:
+            ValueError: The file has been changed, cut short or replaced, or could not be read.
+        """
+        make, failure = _guard_type(), None
+        guard = _NO_GUARD if make is None else make(self.address, self.size)
+        try:
+            self.check()
+            yield guard
+        except Exception as error:
+            # The file may be the cause of it.
+            failure = error
+        finally:
+            # In this order: whoever begins in between has the flag of this guard, or finds it here.
+            self._lost = self._lost or guard.lost
+            guard.release()
+        try:
+            self.check()
+        except ValueError as error:
+            raise error from failure
+        if failure is not None:
+            raise failure
 
     def _is_replaced(self) -> bool:
         try:
@@ -141,6 +180,14 @@ class MappedFile:
                 self.check()
                 raise ValueError(_useless(self.path, "cut short"))
             filled += got
+
+
+@functools.cache
+def _guard_type() -> Callable[[int, int], Any] | None:
+    try:
+        return importlib.import_module("pyflocality._C").MappedGuard
+    except ImportError:
+        return None
 
 
 def _useless(path: str, what: str) -> str:
@@ -226,10 +273,8 @@ def checked_around(file: MappedFile, run: Callable[..., Any]) -> Callable[..., A
     """A function that reads a file, with checks before and after it that the file is the same."""
 
     def checked(*arguments: Any) -> Any:  # noqa: ANN401
-        file.check()
-        result = run(*arguments)
-        file.check()
-        return result
+        with file.guarded():
+            return run(*arguments)
 
     return checked
 
@@ -253,10 +298,20 @@ def streamed(images: Tensor, size: int, memory_budget: int | str | None = None) 
         size: Images at a time.
         memory_budget: Mapped images that are larger are read into one buffer, block by block.
     """
-    if not exceeds_budget(images, memory_budget):
-        yield from images.split(size)
-        return
     file = mapped_file(images)
+    if file is None:
+        yield from images.split(size)
+    elif exceeds_budget(images, memory_budget):
+        yield from _read_blocks(file, images, size)
+    else:
+        with file.guarded() as guard:
+            for block in images.split(size):
+                yield block
+                if guard.lost:
+                    return
+
+
+def _read_blocks(file: MappedFile, images: Tensor, size: int) -> Iterator[Tensor]:
     buffer = images.new_empty(images[:size].numel())
     for start in range(0, len(images), size):
         block = file.read(images[start : start + size], buffer)

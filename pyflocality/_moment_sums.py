@@ -19,6 +19,8 @@ class ByteSums:
     """Exact totals of uint8 images: s [D] and the upper triangle of G [D, D], int64."""
 
     kind = "uint8"
+    # Dtype and number of dimensions of its tensors.
+    layout = {"total": (torch.int64, 1), "gram": (torch.int64, 2)}
 
     def __init__(self, count: int, total: Tensor, gram: Tensor) -> None:
         self.count, self.total, self.gram = count, total, gram
@@ -91,6 +93,7 @@ class FloatSums:
     """Mean [D] and upper triangle of the scatter sum (v - mean)(v - mean)^T [D, D], float64."""
 
     kind = "floating-point"
+    layout = {"centre": (torch.float64, 1), "scatter": (torch.float64, 2)}
 
     def __init__(self, count: int, centre: Tensor, scatter: Tensor) -> None:
         self.count, self.centre, self.scatter = count, centre, scatter
@@ -163,6 +166,7 @@ class Blend:
     """Mean [D] and covariance [D, D], float64, that no images stand behind: they are final."""
 
     kind = "blended"
+    layout = {"centre": (torch.float64, 1), "matrix": (torch.float64, 2)}
 
     def __init__(self, count: int, centre: Tensor, matrix: Tensor) -> None:
         self.count, self.centre, self.matrix = count, centre, matrix

@@ -358,7 +358,7 @@ class TrainingSet:
 
     def to(self, device: torch.device | str) -> TrainingSet:
         """This set with its images and labels on a device; itself if they are there already."""
-        images = self.images.to(device)
+        images = read_checked(self.images, self.images.to, device)
         if images is self.images:
             return self
         labels = None if self.labels is None else self.labels.to(device)

@@ -275,7 +275,8 @@ class Moments:
         """Write the totals, or a blend, to a safetensors file from which `load` goes on exactly.
 
         Args:
-            path: The file; its folder must exist. It appears whole or not at all.
+            path: The file; its folder must exist. It appears whole or not at all; equal moments
+                make equal files.
             force: Whether to replace a file that is there.
 
         Raises:
@@ -304,11 +305,11 @@ class Moments:
         path = checked_path(path, "path")
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file")
-        header, tensors = read_moments(path)
-        kind = {sums.kind: sums for sums in (ByteSums, FloatSums, Blend)}[header["kind"]]
+        kinds = {sums.kind: sums for sums in (ByteSums, FloatSums, Blend)}
+        header, tensors = read_moments(path, {kind: kinds[kind].layout for kind in kinds})
         moments = cls()
         moments._image_shape = tuple(header["image_shape"])
-        moments._sums = kind(header["count"], **tensors)
+        moments._sums = kinds[header["kind"]](header["count"], **tensors)
         return moments
 
     def to(self, device: torch.device | str) -> Moments:

@@ -195,7 +195,7 @@ def test_a_file_cut_short_between_two_blocks(path, left):
 SCANS = """
 import sys, torch, pyflocality as pf
 data = pf.TrainingSet.load(sys.argv[1])
-options = {"memory_budget": 65536, "backend": sys.argv[2]}
+options = {"memory_budget": sys.argv[3], "backend": sys.argv[2]}
 denoisers = [
     pf.OptimalDenoiser(data, **options),
     pf.LocalDenoiser(data, 3, **options),
@@ -212,13 +212,14 @@ while True:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="mapped files cannot be cut short there")
+@pytest.mark.parametrize("budget", ["65536", "1GB"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_file_cut_short_by_another_process(path, backend):
+def test_a_file_cut_short_by_another_process(path, backend, budget):
     """The process ends with an error that names the file, not with a signal."""
-    if backend == "cpu":
+    if backend == "cpu" or budget == "1GB":
         pytest.importorskip("pyflocality._C")
-    program = [sys.executable, "-c", SCANS, str(path), backend]
-    environment = os.environ | {"PYFLOCALITY_MEMORY_BUDGET": "65536"}
+    program = [sys.executable, "-c", SCANS, str(path), backend, budget]
+    environment = os.environ | {"PYFLOCALITY_MEMORY_BUDGET": budget}
     # Away from the sources: what is installed has the extension.
     child = subprocess.Popen(
         program,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import re
+import time
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
-from pyflocality import _backends, _moment_files, _moment_sums
+from pyflocality import _backends, _locks, _moment_files, _moment_sums
 from pyflocality import moments as moments_module
 from pyflocality.moments import Moments
 
@@ -311,7 +314,7 @@ def test_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(_moment_files.os, "replace", fail)
+    monkeypatch.setattr(_locks.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         Moments.from_data(byte_images(5)).save(tmp_path / "moments.safetensors")
     assert list(tmp_path.iterdir()) == []
@@ -355,6 +358,17 @@ def damage_count(content: bytes) -> bytes:
     return content.replace(b'\\"count\\": 20', b'\\"count\\": 30')
 
 
+def damage_dtype(content: bytes) -> bytes:
+    """The bytes of the sums are what they were, and mean something else."""
+    assert content.count(b'"dtype":"I64"') == 2
+    return content.replace(b'"dtype":"I64"', b'"dtype":"F64"', 1)
+
+
+def damage_shape(content: bytes) -> bytes:
+    assert content.count(b'"shape":[30]') == 1
+    return content.replace(b'"shape":[30]', b'"shape":[30,1]').replace(b"  ", b"", 1)
+
+
 def damage_text(content: bytes) -> bytes:
     return b"not a safetensors file, but long enough to look like one" * 10
 
@@ -367,6 +381,8 @@ def damage_text(content: bytes) -> bytes:
         damage_empty,
         damage_bit,
         damage_count,
+        damage_dtype,
+        damage_shape,
         damage_text,
     ],
 )
@@ -376,6 +392,72 @@ def test_damaged_files_are_refused_by_name(damage, tmp_path):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"moments\.safetensors is damaged"):
         Moments.load(path)
+
+
+@pytest.mark.parametrize(
+    "header, said",
+    [
+        (
+            '{"kind": "uint8", "count": 20, "image_shape": [[2]]}',
+            "'image_shape' must be 3 positive",
+        ),
+        (
+            '{"kind": "uint8", "count": 20.0, "image_shape": [2, 3, 5]}',
+            "'count' must be a positive",
+        ),
+        ('{"kind": "int7", "count": 20, "image_shape": [2, 3, 5]}', "unknown kind, 'int7'"),
+        ('{"kind": "blended", "count": 20, "image_shape": [2, 3, 5]}', "it holds the tensors"),
+        ('{"kind": "uint8", "count": 20, "image_shape": [1, 3, 5]}', "it holds the tensors"),
+        ('{"kind": "uint8", "count": 20}', "has no 'image_shape'"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[]", "holds a JSON list"),
+    ],
+)
+def test_headers_of_wrong_kinds_are_refused_by_name(header, said, tmp_path):
+    """Under a checksum that is right."""
+    from safetensors.torch import save_file
+
+    path = tmp_path / "other.safetensors"
+    tensors = {
+        name: torch.zeros([30] * n, dtype=torch.int64) for n, name in ((1, "total"), (2, "gram"))
+    }
+    metadata = {"format": "pyflocality-moments", "version": "1", "moments": header}
+    save_file(tensors, path, metadata | {"sha256": _moment_files.checksum(header, tensors)})
+    with pytest.raises(ValueError, match=r"other\.safetensors is damaged: .*" + re.escape(said)):
+        Moments.load(path)
+
+
+@pytest.mark.parametrize("make", [byte_images, float_images])
+def test_equal_moments_make_equal_files(make, tmp_path):
+    contents = set()
+    for number in range(12):
+        path = tmp_path / f"{number}.safetensors"
+        Moments.from_data(make(20)).save(path)
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+
+
+def test_loaded_moments_do_not_change_with_their_file(tmp_path):
+    path = tmp_path / "moments.safetensors"
+    moments = Moments.from_data(byte_images(20))
+    moments.save(path)
+    loaded = Moments.load(path)
+    path.write_bytes(bytes(path.stat().st_size))
+    assert_same_bits(loaded, moments)
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
+    path = tmp_path / "moments.safetensors"
+    left = [path.with_name(f".{path.name}.{number * 16}.tmp") for number in ("0f", "1e")]
+    other = path.with_name(f".other.safetensors.{'0f' * 16}.tmp")
+    for file in (*left, other):
+        file.write_bytes(b"half")
+        os.utime(file, (time.time() - 3600,) * 2)
+    moments = Moments.from_data(byte_images(20))
+    with open(left[1], "r+b") as file:
+        _locks.hold(file.fileno())
+        moments.save(path)
+        assert sorted(tmp_path.iterdir()) == sorted([path, left[1], other])
 
 
 def test_files_of_others_and_other_versions_are_refused_by_name(tmp_path):

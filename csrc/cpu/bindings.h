@@ -35,5 +35,6 @@ void bind_posterior(pybind11::module_& module);
 void bind_posterior_jvp(pybind11::module_& module);
 void bind_masked_adjoint(pybind11::module_& module);
 void bind_window_adjoint(pybind11::module_& module);
+void bind_mapped_guard(pybind11::module_& module);
 
 }  // namespace pyflocality

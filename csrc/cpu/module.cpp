@@ -15,4 +15,5 @@ PYBIND11_MODULE(_C, module) {
   pyflocality::bind_posterior_jvp(module);
   pyflocality::bind_masked_adjoint(module);
   pyflocality::bind_window_adjoint(module);
+  pyflocality::bind_mapped_guard(module);
 }

@@ -8,6 +8,7 @@ from torch import Tensor
 from pyflocality._backends import UNPROVEN, Call, Implementation, register, select
 from pyflocality._checks import describe
 from pyflocality._gpu_limits import device_limits
+from pyflocality._mapped import mapped_file
 
 register(
     "covariance",
@@ -69,7 +70,9 @@ def accumulate_covariance(
             )
         if not tensor.is_contiguous():
             raise ValueError(f"`{name}` must be contiguous, got strides {tensor.stride()}")
-    run = select("covariance", Call(device=images.device, dtype=torch.uint8), backend)
+    facts = {"file": mapped_file(images)}
+    call = Call(device=images.device, dtype=torch.uint8, facts=facts)
+    run = select("covariance", call, backend)
     run(images, gram, total)
 
 

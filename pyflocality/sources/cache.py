@@ -26,7 +26,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from pyflocality._cache import cache_folder, make_folder, open_entry, replacing, tell_unwritable
+from pyflocality._cache import cache_folder, make_folder, open_entry, tell_unwritable
 from pyflocality._json import (
     COUNT,
     TEXT,
@@ -37,7 +37,7 @@ from pyflocality._json import (
     shape,
     unsealed,
 )
-from pyflocality._locks import locked
+from pyflocality._locks import locked, replacing
 from pyflocality._mapped import remember
 from pyflocality._progress import progress_bar
 from pyflocality.sources.base import DecodeJob, Loaded, MappedImages, Request
