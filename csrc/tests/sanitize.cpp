@@ -25,6 +25,8 @@
 #include "equivariant_posterior.h"
 #include "global_jvp.h"
 #include "global_posterior.h"
+#include "guard.h"
+#include "mapped_guard.h"
 #include "masked_adjoint.h"
 #include "masked_jvp.h"
 #include "masked_posterior.h"
@@ -327,6 +329,7 @@ void check_everything() {
   // 15 noisy images are one of each group the masked kernel forms: 8 + 4 + 2 + 1.
   constexpr std::size_t kBatch = 15;
   const std::vector<std::size_t> threads{1, 3};
+  check_mapped_guard(1);
   for (const std::size_t count : {1u, 2u, 47u, 49u, 1000u}) {
     for (const Shape& shape : {Shape{1, 1, 1}, Shape{1, 5, 7}, Shape{3, 4, 4}, Shape{2, 1, 9}}) {
       check_scans<std::uint8_t>(shape, count, kBatch, threads);
@@ -345,6 +348,7 @@ void check_everything() {
 void check_threads() {
   const std::vector<std::size_t> threads{3, 2};
   const Shape shape{2, 4, 3};
+  for (std::size_t round = 0; round < 20; ++round) check_mapped_guard(8);
   check_scans<std::uint8_t>(shape, 3100, 3, threads);
   check_scans<float>(shape, 3100, 3, threads);
   check_covariance(16500, 150, Bytes::kRandom, threads);
