@@ -283,6 +283,27 @@ print(seen)
     assert guarded(program, tmp_path) == "[0] 0 True\n[0, 1, 2, 3]\n"
 
 
+def test_a_file_that_is_cut_short_while_it_is_converted(tmp_path, monkeypatch):
+    """Nothing of it gets into the cache."""
+    import pyflocality as pf
+    from pyflocality.sources import arrays, cache
+
+    monkeypatch.setattr(cache, "MIN_IMAGES", 10)
+    path, convert, converted = tmp_path / "images.npy", arrays.convert_array, []
+    np.save(path, np.full((COUNT, 3, 16, 16), 7, np.uint8))
+
+    def cutting(image, *arguments):
+        converted.append(image.sum())
+        if len(converted) == 100:
+            os.truncate(path, LEFT)
+        return convert(image, *arguments)
+
+    monkeypatch.setattr(arrays, "convert_array", cutting)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: the file")):
+        pf.TrainingSet.load(path, channels=1, cache_dir=tmp_path / "cache", progress=False)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def test_the_cause_of_another_error_is_named(tmp_path):
     """A computation that stumbles over zeros is not what went wrong."""
     import pyflocality as pf

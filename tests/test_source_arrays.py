@@ -62,6 +62,30 @@ def test_npy_of_foreign_byte_order_is_converted(tmp_path):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(data)).images.numpy(), floats)
 
 
+def change_header(path, old, new):
+    content = path.read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        (b"(16, ", b"(12, ", r"announces uint8 \[12, .*, but the file has"),
+        (b"(16, ", b"(96, ", r"announces uint8 \[96, .*, but the file has"),
+        (b"|u1", b"<u2", "but the file has"),
+        (b", }", b", {", "not a readable .npy header"),
+        (b"(16, ", b"(-6, ", "not a(n array of numbers| readable .npy header)"),
+    ],
+)
+def test_a_damaged_header_is_named(tmp_path, old, new, said):
+    """One byte, and 12 of 16 images would be the whole set."""
+    path = save_npy(tmp_path, RNG.integers(0, 256, (16, 1, 4, 4), dtype=np.uint8))
+    change_header(path, old, new)
+    with pytest.raises(ValueError, match=rf"set\.npy: not a readable .npy file: .*{said}"):
+        load(path)
+
+
 def test_npy_is_converted(tmp_path):
     path = save_npy(tmp_path, COLOUR)
     grey = load(path, channels=1)

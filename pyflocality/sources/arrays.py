@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from pyflocality._mapped import remember, streamed
 from pyflocality._text import printable
 from pyflocality.sources import cache
 from pyflocality.sources.base import DecodeJob, Loaded, MappedImages, Request, refuse_split
 from pyflocality.sources.layout import find_layout
 from pyflocality.sources.left_out import LeftOut
+from pyflocality.sources.npy import map_array
 from pyflocality.sources.pixels import convert_array
 from pyflocality.sources.validation import as_image_tensor, check_values, checked_shape
 
 _IMAGE_KEYS = ("images", "x", "X", "data", "image", "imgs", "samples", "arr_0")
 _LABEL_KEYS = ("labels", "y", "label", "targets", "target")
+# Images that are read and then converted.
+_CONVERTED_AT_A_TIME = 64
 
 
 def load_npy(path: Path, request: Request) -> Loaded:
     """Map a .npy file of images [N, H, W], [N, C, H, W] or [N, H, W, C] into memory."""
     refuse_split(request.split, str(path))
     try:
-        array = np.lib.format.open_memmap(path, mode="c")
-    except (OSError, ValueError, EOFError) as error:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            array = map_array(file)
+            remember(array, file.fileno())
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable .npy file: {error}") from error
     layout = _layout_of(array, path, request)
-    status = path.stat()
     fingerprint = None
     if len(array) >= cache.MIN_IMAGES:
         stat = [status.st_size, status.st_mtime_ns]
@@ -125,12 +132,16 @@ def convert(loaded: Loaded, request: Request) -> Loaded:
         return replace(cached, labels=loaded.labels, label_names=loaded.label_names)
     try:
         # The values as they are stored: resampling would hide what is wrong with them.
-        check_values(checked_shape(as_image_tensor(images), "NCHW"), loaded.name, warn=False)
+        stored = checked_shape(as_image_tensor(images), "NCHW")
+        check_values(stored, loaded.name, warn=False)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{loaded.name}: {error}") from error
 
     def converted() -> Iterator[np.ndarray]:
-        return (convert_array(image, resolution, channels) for image in images)
+        for block in streamed(stored, _CONVERTED_AT_A_TIME):
+            for image in block.numpy():
+                yield convert_array(image, resolution, channels)
 
-    job = DecodeJob((count, channels, *resolution), images.dtype, converted)
+    dtype = images.dtype.newbyteorder("=")
+    job = DecodeJob((count, channels, *resolution), dtype, converted)
     return cache.run_job(job, loaded, request)

@@ -47,6 +47,4 @@ def map_array(file: IO[bytes]) -> np.memmap:
             f"its header announces {dtype} {list(shape)}, {expected} bytes in all, but the file "
             f"has {size}"
         )
-    if size == file.tell():
-        raise ValueError(f"its header announces no values: {dtype} {list(shape)}")
     return np.memmap(file, dtype, "c", file.tell(), shape, "F" if fortran else "C")
