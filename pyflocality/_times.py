@@ -26,8 +26,9 @@ def time_at(schedule: NoiseSchedule, ratio: Tensor) -> Tensor:
 
     Returns:
         Times [B]: float64; for a table int64, the time with the nearest level in
-        log(sigma / alpha), the first or the last where the level lies outside the table. The
-        cosine schedule's last time is 1: noisier levels get that, too.
+        log(sigma / alpha), the first or the noisiest where the level lies outside the table; an
+        end without signal (alpha 0) counts as one more step beyond the last level. The cosine
+        schedule's last time is 1: noisier levels get that, too.
     """
     if isinstance(schedule, CosineSchedule):
         return (ratio.atan() * (2 * 1.008 / math.pi)).clamp(max=1.0)
@@ -36,9 +37,14 @@ def time_at(schedule: NoiseSchedule, ratio: Tensor) -> Tensor:
     if isinstance(schedule, FlowSchedule):
         return 1.0 / (1.0 + ratio)
     alpha_squared = schedule.alpha_cumprod.to(ratio.device)
-    table = ((1.0 - alpha_squared) / alpha_squared).sqrt()
+    # A clamped end may be less noisy than the times before it.
+    table, times = ((1.0 - alpha_squared) / alpha_squared).sqrt().sort()
     # Halfway between two levels in their logarithm.
-    return torch.searchsorted((table[1:] * table[:-1]).sqrt(), ratio.contiguous())
+    halfway = (table[1:] * table[:-1]).sqrt()
+    if len(table) > 2:
+        last = table[-2] * (table[-2] / table[-3]).sqrt()
+        halfway[-1] = torch.where(table[-1].isinf(), last, halfway[-1])
+    return times[torch.searchsorted(halfway, ratio.contiguous())]
 
 
 def check_invertible(schedule: object, name: str) -> NoiseSchedule:

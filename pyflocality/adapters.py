@@ -21,10 +21,19 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from pyflocality._checks import check_count, check_float_tensor, describe
+from pyflocality._checks import check_choice, check_float_tensor, describe
+from pyflocality._schedulers import (
+    option,
+    refuse_as_sampler,
+    spacing_of,
+    table_fault,
+    table_of,
+    visited_ratio,
+)
+from pyflocality._spacing import SPACINGS, spaced_times
 from pyflocality.denoisers.base import Denoiser, check_denoiser
 from pyflocality.denoisers.network import NetworkDenoiser
-from pyflocality.noise import NoiseSchedule, _check_times, noise_from_x0
+from pyflocality.noise import NO_SIGNAL, NoiseSchedule, _check_times, noise_from_x0, v_from_x0
 
 _PREDICTIONS = {"epsilon": "noise", "sample": "x0", "v_prediction": "v"}
 
@@ -37,39 +46,50 @@ class TableSchedule(NoiseSchedule):
     sigma / alpha is linear in t, as in diffusers' schedulers that visit such times.
 
     Attributes:
-        values: alpha^2 at the times 0 .. T - 1, falling, in [0, 1).
+        values: alpha^2 at the times 0 .. T - 1, falling, in [0, 1). The last may be 0 (zero
+            terminal SNR), or 2^-24 in its place, as some schedulers have it, whatever the entry
+            before it is.
+        spacing: Which times a run of few steps visits, as for `DDPMSchedule`.
 
     Raises:
         TypeError: `values` is not a sequence of numbers.
-        ValueError: There is no value, or they do not fall within [0, 1).
+        ValueError: There is no value, or they do not fall within [0, 1); or `spacing` is unknown.
     """
 
     values: tuple[float, ...]
+    spacing: str = "leading"
 
     def __post_init__(self) -> None:
-        """Check the table."""
-        values = self.alpha_cumprod
-        falling = values.ndim == 1 and len(values) > 0 and bool((values.diff() < 0).all())
-        if not (falling and values[0] < 1 and values[-1] >= 0):
-            raise ValueError(f"`values` must fall within [0, 1), got {describe(self.values)}")
+        """Check the fields."""
+        check_choice(self.spacing, "spacing", SPACINGS)
+        fault = table_fault(self.alpha_cumprod)
+        if fault is not None:
+            raise ValueError(
+                f"`values` must fall within [0, 1), got {describe(self.values)}: {fault}"
+            )
 
     @classmethod
-    def of(cls, scheduler: object) -> TableSchedule:
+    def of(cls, scheduler: object, name: str = "schedule") -> TableSchedule:
         """The schedule of a diffusers scheduler, or of a schedule of whole times of ours.
 
         Args:
-            scheduler: Anything with the table as `alphas_cumprod` (diffusers) or `alpha_cumprod`.
+            scheduler: Anything with the table as `alphas_cumprod` (diffusers) or `alpha_cumprod`;
+                the spacing is its `config.timestep_spacing`, or `spacing`.
+            name: Name of the argument in error messages.
 
         Raises:
             TypeError: It has neither.
+            ValueError: The table does not fall within [0, 1), or its noise is not that of the
+                table (`use_flow_sigmas`).
         """
-        table = getattr(scheduler, "alphas_cumprod", getattr(scheduler, "alpha_cumprod", None))
-        if not isinstance(table, Tensor):
-            raise TypeError(
-                "`schedule` must be a diffusers scheduler with `alphas_cumprod`, or a schedule of "
-                f"whole times such as DDPMSchedule, got {describe(scheduler)}"
+        values = table_of(scheduler, name)
+        fault = table_fault(torch.tensor(values, dtype=torch.float64, device="cpu"))
+        if fault is not None:
+            raise ValueError(
+                f"`{name}` must have a table of alpha^2 that falls within [0, 1), that of this "
+                f"{type(scheduler).__name__} does not: {fault}"
             )
-        return cls(tuple(table.double().tolist()))
+        return cls(values, spacing_of(scheduler))
 
     @cached_property
     def alpha_cumprod(self) -> Tensor:
@@ -77,16 +97,13 @@ class TableSchedule(NoiseSchedule):
         return torch.tensor(self.values, dtype=torch.float64, device="cpu")
 
     def timesteps(self, steps: int) -> Tensor:
-        """Times i * (T // steps) for i = steps - 1 .. 0 ("leading" spacing): int64 [steps].
+        """Times with this spacing, as for `DDPMSchedule`: int64 [steps].
 
         Raises:
             TypeError: `steps` is not a whole number.
             ValueError: `steps` is not in 1 .. T.
         """
-        steps, count = check_count(steps, "steps"), len(self.values)
-        if steps > count:
-            raise ValueError(f"`steps` must be at most the schedule's {count} times, got {steps}")
-        return torch.arange(steps - 1, -1, -1, device="cpu") * (count // steps)
+        return spaced_times(len(self.values), steps, self.spacing)
 
     def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         times = _check_times(t, 0.0, float(len(self.values) - 1))
@@ -110,7 +127,8 @@ def from_diffusers(
     It gets the time of the scheduler's table whose noise level is nearest (`NetworkDenoiser`),
     and its output is read by the scheduler's `prediction_type`. Where it has twice the channels
     of its input, the first half counts: the other is a learned variance. Sample with the same
-    noise levels by `pf.sample(denoiser, schedule=denoiser.takes)`.
+    noise levels, spaced as the scheduler's `timestep_spacing` says, by
+    `pf.sample(denoiser, schedule=denoiser.takes)`.
 
     Args:
         unet: The network, called as `unet(x, t).sample`, with `config.in_channels` and
@@ -120,7 +138,8 @@ def from_diffusers(
 
     Raises:
         TypeError: An argument lacks these attributes.
-        ValueError: The prediction type is none of "epsilon", "sample" and "v_prediction".
+        ValueError: The prediction type is none of "epsilon", "sample" and "v_prediction", or the
+            network's noise is not that of the scheduler's table, or its time not one of it.
     """
     config = getattr(unet, "config", None)
     size = getattr(config, "sample_size", None)
@@ -129,11 +148,12 @@ def from_diffusers(
             "`unet` must be a torch.nn.Module with `config.in_channels` and `config.sample_size`, "
             f"got {describe(unet)}"
         )
-    takes = TableSchedule.of(scheduler)
-    prediction = getattr(getattr(scheduler, "config", None), "prediction_type", "epsilon")
-    if prediction not in _PREDICTIONS:
+    takes = TableSchedule.of(scheduler, "scheduler")
+    prediction = _prediction_of(scheduler, "scheduler")
+    if option(scheduler, "timestep_type") == "continuous" and prediction == "v_prediction":
         raise ValueError(
-            f"`scheduler` must predict one of {', '.join(_PREDICTIONS)}, got {describe(prediction)}"
+            f"`scheduler` must tell the network times of its table, got a "
+            f"{type(scheduler).__name__} with `timestep_type` 'continuous'"
         )
     height, width = (size, size) if isinstance(size, int) else size
     return NetworkDenoiser(
@@ -186,26 +206,36 @@ def from_edm(
     return NetworkDenoiser(network, "x0", takes="sigma", image_shape=image_shape)
 
 
+def _prediction_of(scheduler: object, name: str) -> str:
+    prediction = option(scheduler, "prediction_type", "epsilon")
+    if prediction not in _PREDICTIONS:
+        raise ValueError(
+            f"`{name}` must predict one of {', '.join(_PREDICTIONS)}, got {describe(prediction)} "
+            f"of a {type(scheduler).__name__}"
+        )
+    return prediction
+
+
 def as_diffusers(denoiser: Denoiser, schedule: object) -> DiffusersModel:
     """A denoiser as a model for diffusers' schedulers, and for its DDPM and DDIM pipelines.
 
     Args:
         denoiser: Any denoiser of this library.
         schedule: What says alpha and sigma at the scheduler's times: best the diffusers scheduler
-            itself, whose prediction type must be "epsilon"; or a schedule of whole times such as
-            `DDPMSchedule`, which differs from the scheduler's float32 table by its rounding.
+            itself, whose prediction type tells what the model answers; or a schedule of whole
+            times such as `DDPMSchedule`, which differs from the scheduler's float32 table by its
+            rounding. Where the scheduler has noise levels of its own (Karras' sigmas, for one),
+            it must be the one that samples.
 
     Raises:
-        TypeError: `denoiser` is no denoiser, or `schedule` has no table.
-        ValueError: The scheduler expects another prediction than "epsilon".
+        TypeError: `denoiser` is no denoiser, or `schedule` has no table (flow matching and EDM).
+        ValueError: The scheduler expects a prediction other than "epsilon", "sample" and
+            "v_prediction", or its images have other noise levels than those of its times.
     """
     check_denoiser(denoiser)
-    prediction = getattr(getattr(schedule, "config", None), "prediction_type", "epsilon")
-    if prediction != "epsilon":
-        raise ValueError(
-            f"`schedule` must have the prediction type 'epsilon', got {describe(prediction)}"
-        )
-    return DiffusersModel(denoiser, TableSchedule.of(schedule))
+    refuse_as_sampler(schedule, "schedule")
+    prediction = _prediction_of(schedule, "schedule")
+    return DiffusersModel(denoiser, TableSchedule.of(schedule), schedule, prediction)
 
 
 def as_azula(
@@ -232,22 +262,31 @@ class DiffusersOutput:
     """What diffusers reads of a model's answer.
 
     Attributes:
-        sample: Predicted noise, [B, C, H, W].
+        sample: What the model predicts, [B, C, H, W].
     """
 
     sample: Tensor
 
 
 class DiffusersModel(nn.Module):
-    """A denoiser that answers the predicted noise (x - alpha x0) / sigma; see `as_diffusers`.
+    """A denoiser that answers the noise (x - alpha x0) / sigma, x0 or v; see `as_diffusers`.
 
     Attributes:
+        schedule: The noise levels of whole times.
+        prediction: What it answers: "epsilon", "sample" or "v_prediction".
         config: `in_channels`, `out_channels` and `sample_size`, as pipelines read them.
     """
 
-    def __init__(self, denoiser: Denoiser, schedule: TableSchedule) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        schedule: TableSchedule,
+        scheduler: object = None,
+        prediction: str = "epsilon",
+    ) -> None:
         super().__init__()
-        self.denoiser, self.schedule = denoiser, schedule
+        self.denoiser, self.schedule, self.prediction = denoiser, schedule, prediction
+        self._scheduler = scheduler
         channels, *size = denoiser.image_shape
         self.config = SimpleNamespace(
             in_channels=channels, out_channels=channels, sample_size=tuple(size)
@@ -266,7 +305,7 @@ class DiffusersModel(nn.Module):
     def forward(
         self, sample: Tensor, timestep: float | Tensor, *, return_dict: bool = True
     ) -> DiffusersOutput | tuple[Tensor]:
-        """The predicted noise.
+        """What the scheduler's model predicts.
 
         Args:
             sample: Noisy images x, [B, C, H, W].
@@ -275,13 +314,41 @@ class DiffusersModel(nn.Module):
 
         Raises:
             TypeError: As for the denoiser.
-            ValueError: As for the denoiser, or the time is none of the schedule's.
+            ValueError: As for the denoiser, or the time is none of the schedule's, or has no
+                signal, of which the noise that is predicted tells nothing.
         """
         check_float_tensor(sample, "sample")
         # Times that schedulers keep on the CPU are moved with the images.
-        alpha, sigma = self.schedule(torch.as_tensor(timestep, device=sample.device))
-        noise = noise_from_x0(sample, self.denoiser(sample, sigma, alpha), alpha, sigma)
-        return DiffusersOutput(noise) if return_dict else (noise,)
+        times = torch.as_tensor(timestep, device=sample.device)
+        alpha, sigma = self.levels(times)
+        silent = alpha == 0
+        if silent.any() and self.prediction == "epsilon":
+            raise ValueError(
+                f"`timestep` {int(times.max())} of this {type(self._scheduler).__name__} has no "
+                "signal (zero terminal SNR), so that its noise tells nothing of the image: its "
+                "`prediction_type` must be 'v_prediction' or 'sample'"
+            )
+        # The limit: no denoiser has an answer at alpha 0 itself.
+        x0 = self.denoiser(sample, sigma, torch.where(silent, NO_SIGNAL, alpha))
+        answer = x0
+        if self.prediction == "epsilon":
+            answer = noise_from_x0(sample, x0, alpha, sigma)
+        elif self.prediction == "v_prediction":
+            answer = v_from_x0(sample, x0, torch.where(silent, NO_SIGNAL, alpha), sigma)
+        return DiffusersOutput(answer) if return_dict else (answer,)
+
+    def levels(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) of the images that the scheduler shows at its times, float64 as `times`.
+
+        Raises:
+            ValueError: The time is none of the schedule's.
+        """
+        ratios = [visited_ratio(self._scheduler, time) for time in times.reshape(-1)]
+        if None in ratios:
+            return self.schedule(times)
+        ratio = torch.tensor(ratios, dtype=torch.float64, device=times.device).reshape(times.shape)
+        alpha = (1.0 + ratio.square()).rsqrt()
+        return alpha, ratio * alpha
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,9 +30,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_count, check_level, check_positive, describe
+from pyflocality._checks import check_choice, check_count, check_level, check_positive, describe
+from pyflocality._spacing import SPACINGS, spaced_times
 
 _LARGEST = torch.finfo(torch.float64).max
+# alpha that stands for none, as at the end of schedules of zero terminal SNR: beside noise of
+# standard deviation 1 it is below the rounding of float32.
+NO_SIGNAL = 2.0**-24
 
 
 class NoiseSchedule(ABC):
@@ -104,6 +108,8 @@ class DDPMSchedule(NoiseSchedule):
         num_timesteps: T, the number of times; t is a whole number in 0 .. T - 1.
         beta_start: First beta, in (0, 1).
         beta_end: Last beta, in [beta_start, 1).
+        spacing: Which times a run of few steps visits: "leading", "trailing" or "linspace", see
+            `timesteps`.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -113,9 +119,11 @@ class DDPMSchedule(NoiseSchedule):
     num_timesteps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
+    spacing: str = "leading"
 
     def __post_init__(self) -> None:
         """Check the fields."""
+        check_choice(self.spacing, "spacing", SPACINGS)
         check_count(self.num_timesteps, "num_timesteps")
         check_positive(self.beta_start, "beta_start")
         check_positive(self.beta_end, "beta_end")
@@ -133,20 +141,19 @@ class DDPMSchedule(NoiseSchedule):
         return torch.cumprod(1.0 - betas, dim=0)
 
     def timesteps(self, steps: int) -> Tensor:
-        """Times i * (T // steps) for i = steps - 1 .. 0 ("leading" spacing): int64 [steps].
+        """Times of diffusers' DDIM scheduler with the `spacing` of this schedule: int64 [steps].
 
-        Ten steps of T = 1000 visit 900, 800, .., 0.
+        "leading": i * (T // steps) for i = steps - 1 .. 0, so that ten steps of T = 1000 visit
+        900, 800, .., 0. The first time is far from noise where T // steps is much less than
+        T / steps: 501 steps start at 500. "trailing": T - i T / steps for i = 0 .. steps - 1,
+        rounded, less 1: 999, 899, .., 99. "linspace": from T - 1 to 0 in even steps, rounded:
+        999, 888, .., 0; a single step visits 0.
 
         Raises:
             TypeError: `steps` is not a whole number.
             ValueError: `steps` is not in 1 .. T.
         """
-        steps = check_count(steps, "steps")
-        if steps > self.num_timesteps:
-            raise ValueError(
-                f"`steps` must be at most the schedule's {self.num_timesteps} times, got {steps}"
-            )
-        return torch.arange(steps - 1, -1, -1, device="cpu") * (self.num_timesteps // steps)
+        return spaced_times(self.num_timesteps, steps, self.spacing)
 
     def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         times = _check_times(t, 0, self.num_timesteps - 1, whole=True)
@@ -160,19 +167,37 @@ class CosineSchedule(NoiseSchedule):
 
     alpha = sqrt(1 - beta) = cos(pi t / 2.016) and sigma = sqrt(beta) = sin(pi t / 2.016), for t
     in [0, 1]. alpha stays above 0.012, so that t = 1 is not quite pure noise.
+
+    Attributes:
+        spacing: Which times a run visits: "leading", "trailing" or "linspace", see `timesteps`.
+
+    Raises:
+        ValueError: `spacing` is none of these.
     """
 
-    def timesteps(self, steps: int) -> Tensor:
-        """Times i / (steps + 1) for i = steps .. 1: float64 [steps].
+    spacing: str = "leading"
 
-        A published run of 20 steps visits the 19 times 0.95, 0.90, .., 0.05: `steps` 19 here.
+    def __post_init__(self) -> None:
+        """Check the field."""
+        check_choice(self.spacing, "spacing", SPACINGS)
+
+    def timesteps(self, steps: int) -> Tensor:
+        """Times from noise to data: float64 [steps].
+
+        "leading": i / (steps + 1) for i = steps .. 1. A published run of 20 steps visits the 19
+        times 0.95, 0.90, .., 0.05: `steps` 19 here. "trailing": i / steps for i = steps .. 1, from
+        1 on. "linspace": from 1 to 1 / (steps + 1) in even steps.
 
         Raises:
             TypeError: `steps` is not a whole number.
             ValueError: `steps` is below 1.
         """
         steps = check_count(steps, "steps")
-        return torch.arange(steps, 0, -1, dtype=torch.float64, device="cpu") / (steps + 1)
+        if self.spacing == "linspace":
+            last = 1 / (steps + 1)
+            return torch.linspace(1.0, last, steps, dtype=torch.float64, device="cpu")
+        parts = steps if self.spacing == "trailing" else steps + 1
+        return torch.arange(steps, 0, -1, dtype=torch.float64, device="cpu") / parts
 
     def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         angle = _check_times(t, 0.0, 1.0) * (math.pi / (2 * 1.008))

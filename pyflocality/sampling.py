@@ -21,6 +21,7 @@ probability-flow equation is dy/ds = (y - x0) / s = eps for every schedule.
 from __future__ import annotations
 
 import numbers
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,10 +31,13 @@ from torch import Tensor
 
 from pyflocality._checks import check_batch, check_choice, check_count, check_float_tensor, describe
 from pyflocality._progress import progress_bar
-from pyflocality.noise import DDPMSchedule, NoiseSchedule
+from pyflocality.noise import NO_SIGNAL, DDPMSchedule, NoiseSchedule
 
 DenoiserFunction = Callable[[Tensor, float, float], Tensor]
 Level = tuple[float, float]
+
+# Share of signal in the variance from which on a starting state is more than noise.
+_MOST_SIGNAL = 0.01
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -262,12 +266,18 @@ def sample(
         TypeError: An argument has the wrong type, or the denoiser returned no tensor.
         ValueError: An argument has a wrong shape or value, `steps` is more than the schedule
             has, or the denoiser returned a wrong shape.
+
+    Warns:
+        UserWarning: The schedule's first time is not near pure noise, which the state drawn for
+            it is; with leading spacing also where `x_T` is given.
     """
     schedule, sampler = _check_method(denoiser, schedule, sampler, generator)
     timesteps, levels = _check_levels(schedule, steps)
     if batch_size is not None:
         check_count(batch_size, "batch_size")
     state = _starting_state(denoiser, n, schedule, x_T, generator)
+    if x_T is None or getattr(schedule, "spacing", None) == "leading":
+        _warn_of_signal(schedule, timesteps, levels[0])
     n = len(state)
     batch_size = n if batch_size is None else batch_size
 
@@ -318,9 +328,35 @@ def _check_levels(schedule: NoiseSchedule, steps: int) -> tuple[Tensor, list[Lev
     """Times [steps] and the steps + 1 levels from the first time to the clean end."""
     timesteps = schedule.timesteps(steps)
     alpha, sigma = schedule(timesteps)
+    if alpha[0] == 0 and sigma[0] > 0:
+        # Zero terminal SNR: a run starts at the limit, where denoisers have an answer.
+        alpha = torch.cat([alpha.new_tensor([NO_SIGNAL * sigma[0].item()]), alpha[1:]])
     if not (alpha > 0).all():
         raise ValueError(f"`schedule` must have alpha above 0 at its timesteps, got {alpha}")
     return timesteps, [*zip(alpha.tolist(), sigma.tolist(), strict=True), schedule.final]
+
+
+def _warn_of_signal(schedule: NoiseSchedule, timesteps: Tensor, level: Level) -> None:
+    """Say so where a run starts at a noise level whose images are more than noise."""
+    alpha, sigma = level
+    share = alpha * alpha / (alpha * alpha + sigma * sigma)
+    if share <= _MOST_SIGNAL:
+        return
+    cure = "choose a schedule that starts at more noise"
+    if getattr(schedule, "spacing", None) == "leading":
+        name = type(schedule).__name__
+        cure = (
+            f'choose the spacing "trailing" or "linspace": {name}(.., spacing="trailing"), on the '
+            "command line --spacing trailing"
+        )
+    elif hasattr(schedule, "sigma_max"):
+        cure = f"choose a larger `sigma_max` than {schedule.sigma_max:g}"
+    warnings.warn(
+        f"the first of {len(timesteps)} times, {timesteps[0].item():g}, is not near pure noise: "
+        f"alpha is {alpha:.3g} and sigma {sigma:.3g} there, so that {share:.0%} of the variance "
+        f"is signal, which starting noise has none of, and the images will be off; {cure}",
+        stacklevel=3,
+    )
 
 
 def _starting_state(

@@ -298,10 +298,10 @@ def test_wrong_arguments_are_refused(denoiser):
 
     for call, error, message in (
         (lambda: adapters.from_diffusers(nn.Identity(), Predicts()), TypeError, "`unet` must be"),
-        (lambda: adapters.from_diffusers(Unet(), Flow()), TypeError, "`schedule` must be a diff"),
+        (lambda: adapters.from_diffusers(Unet(), Flow()), TypeError, "`scheduler` must be a diff"),
         (lambda: adapters.from_diffusers(Unet(), Predicts()), ValueError, "must predict one of"),
         (lambda: adapters.as_diffusers(Unet(), Predicts()), TypeError, "`denoiser` must be a Den"),
-        (lambda: adapters.as_diffusers(denoiser, Predicts()), ValueError, "type 'epsilon', got"),
+        (lambda: adapters.as_diffusers(denoiser, Predicts()), ValueError, "must predict one of"),
         (lambda: adapters.as_diffusers(denoiser, pf.KarrasSchedule()), TypeError, "`schedule`"),
         (lambda: adapters.as_azula(denoiser, 3), TypeError, "`schedule` must be a function"),
         (lambda: adapters.as_azula(Unet(), LinearPath()), TypeError, "`denoiser`"),

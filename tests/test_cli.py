@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def run(capsys):
 
 
 def small(source, out, *more):
-    return ["generate", source, "--out", out, "--n", 3, "--steps", 2, "--no-progress", *more]
+    return ["generate", source, "--out", out, "--n", 3, "--steps", 4, "--no-progress", *more]
 
 
 def test_generate_writes_what_the_library_computes(run, source, images, tmp_path):
@@ -66,7 +67,7 @@ def test_generate_writes_what_the_library_computes(run, source, images, tmp_path
     result = pf.sample(
         pf.PCALocalityDenoiser(data, 0.1),
         3,
-        steps=2,
+        steps=4,
         generator=torch.Generator().manual_seed(5),
         progress=False,
     )
@@ -79,7 +80,7 @@ def test_generate_writes_what_the_library_computes(run, source, images, tmp_path
     record = json.loads((out / "run.json").read_text())
     assert record["nearest"]["index"] == distance.argmin(1).tolist()
     assert record["nearest"]["rms_difference"] == pytest.approx(
-        (distance.min(1).values / 6).tolist(), rel=1e-5
+        (distance.min(1).values / 6).tolist(), rel=1e-5, abs=1e-6
     )
 
     with Image.open(out / "samples.png") as sheet:
@@ -117,10 +118,10 @@ def test_record_tells_settings_backends_and_time(run, source, images, tmp_path):
         "backend": None,
         "memory_budget": None,
     }
-    expected = {"n": 3, "steps": 2, "schedule": "ddpm", "sampler": "ddim", "seed": 0}
-    assert record["sampling"] == expected | {"timesteps": [500, 0]}
+    expected = {"n": 3, "steps": 4, "schedule": "ddpm", "sampler": "ddim", "seed": 0}
+    assert record["sampling"] == expected | {"timesteps": [750, 500, 250, 0]}
     assert set(record["backends"]) == {"covariance", "masked_posterior", "nearest"}
-    levels = [pf.DDPMSchedule()(time) for time in (500, 0)]
+    levels = [pf.DDPMSchedule()(time) for time in (750, 500, 250, 0)]
     assert [(call["alpha"], call["sigma"]) for call in record["calls"]] == levels
     assert all(0 < call["density"] <= 1 for call in record["calls"])
     assert set(record["seconds"]) == {
@@ -128,6 +129,32 @@ def test_record_tells_settings_backends_and_time(run, source, images, tmp_path):
     }  # fmt: skip
     assert record["peak_memory_bytes"] > 2**20
     assert record["files"] == ["samples.png", "samples.npy", "trajectory.png", "run.json"]
+
+
+@pytest.mark.parametrize(
+    ("spacing", "schedule", "times"),
+    [
+        ("trailing", "ddpm", [999, 749, 499, 249]),
+        ("linspace", "ddpm", [999, 666, 333, 0]),
+        ("trailing", "cosine", [1, 0.75, 0.5, 0.25]),
+    ],
+)
+def test_steps_are_spaced_as_told(run, source, tmp_path, spacing, schedule, times):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        code, stdout, stderr = run(
+            *small(source, tmp_path / "out", "--schedule", schedule, "--spacing", spacing, "--json")
+        )
+    assert (code, stderr) == (0, "")
+    record = json.loads(stdout)["sampling"]
+    assert (record["spacing"], record["timesteps"]) == (spacing, times)
+
+
+def test_a_start_far_from_noise_is_told(run, source, tmp_path):
+    code, _, stderr = run(*small(source, tmp_path / "out", "--steps", 2))
+    assert code == 0 and stderr.count("\n") == 1
+    assert "warning: the first of 2 times, 500, is not near pure noise" in stderr
+    assert "--spacing trailing" in stderr
 
 
 def test_one_seed_one_result(run, source, tmp_path):
@@ -163,7 +190,7 @@ def test_every_denoiser(run, source, images, tmp_path, arguments, build):
     result = pf.sample(
         build(pf.TrainingSet(images)),
         3,
-        steps=2,
+        steps=4,
         schedule=pf.KarrasSchedule(),
         sampler="heun",
         generator=torch.Generator().manual_seed(0),
@@ -195,7 +222,7 @@ def test_subsets_are_searched(run, source, images, tmp_path, name):
     assert code == 0
     generator = torch.Generator().manual_seed(5)
     data = pf.TrainingSet(images)
-    result = pf.sample(build(data), 3, steps=2, generator=generator, progress=False)
+    result = pf.sample(build(data), 3, steps=4, generator=generator, progress=False)
     saved = torch.from_numpy(np.load(out / "samples.npy"))
     torch.testing.assert_close(saved, result.images, rtol=0, atol=1e-6)
     record = json.loads(stdout)
@@ -205,7 +232,7 @@ def test_subsets_are_searched(run, source, images, tmp_path, name):
     if name == "golden":
         generator.manual_seed(5)
         whole = pf.PCALocalityDenoiser(data, 0.1)
-        result = pf.sample(whole, 3, steps=2, generator=generator, progress=False)
+        result = pf.sample(whole, 3, steps=4, generator=generator, progress=False)
         assert (saved - result.images).abs().max() > 1e-2
 
 
@@ -254,6 +281,8 @@ WRONG = {
     "denoiser": (["--denoiser", "unet"], "--denoiser"),
     "schedule": (["--schedule", "linear"], "--schedule"),
     "sampler": (["--sampler", "plms"], "--sampler"),
+    "spacing": (["--spacing", "middle"], "--spacing"),
+    "foreign spacing": (["--spacing", "trailing", "--schedule", "karras"], "--spacing"),
     "threshold 1": (["--threshold", 1], "--threshold"),
     "threshold nan": (["--threshold", "nan"], "--threshold"),
     "temperature 0": (["--temperature", 0], "--temperature"),

@@ -56,6 +56,39 @@ def test_ddpm_matches_diffusers():
         assert torch.equal(DDPMSchedule().timesteps(steps), theirs.timesteps)
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("count", [1000, 50, 37])
+def test_timesteps_of_every_spacing_are_those_of_diffusers(spacing, count):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the extra [test]")
+    theirs = diffusers.DDIMScheduler(num_train_timesteps=count, timestep_spacing=spacing)
+    ours = DDPMSchedule(num_timesteps=count, spacing=spacing)
+    for steps in {*range(1, count + 1, max(1, count // 97)), 7, 10, 20, count // 2 + 1, count}:
+        theirs.set_timesteps(steps)
+        expected = theirs.timesteps.tolist()
+        # For some numbers of steps theirs is one too long and ends at -1.
+        if expected[-1] == -1:
+            expected.pop()
+        assert ours.timesteps(steps).tolist() == expected
+        assert ours.timesteps(steps).dtype == torch.int64
+
+
+def test_spaced_runs_begin_at_the_end_of_the_schedule():
+    for spacing in ("trailing", "linspace"):
+        schedule = CosineSchedule(spacing=spacing)
+        for steps in (1, 2, 19):
+            times = schedule.timesteps(steps)
+            assert times.dtype == torch.float64 and len(times) == steps
+            assert times[0] == 1 and times[-1] > 0 and (times.diff() < 0).all()
+    assert CosineSchedule(spacing="trailing").timesteps(4).tolist() == [1, 0.75, 0.5, 0.25]
+    times = CosineSchedule(spacing="linspace").timesteps(4).tolist()
+    assert times == pytest.approx([1, 1 - 4 / 15, 1 - 8 / 15, 0.2])
+    assert CosineSchedule() == CosineSchedule(spacing="leading") != CosineSchedule("trailing")
+    for make in (DDPMSchedule, CosineSchedule):
+        for wrong in ("Trailing", "", None, 3):
+            with pytest.raises(ValueError, match="`spacing` must be one of 'leading', 'trail"):
+                make(spacing=wrong)
+
+
 def test_ddpm_of_other_length_and_betas():
     schedule = DDPMSchedule(num_timesteps=3, beta_start=0.1, beta_end=0.5)
     alpha, sigma = schedule(torch.tensor([[0, 1, 2]]))

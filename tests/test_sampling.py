@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+import pyflocality as pf
 from pyflocality import sampling
 from pyflocality.noise import (
     CosineSchedule,
@@ -519,6 +522,74 @@ def test_defaults_are_eight_images_in_ten_ddim_steps():
     assert out.timesteps.tolist() == list(range(900, -1, -100))
     torch.manual_seed(0)
     assert torch.equal(out.x_t[0].float(), torch.randn(8, 1, 2, 3))
+
+
+def two_modes(spacing, steps):
+    """Share of samples at the first of two images, which are equally likely."""
+    images = torch.stack([torch.full((1, 8, 8), v, dtype=torch.uint8) for v in (255, 159)])
+    denoiser = pf.OptimalDenoiser(pf.TrainingSet(images))
+    out = sample(
+        denoiser,
+        400,
+        schedule=DDPMSchedule(spacing=spacing),
+        steps=steps,
+        generator=torch.Generator().manual_seed(0),
+        progress=False,
+    )
+    return float((out.images.mean((1, 2, 3)) > 0.6).double().mean())
+
+
+def test_noise_is_taken_for_a_half_clean_image_where_steps_do_not_divide_the_schedule():
+    words = 'first of 501 times, 500, is not near pure noise.* 8% .*"trailing" or "linspace".*DDPM'
+    with pytest.warns(UserWarning, match=words):
+        assert two_modes("leading", 501) < 0.2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Within three standard errors.
+        assert abs(two_modes("trailing", 501) - 0.5) < 0.075
+        assert abs(two_modes("linspace", 501) - 0.5) < 0.075
+        assert abs(two_modes("leading", 500) - 0.5) < 0.075
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "words"),
+    [
+        (DDPMSchedule(), 1, 'first of 1 times, 0, .*spacing="trailing"'),
+        (DDPMSchedule(), 2, "first of 2 times, 500"),
+        (DDPMSchedule(), 600, "first of 600 times, 599"),
+        (DDPMSchedule(spacing="linspace"), 1, "starts at more noise"),
+        (DDPMSchedule(), 4, None),
+        (DDPMSchedule(), 10, None),
+        (DDPMSchedule(spacing="trailing"), 1, None),
+        (DDPMSchedule(spacing="trailing"), 600, None),
+        (CosineSchedule(), 5, "first of 5 times, 0.833333, .*CosineSchedule(.., spacing"),
+        (CosineSchedule(), 19, None),
+        (CosineSchedule(spacing="trailing"), 5, None),
+        (CosineSchedule(spacing="linspace"), 5, None),
+        (KarrasSchedule(), 3, None),
+        (KarrasSchedule(sigma_max=3.0), 3, "larger `sigma_max` than 3"),
+        (FlowSchedule(), 3, None),
+        (FlowSchedule(0.3), 3, "starts at more noise"),
+    ],
+)
+def test_a_start_far_from_noise_is_told(schedule, steps, words):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        sample(Gaussian(), 2, schedule=schedule, steps=steps, progress=False)
+    assert len(found) == (words is not None)
+    if words is not None:
+        assert re.search(words.replace("(..", r"\(\.\."), str(found[0].message))
+        assert found[0].filename == __file__
+
+
+def test_a_state_that_is_given_is_told_of_where_the_spacing_leads():
+    state = torch.randn(2, 1, 2, 3)
+    with pytest.warns(UserWarning, match="not near pure noise"):
+        sample(Gaussian(), x_T=state, steps=2, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # A caller's own, at the noise level where it starts.
+        sample(Gaussian(), x_T=state, schedule=FlowSchedule(0.3), steps=2, progress=False)
 
 
 def test_starting_noise_comes_from_the_generator():

@@ -161,6 +161,7 @@ def generate(
     n: options.Count = 8,
     steps: options.Steps = 10,
     schedule: options.Schedule = options.ScheduleName["ddpm"],
+    spacing: options.Spacing = None,
     sampler: options.Sampler = options.SamplerName["ddim"],
     seed: options.Seed = 0,
     resolution: common.Resolution = None,
@@ -200,7 +201,14 @@ def generate(
         SourceOptions(source, resolution, channels, split, label, device),
         DenoiserOptions(denoiser.value, given),
         None if subset is None else SubsetOptions(subset.value),
-        Sampling(n, steps, schedule.value, sampler.value, seed),
+        Sampling(
+            n,
+            steps,
+            schedule.value,
+            sampler.value,
+            seed,
+            None if spacing is None else spacing.value,
+        ),
         flip,
         given_path(moments, "moments"),
         global_share,
@@ -301,7 +309,7 @@ def _find(plan: Plan, stages: Stages, ranks: Ranks | None) -> _Found:
         others = {
             "all_classes": None if plan.global_share is None else everything.content_key(),
             "moments": None if given is None else given.content_key(),
-            "sampling": asdict(plan.sampling),
+            "sampling": plan.sampling.settings,
             "backend": requested_backend(None),
         }
         if not plan.denoiser.depends_on_threads:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,7 +20,8 @@ _SCHEDULES = {
     "karras": "KarrasSchedule",
     "flow": "FlowSchedule",
 }
-
+# Those whose steps may be spaced in several ways.
+_SPACED = ("ddpm", "cosine")
 
 SAMPLING = "Sampling"
 
@@ -32,6 +33,7 @@ def _choice(name: str, values: list[str]) -> type[Enum]:
 
 DenoiserName = _choice("DenoiserName", list(DENOISERS))
 ScheduleName = _choice("ScheduleName", list(_SCHEDULES))
+SpacingName = _choice("SpacingName", ["leading", "trailing", "linspace"])
 SamplerName = _choice("SamplerName", ["ddim", "euler", "heun"])
 BackendName = _choice("BackendName", ["auto", "reference", "cpu", "triton", "cuda"])
 BoundaryName = _choice("BoundaryName", ["circular", "broken"])
@@ -74,6 +76,15 @@ Count = Annotated[
 Steps = Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=SAMPLING)]
 Schedule = Annotated[
     ScheduleName, typer.Option(help="Noise levels of the steps.", rich_help_panel=SAMPLING)
+]
+Spacing = Annotated[
+    SpacingName | None,
+    typer.Option(
+        help="ddpm, cosine: which times of the schedule the steps visit. leading, as diffusers "
+        "does if not told otherwise, may start far from noise where the steps do not divide the "
+        "schedule; trailing and linspace start at its end. leading if not given.",
+        rich_help_panel=SAMPLING,
+    ),
 ]
 Sampler = Annotated[
     SamplerName,
@@ -201,13 +212,19 @@ Nearest = Annotated[
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: number of images, steps, schedule, sampler, seed."""
+    """How to sample: number of images, steps, schedule, sampler, seed, spacing of the times."""
 
     n: int
     steps: int
     schedule: str
     sampler: str
     seed: int
+    spacing: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, as plain values."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def check(self) -> None:
         """Raise ValueError for what cannot be run."""
@@ -216,10 +233,16 @@ class Sampling:
         check_count(self.n, "n")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"`seed` must lie in [0, 2^63), got {self.seed}")
+        if self.spacing is not None and self.schedule not in _SPACED:
+            raise ValueError(
+                f"`spacing` is of the schedules {' and '.join(_SPACED)}, it is of no use to "
+                f"{self.schedule}"
+            )
         self.noise_schedule().timesteps(self.steps)
 
     def noise_schedule(self) -> NoiseSchedule:
         """The schedule itself."""
         from pyflocality import noise
 
-        return getattr(noise, _SCHEDULES[self.schedule])()
+        options = {} if self.spacing is None else {"spacing": self.spacing}
+        return getattr(noise, _SCHEDULES[self.schedule])(**options)

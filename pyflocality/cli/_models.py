@@ -147,9 +147,7 @@ def data_record(data: TrainingSet, *, flip: bool) -> dict[str, Any]:
 
 def sampling_record(sampling: Sampling, timesteps: Tensor) -> dict[str, Any]:
     """What the record of a run tells of the sampling."""
-    from dataclasses import asdict
-
-    return asdict(sampling) | {"timesteps": timesteps.tolist()}
+    return sampling.settings | {"timesteps": timesteps.tolist()}
 
 
 def backends_record(calls: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

@@ -166,6 +166,8 @@ class NetworkDenoiser(Denoiser):
         if isinstance(self.takes, NoiseSchedule):
             time = time_at(self.takes, ratio)
             scale, _ = self.takes(time)
+            # At a time without signal the image is shown as it is, scaled to variance 1.
+            scale = torch.where(scale > 0, scale, (1.0 + ratio.square()).rsqrt())
             return (time.to(dtype) if time.is_floating_point() else time,), scale
         told = (ratio.to(dtype),) if self.takes == "sigma" else ()
         return told, torch.ones_like(ratio)
