@@ -25,10 +25,8 @@ except ImportError:
 
 logger = logging.getLogger("pyflocality")
 
-# A file is locked a moment after it was made; until then it is not taken for abandoned.
-_GRACE_SECONDS = 60.0
 # Without locks nobody can be asked whether a file is still being written.
-_GRACE_SECONDS_WITHOUT_LOCKS = 86_400.0
+_GRACE_SECONDS = 86_400.0
 _SILENT_SECONDS, _PAUSE_SECONDS = 1.0, 0.02
 
 
@@ -63,8 +61,8 @@ def locked(path: Path, *, waiting_for: str | None = None) -> Iterator[bool]:
 def remove_abandoned(paths: Iterable[Path]) -> None:
     """Remove temporary and lock files whose writers are gone.
 
-    Writers hold a lock on what they write (see `hold`). Files that are locked, or were made just
-    now, stay; where there are no locks, all of the last day do.
+    Writers hold a lock on what they write (see `replacing`). Files that are locked stay; where
+    there are no locks, all of the last day do.
     """
     for path in paths:
         # Somebody else may be faster, or it belongs to somebody else.
@@ -80,16 +78,30 @@ def replacing(path: Path, mode: int = 0o600) -> Iterator[IO[bytes]]:
         path: The file; its folder is there.
         mode: Permissions of the file, from which the umask takes.
     """
-    temporary = path.with_name(f"{_twin_begin(path)}{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "x+b", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-            hold(file.fileno())
+    with _new_twin(path, mode) as file:
+        temporary = Path(file.name)
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            if os.name == "nt":
+                # A file that is open cannot be renamed there.
+                file.close()
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _new_twin(path: Path, mode: int) -> IO[bytes]:
+    """A new file beside another one, locked as long as it is open."""
+    while True:
+        temporary = path.with_name(f"{_twin_begin(path)}{uuid.uuid4().hex}.tmp")
+        file = open(temporary, "x+b", opener=lambda name, flags: os.open(name, flags, mode))
+        hold(file.fileno())
+        # Before it was locked it may have been taken for abandoned.
+        if _is_at(file.fileno(), temporary):
+            return file
+        file.close()
 
 
 def twins_of(path: Path) -> Iterator[Path]:
@@ -106,10 +118,10 @@ def _twin_begin(path: Path) -> str:
 
 
 def hold(descriptor: int) -> None:
-    """Lock an open file that nobody else knows yet, until it is closed."""
+    """Lock an open file until it is closed, where there are locks."""
     if fcntl is not None:
         with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def _acquire(path: Path, waiting_for: str | None) -> tuple[int | None, bool]:
@@ -188,20 +200,19 @@ def _remove_lock_file(path: Path, descriptor: int) -> None:
 
 
 def _remove_if_abandoned(path: Path) -> None:
-    status = path.lstat()
-    age = time.time() - status.st_mtime
-    if age < _GRACE_SECONDS:
-        return
     if fcntl is None:
-        if age > _GRACE_SECONDS_WITHOUT_LOCKS:
-            path.unlink()
+        _remove_if_old(path)
         return
     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        if _lock(descriptor, path, None):
-            if _is_at(descriptor, path):
-                path.unlink()
-        elif age > _GRACE_SECONDS_WITHOUT_LOCKS:
+        if not _lock(descriptor, path, None):
+            _remove_if_old(path)
+        elif _is_at(descriptor, path):
             path.unlink()
     finally:
         os.close(descriptor)
+
+
+def _remove_if_old(path: Path) -> None:
+    if time.time() - path.lstat().st_mtime > _GRACE_SECONDS:
+        path.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import time
 import pytest
 
 from pyflocality import _locks
-from pyflocality._locks import HeldError, hold, locked, remove_abandoned
+from pyflocality._locks import HeldError, hold, locked, remove_abandoned, replacing, twins_of
 
 pytestmark = pytest.mark.skipif(_locks.fcntl is None, reason="there are no such locks here")
 
@@ -142,19 +143,63 @@ def test_a_file_system_without_locks_is_worked_on_without(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_are_abandoned_when_old_and_free(tmp_path, monkeypatch):
-    young, free, held = (tmp_path / f"{name}.tmp" for name in ("young", "free", "held"))
-    for path in (young, free, held):
-        path.write_bytes(b"half")
+def test_files_are_abandoned_when_nobody_holds_them(tmp_path, monkeypatch):
+    free, held = (tmp_path / f"{name}.tmp" for name in ("free", "held"))
     for path in (free, held):
-        os.utime(path, (time.time() - 100,) * 2)
+        path.write_bytes(b"half")
     with open(held, "r+b") as file:
         hold(file.fileno())
-        remove_abandoned([young, free, held, tmp_path / "none.tmp"])
-        assert sorted(tmp_path.iterdir()) == [held, young]
+        remove_abandoned([free, held, tmp_path / "none.tmp"])
+        assert list(tmp_path.iterdir()) == [held]
+    # Without locks age has to tell.
     monkeypatch.setattr(_locks, "fcntl", None)
     remove_abandoned([held])
     assert held.exists()
     os.utime(held, (time.time() - 90_000,) * 2)
     remove_abandoned([held])
     assert not held.exists()
+
+
+def test_what_is_being_written_is_never_taken_for_abandoned(tmp_path):
+    """A file is made and then locked; who looks for abandoned ones may come in between."""
+    path, done = tmp_path / "entry", threading.Event()
+
+    def sweep():
+        while not done.is_set():
+            remove_abandoned(twins_of(path))
+
+    sweepers = [threading.Thread(target=sweep) for _ in range(3)]
+    for thread in sweepers:
+        thread.start()
+    try:
+        for number in range(300):
+            with replacing(path) as file:
+                file.write(b"%d" % number)
+            assert path.read_bytes() == b"%d" % number
+    finally:
+        done.set()
+        for thread in sweepers:
+            thread.join()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\N{SNOWMAN}" * 80])
+def test_names_as_long_as_can_be_are_written(tmp_path, name):
+    with replacing(tmp_path / name, 0o640) as file:
+        file.write(b"all of it")
+    assert (tmp_path / name).read_bytes() == b"all of it"
+    assert stat.S_IMODE((tmp_path / name).stat().st_mode) & ~0o640 == 0
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path, elsewhere = tmp_path / "entry", tmp_path / "elsewhere"
+    elsewhere.write_text("precious")
+    path.symlink_to(elsewhere)
+    with pytest.raises(ZeroDivisionError):
+        with replacing(path) as file:
+            file.write(b"half")
+            raise ZeroDivisionError
+    assert path.is_symlink() and len(list(tmp_path.iterdir())) == 2
+    with replacing(path) as file:
+        file.write(b"all of it")
+    assert not path.is_symlink() and elsewhere.read_text() == "precious"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import re
-import time
 from fractions import Fraction
 
 import numpy as np
@@ -452,7 +450,6 @@ def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
     other = path.with_name(f".other.safetensors.{'0f' * 16}.tmp")
     for file in (*left, other):
         file.write_bytes(b"half")
-        os.utime(file, (time.time() - 3600,) * 2)
     moments = Moments.from_data(byte_images(20))
     with open(left[1], "r+b") as file:
         _locks.hold(file.fileno())

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -433,12 +434,43 @@ def test_what_killed_runs_left_is_removed_by_the_next(cached_zip):
     others = ["mine.tmp", ".notes.lock"]
     for name in left + others:
         (folder / name).write_bytes(b"half" if name.endswith("tmp") else b"")
-        os.utime(folder / name, (time.time() - 3600,) * 2)
     entry.unlink()
     load(path, cache_dir=folder)
     assert sorted(file.name for file in folder.iterdir()) == sorted(
         [*others, array.name, entry.name]
     )
+
+
+def killed_while_decoding(path, folder, delay):
+    """A process that loads the set, and is killed after so many images."""
+
+    def work():
+        decode, decoded = images._Decoder.decode, []
+
+        def dying(self, name):
+            if len(decoded) == delay:
+                os.kill(os.getpid(), signal.SIGKILL)
+            decoded.append(name)
+            return decode(self, name)
+
+        images._Decoder.decode = dying
+        load(path, cache_dir=folder)
+
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_run_leaves_nothing_that_the_next_does_not_remove(cached_zip):
+    path, folder = cached_zip
+    for delay in range(1, 7):
+        assert killed_while_decoding(path, folder, delay) == -signal.SIGKILL
+        assert any(name.endswith(".tmp") for name in os.listdir(folder))
+        check_cached_zip(load(path, cache_dir=folder))
+        assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".npy"]
+        shutil.rmtree(folder)
 
 
 RANK = """
