@@ -52,6 +52,8 @@ _MAX_LINK_BYTES = 4096
 _MODEST_BYTES = 32 * 2**20
 _MODEST_RATIO = 20
 _HEAD_BYTES = 2**20
+# LZMA's dictionary.
+_MAX_LZMA_BYTES = 2**27
 # RGBA of 16 bits and twice that for what a format may add.
 _MAX_BYTES_PER_PIXEL = 16
 
@@ -95,22 +97,38 @@ class ZipReader:
             ValueError: It is damaged, or too large for what it should be.
         """
         info = self.files[name]
-        self.check_local(info)
         if limit is None:
             self._check_expansion(info)
         elif info.file_size > limit:
             raise ValueError(f"has {info.file_size} bytes, expected {limit} at the most")
-        content = self._archive.read(info)
+        return self._content(info)
+
+    def _content(self, info: zipfile.ZipInfo) -> bytes:
+        """What a member holds, compared with its entry."""
+        content = self._expanded(info, info.file_size + 1)
         if len(content) != info.file_size:
-            raise ValueError(f"has {len(content)} bytes, its entry says {info.file_size}")
+            more = "more" if len(content) > info.file_size else f"{len(content)} bytes"
+            raise ValueError(f"damaged: has {more}, its entry says {info.file_size}")
+        if zlib.crc32(content) != info.CRC:
+            raise ValueError("damaged: does not match its checksum (CRC-32)")
         return content
 
-    def check_local(self, info: zipfile.ZipInfo) -> None:
-        """Compare what a member says of itself with its entry in the directory."""
+    def _expanded(self, info: zipfile.ZipInfo, size: int) -> bytes:
+        """The first bytes of a member, at most `size`; no more are expanded."""
+        start = self.check_local(info)
+        packed = os.pread(self._descriptor, info.compress_size, start)
+        try:
+            return _expand(packed, info, size)
+        # Each method has errors of its own.
+        except Exception as error:
+            raise ValueError(f"damaged: {error}") from error
+
+    def check_local(self, info: zipfile.ZipInfo) -> int:
+        """Compare what a member says of itself with its entry; the position of its content."""
         head = os.pread(self._descriptor, _LOCAL.size, info.header_offset)
         if len(head) < _LOCAL.size or not head.startswith(_LOCAL_MARK):
             raise ValueError("damaged: no member begins where its entry says")
-        _, _, flags, method, _, _, crc, packed, size, name_bytes, _ = _LOCAL.unpack(head)
+        _, _, flags, method, _, _, crc, packed, size, name_bytes, extra = _LOCAL.unpack(head)
         name = os.pread(self._descriptor, name_bytes, info.header_offset + _LOCAL.size)
         said = {"name": name, "method": method, "encryption": flags & 1}
         entry = {"name": _raw_name(info), "method": info.compress_type, "encryption": 0}
@@ -125,6 +143,7 @@ class ZipReader:
                 raise ValueError(
                     f"damaged: its {what} is {value!r} where it lies, {entry[what]!r} by its entry"
                 )
+        return info.header_offset + _LOCAL.size + name_bytes + extra
 
     def check_entries(self, names: Iterable[str]) -> None:
         """Compare files that nobody reads with their entries: a name may be what is damaged."""
@@ -140,8 +159,7 @@ class ZipReader:
             return
         from PIL import Image
 
-        with self._archive.open(info) as stream:
-            head = stream.read(_HEAD_BYTES)
+        head = self._expanded(info, _HEAD_BYTES)
         try:
             with Image.open(io.BytesIO(head)) as image:
                 pixels = image.width * image.height
@@ -224,7 +242,25 @@ class ZipReader:
         self.check_local(info)
         if info.file_size > _MAX_LINK_BYTES:
             raise ValueError(f"damaged: '{printable(name)}' is a link of {info.file_size} bytes")
-        return self._archive.read(info)
+        return self._content(info)
+
+
+def _expand(packed: bytes, info: zipfile.ZipInfo, size: int) -> bytes:
+    if info.compress_type == zipfile.ZIP_STORED:
+        return packed[:size]
+    if info.compress_type == zipfile.ZIP_DEFLATED:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, size)
+    if info.compress_type == zipfile.ZIP_BZIP2:
+        import bz2
+
+        return bz2.BZ2Decompressor().decompress(packed, size)
+    import lzma
+
+    # Version and length of the properties, then they themselves, which begin a file of the
+    # format `alone`; the number of bytes comes next there, all ones where a mark ends them.
+    end = 2**64 - 1 if info.flag_bits & 2 else info.file_size
+    alone = packed[4:9] + end.to_bytes(8, "little") + packed[9:]
+    return lzma.LZMADecompressor(lzma.FORMAT_ALONE, _MAX_LZMA_BYTES).decompress(alone, size)
 
 
 @contextmanager
