@@ -53,6 +53,8 @@ def pack(
     resolution: int | tuple[int, int] | None = None,
     channels: int | None = None,
     split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     sort_by_label: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -69,6 +71,8 @@ def pack(
         resolution: As in `TrainingSet.load`.
         channels: As in `TrainingSet.load`.
         split: As in `TrainingSet.load`.
+        image_column: For datasets of `datasets`: the column of images, where it has several.
+        label_column: Likewise the column of classes, such as "fine_label".
         sort_by_label: Whether to bring the images of a class together, in their order otherwise:
             `TrainingSet.with_label` then copies none. Else they stay in the order of the source.
         progress: Whether to show progress on standard error.
@@ -85,6 +89,7 @@ def pack(
         ImportError: The source needs a package that is not installed.
     """
     request = Request.checked(resolution, channels, split, None, progress)
+    request = request.with_columns(image_column, label_column)
     path, target = checked_path(source, "source"), checked_path(out, "out")
     with printable_errors(), _open(path, request) as files:
         if sort_by_label:
@@ -134,15 +139,26 @@ def _open(path: Path, request: Request) -> AbstractContextManager[LabelledFiles]
     if not path.is_dir():
         regular_file(path)
     if tar_shards.find_shards(path):
+        _refuse_columns(request, path)
         return tar_shards.open_files(path, request)
     if hub_dataset.is_dataset(path):
         return hub_dataset.open_files(path, request)
+    _refuse_columns(request, path)
     if path.is_dir() or path.suffix.lower() == ".zip":
         return folder.open_files(path, request)
     raise ValueError(
         f"{path}: not a format that is packed; `source` must be a folder or .zip of images, tar "
         "shards or a dataset's folder"
     )
+
+
+def _refuse_columns(request: Request, path: Path) -> None:
+    for name in ("image_column", "label_column"):
+        if getattr(request, name) is not None:
+            raise ValueError(
+                f"`{name}` must be left out: {path} is no dataset of the library `datasets`, got "
+                f"{getattr(request, name)!r}"
+            )
 
 
 def _sorted_by_label(files: LabelledFiles) -> LabelledFiles:

@@ -29,6 +29,19 @@ def pack(
     resolution: common.Resolution = None,
     channels: common.Channels = None,
     split: common.Split = None,
+    image_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of images of a dataset that has several.", rich_help_panel=common.IMAGES
+        ),
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of classes of a dataset that has several, such as fine_label.",
+            rich_help_panel=common.IMAGES,
+        ),
+    ] = None,
     sort_by_label: Annotated[
         bool,
         typer.Option(
@@ -53,6 +66,8 @@ def pack(
         resolution=parse_resolution(resolution),
         channels=channels,
         split=split,
+        image_column=image_column,
+        label_column=label_column,
         sort_by_label=sort_by_label,
         progress=progress,
     )

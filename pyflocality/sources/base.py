@@ -28,6 +28,8 @@ class Request:
         cache_dir: Folder of decoded sets, or None for the default one.
         progress: Whether to show a progress bar.
         layout: How the axes of arrays are to be read, or None.
+        image_column: The column of images of a table, or None for the only one.
+        label_column: The column of classes of a table, or None for the only one.
     """
 
     resolution: tuple[int, int] | None = None
@@ -36,6 +38,8 @@ class Request:
     cache_dir: Path | None = None
     progress: bool = True
     layout: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
 
     @classmethod
     def checked(
@@ -57,6 +61,13 @@ class Request:
         folder = None if cache_dir is None else checked_path(cache_dir, "cache_dir")
         size = _checked_resolution(resolution)
         return cls(size, channels, split, folder, bool(progress), check_layout(layout))
+
+    def with_columns(self, image_column: object, label_column: object) -> Request:
+        """This request, with the columns of a table that are asked for, checked."""
+        for name, column in (("image_column", image_column), ("label_column", label_column)):
+            if column is not None and not isinstance(column, str):
+                raise TypeError(f"`{name}` must be the name of a column, got {describe(column)}")
+        return replace(self, image_column=image_column, label_column=label_column)
 
 
 def _checked_resolution(resolution: object) -> tuple[int, int] | None:

@@ -1,104 +1,161 @@
 """Datasets of the Hugging Face library `datasets`, from a folder: saved sets and parquet files.
 
-Needs that library (extra `datasets`). The images are the column of type Image; the classes are the
-column of type ClassLabel, or whole numbers named `label`.
+Needs that library (extra `datasets`). One column holds the images: the only one of type Image, or
+else the only one of `{bytes, path}` or of bytes. One may hold the classes: the only one of type
+ClassLabel, or else the only one of whole numbers with a usual name such as `label`. Where there are
+several, `image_column` and `label_column` choose.
+
+Parquet files lie in the folder or up to three levels below it. What part of the set a file is, its
+name tells (`train-00000-of-00001.parquet`, `test.parquet`) or the name of its folder
+(`default/train/0000.parquet`).
 """
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from pyflocality._paths import regular_file
+from pyflocality._text import printable
+from pyflocality.sources import dataset_columns
 from pyflocality.sources.base import Request
 from pyflocality.sources.images import ImageFiles, LabelledFiles
-from pyflocality.sources.splits import choose_split
+from pyflocality.sources.selection import is_image
+from pyflocality.sources.splits import choose_split, part_of_file
 
 # What `datasets` leaves in the folder of a saved set and of a set with several splits.
 _MARKS = ("state.json", "dataset_dict.json")
+_LEVELS = 3
+# A table beside image files, which are the set then.
+_TABLE_OF_IMAGES = "metadata.parquet"
 
 
 def is_dataset(path: Path) -> bool:
-    """Whether a folder holds a saved set or parquet files."""
-    return path.is_dir() and (
-        any((path / mark).is_file() for mark in _MARKS) or any(_parquet_files(path))
-    )
+    """Whether a folder holds a saved set or parquet files of images."""
+    if not path.is_dir():
+        return False
+    return any((path / mark).is_file() for mark in _MARKS) or bool(_parquet_files(path))
 
 
 def _parquet_files(path: Path) -> list[Path]:
-    return sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+    """The parquet files of a dataset; none where image files lie beside one of them."""
+    found: list[Path] = []
+    folders = [path]
+    for level in range(_LEVELS + 1):
+        below: list[Path] = []
+        for folder in folders:
+            entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+            tables = [entry for entry in entries if entry.name.lower().endswith(".parquet")]
+            if tables and any(is_image(entry.name) for entry in entries):
+                return []
+            found += [Path(entry.path) for entry in tables if entry.name != _TABLE_OF_IMAGES]
+            if level < _LEVELS:
+                below += [Path(entry.path) for entry in entries if entry.is_dir()]
+        folders = below
+    return sorted(found)
 
 
 @contextmanager
 def open_files(path: Path, request: Request) -> Iterator[LabelledFiles]:
-    """The images of a dataset, still encoded where they are stored so."""
+    """The images of a dataset, still encoded where they are stored so.
+
+    Raises:
+        ValueError: The dataset is damaged or empty, a row has no image or no class, or it cannot be
+            told which part or column is meant.
+        ImportError: The library is not installed.
+    """
+    where = printable(str(path))
     table = _open_table(path, request.split)
     if len(table) == 0:
-        raise ValueError(f"{path}: the dataset holds no images")
-    images, labels = _columns(table, path)
-    names = classes = None
+        raise ValueError(f"{where}: the dataset holds no images")
+    images, labels = dataset_columns.choose(table.features, where, request)
+    table = dataset_columns.as_stored(table, images, where)
+    dataset_columns.check_images(table, images, where)
+    classes = names = None
     if labels is not None:
-        classes = np.array(table[labels], np.int64)
-        names = getattr(table.features[labels], "names", None)
+        classes, names = dataset_columns.read_classes(table, labels, where)
     files = ImageFiles(
         [str(row) for row in range(len(table))],
         lambda row: _encoded(table[int(row)][images]),
-        lambda row: f"{path}: row {row}",
+        lambda row: f"{where}: row {row}",
         _about_total_bytes(table, images),
     )
-    names = None if names is None else tuple(names)
-    yield LabelledFiles(files, path.resolve().name, classes, names, {"table": table._fingerprint})
+    fingerprint = {"table": table._fingerprint, "columns": [images, labels]}
+    yield LabelledFiles(files, path.resolve().name, classes, names, fingerprint)
 
 
 def _open_table(path: Path, split: str | None) -> Any:  # noqa: ANN401
+    where = printable(str(path))
     try:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"{path} is a dataset of the library `datasets`, which is not installed: "
+            f"{where} is a dataset of the library `datasets`, which is not installed: "
             "pip install 'pyflocality[datasets]'"
         ) from error
+    if "::" in str(path) or "://" in str(path):
+        raise ValueError(f"{where}: `datasets` takes a path with '::' or '://' for an address")
+    if any((path / mark).is_file() for mark in _MARKS):
+        found = _opened(where, lambda: datasets.load_from_disk(str(path)))
+        if isinstance(found, datasets.DatasetDict):
+            return found[choose_split(split, list(found), where)]
+        _refuse_split(split, where)
+        return found
+    files = _files_of_split(path, split, where)
+    # Names of files are patterns there.
+    data_files = {"train": [glob.escape(str(file)) for file in files]}
+    return _opened(
+        where, lambda: datasets.load_dataset("parquet", data_files=data_files, split="train")
+    )
+
+
+def _opened(where: str, load: Any) -> Any:  # noqa: ANN401
     try:
-        if any((path / mark).is_file() for mark in _MARKS):
-            found = datasets.load_from_disk(str(path))
-        else:
-            by_split: dict[str, list[str]] = {}
-            for file in _parquet_files(path):
-                by_split.setdefault(file.stem.split("-")[0], []).append(str(file))
-            found = datasets.load_dataset("parquet", data_files=by_split)
+        return load()
     # The library raises errors of many kinds for damaged files.
     except Exception as error:
-        raise ValueError(f"{path}: not a readable dataset: {error}") from error
-    if isinstance(found, datasets.DatasetDict):
-        found = found[choose_split(split, list(found), str(path))]
-    elif split is not None:
-        raise ValueError(f"`split` must be left out: {path} has no parts, got {split!r}")
-    column = _columns(found, path)[0]
-    return found.cast_column(column, datasets.Image(decode=False))
+        raise ValueError(f"{where}: not a readable dataset: {error}") from error
 
 
-def _columns(table: Any, path: Path) -> tuple[str, str | None]:  # noqa: ANN401
-    """Names of the columns of images and of classes."""
-    import datasets
+def _refuse_split(split: str | None, where: str) -> None:
+    if split is not None:
+        raise ValueError(f"`split` must be left out: {where} has no parts, got {split!r}")
 
-    features = table.features
-    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    if len(images) != 1:
+
+def _files_of_split(path: Path, split: str | None, where: str) -> list[Path]:
+    """The parquet files of the part that is asked for."""
+    parts: dict[str | None, list[Path]] = {}
+    origins: dict[str, str] = {}
+    for file in _parquet_files(path):
+        folders = list(file.relative_to(path).parts[:-1])
+        part = part_of_file(file.stem, folders)
+        parts.setdefault(part, []).append(file)
+        config = "/".join(name for name in folders if name not in (part, "data"))
+        origins.setdefault(config, file.relative_to(path).as_posix())
+    if len(origins) > 1:
+        listed = ", ".join(f"'{printable(file)}'" for file in sorted(origins.values())[:3])
+        raise ValueError(f"{where}: holds several datasets ({listed}): name the folder of one")
+    if None not in parts:
+        return parts[choose_split(split, sorted(map(str, parts)), where)]
+    if len(parts) > 1:
         raise ValueError(
-            f"{path}: expected one column of type Image, got {len(images)} among "
-            f"{', '.join(features)}"
+            f"{where}: cannot tell which part of the set '{printable(parts[None][0].name)}' is; "
+            f"others are {', '.join(sorted(repr(part) for part in parts if part is not None))}"
         )
-    classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    if not classes and getattr(features.get("label"), "dtype", "").startswith(("int", "uint")):
-        classes = ["label"]
-    return images[0], classes[0] if len(classes) == 1 else None
+    _refuse_split(split, where)
+    return parts[None]
 
 
 def _encoded(cell: dict[str, Any]) -> bytes:
-    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+    if cell["bytes"] is not None:
+        return cell["bytes"]
+    path = Path(cell["path"])
+    regular_file(path)
+    return path.read_bytes()
 
 
 def _about_total_bytes(table: Any, images: str) -> int:  # noqa: ANN401

@@ -95,7 +95,8 @@ def _of_four(sizes: list[int]) -> str:
         )
     if not first and last in (1, 3):
         return "NHWC"
-    if not first and last == 4 and (third != 4 or second == 4):
+    # Two rows make no picture; 4x4 pixels of some channels may be what is left of one.
+    if second > 3 and last == 4 and (third != 4 or second == 4):
         raise ValueError(
             f"`images` has shape {sizes}: {second} channels of {third}x4, or {second}x{third} "
             f"pixels of red, green, blue and alpha? {_AXES}; images[..., :3] leaves alpha out"

@@ -82,6 +82,28 @@ def part_words(name: str) -> set[str]:
     return {word for word in re.findall("[a-z]+", name.lower()) if re.fullmatch(pattern, word)}
 
 
+def part_of_file(stem: str, folders: Sequence[str]) -> str | None:
+    """The part of a set that a file of a table belongs to, by its name or that of its folder.
+
+    Args:
+        stem: Name of the file without its suffix, such as "train-00000-of-00002" or "0000".
+        folders: Names of the folders around it, the nearest last.
+
+    Returns:
+        The name of the part, or None where nothing tells it.
+    """
+    sharded = re.fullmatch(r"(.+?)-\d+-of-\d+(?:-\w+)?", stem)
+    name = sharded[1] if sharded else re.sub(r"[-_.]\d+$", "", stem)
+    part = _part(name)
+    if part is not None and not part.of:
+        return name
+    nearest = [folder for folder in folders if folder != "data"][-1:]
+    if nearest and ((part := _part(nearest[0])) is not None or re.fullmatch(r"\d+", stem)):
+        return nearest[0]
+    # Other names count where the file says that it is a piece of something.
+    return name if sharded and name not in ("data", "part", "shard", "chunk") else None
+
+
 def is_train(name: str) -> bool:
     """Whether a name alone is that of the part to train with."""
     part = _part(name)
