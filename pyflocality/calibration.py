@@ -83,7 +83,8 @@ class WindowTable(Sequence[tuple[float, int]]):
             OSError: The file cannot be written.
         """
         path = checked_path(path, "path")
-        if path.exists() and not force:
+        # A link that leads nowhere is there, too; a link is replaced, not what it leads to.
+        if os.path.lexists(path) and not force:
             raise FileExistsError(f"{path} is already there; pass force=True to replace it")
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path.parent} is not a folder to save {path.name} in")

@@ -287,7 +287,8 @@ class Moments:
         """
         path = checked_path(path, "path")
         sums = self._whole()
-        if path.exists() and not force:
+        # A link that leads nowhere is there, too; a link is replaced, not what it leads to.
+        if os.path.lexists(path) and not force:
             raise FileExistsError(f"{path} exists: pass force=True to replace it")
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path.parent} is not a folder to save {path.name} in")

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -221,6 +229,58 @@ def test_a_run_of_its_own_process_is_the_same_and_tells_its_memory(folder):
     assert apart.facts["backends"] == mine.facts["backends"] and len(apart.facts["seconds"]) == 2
     memory = apart.facts["extra_memory_bytes"]
     assert memory is None or 0 < memory < 10**9
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGTERM") or os.name == "nt", reason="signals of POSIX")
+def test_an_interruption_ends_the_process_of_a_run(monkeypatch):
+    """The pool would wait for the run that nobody wants any more."""
+    monkeypatch.setattr(runs, "perform", time.sleep)
+    timer = threading.Timer(3.0, os.kill, [os.getpid(), signal.SIGINT])
+    timer.start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        runs.perform_apart(600)
+    assert time.monotonic() - start < 60
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="tells processes by /proc")
+def test_the_process_of_a_run_ends_with_the_command(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import time\n"
+        "from pyflocality.benchmarks.reproduce import runs\n"
+        "runs.perform = time.sleep\n"
+        "if __name__ == '__main__':\n"
+        "    runs.perform_apart(600)\n"
+    )
+    command = subprocess.Popen([sys.executable, script])
+
+    def children():
+        folders = Path("/proc").glob("[0-9]*")
+        return [int(f.name) for f in folders if parent_of(f) == command.pid]
+
+    def parent_of(folder):
+        try:
+            return int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return None
+
+    def wait(condition):
+        for _ in range(600):
+            if condition():
+                return
+            time.sleep(0.1)
+        raise AssertionError("in vain")
+
+    # The resource tracker and the process itself, once it has imported all that it needs.
+    wait(lambda: len(children()) == 2)
+    time.sleep(10)
+    begun = children()
+    command.kill()
+    command.wait()
+    wait(lambda: not any(Path("/proc", str(process)).exists() for process in begun))
 
 
 def test_a_process_that_is_ended_is_one_line(folder, tmp_path, monkeypatch, capsys):

@@ -7,8 +7,9 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
+import threading
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +27,7 @@ from torch import Tensor
 
 import pyflocality as pf
 from pyflocality._backends import requested_backend
+from pyflocality._locks import locked
 from pyflocality.cli._record import peak_memory_bytes
 
 from ..machine import machine_facts
@@ -142,20 +144,36 @@ def _warm_up(request: Request) -> None:
 
 
 def perform_apart(request: Request) -> Run:
-    """The same in a new process, whose memory is that of this run alone.
+    """The same in a new process, whose memory is that of this run alone, and which ends with us.
 
     Raises:
         ChildProcessError: The process was ended, as the system does where memory runs out.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
         try:
             return pool.submit(perform, request).result()
+        except KeyboardInterrupt:
+            # Leaving the block would wait for a run that nobody wants any more.
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
         except BrokenProcessPool:
             model = request.settings["model"]
             raise ChildProcessError(
                 f"the process that ran {model} was ended, perhaps for want of memory"
             ) from None
+
+
+def _end_with_parent() -> None:
+    """Leave the terminal's signals to the parent, and end with it whatever ends it."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class KeptRuns:
@@ -209,12 +227,16 @@ class KeptRuns:
 
     def _write(self, path: Path, run: Run) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.npz")
-        try:
-            np.savez(temporary, x0=run.x0.numpy(), facts=json.dumps(run.facts))
-            os.replace(temporary, path)
-        finally:
+        # Under one name for all: what a killed process left is written anew.
+        temporary = path.with_name(f".{path.stem}.part.npz")
+        lock = path.with_name(f".{path.name}.lock")
+        with locked(lock, waiting_for=f"writes {path.name}"):
             temporary.unlink(missing_ok=True)
+            try:
+                np.savez(temporary, x0=run.x0.numpy(), facts=json.dumps(run.facts))
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 class _Timed:
