@@ -25,8 +25,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
 import numpy as np
@@ -50,6 +49,7 @@ class MappedFile:
         path: The file.
         address: Where its memory starts.
         size: Bytes that are mapped.
+        lost: Whether some of it could not be read, and is zero since.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class MappedFile:
             self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         else:
             self._descriptor = os.dup(descriptor)
-        self._by_name, self._lost = by_name, False
+        self._by_name, self.lost = by_name, False
         self._identity = _identity(os.fstat(self._descriptor))
 
     def close(self) -> None:
@@ -88,49 +88,21 @@ class MappedFile:
         Raises:
             ValueError: The file has been changed, cut short or replaced, or could not be read.
         """
-        before, now = self._identity, _identity(os.fstat(self._descriptor))
+        before = self._identity
+        named = _identity_of(self.path) if self._by_name else None
+        # What has the name has the contents, too, where it is the same file.
+        now = before if named == before else _identity(os.fstat(self._descriptor))
         if now != before:
             what = f"changed (it has {now[2]} bytes, and had {before[2]})"
             raise ValueError(_useless(self.path, what))
-        if self._by_name and self._is_replaced():
+        if named is not None and named[:2] != before[:2]:
             raise ValueError(_useless(self.path, "replaced by another file"))
-        if self._lost:
+        if self.lost:
             raise ValueError(_useless(self.path, "not readable everywhere (did its disk fail?)"))
 
-    @contextmanager
-    def guarded(self) -> Iterator[Any]:
-        """Let a block read the map: it ends in an error unless the file stays as it was mapped.
-
-        Yields:
-            An object whose `lost` tells whether something could not be read so far.
-
-        Raises:
-            ValueError: The file has been changed, cut short or replaced, or could not be read.
-        """
-        make, failure = _guard_type(), None
-        guard = _NO_GUARD if make is None else make(self.address, self.size)
-        try:
-            self.check()
-            yield guard
-        except Exception as error:
-            # The file may be the cause of it.
-            failure = error
-        finally:
-            # In this order: whoever begins in between has the flag of this guard, or finds it here.
-            self._lost = self._lost or guard.lost
-            guard.release()
-        try:
-            self.check()
-        except ValueError as error:
-            raise error from failure
-        if failure is not None:
-            raise failure
-
-    def _is_replaced(self) -> bool:
-        try:
-            return _identity(os.stat(self.path))[:2] != self._identity[:2]
-        except OSError:
-            return False
+    def guarded(self) -> Guarded:
+        """A `with` block that reads the map: see `Guarded`."""
+        return Guarded(self)
 
     def read(self, part: Tensor, buffer: Tensor) -> Tensor:
         """The values of some images, read from the file and not from the map.
@@ -182,6 +154,56 @@ class MappedFile:
             filled += got
 
 
+class Guarded:
+    """A `with` block that reads a map, and ends in an error unless the file stays as it was.
+
+    What cannot be read is zero inside the block, where the native extension is there.
+
+    Raises:
+        ValueError: The file has been changed, cut short or replaced, or could not be read.
+    """
+
+    __slots__ = ("_file", "_guard")
+
+    def __init__(self, file: MappedFile) -> None:
+        self._file = file
+
+    def __enter__(self) -> Guarded:
+        make = _guard_type()
+        self._guard = _NO_GUARD if make is None else make(self._file.address, self._file.size)
+        try:
+            self._file.check()
+        except ValueError:
+            self._end()
+            raise
+        return self
+
+    @property
+    def lost(self) -> bool:
+        """Whether something could not be read so far."""
+        return self._guard.lost
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._end()
+        # Of an error the file may be the cause; an interruption has its own.
+        if error is None or isinstance(error, Exception):
+            try:
+                self._file.check()
+            except ValueError as useless:
+                raise useless from error
+
+    def _end(self) -> None:
+        # In this order: whoever begins in between has the flag of this guard, or finds it here.
+        if self._guard.lost:
+            self._file.lost = True
+        self._guard.release()
+
+
 @functools.cache
 def _guard_type() -> Callable[[int, int], Any] | None:
     try:
@@ -206,6 +228,13 @@ def _read_at(descriptor: int, content: memoryview, position: int) -> int:
         found = os.read(descriptor, len(content))
     content[: len(found)] = found
     return len(found)
+
+
+def _identity_of(path: str) -> tuple[int, ...] | None:
+    try:
+        return _identity(os.stat(path))
+    except OSError:
+        return None
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

@@ -497,5 +497,5 @@ def test_sixteen_ranks_start_with_a_cold_cache(cached_zip, tmp_path):
     program += ["--nproc-per-node=16", str(tmp_path / "rank.py"), str(path), str(folder)]
     run = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["True"] * 16
+    assert run.stdout.count("True") == 16, run.stdout
     assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".npy"]
