@@ -7,6 +7,7 @@ locks, work goes on without.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -71,12 +72,17 @@ def remove_abandoned(paths: Iterable[Path]) -> None:
 
 
 @contextmanager
-def replacing(path: Path, mode: int = 0o600) -> Iterator[IO[bytes]]:
+def replacing(path: Path, mode: int = 0o600, *, force: bool = True) -> Iterator[IO[bytes]]:
     """A file that appears whole or not at all, in place of what is there, links too.
 
     Args:
         path: The file; its folder is there.
         mode: Permissions of the file, from which the umask takes.
+        force: Whether what is there may be replaced; also what somebody else puts there meanwhile.
+
+    Raises:
+        FileExistsError: The file is there and `force` is False.
+        OSError: The file cannot be written.
     """
     with _new_twin(path, mode) as file:
         temporary = Path(file.name)
@@ -87,9 +93,27 @@ def replacing(path: Path, mode: int = 0o600) -> Iterator[IO[bytes]]:
             if os.name == "nt":
                 # A file that is open cannot be renamed there.
                 file.close()
-            os.replace(temporary, path)
+            if force or not _link(temporary, path):
+                if not force and os.path.lexists(path):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    """Give a file its name where nothing has it; False where the file system has no links.
+
+    Raises:
+        FileExistsError: Something has the name.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except (OSError, NotImplementedError):
+        return False
+    return True
 
 
 def _new_twin(path: Path, mode: int) -> IO[bytes]:

@@ -23,10 +23,13 @@ _DTYPES = {torch.int64: "I64", torch.float64: "F64"}
 _FIELDS = {"kind": TEXT, "count": POSITIVE, "image_shape": shape(3)}
 
 
-def write_moments(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def write_moments(
+    path: Path, header: dict[str, Any], tensors: dict[str, Tensor], force: bool
+) -> None:
     """Write a file that appears whole or not at all.
 
     Raises:
+        FileExistsError: Somebody else has written it meanwhile, and `force` is False.
         OSError: The file cannot be written, on a full disk for example.
     """
     text = json.dumps(header)
@@ -38,7 +41,7 @@ def write_moments(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]
     }
     remove_abandoned(twins_of(path))
     try:
-        with replacing(path, 0o666) as file:
+        with replacing(path, 0o666, force=force) as file:
             file.write(_safetensors_header(metadata, tensors))
             for name in sorted(tensors):
                 file.write(_bytes_of(tensors[name]))

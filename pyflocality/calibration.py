@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor
 
 from pyflocality._checks import check_count, describe
+from pyflocality._json import parsed_object
+from pyflocality._locks import remove_abandoned, replacing, twins_of
 from pyflocality._paths import checked_path
 from pyflocality._progress import progress_bar
 from pyflocality.data import TrainingSet
@@ -97,12 +98,9 @@ class WindowTable(Sequence[tuple[float, int]]):
         content = {
             "format": _FORMAT, "version": _VERSION, "windows": list(self.windows), "levels": levels
         }  # fmt: skip
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        remove_abandoned(twins_of(path))
+        with replacing(path, 0o666, force=force) as file:
+            file.write((json.dumps(content, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WindowTable:
@@ -116,10 +114,12 @@ class WindowTable(Sequence[tuple[float, int]]):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parsed_object(path.read_bytes())
         except ValueError as error:
-            raise ValueError(f"{path} is not a JSON file: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(
+                f"{path} does not hold a window table saved by pyflocality: {error}"
+            ) from error
+        if content.get("format") != _FORMAT:
             raise ValueError(f"{path} does not hold a window table saved by pyflocality")
         if content.get("version") != _VERSION:
             raise ValueError(

@@ -292,8 +292,10 @@ class Moments:
             raise FileExistsError(f"{path} exists: pass force=True to replace it")
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path.parent} is not a folder to save {path.name} in")
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder, expected the name of a file")
         header = {"kind": sums.kind, "count": sums.count, "image_shape": list(self.image_shape)}
-        write_moments(path, header, sums.tensors())
+        write_moments(path, header, sums.tensors(), force)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Moments:

@@ -203,3 +203,27 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     with replacing(path) as file:
         file.write(b"all of it")
     assert not path.is_symlink() and elsewhere.read_text() == "precious"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_appears_meanwhile_is_not_replaced_unasked(tmp_path, monkeypatch, links):
+    def without(*_):
+        raise OSError(95, "Operation not supported")
+
+    if not links:
+        monkeypatch.setattr(_locks.os, "link", without)
+    path = tmp_path / "result"
+    for meanwhile in (lambda: path.write_text("theirs"), lambda: path.symlink_to("nowhere")):
+        with pytest.raises(FileExistsError, match="result"):
+            with replacing(path, force=False) as file:
+                file.write(b"ours")
+                meanwhile()
+        assert list(tmp_path.iterdir()) == [path] and path.is_symlink() != path.is_file()
+        with replacing(path) as file:
+            file.write(b"ours")
+        assert path.read_bytes() == b"ours"
+        path.unlink()
+    with replacing(path, force=False) as file:
+        file.write(b"ours")
+    assert path.read_bytes() == b"ours" and list(tmp_path.iterdir()) == [path]
+    assert path.stat().st_nlink == 1

@@ -306,13 +306,17 @@ def test_save_does_not_replace_a_file_unasked(tmp_path):
     assert path.read_text() == "precious"
     moments.save(path, force=True)
     assert_same_bits(Moments.load(path), moments)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match="folder is a folder"):
+        moments.save(tmp_path / "folder", force=True)
 
 
 def test_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(_locks.os, "replace", fail)
+    for name in ("link", "replace"):
+        monkeypatch.setattr(_locks.os, name, fail)
     with pytest.raises(OSError, match="disk full"):
         Moments.from_data(byte_images(5)).save(tmp_path / "moments.safetensors")
     assert list(tmp_path.iterdir()) == []

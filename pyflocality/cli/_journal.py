@@ -55,7 +55,9 @@ class Journal:
         runs: dict[str, BegunRun] = {}
         for line in lines:
             # One that was cut short, or is not ours, tells nothing.
-            with suppress(ValueError, TypeError, KeyError, AttributeError):
+            with suppress(
+                ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError
+            ):
                 _take(json.loads(line), runs)
         return list(runs.values())
 
