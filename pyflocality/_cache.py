@@ -67,10 +67,16 @@ def make_folder(folder: Path) -> None:
     """Make a folder that only its owner can enter, with those above it that are missing.
 
     What writers that are gone have left in it is removed.
+
+    Raises:
+        OSError: It cannot be made, or somebody else has made it meanwhile.
     """
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     for path in reversed(missing):
         path.mkdir(mode=0o700, exist_ok=True)
+        why_not = _distrust(path)
+        if why_not is not None:
+            raise PermissionError(f"it {why_not}")
     names = [name for name in os.listdir(folder) if _UNFINISHED.fullmatch(name)]
     remove_abandoned(folder / name for name in names)
 

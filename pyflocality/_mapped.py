@@ -169,8 +169,7 @@ class Guarded:
         self._file = file
 
     def __enter__(self) -> Guarded:
-        make = _guard_type()
-        self._guard = _NO_GUARD if make is None else make(self._file.address, self._file.size)
+        self._guard = guard_of(self._file.address, self._file.size)
         try:
             self._file.check()
         except ValueError:
@@ -202,6 +201,15 @@ class Guarded:
         if self._guard.lost:
             self._file.lost = True
         self._guard.release()
+
+
+def guard_of(address: int, size: int) -> Any:  # noqa: ANN401
+    """Replace what cannot be read of mapped memory by zeros, until `release` is called.
+
+    Its `lost` tells whether there was any; it never does without the native extension.
+    """
+    make = _guard_type()
+    return _NO_GUARD if make is None else make(address, size)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyflocality._json import POSITIVE, TEXT, check_fields, parsed_object, shape
 from pyflocality._locks import remove_abandoned, replacing, twins_of
+from pyflocality._mapped import guard_of
 
 _FORMAT, _VERSION = "pyflocality-moments", 1
 _DTYPES = {torch.int64: "I64", torch.float64: "F64"}
@@ -91,8 +92,7 @@ def read_moments(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            # Not those of the map: the file may be written to later.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            tensors = {name: _copied(file.get_tensor(name)) for name in file.keys()}
     except (SafetensorError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
     if metadata.get("format") != _FORMAT:
@@ -107,6 +107,19 @@ def read_moments(
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     return header, tensors
+
+
+def _copied(mapped: Tensor) -> Tensor:
+    """A tensor in memory of its own: its file may be written to or cut short."""
+    storage = mapped.untyped_storage()
+    guard = guard_of(storage.data_ptr(), storage.nbytes())
+    try:
+        tensor, lost = mapped.clone(), guard.lost
+    finally:
+        guard.release()
+    if lost:
+        raise ValueError("it was cut short while it was read")
+    return tensor
 
 
 def _checked_header(

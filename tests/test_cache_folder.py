@@ -159,6 +159,20 @@ def test_a_folder_of_somebody_else_is_not_used(folder, monkeypatch, place):
     refused(f"{inside} belongs to another user (number {os.geteuid() + 1})")
 
 
+def test_a_folder_that_somebody_else_makes_first_is_not_used(folder, monkeypatch):
+    """Between the look at it and its making."""
+    made = _cache.Path.mkdir
+
+    def others(path, **options):
+        made(path)
+        path.chmod(0o777)
+
+    monkeypatch.setattr(_cache.Path, "mkdir", others)
+    with pytest.warns(UserWarning, match="can be written to by everybody"):
+        _cache.write_blob(NAME, b"payload")
+    assert list(folder.iterdir()) == []
+
+
 def test_a_folder_of_root_is_used(folder, monkeypatch):
     assert keeps()
     if os.geteuid() == 0:

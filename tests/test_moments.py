@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import re
 from fractions import Fraction
@@ -446,6 +447,24 @@ def test_loaded_moments_do_not_change_with_their_file(tmp_path):
     loaded = Moments.load(path)
     path.write_bytes(bytes(path.stat().st_size))
     assert_same_bits(loaded, moments)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="mapped files cannot be cut short there")
+def test_a_file_that_is_cut_short_while_it_is_loaded(tmp_path, monkeypatch):
+    pytest.importorskip("pyflocality._C")
+    import safetensors
+
+    path, opened = tmp_path / "moments.safetensors", safetensors.safe_open
+    Moments.from_data(torch.zeros(3, 1, 40, 40, dtype=torch.uint8)).save(path)
+
+    def cutting(*arguments, **options):
+        file = opened(*arguments, **options)
+        os.truncate(path, 20_000)
+        return file
+
+    monkeypatch.setattr(safetensors, "safe_open", cutting)
+    with pytest.raises(ValueError, match=r"moments\.safetensors is damaged .*cut short"):
+        Moments.load(path)
 
 
 def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):

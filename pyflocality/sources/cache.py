@@ -84,8 +84,9 @@ def find(loaded: Loaded, request: Request) -> Loaded | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
+        what = "cannot be used" if isinstance(error, OSError) else "are damaged"
         warnings.warn(
-            f"{place}.json: the cached images are damaged ({error}); decoding again", stacklevel=6
+            f"{place}.json: the cached images {what} ({error}); decoding again", stacklevel=6
         )
         return None
 
