@@ -137,8 +137,9 @@ def twins_of(path: Path) -> Iterator[Path]:
 
 
 def _twin_begin(path: Path) -> str:
-    # Cut, as file systems bound the length of a name.
-    return f".{path.name[:40]}."
+    # Cut where it must be: file systems bound the length of a name to 255 bytes.
+    fits = len(os.fsencode(path.name)) + len(f"..{uuid.UUID(int=0).hex}.tmp") <= 255
+    return f".{path.name if fits else path.name[:40]}."
 
 
 def hold(descriptor: int) -> None:
