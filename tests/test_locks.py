@@ -173,7 +173,7 @@ def test_what_is_being_written_is_never_taken_for_abandoned(tmp_path):
     for thread in sweepers:
         thread.start()
     try:
-        for number in range(300):
+        for number in range(60):
             with replacing(path) as file:
                 file.write(b"%d" % number)
             assert path.read_bytes() == b"%d" % number
@@ -188,7 +188,7 @@ def test_what_is_being_written_is_never_taken_for_abandoned(tmp_path):
 def test_names_as_long_as_can_be_are_written(tmp_path, name):
     with replacing(tmp_path / name, 0o640) as file:
         assert list(twins_of(tmp_path / name)) == [Path(file.name)]
-        assert len(name) > 217 or name in file.name
+        assert len(os.fsencode(name)) > 217 or name in file.name
         file.write(b"all of it")
     assert (tmp_path / name).read_bytes() == b"all of it"
     assert stat.S_IMODE((tmp_path / name).stat().st_mode) & ~0o640 == 0
