@@ -10,7 +10,9 @@ import pytest
 import torch
 from source_files import assert_images, load, save_npy
 
+from pyflocality.cli import main
 from pyflocality.data import TrainingSet
+from pyflocality.moments import Moments
 
 RNG = np.random.default_rng(7)
 
@@ -307,3 +309,22 @@ def test_values_are_checked_before_they_are_resampled(tmp_path):
         load(save_npy(tmp_path, pixels(5, 8, 8).astype(np.int32)), resolution=4)
     with pytest.raises(ValueError, match="set.npy: `images` are uint8 with values of 0 and 1"):
         load(save_npy(tmp_path, np.eye(8, dtype=np.uint8)[None]), resolution=4)
+
+
+@pytest.mark.parametrize("command", ["moments", "generate", "spectrum", "sensitivity", "compare"])
+def test_the_option_of_the_command_line(tmp_path, command, capsys):
+    source = save_npy(tmp_path, pixels(12, 7, 5, 3))
+    out = {"moments": "m.safetensors"}.get(command, "out")
+    arguments = [command, str(source), "--out", str(tmp_path / out), "--no-progress"]
+    assert main([*arguments, "--layout", "HWC"]) == 2
+    assert "`--layout` must be one of 'NCHW', 'NHWC', 'NHW'" in capsys.readouterr().err
+    assert not (tmp_path / out).exists()
+
+
+def test_the_option_reaches_the_set(tmp_path, capsys):
+    source = save_npy(tmp_path, pixels(12, 7, 5, 3))
+    for layout, shape in (("NCHW", [7, 5, 3]), ("NHWC", [3, 7, 5])):
+        out = tmp_path / f"{layout}.safetensors"
+        arguments = ["moments", str(source), "--out", str(out), "--no-progress", "--json"]
+        assert main([*arguments, "--layout", layout]) == 0
+        assert list(Moments.load(out).mean.shape) == shape

@@ -63,6 +63,7 @@ def sensitivity(
     resolution: common.Resolution = None,
     channels: common.Channels = None,
     split: common.Split = None,
+    layout: common.Layout = None,
     label: common.Label = None,
     force: common.Force = False,
     as_json: common.Json = False,
@@ -118,7 +119,7 @@ def sensitivity(
         told = {"pixels": [list(p) for p in run.pixels], "sampling": asdict(sampling)}
         return arrays, figures.sensitivity_figure(runs), told
 
-    images = SourceOptions(source, resolution, channels, split, label)
+    images = SourceOptions(source, resolution, channels, split, label, layout=layout)
     settings = asdict(sampling) | {"pixel": pixel}
     plan = _Plan("sensitivity", images, model, moments, settings, out, force, as_json, progress)
     _run(plan, work)
@@ -142,6 +143,7 @@ def spectrum(
     resolution: common.Resolution = None,
     channels: common.Channels = None,
     split: common.Split = None,
+    layout: common.Layout = None,
     label: common.Label = None,
     force: common.Force = False,
     as_json: common.Json = False,
@@ -202,7 +204,7 @@ def spectrum(
         }
         return arrays, figures.spectrum_figure(spectra), told
 
-    images = SourceOptions(source, resolution, channels, split, label)
+    images = SourceOptions(source, resolution, channels, split, label, layout=layout)
     settings = asdict(sampling) | {"t": times, "k": k, "image": image}
     plan = _Plan("spectrum", images, model, moments, settings, out, force, as_json, progress)
     _run(plan, work)
@@ -227,6 +229,7 @@ def memorize(
     resolution: common.Resolution = None,
     channels: common.Channels = None,
     split: common.Split = None,
+    layout: common.Layout = None,
     label: common.Label = None,
     force: common.Force = False,
     as_json: common.Json = False,
@@ -283,7 +286,7 @@ def memorize(
         }
         return arrays, figures.memorization_figure({model.name: curve}), told
 
-    images = SourceOptions(source, resolution, channels, split, label)
+    images = SourceOptions(source, resolution, channels, split, label, layout=layout)
     settings = asdict(sampling) | {"sizes": counts}
     plan = _Plan("memorize", images, model, None, settings, out, force, as_json, progress)
     _run(plan, work)

@@ -90,6 +90,7 @@ def compare(
     resolution: common.Resolution = None,
     channels: common.Channels = None,
     split: common.Split = None,
+    layout: common.Layout = None,
     label: common.Label = None,
     flip: options.Flip = False,
     force: common.Force = False,
@@ -115,7 +116,7 @@ def compare(
     )
     names, folder = _names(methods), checked_path(out, "out")
     plan = Plan(
-        SourceOptions(source, resolution, channels, split, label, device),
+        SourceOptions(source, resolution, channels, split, label, device, layout),
         split_options(names, given),
         names[0] if against is None else against,
         Sampling(

@@ -167,6 +167,7 @@ def generate(
     resolution: common.Resolution = None,
     channels: common.Channels = None,
     split: common.Split = None,
+    layout: common.Layout = None,
     label: common.Label = None,
     flip: options.Flip = False,
     nearest: options.Nearest = True,
@@ -198,7 +199,7 @@ def generate(
         memory_budget=memory_budget,
     )
     plan = Plan(
-        SourceOptions(source, resolution, channels, split, label, device),
+        SourceOptions(source, resolution, channels, split, label, device, layout),
         DenoiserOptions(denoiser.value, given),
         None if subset is None else SubsetOptions(subset.value),
         Sampling(

@@ -17,6 +17,7 @@ from pyflocality.cli._options import (
     Force,
     Json,
     Label,
+    Layout,
     Progress,
     Resolution,
     Source,
@@ -55,6 +56,7 @@ def moments(
     resolution: Resolution = None,
     channels: Channels = None,
     split: Split = None,
+    layout: Layout = None,
     label: Label = None,
     as_json: Json = False,
     force: Force = False,
@@ -71,7 +73,7 @@ def moments(
         raise ValueError(f"`picture` must end in .png, got {picture!r}")
     if drawing is not None and os.path.realpath(drawing) == os.path.realpath(file):
         raise ValueError(f"`picture` must be another file than `out`, got {picture!r} twice")
-    options = SourceOptions(source, resolution, channels, split, label)
+    options = SourceOptions(source, resolution, channels, split, label, layout=layout)
     options.check()
     stages = Stages(announce=progress)
     files = [file] if drawing is None else [file, drawing]

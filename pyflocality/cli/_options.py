@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pyflocality._paths import checked_path
+from pyflocality.sources.layout import check_layout
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,13 @@ Channels = Annotated[
 Split = Annotated[
     str | None,
     typer.Option(help="Part of a set that has parts: train, test, ...", rich_help_panel=IMAGES),
+]
+Layout = Annotated[
+    str | None,
+    typer.Option(
+        help="How the axes of a .npy or .npz file are to be read: NCHW, NHWC or NHW.",
+        rich_help_panel=IMAGES,
+    ),
 ]
 Label = Annotated[
     str | None,
@@ -89,6 +97,7 @@ class SourceOptions:
         split: Name of a part, or None.
         label: Name or number of a class, or None.
         device: Name of a torch device.
+        layout: How the axes of arrays are to be read, or None.
     """
 
     source: str
@@ -97,11 +106,13 @@ class SourceOptions:
     split: str | None = None
     label: str | None = None
     device: str = "cpu"
+    layout: str | None = None
 
     def check(self) -> None:
         """Raise ValueError for what can be told without the images."""
         parse_resolution(self.resolution)
         parse_device(self.device)
+        check_layout(self.layout)
 
     def load(self, *, progress: bool) -> TrainingSet:
         """The training set, on its device."""
@@ -116,6 +127,7 @@ class SourceOptions:
             resolution=parse_resolution(self.resolution),
             channels=self.channels,
             split=self.split,
+            layout=self.layout,
             progress=progress,
         )
 
