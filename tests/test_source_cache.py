@@ -15,6 +15,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from source_files import (
     COLOUR,
     GREY,
@@ -501,3 +502,42 @@ def test_sixteen_ranks_start_with_a_cold_cache(cached_zip, tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("True") == 16, run.stdout
     assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".npy"]
+
+
+class Rows(torch.utils.data.Dataset):
+    """A set as the workers of a loader get it: pickled. They wait until the entry is replaced."""
+
+    def __init__(self, data, ready):
+        self.data, self.ready = data, ready
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        before = self.data.values(index, index + 1)
+        (self.ready / str(os.getpid())).touch()
+        while not (self.ready / "replaced").exists():
+            time.sleep(0.01)
+        assert torch.equal(self.data.values(index, index + 1), before)
+        return before[0]
+
+
+@pytest.mark.slow
+def test_workers_of_a_loader_read_on_when_the_entry_is_replaced(cached_zip, tmp_path):
+    path, folder = cached_zip
+    data = load(path, cache_dir=folder)
+    expected = data.values()
+    loader = torch.utils.data.DataLoader(
+        Rows(data, tmp_path), batch_size=3, num_workers=2, multiprocessing_context="spawn"
+    )
+    batches = iter(loader)
+    deadline = time.monotonic() + 300
+    while sum(name.isdigit() for name in os.listdir(tmp_path)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (entry,) = folder.glob("*.json")
+    damage_entry(None, entry)
+    with pytest.warns(UserWarning, match="damaged"):
+        load(path, cache_dir=folder)
+    (tmp_path / "replaced").touch()
+    assert torch.equal(torch.cat(list(batches)), expected)
