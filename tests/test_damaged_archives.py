@@ -107,6 +107,24 @@ def test_every_flipped_bit_of_a_zip(tmp_path, kind):
     check_damage(path, folder, flips(whole, positions, lambda _: range(8)), 5 * len(positions))
 
 
+def test_a_flipped_bit_of_an_npz(tmp_path):
+    """Labels had been lost with the name of their member."""
+    path = tmp_path / "set.npz"
+    np.savez(path, images=GREY, labels=np.arange(6))
+    whole, positions, refused = path.read_bytes(), zip_headers(path), 0
+    for damaged in flips(whole, positions, lambda position: [position % 8]):
+        path.write_bytes(damaged)
+        try:
+            data = load(path)
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error)
+        else:
+            assert_images(data, GREY[:, None])
+            assert data.labels.tolist() == list(range(6))
+    assert refused > len(positions) // 2
+
+
 def test_every_cut_of_a_zip(tmp_path):
     path = ZIPS["plain"](tmp_path / "set.zip")
     whole = path.read_bytes()

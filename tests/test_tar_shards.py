@@ -196,6 +196,21 @@ def test_long_names(tmp_path, form):
     assert data.label_names == ("a", "b", "c")
 
 
+def test_an_incremental_archive_of_gnu_tar(tmp_path):
+    """It notes times where other formats have the beginning of a long name."""
+    members = [("cat/1.png", PNG[0]), ("dog/1.png", PNG[1]), (info("cat/", b"D"), b"Y1.png\0\0")]
+    path = write_tar(tmp_path / "set.tar", members, format=tarfile.GNU_FORMAT)
+    content = bytearray(path.read_bytes())
+    for at in range(0, 6 * 512, 1024):
+        content[at + 345 : at + 368] = b"14700000000\x0014700000000"
+        content[at + 148 : at + 156] = b" " * 8
+        content[at + 148 : at + 155] = b"%06o\0" % sum(content[at : at + 512])
+    path.write_bytes(content)
+    data = packed(path)
+    assert_images(data, GREY[:2, None])
+    assert data.label_names == ("cat", "dog")
+
+
 def test_a_sparse_file_of_gnu_tar(tmp_path):
     if subprocess.run(["tar", "--version"], capture_output=True, check=False).returncode:
         pytest.skip("needs tar")

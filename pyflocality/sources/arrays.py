@@ -18,6 +18,7 @@ from pyflocality.sources.left_out import LeftOut
 from pyflocality.sources.npy import map_array
 from pyflocality.sources.pixels import convert_array
 from pyflocality.sources.validation import as_image_tensor, check_values, checked_shape
+from pyflocality.sources.zip_directory import check_zip
 
 _IMAGE_KEYS = ("images", "x", "X", "data", "image", "imgs", "samples", "arr_0")
 _LABEL_KEYS = ("labels", "y", "label", "targets", "target")
@@ -55,6 +56,7 @@ def load_npz(path: Path, request: Request) -> Loaded:
     """
     refuse_split(request.split, str(path))
     left_out = LeftOut(str(path))
+    check_zip(path, ".npz file")
     try:
         with np.load(path, allow_pickle=False) as archive:
             keys = archive.files

@@ -22,6 +22,23 @@ from pyflocality.sources.archive_names import (
 )
 
 _END_BYTES = 2 * tarfile.BLOCKSIZE
+_OLD_GNU_MAGIC = b"ustar  \0"
+# GNU tar's list of what a folder held, and the name of a volume: no files.
+_NO_FILES = frozenset((b"D", b"V"))
+
+
+class _Header(tarfile.TarInfo):
+    """A header, by its own format: `tarfile` takes the times that GNU tar notes for a folder."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> _Header:
+        """The header of a block."""
+        header = super().frombuf(buf, encoding, errors)
+        if buf[257:265] == _OLD_GNU_MAGIC:
+            header.name = tarfile.nts(buf[:100], encoding, errors)
+            if header.isdir():
+                header.name = header.name.rstrip("/")
+        return header
 
 
 class Extent(NamedTuple):
@@ -93,7 +110,7 @@ def identity_of(status: os.stat_result) -> tuple[int, ...]:
 def _members(file: BinaryIO, size: int) -> list[tarfile.TarInfo]:
     """All members but folders."""
     members = []
-    with tarfile.open(fileobj=file, mode="r:") as archive:
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as archive:
         position = -1
         while (info := archive.next()) is not None:
             # Headers may be made to lead back, and the loop would not end.
@@ -106,7 +123,7 @@ def _members(file: BinaryIO, size: int) -> list[tarfile.TarInfo]:
                 raise ValueError(
                     f"has {size} bytes, expected {info.offset_data + info.size} at least"
                 )
-            if not info.isdir():
+            if not info.isdir() and info.type not in _NO_FILES:
                 members.append(info)
         _check_end(file, archive.offset, size)
     return members

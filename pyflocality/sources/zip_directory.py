@@ -264,8 +264,8 @@ def _expand(packed: bytes, info: zipfile.ZipInfo, size: int) -> bytes:
 
 
 @contextmanager
-def open_zip(path: Path) -> Iterator[ZipReader]:
-    """Open a zip archive.
+def open_zip(path: Path, kind: str = "zip archive") -> Iterator[ZipReader]:
+    """Open a zip archive, or another file that is one; `kind` is what messages call it.
 
     Raises:
         ValueError: It is damaged, or holds what is not read; the message names it.
@@ -276,16 +276,22 @@ def open_zip(path: Path) -> Iterator[ZipReader]:
         archive = zipfile.ZipFile(path)
     # Damaged directories raise nearly anything.
     except Exception as error:
-        raise ValueError(f"{where}: not a readable zip archive: {error}") from error
+        raise ValueError(f"{where}: not a readable {kind}: {error}") from error
     with archive:
         try:
             reader = ZipReader(path, archive)
         except Exception as error:
             told = str(error)
             if not told.startswith(f"{where}: "):
-                told = f"{where}: not a readable zip archive: {told}"
+                told = f"{where}: not a readable {kind}: {told}"
             raise ValueError(told) from error
         yield reader
+
+
+def check_zip(path: Path, kind: str) -> None:
+    """Raise ValueError if a directory and what it lists do not agree; nothing is expanded."""
+    with open_zip(path, kind) as archive:
+        archive.check_entries(archive.files)
 
 
 def _check_end(archive: zipfile.ZipFile, infos: list[zipfile.ZipInfo], size: int) -> None:
