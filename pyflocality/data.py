@@ -162,8 +162,8 @@ class TrainingSet:
                 rendered at the size instead. None keeps the size, which must be one for all.
             channels: 1 for grey (ITU-R BT.601 luma), 3 for RGB; None keeps what is there.
             split: `"train"`, `"test"` or another part of a source that has parts: a folder or
-                archive with such folders at its top, MNIST's and CIFAR's folders. None is
-                `"train"` there.
+                archive with such folders (`pyflocality.sources.selection` tells when they are
+                parts and when classes), MNIST's and CIFAR's folders. None is `"train"` there.
             layout: `"NCHW"`, `"NHWC"` or `"NHW"` for .npy and .npz files: how their axes are to be
                 read; needed where that cannot be told (`pyflocality.sources.layout`).
             cache_dir: Folder of decoded sets; None is the environment variable
@@ -176,6 +176,10 @@ class TrainingSet:
             ValueError: There is no such source, it is damaged, empty or of mixed sizes (the
                 message names the file), or an argument does not fit it.
             ImportError: The source needs a package that is not installed.
+
+        Warns:
+            UserWarning: The source holds what the set does not take: how many files, the first of
+                them, and why.
         """
         # Sources make training sets themselves.
         from pyflocality.sources.registry import open_source

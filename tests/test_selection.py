@@ -324,6 +324,13 @@ def test_a_source_of_other_files_names_one(tmp_path):
         load(path)
 
 
+@pytest.mark.parametrize("name", ["a/0000.parquet", "shard-0.tar", "data.arrow"])
+def test_what_is_to_be_packed_first(tmp_path, name):
+    path = write_tree(tmp_path / "set", {name: b""}, "folder")
+    with pytest.raises(ValueError, match="holds no images; .* are for `pyflocality pack`"):
+        load(path)
+
+
 def test_what_is_left_out_is_told_for_cached_sets_too(tmp_path):
     files = {f"{number}.png": PNG[number % 6] for number in range(1000)} | {
         "a.txt": b"",

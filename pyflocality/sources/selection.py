@@ -140,6 +140,8 @@ def select(tree: Tree, split: str | None) -> Selection:
     if not names:
         others = [name for name in tree.others if not _is_hidden(name)]
         told = f"; '{printable(others[0])}' has not the suffix of an image" if others else ""
+        if any(name.lower().endswith((".tar", ".parquet", ".arrow")) for name in others):
+            told += "; tar archives and datasets are for `pyflocality pack`"
         raise ValueError(f"{tree.where}: holds no images{told}")
     left_out = LeftOut(tree.where)
     # Folders of parts that are not asked for.
