@@ -66,8 +66,6 @@ def cache_folder(*parts: str, chosen: Path | None = None) -> Path | None:
 def make_folder(folder: Path) -> None:
     """Make a folder that only its owner can enter, with those above it that are missing.
 
-    What writers that are gone have left in it is removed.
-
     Raises:
         OSError: It cannot be made, or somebody else has made it meanwhile.
     """
@@ -77,6 +75,10 @@ def make_folder(folder: Path) -> None:
         why_not = _distrust(path)
         if why_not is not None:
             raise PermissionError(f"it {why_not}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that are gone have left in a folder of the cache."""
     names = [name for name in os.listdir(folder) if _UNFINISHED.fullmatch(name)]
     remove_abandoned(folder / name for name in names)
 
@@ -146,6 +148,7 @@ def write_blob(name: str, payload: bytes) -> None:
         return
     try:
         make_folder(folder)
+        remove_leftovers(folder)
         with replacing(folder / last) as file:
             file.write(hashlib.sha256(payload).digest())
             file.write(payload)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
@@ -391,6 +392,47 @@ def test_one_process_decodes_while_others_wait(cold_starts):
     # Each looks at the first image, which tells the shape of all.
     counts = sorted(decodings.count(process) for process in set(decodings))
     assert counts == [1, 1, 1, 1 + len(GREY)]
+    assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".npy"]
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_processes_that_are_killed_leave_nothing_to_those_that_wait(cached_zip, times):
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    path, folder = cached_zip
+    decode, draw = images._Decoder.decode, random.Random(times)
+
+    def work():
+        def slow(self, name):
+            time.sleep(0.02)
+            return decode(self, name)
+
+        images._Decoder.decode = slow
+        load(path, cache_dir=folder).values()
+
+    context = multiprocessing.get_context("fork")
+    for _ in range(times):
+        children = [context.Process(target=work) for _ in range(3)]
+        for child in children:
+            child.start()
+        for child in draw.sample(children, 2):
+            time.sleep(draw.random() * 0.2)
+            child.kill()
+        for child in children:
+            child.join()
+        codes = sorted(child.exitcode for child in children)
+        assert codes[-1] == 0 and set(codes) <= {-signal.SIGKILL, 0}
+        check_cached_zip(load(path, cache_dir=folder))
+        assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".npy"]
+        shutil.rmtree(folder)
+
+
+def test_a_lock_file_of_a_run_that_was_killed_when_it_was_done(cached_zip):
+    path, folder = cached_zip
+    load(path, cache_dir=folder)
+    (array,) = folder.glob("*.npy")
+    (folder / f".{array.stem}.lock").touch()
+    check_cached_zip(load(path, cache_dir=folder))
     assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".npy"]
 
 

@@ -26,7 +26,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from pyflocality._cache import cache_folder, make_folder, open_entry, tell_unwritable
+from pyflocality._cache import (
+    cache_folder,
+    make_folder,
+    open_entry,
+    remove_leftovers,
+    tell_unwritable,
+)
 from pyflocality._json import (
     COUNT,
     TEXT,
@@ -37,7 +43,7 @@ from pyflocality._json import (
     shape,
     unsealed,
 )
-from pyflocality._locks import locked, replacing
+from pyflocality._locks import locked, remove_abandoned, replacing
 from pyflocality._mapped import remember
 from pyflocality._progress import progress_bar
 from pyflocality.sources.base import DecodeJob, Loaded, MappedImages, Request
@@ -80,7 +86,7 @@ def find(loaded: Loaded, request: Request) -> Loaded | None:
     if place is None:
         return None
     try:
-        return _read(loaded, place)
+        found = _read(loaded, place)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -89,6 +95,9 @@ def find(loaded: Loaded, request: Request) -> Loaded | None:
             f"{place}.json: the cached images {what} ({error}); decoding again", stacklevel=6
         )
         return None
+    # Of a process that was killed when all was done.
+    remove_abandoned([_lock_of(place)])
+    return found
 
 
 def run_job(job: DecodeJob, source: Loaded, request: Request) -> Loaded:
@@ -146,6 +155,10 @@ def _place(source: Loaded, request: Request) -> Path | None:
     return None if folder is None else folder / cache_key(source.fingerprint, request)
 
 
+def _lock_of(place: Path) -> Path:
+    return place.with_name(f".{place.name}.lock")
+
+
 def _read(source: Loaded, place: Path) -> Loaded:
     """The entry of a source.
 
@@ -182,8 +195,9 @@ def _read(source: Loaded, place: Path) -> Loaded:
 def _cached(job: DecodeJob, source: Loaded, request: Request, place: Path) -> Loaded:
     """Decode a set into the cache, or find what somebody else decodes meanwhile."""
     make_folder(place.parent)
-    lock, doing = place.with_name(f".{place.name}.lock"), f"decodes {source.name}"
-    with locked(lock, waiting_for=doing):
+    with locked(_lock_of(place), waiting_for=f"decodes {source.name}"):
+        # Also of those that this one has waited for.
+        remove_leftovers(place.parent)
         found = _found_meanwhile(source, place)
         if found is None:
             _write(job, source, request, place)
