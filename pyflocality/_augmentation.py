@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_count, describe
+from pyflocality._checks import check_count, check_flag, describe
 from pyflocality._mapped import read_checked, streamed
 
 
@@ -74,9 +74,8 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        if not isinstance(self.flip, bool):
-            raise TypeError(f"`flip` must be True or False, got {describe(self.flip)}")
-        check_count(self.shifts, "shifts", minimum=0)
+        object.__setattr__(self, "flip", check_flag(self.flip, "flip"))
+        object.__setattr__(self, "shifts", check_count(self.shifts, "shifts", minimum=0))
 
     def __str__(self) -> str:
         """What is done to the copies, in words."""

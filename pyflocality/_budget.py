@@ -6,6 +6,8 @@ import numbers
 import os
 import re
 
+from pyflocality._checks import describe
+
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _DEFAULT = "1GB"
 
@@ -26,14 +28,17 @@ def memory_budget_bytes(budget: int | str | None) -> int:
         budget = os.environ.get("PYFLOCALITY_MEMORY_BUDGET", _DEFAULT)
         source = "the environment variable PYFLOCALITY_MEMORY_BUDGET"
     if isinstance(budget, bool) or not isinstance(budget, (numbers.Integral, str)):
-        raise TypeError(f"{source} must be bytes or a string like '2GB', got {budget!r}")
+        raise TypeError(f"{source} must be bytes or a string like '2GB', got {describe(budget)}")
     if isinstance(budget, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", budget, re.IGNORECASE)
         if match is None:
-            raise ValueError(f"{source} must be bytes or a string like '2GB', got {budget!r}")
-        budget = int(float(match[1]) * _UNITS[match[2].upper()])
-    if budget <= 0:
-        raise ValueError(f"{source} must be positive, got {budget!r}")
+            raise ValueError(
+                f"{source} must be bytes or a string like '2GB', got {describe(budget)}"
+            )
+        number = float(match[1]) * _UNITS[match[2].upper()]
+        budget = int(min(number, 2.0**63))
+    if not 0 < budget < 2**63:
+        raise ValueError(f"{source} must be positive and below 2^63, got {describe(budget)}")
     return int(budget)
 
 

@@ -11,15 +11,19 @@ from torch import Tensor
 
 from pyflocality._augmentation import Augmentation, check_augmentation, copies_of, enlarged_blocks
 from pyflocality._backends import Call
-from pyflocality._budget import images_per_chunk
+from pyflocality._budget import images_per_chunk, memory_budget_bytes
 from pyflocality._checks import (
+    FLOAT_DTYPES,
     check_batch,
     check_choice,
     check_compute_dtype,
     check_count,
+    check_finite,
+    check_float_dtype,
     check_level,
     check_magnitude,
     check_positive,
+    check_tensor,
     describe,
 )
 from pyflocality._mapped import exceeds_budget, mapped_file
@@ -162,15 +166,15 @@ def stored_images_limits(call: Call) -> str | None:
 
 
 def check_images(images: object) -> Tensor:
-    """A non-empty set of images [N, C, H, W], uint8 or float in [-1, 1]."""
-    if not isinstance(images, Tensor):
-        raise TypeError(f"`images` must be a torch.Tensor [N, C, H, W], got {describe(images)}")
-    if images.dtype != torch.uint8 and not images.is_floating_point():
+    """A non-empty set of finite images [N, C, H, W], uint8 or float in [-1, 1]."""
+    images = check_tensor(images, "images", "a torch.Tensor [N, C, H, W]")
+    if images.dtype != torch.uint8 and images.dtype not in FLOAT_DTYPES:
         raise TypeError(f"`images` must be uint8 or floating point, got {describe(images)}")
     if images.ndim != 4 or images.numel() == 0:
         raise ValueError(
             f"`images` must be a non-empty tensor [N, C, H, W], got {describe(images)}"
         )
+    check_finite(plain(images), "images")
     return images
 
 
@@ -188,16 +192,19 @@ def posterior_problem(
     precision: Precision = "exact",
 ) -> PosteriorProblem:
     """Check the arguments that every posterior operation takes; see `PosteriorOptions`."""
+    # What is cheap to see comes before what takes a pass over the values.
+    if chunk_size is not None:
+        chunk_size = check_count(chunk_size, "chunk_size")
+    memory_budget_bytes(memory_budget)
+    temperature = check_positive(temperature, "temperature")
+    check_choice(precision, "precision", PRECISIONS)
+    check_float_dtype(dtype)
     images = check_images(images)
+    augmentation = check_augmentation(augmentation, images.shape[1:])
     x = check_batch(x, images.shape[1:], images.device, "x")
     sigma = check_level(sigma, len(x), x.device, "sigma", allow_zero=True)
     alpha = check_level(alpha, len(x), x.device, "alpha", allow_zero=False)
     check_magnitude(x, alpha, "x")
-    if chunk_size is not None:
-        chunk_size = check_count(chunk_size, "chunk_size")
-    augmentation = check_augmentation(augmentation, images.shape[1:])
-    temperature = check_positive(temperature, "temperature")
-    check_choice(precision, "precision", PRECISIONS)
     compute = check_compute_dtype(dtype, x)
     return PosteriorProblem(
         x.to(compute),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyflocality._checks import describe
+from pyflocality._checks import check_tensor, describe
 from pyflocality._spacing import SPACINGS
 
 # The last entry of a table without signal at its end, as some schedulers keep it.
@@ -53,7 +53,7 @@ def table_of(scheduler: object, name: str) -> tuple[float, ...]:
             f"`{name}` must be without `use_flow_sigmas`: the noise of that {kind} is not that "
             "of its `alphas_cumprod`"
         )
-    return tuple(table.double().tolist())
+    return tuple(check_tensor(table, name).double().tolist())
 
 
 def table_fault(values: Tensor) -> str | None:

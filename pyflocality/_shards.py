@@ -228,7 +228,19 @@ class ShardedImages(Tensor):
 # Getters of attributes, and methods.
 _DESCRIBING = frozenset(
     getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "is_meta", "is_cuda", "nbytes", "itemsize")
+    for name in (
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "is_meta",
+        "is_cuda",
+        "nbytes",
+        "itemsize",
+        "layout",
+        "is_nested",
+        "is_quantized",
+    )
 ) | {
     Tensor.__len__,
     Tensor.dim,
@@ -237,6 +249,7 @@ _DESCRIBING = frozenset(
     Tensor.element_size,
     Tensor.is_floating_point,
     Tensor.is_contiguous,
+    Tensor.is_neg,
 }
 
 

@@ -46,17 +46,15 @@ def check_directions(directions: object, x: Tensor, name: str) -> Tensor:
         name: Name of the argument in error messages.
     """
     shape = tuple(x.shape)
-    if isinstance(directions, Tensor) and (
-        directions.ndim != 5 or tuple(directions.shape[1:]) != shape
-    ):
-        expected = ", ".join(["K", *map(str, shape)])
-        raise ValueError(f"`{name}` must have shape [{expected}], got {describe(directions)}")
     if isinstance(directions, Tensor) and directions.device != x.device:
         raise ValueError(f"`{name}` must be on {x.device} like `x`, got {describe(directions)}")
-    directions = check_float_tensor(directions, name)
+    directions = check_float_tensor(directions, name, finite=False)
+    if directions.ndim != 5 or tuple(directions.shape[1:]) != shape:
+        expected = ", ".join(["K", *map(str, shape)])
+        raise ValueError(f"`{name}` must have shape [{expected}], got {describe(directions)}")
     if directions.dtype != x.dtype:
         raise TypeError(f"`{name}` must be {x.dtype} like `x`, got {describe(directions)}")
-    return directions
+    return check_float_tensor(directions, name)
 
 
 def tangent_call(problem: PosteriorProblem, tangents: Tensor, **facts: object) -> Call:

@@ -21,7 +21,20 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from pyflocality._checks import check_choice, check_float_tensor, describe
+from pyflocality._checks import (
+    check_batch,
+    check_callable,
+    check_choice,
+    check_count,
+    check_flag,
+    check_instance,
+    check_level,
+    check_real,
+    check_sequence,
+    check_tensor,
+    check_text,
+    describe,
+)
 from pyflocality._schedulers import (
     option,
     refuse_as_sampler,
@@ -61,6 +74,8 @@ class TableSchedule(NoiseSchedule):
 
     def __post_init__(self) -> None:
         """Check the fields."""
+        given = check_sequence(self.values, "values", "a sequence of numbers")
+        object.__setattr__(self, "values", tuple(check_real(v, "values") for v in given))
         check_choice(self.spacing, "spacing", SPACINGS)
         fault = table_fault(self.alpha_cumprod)
         if fault is not None:
@@ -69,7 +84,7 @@ class TableSchedule(NoiseSchedule):
             )
 
     @classmethod
-    def of(cls, scheduler: object, name: str = "schedule") -> TableSchedule:
+    def of(cls, scheduler: object, name: str = "scheduler") -> TableSchedule:
         """The schedule of a diffusers scheduler, or of a schedule of whole times of ours.
 
         Args:
@@ -82,7 +97,7 @@ class TableSchedule(NoiseSchedule):
             ValueError: The table does not fall within [0, 1), or its noise is not that of the
                 table (`use_flow_sigmas`).
         """
-        values = table_of(scheduler, name)
+        values = table_of(scheduler, check_text(name, "name"))
         fault = table_fault(torch.tensor(values, dtype=torch.float64, device="cpu"))
         if fault is not None:
             raise ValueError(
@@ -148,6 +163,8 @@ def from_diffusers(
             "`unet` must be a torch.nn.Module with `config.in_channels` and `config.sample_size`, "
             f"got {describe(unet)}"
         )
+    if class_labels is not None:
+        class_labels = check_count(class_labels, "class_labels", minimum=0)
     takes = TableSchedule.of(scheduler, "scheduler")
     prediction = _prediction_of(scheduler, "scheduler")
     if option(scheduler, "timestep_type") == "continuous" and prediction == "v_prediction":
@@ -198,8 +215,7 @@ def from_edm(
             )
         image_shape = (channels, resolution, resolution)
     if class_labels is not None:
-        if not isinstance(class_labels, Tensor):
-            raise TypeError(f"`class_labels` must be a torch.Tensor, got {describe(class_labels)}")
+        check_tensor(class_labels, "class_labels")
         if class_labels.ndim != 2 or len(class_labels) != 1:
             raise ValueError(f"`class_labels` must be [1, L], got {describe(class_labels)}")
         network = _Conditioned(network, class_labels)
@@ -235,7 +251,7 @@ def as_diffusers(denoiser: Denoiser, schedule: object) -> DiffusersModel:
     check_denoiser(denoiser)
     refuse_as_sampler(schedule, "schedule")
     prediction = _prediction_of(schedule, "schedule")
-    return DiffusersModel(denoiser, TableSchedule.of(schedule), schedule, prediction)
+    return DiffusersModel(denoiser, TableSchedule.of(schedule, "schedule"), schedule, prediction)
 
 
 def as_azula(
@@ -251,9 +267,6 @@ def as_azula(
     Raises:
         TypeError: `denoiser` is no denoiser, or `schedule` cannot be called.
     """
-    check_denoiser(denoiser)
-    if not callable(schedule):
-        raise TypeError(f"`schedule` must be a function t -> (alpha, sigma), got {schedule!r}")
     return AzulaDenoiser(denoiser, schedule)
 
 
@@ -284,6 +297,9 @@ class DiffusersModel(nn.Module):
         scheduler: object = None,
         prediction: str = "epsilon",
     ) -> None:
+        check_denoiser(denoiser)
+        check_instance(schedule, "schedule", TableSchedule)
+        check_choice(prediction, "prediction", tuple(_PREDICTIONS))
         super().__init__()
         self.denoiser, self.schedule, self.prediction = denoiser, schedule, prediction
         self._scheduler = scheduler
@@ -317,9 +333,15 @@ class DiffusersModel(nn.Module):
             ValueError: As for the denoiser, or the time is none of the schedule's, or has no
                 signal, of which the noise that is predicted tells nothing.
         """
-        check_float_tensor(sample, "sample")
+        sample = check_batch(sample, self.denoiser.image_shape, self.denoiser.device, "sample")
+        return_dict = check_flag(return_dict, "return_dict")
+        last = float(len(self.schedule.values) - 1)
         # Times that schedulers keep on the CPU are moved with the images.
-        times = torch.as_tensor(timestep, device=sample.device)
+        times = _check_times(timestep, 0.0, last, name="timestep").to(sample.device)
+        if times.ndim > 1 or (times.ndim == 1 and len(times) != len(sample)):
+            raise ValueError(
+                f"`timestep` must be a number or a tensor [{len(sample)}], got {describe(timestep)}"
+            )
         alpha, sigma = self.levels(times)
         silent = alpha == 0
         if silent.any() and self.prediction == "epsilon":
@@ -341,8 +363,11 @@ class DiffusersModel(nn.Module):
         """(alpha, sigma) of the images that the scheduler shows at its times, float64 as `times`.
 
         Raises:
+            TypeError: `times` are no numbers.
             ValueError: The time is none of the schedule's.
         """
+        last = float(len(self.schedule.values) - 1)
+        times = _check_times(times, 0.0, last, name="times")
         ratios = [visited_ratio(self._scheduler, time) for time in times.reshape(-1)]
         if None in ratios:
             return self.schedule(times)
@@ -368,6 +393,8 @@ class AzulaDenoiser(nn.Module):
     def __init__(
         self, denoiser: Denoiser, schedule: Callable[[Tensor], tuple[Tensor, Tensor]]
     ) -> None:
+        check_denoiser(denoiser)
+        check_callable(schedule, "schedule", "a function t -> (alpha, sigma)")
         super().__init__()
         self.denoiser, self.schedule = denoiser, schedule
 
@@ -377,7 +404,13 @@ class AzulaDenoiser(nn.Module):
         Args:
             x_t: Noisy images, [B, C, H, W].
             t: Time, without dimensions or [B].
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: An argument has the wrong shape, device or range.
         """
+        x_t = check_batch(x_t, self.denoiser.image_shape, self.denoiser.device, "x_t")
+        check_level(t, len(x_t), x_t.device, "t", allow_zero=True)
         alpha, sigma = self.schedule(t)
         return AzulaPosterior(self.denoiser(x_t, sigma, alpha))
 

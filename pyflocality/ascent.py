@@ -27,6 +27,7 @@ References:
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,12 +36,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_count, check_positive, describe
+from pyflocality._checks import (
+    check_count,
+    check_flag,
+    check_generator,
+    check_positive,
+    check_real,
+    check_rounds,
+    check_within_memory,
+    describe,
+)
 from pyflocality._progress import progress_bar
 from pyflocality.denoisers.base import Denoiser
 from pyflocality.denoisers.multiscale import MultiscaleDenoiser
 from pyflocality.wavelets import synthesise
 
+# Denoisers take no states beyond it.
+_LARGEST = 1e9
 # Estimates from states [m, ...], noise levels [m] and which of the n images they are [m].
 Answer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -135,16 +147,17 @@ def ascend(
     """
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"`denoiser` must be a Denoiser, got {describe(denoiser)}")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"`generator` must be a torch.Generator, got {describe(generator)}")
-    n = check_count(n, "n")
-    start_sigma = check_positive(start_sigma, "start_sigma")
-    if check_positive(stop_sigma, "stop_sigma") >= start_sigma:
+    check_generator(generator)
+    progress = check_flag(progress, "progress")
+    # The states and the answers of all images, and what is made of them.
+    n = check_within_memory(check_count(n, "n"), 16 * math.prod(denoiser.image_shape), "n")
+    start_sigma = check_real(start_sigma, "start_sigma", low=0.0, high=_LARGEST, above=True)
+    stop_sigma = check_positive(stop_sigma, "stop_sigma")
+    if stop_sigma >= start_sigma:
         raise ValueError(f"`stop_sigma` must be below `start_sigma`, got {stop_sigma}")
-    for name, value in (("step", step), ("beta", beta)):
-        if check_positive(value, name) > 1:
-            raise ValueError(f"`{name}` must be in (0, 1], got {value}")
-    max_steps = check_count(max_steps, "max_steps")
+    step = check_real(step, "step", low=0.0, high=1.0, above=True)
+    beta = check_real(beta, "beta", low=0.0, high=1.0, above=True)
+    max_steps = check_rounds(max_steps, "max_steps")
     rule = _Rule(start_sigma, stop_sigma, step, beta, max_steps, progress)
     with torch.no_grad():
         if isinstance(denoiser, MultiscaleDenoiser):

@@ -5,13 +5,24 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_count, describe
+from pyflocality._checks import (
+    check_callable,
+    check_count,
+    check_flag,
+    check_generator,
+    check_real,
+    check_rounds,
+    check_sequence,
+    check_within_memory,
+    describe,
+)
 from pyflocality._json import parsed_object
 from pyflocality._locks import remove_abandoned, replacing, twins_of
 from pyflocality._paths import checked_path
@@ -49,6 +60,7 @@ class WindowTable(Sequence[tuple[float, int]]):
         _check_numbers(self.ratios, "ratios", 0.0, math.inf)
         for window in _check_filled(self.windows, "windows"):
             check_count(window, "windows")
+        check_sequence(self.similarities, "similarities")
         if len(self.similarities) != len(self.ratios):
             raise ValueError(
                 f"`similarities` must have a row for each of {len(self.ratios)} levels, got "
@@ -65,9 +77,19 @@ class WindowTable(Sequence[tuple[float, int]]):
         return len(self.ratios)
 
     def __getitem__(self, index: int | slice) -> tuple[float, int] | list[tuple[float, int]]:
-        """The level at a position, and its best window: of equally good ones the first."""
+        """The level at a position, and its best window: of equally good ones the first.
+
+        Raises:
+            TypeError: `index` is neither a whole number nor a slice.
+            IndexError: There is no such level.
+        """
         if isinstance(index, slice):
             return [self[position] for position in range(len(self))[index]]
+        count = len(self)
+        index = check_count(index, "index", minimum=-sys.maxsize, maximum=sys.maxsize)
+        if not -count <= index < count:
+            # What ends an iteration over a sequence.
+            raise IndexError(f"`index` must be in 0..{count - 1}, got {index}")
         row = self.similarities[index]
         return self.ratios[index], self.windows[row.index(max(row))]
 
@@ -83,7 +105,7 @@ class WindowTable(Sequence[tuple[float, int]]):
             FileNotFoundError: The folder of `path` does not exist.
             OSError: The file cannot be written.
         """
-        path = checked_path(path, "path")
+        path, force = checked_path(path, "path"), check_flag(force, "force")
         # A link that leads nowhere is there, too; a link is replaced, not what it leads to.
         if os.path.lexists(path) and not force:
             raise FileExistsError(f"{path} is already there; pass force=True to replace it")
@@ -187,12 +209,18 @@ def calibrate_windows(
     """
     shape = check_set(data).image_shape
     schedule = _check_run(network, schedule, model, generator)
+    steps, progress = check_rounds(steps, "steps"), check_flag(progress, "progress")
+    samples = check_within_memory(
+        check_count(samples, "samples"), 8 * steps * data.num_values, "samples"
+    )
+    if batch_size is not None:
+        batch_size = check_count(batch_size, "batch_size")
     if windows is None:
         windows = range(3, min(shape[1:]) + 1, 2)
     windows = tuple(check_count(window, "windows") for window in _check_filled(windows, "windows"))
     # Refuses a wrong window before any work.
     models = [model(data, window) for window in windows]
-    shape = (check_count(samples, "samples"), *shape)
+    shape = (samples, *shape)
     device = data.device if generator is None else generator.device
     # The network may be any function, without a shape and a device of its own.
     noise = torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(
@@ -216,11 +244,9 @@ def _check_run(
     network: object, schedule: object, model: object, generator: object
 ) -> NoiseSchedule:
     """Check what is sampled and compared; the schedule, with the default filled in."""
-    for name, given in (("network", network), ("model", model)):
-        if not callable(given):
-            raise TypeError(f"`{name}` must be callable, got {describe(given)}")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"`generator` must be a torch.Generator, got {describe(generator)}")
+    check_callable(network, "network")
+    check_callable(model, "model")
+    check_generator(generator)
     schedule = DDPMSchedule() if schedule is None else schedule
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"`schedule` must be a NoiseSchedule, got {describe(schedule)}")
@@ -256,8 +282,7 @@ def _median_cosine(a: Tensor, b: Tensor) -> float:
 
 
 def _check_filled(values: object, name: str) -> Sequence:
-    if not isinstance(values, Sequence) or isinstance(values, str):
-        raise TypeError(f"`{name}` must be a sequence, got {describe(values)}")
+    check_sequence(values, name)
     if len(values) == 0:
         raise ValueError(f"`{name}` must hold at least one value, got none")
     return values
@@ -265,7 +290,4 @@ def _check_filled(values: object, name: str) -> Sequence:
 
 def _check_numbers(values: object, name: str, low: float, high: float) -> None:
     for value in _check_filled(values, name):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"`{name}` must hold numbers, got {describe(value)}")
-        if not low < value < high:
-            raise ValueError(f"`{name}` must lie between {low:g} and {high:g}, got {value}")
+        check_real(value, name, low=low, high=high, above=True, below=True)

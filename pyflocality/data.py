@@ -13,6 +13,7 @@ import hashlib
 import math
 import numbers
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +21,16 @@ import torch
 from torch import Tensor
 
 from pyflocality._augmentation import Augmentation, check_augmentation, copies_of
-from pyflocality._checks import describe
+from pyflocality._checks import (
+    FLOAT_DTYPES,
+    check_count,
+    check_device,
+    check_text,
+    describe,
+    known_finite,
+)
 from pyflocality._mapped import read_checked, remember
-from pyflocality._shards import ranks_of
+from pyflocality._shards import plain, ranks_of
 from pyflocality._text import printable, printable_errors
 from pyflocality.sources.base import MappedImages, Request
 from pyflocality.sources.layout import check_layout
@@ -88,6 +96,7 @@ class TrainingSet:
         name: str = "array",
         label_names: Sequence[str] | None = None,
     ) -> None:
+        name = check_text(name, "name")
         tensor = checked_shape(as_image_tensor(images), check_layout(layout))
         classes = None if labels is None else as_labels(labels, tensor)
         names = None if label_names is None else checked_names(label_names, classes)
@@ -108,6 +117,8 @@ class TrainingSet:
         self._mapped = mapped
         self.augmentation = augmentation
         self._content_key: str | None = None
+        # Operations look for NaN in images that they have not seen yet.
+        known_finite(plain(images))
 
     @classmethod
     def _of_valid(cls, *arguments: Any) -> TrainingSet:  # noqa: ANN401
@@ -257,12 +268,18 @@ class TrainingSet:
                 not write to the result.
 
         Raises:
-            TypeError: `dtype` is not a floating-point dtype.
+            TypeError: `dtype` is not a floating-point dtype, or an end is no whole number.
             ValueError: The images map a file that has been changed.
         """
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"`dtype` must be a floating-point dtype, got {describe(dtype)}")
-        part = self.images[start:stop]
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                "`dtype` must be a floating-point dtype (float16, bfloat16, float32 or float64), "
+                f"got {describe(dtype)}"
+            )
+        ends = {"start": start} if stop is None else {"start": start, "stop": stop}
+        for end, value in ends.items():
+            ends[end] = check_count(value, end, minimum=-sys.maxsize)
+        part = self.images[slice(ends["start"], ends.get("stop"))]
         if part.dtype != torch.uint8:
             return read_checked(part, lambda: part.to(dtype).contiguous())
         return read_checked(part, lambda: part.to(dtype).div_(127.5).sub_(1.0).contiguous())
@@ -339,17 +356,18 @@ class TrainingSet:
         if isinstance(label, bool) or not isinstance(label, (numbers.Integral, str)):
             raise TypeError(f"`label` must be a whole number or a name, got {describe(label)}")
         if self.labels is None:
-            raise ValueError(f"`label` cannot be {label!r}: {self.name} has no labels")
+            raise ValueError(f"`label` cannot be {describe(label)}: {self.name} has no labels")
         number = label
         if isinstance(label, str):
             names = self.label_names or ()
             number = names.index(label) if label in names else -1
-        positions = (self.labels == int(number)).nonzero()[:, 0]
-        unknown_name = isinstance(label, str) and number == -1
-        if unknown_name or len(positions) == 0:
+        # Of labels beyond 64 bits there are none.
+        known = not (isinstance(label, str) and number == -1) and abs(int(number)) < 2**63
+        positions = (self.labels == int(number)).nonzero()[:, 0] if known else ()
+        if len(positions) == 0:
             raise ValueError(
                 f"`label` must be one of {self._available_labels()}, the labels of {self.name}, "
-                f"got {label!r}"
+                f"got {describe(label)}"
             )
         return self.subset(positions)
 
@@ -361,7 +379,13 @@ class TrainingSet:
         return shown if len(present) <= 20 else f"{shown}, .. ({len(present)} labels)"
 
     def to(self, device: torch.device | str) -> TrainingSet:
-        """This set with its images and labels on a device; itself if they are there already."""
+        """This set with its images and labels on a device; itself if they are there already.
+
+        Raises:
+            TypeError: `device` is no device.
+            ValueError: `device` holds no values ("meta"), or this machine has none of it.
+        """
+        device = check_device(device)
         images = read_checked(self.images, self.images.to, device)
         if images is self.images:
             return self

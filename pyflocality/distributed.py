@@ -43,7 +43,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyflocality._checks import check_positive, describe
+from pyflocality._checks import check_callable, check_real, describe
 from pyflocality._shards import RankLostError, Ranks, ShardedImages, ranks_of
 from pyflocality.data import TrainingSet
 
@@ -73,7 +73,8 @@ def ranks(*, timeout: float = 600.0) -> Iterator[None]:
             `torchrun`.
         RuntimeError: The process has joined others already, or cannot reach them.
     """
-    seconds = check_positive(timeout, "timeout")
+    # A timedelta counts no more.
+    seconds = check_real(timeout, "timeout", low=0.0, high=1e9, above=True)
     missing = [name for name in _ENVIRONMENT if name not in os.environ]
     if missing:
         raise ValueError(
@@ -129,7 +130,7 @@ def shard(data: TrainingSet, group: dist.ProcessGroup | None = None) -> Training
     """
     if not isinstance(data, TrainingSet):
         raise TypeError(f"`data` must be a TrainingSet, got {describe(data)}")
-    _check_group("shard")
+    _check_group("shard", group)
     if ranks_of(data.images) is not None:
         raise ValueError(f"`data` must be the whole set, {data!r} is sharded already")
     members = Ranks(group)
@@ -176,9 +177,8 @@ def split_samples(
             too, where the ranks make different ones.
         RankLostError: A rank is gone; its calls raise it, too.
     """
-    if not callable(denoiser):
-        raise TypeError(f"`denoiser` must be callable, got {describe(denoiser)}")
-    _check_group("split_samples")
+    check_callable(denoiser, "denoiser")
+    _check_group("split_samples", group)
     data = getattr(denoiser, "data", None)
     if isinstance(data, TrainingSet) and ranks_of(data.images) is not None:
         raise ValueError("`denoiser` must be of a whole set: one of a sharded set joins the ranks")
@@ -213,7 +213,11 @@ class _SplitSamples:
         return self._ranks.gathered(own, rows, x)
 
 
-def _check_group(name: str) -> None:
+def _check_group(name: str, group: object) -> None:
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"`group` must be a torch.distributed.ProcessGroup or None, got {describe(group)}"
+        )
     if not dist.is_initialized():
         raise ValueError(
             f"there is no process group: call {name} inside "

@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import numbers
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyflocality._cache import read_blob, write_blob
-from pyflocality._checks import check_level, describe
+from pyflocality._checks import (
+    LARGEST,
+    check_float_tensor,
+    check_instance,
+    check_one_level,
+    check_real,
+)
 from pyflocality.moments import Moments
 from pyflocality.weights import QueryWeights
 
@@ -29,6 +34,8 @@ def wiener_gain(eigenvalues: Tensor, sigma: float, alpha: float) -> Tensor:
 
     Components without variance keep nothing, also at sigma = 0.
     """
+    eigenvalues = check_float_tensor(eigenvalues, "eigenvalues")
+    sigma, alpha = _check_levels(sigma, alpha)
     signal = alpha * alpha * eigenvalues
     return torch.where(signal > 0, signal / (signal + sigma * sigma), 0.0)
 
@@ -71,11 +78,10 @@ def pca_locality_weights(
         Lukoianov, Yuan, Solomon and Sitzmann, Locality in image diffusion models emerges from
         data statistics, 2025.
     """
-    check_threshold(threshold, "threshold")
+    check_instance(moments, "moments", Moments, "Moments")
+    threshold = check_threshold(threshold, "threshold")
+    sigma, alpha = _check_levels(sigma, alpha)
     eigenvalues, vectors = moments.eigh()
-    device = vectors.device
-    sigma = float(check_level(sigma, 1, device, "sigma", allow_zero=True))
-    alpha = float(check_level(alpha, 1, device, "alpha", allow_zero=False))
     projector = (vectors * wiener_gain(eigenvalues, sigma, alpha)) @ vectors.T
     diagonal = projector.diagonal().clone()
     projector /= torch.where(diagonal.abs() < 1e-6, 1.0, diagonal)[:, None]
@@ -94,10 +100,13 @@ def cached_pca_locality_weights(
     the rule; it carries a checksum, and a damaged one is made anew with a warning. Masks that
     take a moment (D < 1,024 values) and signed weights are not kept.
     """
+    check_instance(moments, "moments", Moments, "Moments")
+    threshold = check_threshold(threshold, "threshold")
+    sigma, alpha = _check_levels(sigma, alpha)
     inputs = math.prod(moments.image_shape)
     if inputs < _CACHED_INPUTS or threshold == 0:
         return pca_locality_weights(moments, sigma, alpha, threshold)
-    level = [_RULE_VERSION, moments.content_key(), float(sigma), float(alpha), float(threshold)]
+    level = [_RULE_VERSION, moments.content_key(), sigma, alpha, threshold]
     key = hashlib.sha256(json.dumps(level).encode()).hexdigest()[:32]
     name = f"masks/{key}.bits"
     row = (inputs + 7) // 8
@@ -110,10 +119,13 @@ def cached_pca_locality_weights(
     return weights
 
 
+def _check_levels(sigma: object, alpha: object) -> tuple[float, float]:
+    """A noise level whose squares are numbers, as the denoisers take it."""
+    sigma = check_one_level(sigma, "sigma", allow_zero=True)
+    alpha = check_one_level(alpha, "alpha", allow_zero=False)
+    return sigma, check_real(alpha, "alpha", low=0.0, high=LARGEST, above=True)
+
+
 def check_threshold(threshold: object, name: str) -> float:
     """A mask threshold in [0, 1)."""
-    if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
-        raise TypeError(f"`{name}` must be a number, got {describe(threshold)}")
-    if not 0 <= threshold < 1:
-        raise ValueError(f"`{name}` must be in [0, 1), got {threshold}")
-    return float(threshold)
+    return check_real(threshold, name, low=0.0, high=1.0, below=True)

@@ -14,7 +14,6 @@ on every backend and device.
 
 from __future__ import annotations
 
-import numbers
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,8 +22,17 @@ import torch
 from torch import Tensor
 
 from pyflocality._augmentation import copies_of, enlarged_blocks
-from pyflocality._backends import BackendUnavailableError
-from pyflocality._checks import check_float_tensor, describe
+from pyflocality._backends import BACKENDS, BackendUnavailableError
+from pyflocality._checks import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_device,
+    check_finite,
+    check_flag,
+    check_real,
+    check_tensor,
+    describe,
+)
 from pyflocality._mapped import mapped_file, streamed
 from pyflocality._moment_files import checksum, read_moments, write_moments
 from pyflocality._moment_sums import BLOCK_BYTES, Blend, ByteSums, FloatSums, kind_of_sums
@@ -99,9 +107,15 @@ class Moments:
             TypeError: `data` is neither.
             ValueError: There are no images, or they hold NaN or infinite values.
         """
-        images = data if isinstance(data, Tensor) else getattr(data, "images", None)
-        if not isinstance(images, Tensor):
+        # Training sets are made of moments elsewhere.
+        from pyflocality.data import TrainingSet
+
+        if not isinstance(data, (TrainingSet, Tensor)):
             raise TypeError(f"`data` must be a TrainingSet or a torch.Tensor, got {describe(data)}")
+        progress = check_flag(progress, "progress")
+        if backend is not None:
+            check_choice(backend, "backend", BACKENDS)
+        images = data if isinstance(data, Tensor) else data.images
         ranks, images = ranks_of(images), plain(images)
         file = mapped_file(images)
         if file is not None:
@@ -189,6 +203,8 @@ class Moments:
             BackendUnavailableError: The backend that was asked for cannot run here.
         """
         _check_images(batch, "batch")
+        if backend is not None:
+            check_choice(backend, "backend", BACKENDS)
         self._refuse_blend("take in no further images")
         if self._sums is not None:
             self._check_fits(batch, self._whole())
@@ -253,10 +269,7 @@ class Moments:
         """
         if not isinstance(other, Moments):
             raise TypeError(f"`other` must be Moments, got {describe(other)}")
-        if isinstance(share, bool) or not isinstance(share, numbers.Real):
-            raise TypeError(f"`share` must be a number, got {describe(share)}")
-        if not 0 <= share <= 1:
-            raise ValueError(f"`share` must lie in [0, 1], got {share!r}")
+        share = check_real(share, "share", low=0.0, high=1.0)
         sums, device = self._whole(), other._whole().device
         if other.image_shape != self.image_shape:
             raise ValueError(
@@ -264,8 +277,8 @@ class Moments:
             )
         if device != sums.device:
             raise ValueError(f"`other` must be on {sums.device}, got moments on {device}")
-        covariance = self.covariance * (1.0 - float(share))
-        covariance.add_(other.covariance, alpha=float(share))
+        covariance = self.covariance * (1.0 - share)
+        covariance.add_(other.covariance, alpha=share)
         result = Moments()
         result._sums = Blend(sums.count, sums.mean(), covariance)
         result._image_shape = self._image_shape
@@ -285,7 +298,7 @@ class Moments:
             OSError: The file cannot be written, on a full disk for example.
             ValueError: There are no images yet.
         """
-        path = checked_path(path, "path")
+        path, force = checked_path(path, "path"), check_flag(force, "force")
         sums = self._whole()
         # A link that leads nowhere is there, too; a link is replaced, not what it leads to.
         if os.path.lexists(path) and not force:
@@ -321,9 +334,11 @@ class Moments:
         Covariance and eigenvectors go along where they have been computed.
 
         Raises:
-            ValueError: There are no images yet.
-            RuntimeError: An update was interrupted, or torch cannot use `device`.
+            TypeError: `device` is no device.
+            ValueError: There are no images yet, or `device` holds no values or is not there.
+            RuntimeError: An update was interrupted.
         """
+        device = check_device(device)
         sums = self._whole()
         tensors = {name: tensor.to(device) for name, tensor in sums.tensors().items()}
         if all(tensors[name] is tensor for name, tensor in sums.tensors().items()):
@@ -407,17 +422,14 @@ def _eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check_images(images: object, name: str) -> None:
     """Images [n, C, H, W], at least one, uint8 or finite floating-point."""
-    if not isinstance(images, Tensor):
-        raise TypeError(f"`{name}` must be a torch.Tensor, got {describe(images)}")
-    if images.dtype != torch.uint8 and not images.is_floating_point():
+    images = check_tensor(images, name)
+    if images.dtype != torch.uint8 and images.dtype not in FLOAT_DTYPES:
         raise TypeError(f"`{name}` must be uint8 or floating-point, got {describe(images)}")
     if images.ndim != 4:
         raise ValueError(f"`{name}` must have shape [n, C, H, W], got {describe(images)}")
     if images.numel() == 0:
         raise ValueError(f"`{name}` holds no images: {describe(images)}")
-    if images.is_floating_point():
-        for block in _blocks(images):
-            check_float_tensor(block, name)
+    check_finite(images, name)
 
 
 def _images_per_block(images: Tensor) -> int:

@@ -30,7 +30,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_choice, check_count, check_level, check_positive, describe
+from pyflocality._checks import (
+    REAL_DTYPES,
+    check_choice,
+    check_float_tensor,
+    check_level,
+    check_positive,
+    check_real,
+    check_rounds,
+    check_tensor,
+    describe,
+)
 from pyflocality._spacing import SPACINGS, spaced_times
 
 _LARGEST = torch.finfo(torch.float64).max
@@ -124,13 +134,12 @@ class DDPMSchedule(NoiseSchedule):
     def __post_init__(self) -> None:
         """Check the fields."""
         check_choice(self.spacing, "spacing", SPACINGS)
-        check_count(self.num_timesteps, "num_timesteps")
-        check_positive(self.beta_start, "beta_start")
-        check_positive(self.beta_end, "beta_end")
-        if not self.beta_start <= self.beta_end < 1:
+        check_rounds(self.num_timesteps, "num_timesteps")
+        start = check_positive(self.beta_start, "beta_start")
+        if not start <= check_positive(self.beta_end, "beta_end") < 1:
             raise ValueError(
                 "`beta_end` must lie in [beta_start, 1), "
-                f"got {self.beta_end!r} with `beta_start` {self.beta_start!r}"
+                f"got {describe(self.beta_end)} with `beta_start` {describe(self.beta_start)}"
             )
 
     @cached_property
@@ -192,7 +201,7 @@ class CosineSchedule(NoiseSchedule):
             TypeError: `steps` is not a whole number.
             ValueError: `steps` is below 1.
         """
-        steps = check_count(steps, "steps")
+        steps = check_rounds(steps, "steps")
         if self.spacing == "linspace":
             last = 1 / (steps + 1)
             return torch.linspace(1.0, last, steps, dtype=torch.float64, device="cpu")
@@ -228,11 +237,19 @@ class KarrasSchedule(NoiseSchedule):
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        for name in ("sigma_min", "sigma_max", "rho"):
-            check_positive(getattr(self, name), name)
-        if not self.sigma_min < self.sigma_max:
+        low, high, rho = (
+            check_positive(getattr(self, name), name) for name in ("sigma_min", "sigma_max", "rho")
+        )
+        if not low < high:
             raise ValueError(
-                f"`sigma_max` must be above `sigma_min` {self.sigma_min!r}, got {self.sigma_max!r}"
+                f"`sigma_max` must be above `sigma_min` {low!r}, got {describe(self.sigma_max)}"
+            )
+        # The roots of the ends must be two numbers that float64 can hold.
+        ends = [math.log(level) / rho for level in (low, high)]
+        if max(map(abs, ends)) > 700 or ends[1] - ends[0] < 1e-12:
+            raise ValueError(
+                "`rho` must leave `sigma_min` and `sigma_max` apart as powers of 1 / rho, got "
+                f"{describe(self.rho)}"
             )
 
     @property
@@ -250,13 +267,13 @@ class KarrasSchedule(NoiseSchedule):
             TypeError: `steps` is not a whole number.
             ValueError: `steps` is below 1.
         """
-        steps = check_count(steps, "steps")
-        high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        steps = check_rounds(steps, "steps")
+        ends = float(self.sigma_max), float(self.sigma_min)
+        high, low = (level ** (1 / float(self.rho)) for level in ends)
         roots = torch.linspace(high, low, steps, dtype=torch.float64, device="cpu")
-        levels = roots**self.rho
+        levels = roots ** float(self.rho)
         # The power of the root is off by a rounding error; the ends are known.
-        levels[-1] = self.sigma_min
-        levels[0] = self.sigma_max
+        levels[-1], levels[0] = ends[1], ends[0]
         return levels
 
     def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -283,8 +300,7 @@ class FlowSchedule(NoiseSchedule):
 
     def __post_init__(self) -> None:
         """Check the field."""
-        if check_positive(self.t_min, "t_min") >= 1:
-            raise ValueError(f"`t_min` must lie in (0, 1), got {self.t_min!r}")
+        check_real(self.t_min, "t_min", low=0.0, high=1.0, above=True, below=True)
 
     def timesteps(self, steps: int) -> Tensor:
         """Times t_min + i (1 - t_min) / steps for i = 0 .. steps - 1: float64 [steps].
@@ -293,8 +309,8 @@ class FlowSchedule(NoiseSchedule):
             TypeError: `steps` is not a whole number.
             ValueError: `steps` is below 1.
         """
-        steps = check_count(steps, "steps")
-        times = torch.linspace(self.t_min, 1.0, steps + 1, dtype=torch.float64, device="cpu")
+        steps = check_rounds(steps, "steps")
+        times = torch.linspace(float(self.t_min), 1.0, steps + 1, dtype=torch.float64, device="cpu")
         return times[:-1]
 
     def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -410,24 +426,27 @@ def score_from_x0(x: Tensor, x0: Tensor, alpha: float | Tensor, sigma: float | T
     return (alpha * x0 - x) / sigma / sigma
 
 
-def _check_times(t: float | Tensor, low: float, high: float, *, whole: bool = False) -> Tensor:
+def _check_times(
+    t: float | Tensor, low: float, high: float, *, whole: bool = False, name: str = "t"
+) -> Tensor:
     """Times as a float64 tensor (int64 where they are whole), all finite and in [low, high]."""
     kind = "whole number" if whole else "real number"
     is_tensor = isinstance(t, Tensor)
+    if is_tensor and check_tensor(t, name).dtype not in REAL_DTYPES:
+        raise TypeError(f"`{name}` must be a {kind} or a tensor of them, got {describe(t)}")
     if isinstance(t, bool) or not (is_tensor or isinstance(t, numbers.Real)):
-        raise TypeError(f"`t` must be a {kind} or a tensor of them, got {describe(t)}")
-    if is_tensor and (t.is_complex() or t.dtype == torch.bool):
-        raise TypeError(f"`t` must be a {kind} or a tensor of them, got {describe(t)}")
+        raise TypeError(f"`{name}` must be a {kind} or a tensor of them, got {describe(t)}")
     if whole and (t.is_floating_point() if is_tensor else not isinstance(t, numbers.Integral)):
-        raise TypeError(f"`t` must be a {kind} or a tensor of them, got {describe(t)}")
+        raise TypeError(f"`{name}` must be a {kind} or a tensor of them, got {describe(t)}")
     dtype = torch.int64 if whole else torch.float64
     # A number is compared before it becomes a tensor, which could not hold the largest.
     times = t.to(dtype) if is_tensor else t
     inside = ((times >= low) & (times <= high)).all() if is_tensor else low <= times <= high
     if not inside:
         bounds = f"[{low}, infinity)" if high == _LARGEST else f"[{low}, {high}]"
-        raise ValueError(f"`t` must lie in {bounds}, got {describe(t)}")
-    return times if is_tensor else torch.as_tensor(times, dtype=dtype, device="cpu")
+        raise ValueError(f"`{name}` must lie in {bounds}, got {describe(t)}")
+    number = int if whole else float
+    return times if is_tensor else torch.tensor(number(times), dtype=dtype, device="cpu")
 
 
 def _coefficients(
@@ -444,8 +463,9 @@ def _coefficients(
     The images' values are not inspected: conversions run inside networks and under transforms.
     """
     for image, label in ((x, "x"), (prediction, name)):
-        if not isinstance(image, Tensor) or not image.is_floating_point():
-            raise TypeError(f"`{label}` must be a floating-point tensor, got {describe(image)}")
+        check_float_tensor(image, label, finite=False)
+    if prediction.device != x.device:
+        raise ValueError(f"`{name}` must be on {x.device} like `x`, got {describe(prediction)}")
     if x.ndim == 0 or prediction.shape != x.shape:
         raise ValueError(
             f"`{name}` must have the shape [B, ...] of `x`, {list(x.shape)}, "

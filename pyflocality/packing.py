@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from pyflocality._checks import check_flag
 from pyflocality._json import sealed
 from pyflocality._locks import HeldError, locked
 from pyflocality._paths import checked_path, no_link, regular_file
@@ -90,11 +91,14 @@ def pack(
     """
     request = Request.checked(resolution, channels, split, None, progress)
     request = request.with_columns(image_column, label_column)
+    sort_by_label = check_flag(sort_by_label, "sort_by_label")
     path, target = checked_path(source, "source"), checked_path(out, "out")
     with printable_errors(), _open(path, request) as files:
         if sort_by_label:
             files = _sorted_by_label(files)
-        asked = [resolution, channels, split] + ["sorted by label"] * sort_by_label
+        # NumPy's whole numbers count as Python's.
+        asked = [None if o is None else np.asarray(o).tolist() for o in (resolution, channels)]
+        asked += [split] + ["sorted by label"] * sort_by_label
         wanted = {"source": files.fingerprint, "request": asked}
         key = zlib.crc32(json.dumps(wanted, default=list).encode())
         _check_target(target, key)
@@ -120,8 +124,10 @@ def verify(out: str | os.PathLike[str], *, progress: bool = True) -> None:
     """Compare every byte of a packed set's images with the checksums of its manifest.
 
     Raises:
+        TypeError: `out` is no path.
         ValueError: The set is damaged; the message tells which images.
     """
+    progress = check_flag(progress, "progress")
     target = checked_path(out, "out")
     with printable_errors():
         manifest = read_manifest(target)

@@ -14,7 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_count, check_float_tensor, describe
+from pyflocality._checks import (
+    REAL_DTYPES,
+    check_count,
+    check_float_tensor,
+    check_sequence,
+    check_size,
+    check_tensor,
+    check_text,
+    describe,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,6 +33,8 @@ CAPTION_HEIGHT = 14
 _PAPER = 255
 # Images are enlarged by the largest factor that keeps their longer side within this.
 _TILE = 64
+# Longer sides are beyond what formats and viewers take.
+_WIDEST = 2**16 - 1
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -45,6 +56,7 @@ def to_bytes(images: Tensor) -> Tensor:
 
 def default_scale(height: int, width: int) -> int:
     """The whole factor that brings an image of this size to at most 64 pixels, at least 1."""
+    height, width = check_size(height, "height"), check_size(width, "width")
     return max(1, _TILE // max(height, width))
 
 
@@ -72,10 +84,12 @@ def image_grid(
     """
     from PIL import Image
 
+    columns = None if columns is None else check_count(columns, "columns")
+    pad, scale = _check_layout(pad, scale)
     tiles = _tiles(images)
-    scale = default_scale(*tiles.shape[1:3]) if scale is None else check_count(scale, "scale")
-    columns = min(len(tiles), 8) if columns is None else check_count(columns, "columns")
-    pad = check_count(pad, "pad", minimum=0)
+    scale = default_scale(*tiles.shape[1:3]) if scale is None else scale
+    columns = min(len(tiles), 8) if columns is None else columns
+    _check_canvas(tiles.shape, columns, pad, scale)
     tiles = tiles.repeat(scale, axis=1).repeat(scale, axis=2)
     height, width, channels = tiles.shape[1:]
     rows = -(-len(tiles) // columns)
@@ -108,8 +122,8 @@ def captioned_rows(
     """
     from PIL import Image, ImageDraw
 
-    if len(rows) == 0:
-        raise ValueError("`rows` must hold at least one row, got none")
+    pad, scale = _check_layout(pad, scale)
+    rows = _check_rows(rows)
     grids = [image_grid(images, max(len(images), 1), pad, scale) for _, images in rows]
     width = max(grid.width for grid in grids)
     height = sum(grid.height + CAPTION_HEIGHT for grid in grids)
@@ -135,8 +149,11 @@ def sample_sheet(samples: Tensor, nearest: Tensor | None = None, columns: int = 
         TypeError: An argument has the wrong type.
         ValueError: The shapes differ, or a value is NaN or infinite.
     """
+    columns = check_count(columns, "columns")
+    _check_images(samples, "samples")
     if nearest is None:
         return image_grid(samples, min(columns, len(samples)))
+    _check_images(nearest, "nearest")
     if nearest.shape != samples.shape:
         raise ValueError(
             f"`nearest` must have the shape of `samples`, {list(samples.shape)}, got "
@@ -167,7 +184,12 @@ def trajectory_strip(
         TypeError: An argument has the wrong type.
         ValueError: The shapes differ, or a value is NaN or infinite.
     """
-    if x_t.ndim != 5 or x_t.shape != x0.shape or len(timesteps) != len(x_t):
+    samples, columns = check_count(samples, "samples"), check_count(columns, "columns")
+    check_float_tensor(x_t, "x_t")
+    check_float_tensor(x0, "x0")
+    if check_tensor(timesteps, "timesteps").dtype not in REAL_DTYPES or timesteps.ndim != 1:
+        raise TypeError(f"`timesteps` must be real numbers [steps], got {describe(timesteps)}")
+    if x_t.ndim != 5 or x_t.numel() == 0 or x_t.shape != x0.shape or len(timesteps) != len(x_t):
         raise ValueError(
             "`x_t` and `x0` must have one shape [steps, n, C, H, W] and `timesteps` its length, "
             f"got {list(x_t.shape)}, {list(x0.shape)} and {list(timesteps.shape)}"
@@ -180,6 +202,41 @@ def trajectory_strip(
         rows.append((f"sample {index}: noisy images x_t at t = {times}", x_t[shown, index]))
         rows.append(("denoised images x0", x0[shown, index]))
     return captioned_rows(rows)
+
+
+def _check_layout(pad: object, scale: object) -> tuple[int, int | None]:
+    """Space around images, and their enlargement where one is given."""
+    pad = check_count(pad, "pad", minimum=0, maximum=_WIDEST)
+    return pad, None if scale is None else check_count(scale, "scale", maximum=_WIDEST)
+
+
+def _check_canvas(tiles: Sequence[int], columns: int, pad: int, scale: int) -> None:
+    """Refuse a picture [h, w] of images [n, H, W, c] that nothing could show."""
+    count, height, width = tiles[:3]
+    rows = -(-count // columns)
+    sides = pad + rows * (height * scale + pad), pad + columns * (width * scale + pad)
+    if max(sides) > _WIDEST:
+        raise ValueError(
+            f"`columns`, `scale` and `pad` must give a picture of at most {_WIDEST} pixels a "
+            f"side, got {columns}, {scale} and {pad}: {sides[0]}x{sides[1]} pixels"
+        )
+
+
+def _check_rows(rows: object) -> Sequence[tuple[str, Tensor]]:
+    """Pairs of a caption and images, at least one."""
+    if len(check_sequence(rows, "rows", "pairs of a caption and images")) == 0:
+        raise ValueError("`rows` must hold at least one row, got none")
+    for row in rows:
+        check_sequence(row, "rows", "pairs of a caption and images", length=2)
+        check_text(row[0], "rows")
+        _check_images(row[1], "rows")
+    return rows
+
+
+def _check_images(images: object, name: str) -> None:
+    check_float_tensor(images, name)
+    if images.ndim != 4 or images.numel() == 0:
+        raise ValueError(f"`{name}` must have shape [n, C, H, W], got {describe(images)}")
 
 
 def _tiles(images: Tensor) -> np.ndarray:

@@ -20,7 +20,7 @@ probability-flow equation is dy/ds = (y - x0) / s = eps for every schedule.
 
 from __future__ import annotations
 
-import numbers
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -29,7 +29,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_batch, check_choice, check_count, check_float_tensor, describe
+from pyflocality._checks import (
+    check_batch,
+    check_callable,
+    check_choice,
+    check_count,
+    check_flag,
+    check_float_tensor,
+    check_generator,
+    check_one_level,
+    check_real,
+    check_sequence,
+    check_tensor,
+    check_within_memory,
+    describe,
+)
 from pyflocality._progress import progress_bar
 from pyflocality.noise import NO_SIGNAL, DDPMSchedule, NoiseSchedule
 
@@ -123,10 +137,7 @@ class DDIM(Sampler):
 
     def __post_init__(self) -> None:
         """Check the field."""
-        if isinstance(self.eta, bool) or not isinstance(self.eta, numbers.Real):
-            raise TypeError(f"`eta` must be a number, got {describe(self.eta)}")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"`eta` must lie in [0, 1], got {self.eta!r}")
+        object.__setattr__(self, "eta", check_real(self.eta, "eta", low=0.0, high=1.0))
 
     @property
     def stochastic(self) -> bool:
@@ -144,6 +155,7 @@ class DDIM(Sampler):
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One step; see `Sampler.step`. Without noise eta must be 0."""
+        x, clip = _check_step(denoiser, x, level, next_level, clip, noise)
         if self.stochastic and noise is None:
             raise ValueError(f"`noise` must be given for eta {self.eta!r}, got None")
         (alpha, sigma), (next_alpha, next_sigma) = level, next_level
@@ -177,6 +189,7 @@ class Euler(Sampler):
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One step; see `Sampler.step`. `noise` is not used."""
+        x, clip = _check_step(denoiser, x, level, next_level, clip, noise)
         x0 = _predict(denoiser, x, level)
         used = _clipped(x0, clip)
         next_alpha, next_sigma = next_level
@@ -204,6 +217,7 @@ class Heun(Sampler):
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One step; see `Sampler.step`. `noise` is not used."""
+        x, clip = _check_step(denoiser, x, level, next_level, clip, noise)
         x0 = _predict(denoiser, x, level)
         used = _clipped(x0, clip)
         eps = _implied_noise(x, used, level)
@@ -272,14 +286,17 @@ def sample(
             it is; with leading spacing also where `x_T` is given.
     """
     schedule, sampler = _check_method(denoiser, schedule, sampler, generator)
-    timesteps, levels = _check_levels(schedule, steps)
+    clip, progress = check_flag(clip, "clip"), check_flag(progress, "progress")
     if batch_size is not None:
-        check_count(batch_size, "batch_size")
+        batch_size = check_count(batch_size, "batch_size")
+    timesteps, levels = _check_levels(schedule, steps)
     state = _starting_state(denoiser, n, schedule, x_T, generator)
     if x_T is None or getattr(schedule, "spacing", None) == "leading":
         _warn_of_signal(schedule, timesteps, levels[0])
-    n = len(state)
-    batch_size = n if batch_size is None else batch_size
+    n, steps = len(state), len(timesteps)
+    batch_size = n if batch_size is None else min(batch_size, n)
+    # The states and the answers of all steps.
+    check_within_memory(steps, 2 * state.nbytes, "steps", state.device)
 
     # State i + 1 is written batch by batch while state i is read.
     states = state.new_empty((steps + 1, *state.shape))
@@ -310,8 +327,7 @@ def _check_method(
     denoiser: object, schedule: object, sampler: object, generator: object
 ) -> tuple[NoiseSchedule, Sampler]:
     """Check who does the work; the schedule and the sampler, with defaults filled in."""
-    if not callable(denoiser):
-        raise TypeError(f"`denoiser` must be callable, got {describe(denoiser)}")
+    check_callable(denoiser, "denoiser")
     schedule = DDPMSchedule() if schedule is None else schedule
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"`schedule` must be a NoiseSchedule, got {describe(schedule)}")
@@ -319,8 +335,7 @@ def _check_method(
         sampler = SAMPLERS[check_choice(sampler, "sampler", tuple(SAMPLERS))]()
     if not isinstance(sampler, Sampler):
         raise TypeError(f"`sampler` must be a name or a Sampler, got {describe(sampler)}")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"`generator` must be a torch.Generator, got {describe(generator)}")
+    check_generator(generator)
     return schedule, sampler
 
 
@@ -376,9 +391,10 @@ def _starting_state(
                 "`x_T` must be given for a denoiser without the attributes `image_shape` and "
                 f"`device`, got None with {describe(denoiser)}"
             )
-        noise = _normal((8 if n is None else n, *shape), generator, device)
+        n = check_within_memory(8 if n is None else n, 4 * math.prod(shape), "n", device)
+        noise = _normal((n, *shape), generator, device)
         return schedule.init_noise_sigma * noise
-    if isinstance(x_T, Tensor) and (x_T.ndim != 4 or len(x_T) == 0):
+    if check_tensor(x_T, "x_T").ndim != 4 or len(x_T) == 0:
         raise ValueError(f"`x_T` must have shape [n, C, H, W] with n >= 1, got {describe(x_T)}")
     x_T = check_float_tensor(x_T, "x_T")  # noqa: N806
     if shape is not None:
@@ -395,6 +411,24 @@ def _normal(
     source = device if generator is None else generator.device
     noise = torch.randn(shape, generator=generator, device=source, dtype=torch.float32)
     return noise.to(device)
+
+
+def _check_step(
+    denoiser: object, x: object, level: object, next_level: object, clip: object, noise: object
+) -> tuple[Tensor, bool]:
+    """Check the arguments of a step, but for the values of the images; x and `clip`."""
+    check_callable(denoiser, "denoiser")
+    if check_float_tensor(x, "x", finite=False).ndim < 1:
+        raise ValueError(f"`x` must have shape [B, C, H, W], got {describe(x)}")
+    for name, pair in (("level", level), ("next_level", next_level)):
+        alpha, sigma = check_sequence(pair, name, "a pair (alpha, sigma)", length=2)
+        check_one_level(alpha, name, allow_zero=False)
+        check_one_level(sigma, name, allow_zero=True)
+    if noise is not None and check_float_tensor(noise, "noise", finite=False).shape != x.shape:
+        raise ValueError(
+            f"`noise` must have the shape of `x`, {list(x.shape)}, got {describe(noise)}"
+        )
+    return x, check_flag(clip, "clip")
 
 
 def _predict(denoiser: DenoiserFunction, x: Tensor, level: Level) -> Tensor:

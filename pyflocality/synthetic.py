@@ -21,7 +21,17 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_count, check_float_tensor, check_positive, describe
+from pyflocality._checks import (
+    check_count,
+    check_flag,
+    check_float_tensor,
+    check_generator,
+    check_instance,
+    check_real,
+    check_size,
+    check_within_memory,
+    describe,
+)
 from pyflocality._forward_mode import derivative_along
 from pyflocality.data import TrainingSet
 
@@ -55,6 +65,8 @@ def draw_disks(n: int, size: int, generator: torch.Generator) -> DiskParameters:
     The radius is uniform in [size / 10, size / 4], each coordinate of the centre in
     [size / 4, 3 size / 4] and both values in [-1, 1], all independent, float64.
     """
+    n, size = _check_sizes(n, size)
+    check_instance(generator, "generator", torch.Generator)
     uniform = torch.rand(5, n, generator=generator, dtype=torch.float64, device="cpu")
     return DiskParameters(
         x=size * (0.25 + 0.5 * uniform[0]),
@@ -71,6 +83,12 @@ def render_disks(parameters: DiskParameters, size: int) -> Tensor:
     A pixel whose centre lies r from the centre of the disk is covered to the share
     clip(radius - r + 1/2, 0, 1), which is the exact share for a straight edge along the grid.
     """
+    parameters = _check_parameters(parameters)
+    _, size = _check_sizes(len(parameters.x), size)
+    return _rendered(parameters, size)
+
+
+def _rendered(parameters: DiskParameters, size: int) -> Tensor:
     centres = torch.arange(size, dtype=torch.float64, device=parameters.x.device) + 0.5
     across = centres[None, None, :] - parameters.x[:, None, None]
     down = centres[None, :, None] - parameters.y[:, None, None]
@@ -93,10 +111,12 @@ def disk_tangents(parameters: DiskParameters, size: int) -> Tensor:
         They are linearly independent where foreground and background differ and the disk lies
         inside the image.
     """
+    parameters = _check_parameters(parameters)
+    _, size = _check_sizes(len(parameters.x), size)
     coordinates = torch.stack([getattr(parameters, f.name) for f in fields(parameters)])
 
     def render(values: Tensor) -> Tensor:
-        return render_disks(DiskParameters(*values), size)
+        return _rendered(DiskParameters(*values), size)
 
     rows = []
     for row in range(len(coordinates)):
@@ -130,7 +150,8 @@ def disks(
     Raises:
         ValueError: `n` or `size` is not positive.
     """
-    n, size = check_count(n, "n"), check_count(size, "size")
+    n, size = _check_sizes(n, size)
+    centred = check_flag(centred, "centred")
     parameters = draw_disks(n, size, _generator(generator))
     if centred:
         middle = torch.full_like(parameters.x, size / 2)
@@ -162,8 +183,10 @@ def c_alpha(
     Raises:
         ValueError: `n`, `size` or `alpha` is not positive.
     """
-    n, size = check_count(n, "n"), check_count(size, "size")
-    alpha, generator = check_positive(alpha, "alpha"), _generator(generator)
+    n, size = _check_sizes(n, size)
+    # Beyond it every series is its first wave, to the last digit of float64.
+    alpha = check_real(alpha, "alpha", low=0.0, high=100.0, above=True)
+    generator = _generator(generator)
     images = torch.empty(n, 1, size, size, dtype=torch.float32, device="cpu")
     middle = torch.arange(size, dtype=torch.float64, device="cpu") + 0.5
     for start in range(0, n, _CHUNK):
@@ -215,15 +238,14 @@ def inject_pattern(
     kind = torch.promote_types(
         data.dtype if data.dtype.is_floating_point else torch.float32, torch.float32
     )
-    pattern = check_float_tensor(pattern, "pattern").to(kind)
+    pattern = check_float_tensor(pattern, "pattern").detach().to(kind)
     channels, height, width = data.image_shape
     if pattern.shape != (height, width) or pattern.abs().max() > 1:
         raise ValueError(
             f"`pattern` must have shape [{height}, {width}] and values in [-1, 1], got "
             f"{describe(pattern)}"
         )
-    if not 0 < check_positive(gamma, "gamma") <= 1:
-        raise ValueError(f"`gamma` must be in (0, 1], got {gamma}")
+    gamma = check_real(gamma, "gamma", low=0.0, high=1.0, above=True)
     source = _generator(generator)
     images = torch.empty_like(data.images)
     for start in range(0, len(data), _CHUNK):
@@ -261,5 +283,28 @@ def _regular(shape: tuple[int, ...], decay: float, generator: torch.Generator) -
     return series / series.abs().amax(dim=axes, keepdim=True)
 
 
+def _check_sizes(n: object, size: object) -> tuple[int, int]:
+    """A number of images and their side, whose values fit into memory."""
+    n, size = check_count(n, "n"), check_size(size, "size")
+    check_within_memory(size * size, 8, "size")
+    return check_within_memory(n, 8 * size * size, "n"), size
+
+
+def _check_parameters(parameters: object) -> DiskParameters:
+    """Coordinates of disks: floating-point tensors [n], one n for all."""
+    check_instance(parameters, "parameters", DiskParameters)
+    count = None
+    for field in fields(parameters):
+        value = check_float_tensor(getattr(parameters, field.name), f"parameters.{field.name}")
+        count = value.shape if count is None else count
+        if value.ndim != 1 or value.shape != count:
+            raise ValueError(
+                f"`parameters.{field.name}` must have shape [n] like the others, got "
+                f"{describe(value)}"
+            )
+    return parameters
+
+
 def _generator(generator: torch.Generator | None) -> torch.Generator:
+    check_generator(generator)
     return torch.Generator("cpu").manual_seed(_SEED) if generator is None else generator

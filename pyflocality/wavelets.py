@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_count, describe
+from pyflocality._checks import check_count, check_float_tensor, check_sequence, describe
 
 # Shifted copies of a filter must be orthogonal to this accuracy; some named "orthogonal" are not.
 _ORTHONORMAL = 1e-6
@@ -61,7 +61,6 @@ class Pyramid(NamedTuple):
     details: list[Tensor]
 
 
-@functools.lru_cache(maxsize=32)
 def filters(wavelet: str) -> Filters:
     """The filters of an orthogonal wavelet.
 
@@ -76,6 +75,11 @@ def filters(wavelet: str) -> Filters:
     """
     if not isinstance(wavelet, str):
         raise TypeError(f"`wavelet` must be the name of a wavelet, got {describe(wavelet)}")
+    return _filters(str(wavelet))
+
+
+@functools.lru_cache(maxsize=32)
+def _filters(wavelet: str) -> Filters:
     if wavelet == "haar":
         root = 0.5**0.5
         return Filters((root, root), (-root, root))
@@ -90,7 +94,7 @@ def filters(wavelet: str) -> Filters:
         found = pywt.Wavelet(wavelet)
     except ValueError as error:
         raise ValueError(
-            f"`wavelet` must be one of pywt.wavelist(kind='discrete'), got {wavelet!r}"
+            f"`wavelet` must be one of pywt.wavelist(kind='discrete'), got {describe(wavelet)}"
         ) from error
     if not found.orthogonal or _defect(found.dec_lo) > _ORTHONORMAL:
         raise ValueError(f"`wavelet` must be orthogonal, got {wavelet!r}")
@@ -181,24 +185,34 @@ def reconstruct(low: Tensor, details: Sequence[Tensor], wavelet: str = "haar") -
         TypeError: An argument is not a floating-point tensor.
         ValueError: The shapes do not fit, or there is no such wavelet.
     """
-    for bands in reversed(details):
+    for bands in reversed(check_sequence(details, "details", "a sequence of tensors")):
         low = synthesise(low, bands, wavelet)
     return low
 
 
 def check_sides(shape: Sequence[int], levels: int, name: str) -> None:
-    """Refuse images whose sides cannot be halved that many times."""
-    height, width = shape[-2:]
+    """Refuse images whose sides cannot be halved that many times.
+
+    Raises:
+        TypeError: `shape` is no sequence, or `levels` no whole number.
+        ValueError: A side cannot be halved so often, or `levels` is negative.
+    """
+    if len(check_sequence(shape, "shape")) < 2:
+        raise ValueError(f"`shape` must have two sizes or more, got {describe(shape)}")
+    height, width = (check_count(side, name, minimum=0) for side in shape[-2:])
+    levels = check_count(levels, "levels", minimum=0)
+    # No power is computed before it is known to be small: sides have fewer than 64 bits.
+    if levels >= 63:
+        raise ValueError(f"`levels` must be at most 62, got {levels}")
     if height % 2**levels or width % 2**levels:
         raise ValueError(
-            f"`{name}` must have sides divisible by {2**levels} for {levels} levels, got "
+            f"`{name}` must have sides divisible by {2**levels} for {levels} `levels`, got "
             f"{height}x{width}"
         )
 
 
 def _check_images(images: object, name: str) -> Tensor:
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        raise TypeError(f"`{name}` must be a floating-point tensor, got {describe(images)}")
+    check_float_tensor(images, name, finite=False)
     if images.ndim != 4:
         raise ValueError(f"`{name}` must have shape [B, C, H, W], got {describe(images)}")
     return images

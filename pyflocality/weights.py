@@ -6,7 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyflocality._checks import describe
+from pyflocality._checks import (
+    FLOAT_DTYPES,
+    check_count,
+    check_device,
+    check_flag,
+    check_instance,
+    check_tensor,
+    check_text,
+    describe,
+)
 
 # Weighted squared distances of the largest images allowed stay finite in float32.
 _LARGEST = 1e9
@@ -36,12 +45,11 @@ class QueryWeights:
     """
 
     def __init__(self, weights: Tensor, *, signed: bool = False, name: str = "weights") -> None:
-        if not isinstance(weights, Tensor) or not (
-            weights.dtype == torch.bool or weights.is_floating_point()
-        ):
-            raise TypeError(
-                f"`{name}` must be a bool or float tensor [Q, D], got {describe(weights)}"
-            )
+        name, signed = check_text(name, "name"), check_flag(signed, "signed")
+        expected = "a bool or float tensor [Q, D]"
+        check_tensor(weights, name, expected)
+        if weights.dtype != torch.bool and weights.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"`{name}` must be {expected}, got {describe(weights)}")
         if weights.ndim != 2 or weights.numel() == 0:
             raise ValueError(f"`{name}` must have shape [Q, D], got {describe(weights)}")
         self.shape: tuple[int, int] = (weights.shape[0], weights.shape[1])
@@ -65,6 +73,13 @@ class QueryWeights:
     @classmethod
     def from_bits(cls, bits: np.ndarray, inputs: int) -> QueryWeights:
         """Masks from their `bits`, uint8 [Q, ceil(D / 8)], for D inputs."""
+        inputs = check_count(inputs, "inputs")
+        row = -(-inputs // 8)
+        is_array = isinstance(bits, np.ndarray) and bits.dtype == np.uint8
+        if not is_array or bits.ndim != 2 or bits.shape[1] != row or bits.size == 0:
+            raise ValueError(
+                f"`bits` must be uint8 [Q, {row}] for `inputs` {inputs}, got {describe(bits)}"
+            )
         mask = np.unpackbits(bits, axis=1, count=inputs)
         return cls(torch.from_numpy(mask).bool())
 
@@ -76,11 +91,15 @@ class QueryWeights:
     def with_row(self, row: Tensor) -> QueryWeights:
         """These weights and one more query with a mask, bool [D]."""
         dtype = torch.bool if self.is_mask else self._values.dtype
+        if check_tensor(row, "row").dtype != torch.bool or row.shape != (self.shape[1],):
+            raise ValueError(f"`row` must be bool [{self.shape[1]}], got {describe(row)}")
         dense = self.dense(dtype)
         return QueryWeights(torch.cat([dense, row[None].to(dtype)]), signed=True)
 
     def row(self, query: int) -> Tensor:
-        """The weights of one query, bool or float [D]."""
+        """The weights of one query, bool or float [D]; negative numbers count from the end."""
+        count = self.shape[0]
+        query = check_count(query, "query", minimum=-count, maximum=count - 1)
         if self.is_mask:
             bits = np.unpackbits(self.bits[query], count=self.shape[1])
             return torch.from_numpy(bits).bool()
@@ -93,6 +112,8 @@ class QueryWeights:
 
     def dense(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         """The weights as a matrix [Q, D] of the given dtype (torch.bool for a mask as it is)."""
+        check_instance(dtype, "dtype", torch.dtype)
+        device = check_device(device)
         if self.is_mask:
             mask = np.unpackbits(self.bits, axis=1, count=self.shape[1])
             return torch.from_numpy(mask).to(device=device, dtype=dtype)

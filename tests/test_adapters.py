@@ -182,7 +182,7 @@ def test_table_schedule():
         ((0.5, 0.6), "must fall within"),
         ((1.0, 0.5), "must fall within"),
         ((0.5, -0.1), "must fall within"),
-        ((math.nan,), "must fall within"),
+        ((math.nan,), "`values` must be finite"),
     ):
         with pytest.raises(ValueError, match=message):
             TableSchedule(values)

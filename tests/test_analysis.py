@@ -424,7 +424,7 @@ def test_a_pattern_is_injected_in_the_precision_of_the_set(data):
         (lambda d, x: analysis.local_linearity(d, x[0], 1.0), ValueError, "`x`"),
         (lambda d, x: analysis.jacobian_spectrum(d, x[0], 1.0, seed=-1), ValueError, "`seed`"),
         (lambda d, x: analysis.sensitivity_along_run(d, 3), TypeError, "`pixels`"),
-        (lambda d, x: analysis.sensitivity_along_run(d, []), TypeError, "`pixels`"),
+        (lambda d, x: analysis.sensitivity_along_run(d, []), ValueError, "`pixels`"),
         (lambda d, x: analysis.sensitivity_along_run(d, (0, 9, 0)), ValueError, "`pixels`"),
         (
             lambda d, x: analysis.sensitivity_along_run(d, (0, 0, 0), every=2.5),

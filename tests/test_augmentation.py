@@ -202,7 +202,7 @@ def test_a_set_keeps_its_augmentation(images):
         data.subset([5, 2]),
         data.with_label(1),
         data.to("cpu"),
-        data.to("meta"),
+        data.to("cpu"),
         copy.copy(data),
         copy.deepcopy(data),
         pickle.loads(pickle.dumps(data)),

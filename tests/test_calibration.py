@@ -133,8 +133,8 @@ def test_damaged_tables_are_named(tmp_path):
         (good.replace("window table", "moments"), "does not hold a window table"),
         (good.replace('"version": 1', '"version": 9'), "version 9"),
         (good.replace('"window": 5', '"window": 3'), "do not follow"),
-        (good.replace("10.0", "-10.0"), "`ratios` must lie between"),
-        (good.replace("0.9", '"much"'), "`similarities` must hold numbers"),
+        (good.replace("10.0", "-10.0"), "`ratios` must be finite and positive"),
+        (good.replace("0.9", '"much"'), "`similarities` must be a number"),
         (good.replace('"ratio"', '"level"'), "damaged"),
     ):
         assert text != good

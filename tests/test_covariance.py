@@ -203,7 +203,7 @@ WRONG = {
     "device": (
         dict(gram=torch.zeros(3, 3, dtype=torch.int64, device="meta")),
         ValueError,
-        "`gram` must be on cpu",
+        "`gram` must hold values",
     ),
     "backend": (dict(backend="fortran"), ValueError, "`backend`"),
 }

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import pyflocality as pf
 from pyflocality.data import TrainingSet
 
 RNG = np.random.default_rng(0)
@@ -362,7 +363,30 @@ def test_torch_save_takes_a_set(tmp_path):
 
 def test_to_the_same_device_is_the_set_itself():
     assert LABELLED.to("cpu") is LABELLED
-    assert LABELLED.to("meta").labels.device == torch.device("meta")
+    assert LABELLED.to(torch.device("cpu")) is LABELLED
+
+
+@pytest.mark.parametrize(
+    ("device", "error"),
+    [
+        ("meta", ValueError),
+        ("nowhere", ValueError),
+        ("cuda:4711", ValueError),
+        (2**40, ValueError),
+        (torch.float32, TypeError),
+        (0.5, TypeError),
+        (True, TypeError),
+        (None, TypeError),
+        (torch.zeros(1), TypeError),
+    ],
+)
+def test_only_devices_that_hold_values(device, error):
+    """A dtype would turn bytes into numbers of 0 to 255, which are not in [-1, 1]."""
+    with pytest.raises(error, match="`device` must be a device"):
+        LABELLED.to(device)
+    moments = pf.Moments.from_data(LABELLED)
+    with pytest.raises(error, match="`device` must be a device"):
+        moments.to(device)
 
 
 def test_repr_says_what_the_set_is(tmp_path):

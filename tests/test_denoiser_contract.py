@@ -163,7 +163,7 @@ WRONG_CALLS = {
     "alpha zero": (GOOD, 0.3, 0.0, ValueError, "`alpha` must be finite and positive"),
     "alpha negative": (GOOD, 0.3, -1.0, ValueError, "`alpha` must be finite and positive"),
     "alpha nan": (GOOD, 0.3, float("nan"), ValueError, "`alpha` must be finite and positive"),
-    "alpha tiny": (GOOD + 1, 0.3, 1e-20, ValueError, "`x` must lie within 1e[+]12 times alpha"),
+    "alpha tiny": (GOOD + 1, 0.3, 1e-20, ValueError, "`x` must lie within 1e[+]12 times `alpha`"),
     "alpha huge": (GOOD, 0.3, 1e30, ValueError, "`alpha` must be at most 1e[+]12"),
     "x huge": (GOOD + 1e17, 0.3, 1.0, ValueError, "`x` must lie within 1e[+]12"),
     "sigma beyond floats": (GOOD, 10**400, 1.0, ValueError, "`sigma` must be finite"),

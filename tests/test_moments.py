@@ -529,7 +529,7 @@ def test_batches_that_do_not_fit_are_refused_and_change_nothing():
     for batch, message in [
         (float_images(2), "uint8 like the batches before it, got a torch.float64"),
         (torch.zeros(2, 1, 3, 5, dtype=torch.uint8), r"\(2, 3, 5\).*got.*\(2, 1, 3, 5\)"),
-        (torch.zeros(2, *SHAPE, dtype=torch.uint8, device="meta"), "device cpu"),
+        (torch.zeros(2, *SHAPE, dtype=torch.uint8, device="meta"), "must hold values"),
     ]:
         with pytest.raises(ValueError, match="`batch`.*" + message):
             moments.update(batch)
@@ -658,7 +658,7 @@ def test_wrong_blends():
         with pytest.raises(TypeError, match="`share` must be a number"):
             few.blended(many, share)
     for share in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match=r"`share` must lie in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"`share` must be in \[0, 1\]"):
             few.blended(many, share)
     for one, other in ((Moments(), many), (few, Moments())):
         with pytest.raises(ValueError, match="no images yet"):

@@ -246,7 +246,7 @@ MAPS = torch.ones(2, 3, 2, 3)
 @pytest.mark.parametrize(
     ("maps", "share", "error", "message"),
     [
-        (MAPS.int(), 0.5, TypeError, "`maps` must be a floating-point tensor"),
+        (MAPS.int(), 0.5, TypeError, "`maps` must have a floating-point dtype"),
         (MAPS[0], 0.5, ValueError, "`maps` must have shape"),
         (MAPS[:, :2], 0.5, ValueError, "`maps` must have shape"),
         (-MAPS, 0.5, ValueError, "`maps` holds"),

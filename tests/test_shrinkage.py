@@ -305,7 +305,7 @@ WRONG = {
     "copies": (lambda d: pf.NoiseTrainedDenoiser(d, 0), ValueError, "`copies`"),
     "ratio": (lambda d: pf.NoiseTrainedDenoiser(d, ratio=0.0), ValueError, "`ratio`"),
     "generator": (lambda d: pf.NoiseTrainedDenoiser(d, generator=1), TypeError, "`generator`"),
-    "shape": (lambda d: pf.WaveletShrinkageDenoiser((8, 8)), TypeError, "`image_shape`"),
+    "shape": (lambda d: pf.WaveletShrinkageDenoiser((8, 8)), ValueError, "`image_shape`"),
     "sides": (lambda d: pf.WaveletShrinkageDenoiser((1, 12, 8), 3), ValueError, "divisible by 8"),
     "levels": (lambda d: pf.WaveletShrinkageDenoiser((1, 8, 8), 0), ValueError, "`levels`"),
     "rule": (

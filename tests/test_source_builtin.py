@@ -170,7 +170,7 @@ def test_c_alpha_images_have_two_sides():
         (lambda: synthetic.disks(0), "`n` must be at least 1"),
         (lambda: synthetic.disks(1, 0), "`size` must be at least 1"),
         (lambda: synthetic.c_alpha(0), "`n` must be at least 1"),
-        (lambda: synthetic.c_alpha(1, alpha=0.0), "`alpha` must be finite and positive"),
+        (lambda: synthetic.c_alpha(1, alpha=0.0), r"`alpha` must be in \(0, 100\]"),
     ],
 )
 def test_wrong_arguments_of_synthetic_sets_are_refused(make, message):

@@ -123,7 +123,7 @@ def test_wrong_arguments(case):
 
 def test_without_pywavelets(monkeypatch):
     monkeypatch.setitem(sys.modules, "pywt", None)
-    wavelets.filters.cache_clear()
+    wavelets._filters.cache_clear()
     with pytest.raises(ImportError, match=r"pyflocality\[wavelets\]"):
         wavelets.filters("db3")
     assert wavelets.filters("haar").low == pytest.approx((0.5**0.5, 0.5**0.5))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyflocality._checks import describe
+from pyflocality._checks import check_instance, check_text, describe
 from pyflocality.analysis.memorization import MemorizationCurve
 from pyflocality.analysis.sensitivity import SensitivityRun
 from pyflocality.analysis.spectrum import Spectrum
@@ -37,6 +37,7 @@ def sensitivity_figure(runs: Mapping[str, SensitivityRun]) -> Figure:
         ValueError: There are no runs, or they have different numbers of levels.
         ImportError: matplotlib is not installed.
     """
+    _check_all(runs, "runs", SensitivityRun)
     if not runs or len({len(run.timesteps) for run in runs.values()}) != 1:
         raise ValueError("`runs` must hold one or more runs with the same number of levels")
     rows = [(name, run, p) for name, run in runs.items() for p in range(len(run.pixels))]
@@ -63,6 +64,7 @@ def spectrum_figure(spectra: Mapping[str, Spectrum]) -> Figure:
         ValueError: There are no spectra.
         ImportError: matplotlib is not installed.
     """
+    _check_all(spectra, "spectra", Spectrum)
     if not spectra:
         raise ValueError("`spectra` must hold one or more spectra")
     from matplotlib.figure import Figure
@@ -98,6 +100,7 @@ def memorization_figure(curves: Mapping[str, MemorizationCurve]) -> Figure:
         ValueError: There are no curves.
         ImportError: matplotlib is not installed.
     """
+    _check_all(curves, "curves", MemorizationCurve)
     if not curves:
         raise ValueError("`curves` must hold one or more curves")
     from matplotlib.figure import Figure
@@ -117,6 +120,17 @@ def memorization_figure(curves: Mapping[str, MemorizationCurve]) -> Figure:
     axes[0].set_ylabel("cosine similarity")
     axes[0].legend(fontsize=7)
     return figure
+
+
+def _check_all(values: object, name: str, kind: type) -> None:
+    """A mapping from names to results of a kind."""
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"`{name}` must map names to objects {kind.__name__}, got {describe(values)}"
+        )
+    for key, value in values.items():
+        check_text(key, name)
+        check_instance(value, name, kind)
 
 
 def _spread(number: int) -> list[int]:

@@ -22,7 +22,19 @@ import torch
 from torch import Tensor
 
 from pyflocality._augmentation import enlarged_at, enlarged_blocks
-from pyflocality._checks import check_batch, check_count, describe
+from pyflocality._checks import (
+    check_batch,
+    check_callable,
+    check_count,
+    check_flag,
+    check_float_tensor,
+    check_generator,
+    check_instance,
+    check_rounds,
+    check_sequence,
+    check_within_memory,
+    describe,
+)
 from pyflocality._problem import training_values
 from pyflocality._progress import progress_bar
 from pyflocality.data import TrainingSet
@@ -72,6 +84,8 @@ def memorization(samples: Tensor, data: TrainingSet, *, mean: Tensor | None = No
     samples = check_batch(samples, data.image_shape, data.device, "samples")
     if len(samples) == 0:
         raise ValueError(f"`samples` must hold at least one image, got {describe(samples)}")
+    if mean is not None and tuple(check_float_tensor(mean, "mean").shape) != data.image_shape:
+        raise ValueError(f"`mean` must have shape {list(data.image_shape)}, got {describe(mean)}")
     k = min(2, len(data) * data.copies)
     found = nearest_images(samples, data.images, k=k, augmentation=data.augmentation)
     distances = found.distances.sqrt()
@@ -134,18 +148,20 @@ def memorization_curve(
         ValueError: A size is out of range.
     """
     check_set(data)
-    if not callable(make_denoiser):
-        raise TypeError(f"`make_denoiser` must be callable, got {describe(make_denoiser)}")
+    check_callable(make_denoiser, "make_denoiser")
     half = len(data) // 2
-    if not isinstance(sizes, Sequence):
-        raise TypeError(f"`sizes` must be numbers of images, got {describe(sizes)}")
+    check_sequence(sizes, "sizes", "numbers of images")
     sizes = tuple(check_count(size, "sizes") for size in sizes)
     if not sizes or max(sizes) > half:
         raise ValueError(f"`sizes` must hold numbers from 1 to {half}, half the set, got {sizes}")
-    n = check_count(n, "n")
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    steps, progress = check_rounds(steps, "steps"), check_flag(progress, "progress")
+    # The states and answers of a run.
+    n = check_within_memory(check_count(n, "n"), 8 * steps * data.num_values, "n")
+    if check_generator(generator) is None:
+        generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(data), generator=generator, device=generator.device).cpu()
     schedule = DDPMSchedule() if schedule is None else schedule
+    check_instance(schedule, "schedule", NoiseSchedule)
     noise = torch.randn(
         (n, *data.image_shape),
         generator=generator,

@@ -22,9 +22,16 @@ from torch import Tensor
 
 from pyflocality._checks import (
     check_count,
+    check_flag,
     check_float_tensor,
+    check_instance,
     check_level,
+    check_one_level,
+    check_pixel,
     check_positive,
+    check_rounds,
+    check_sequence,
+    check_tensor,
     describe,
 )
 from pyflocality._progress import progress_bar
@@ -127,6 +134,8 @@ def sensitivity_along_run(
     check_denoiser(denoiser)
     chosen = _check_pixels(pixels, denoiser.image_shape)
     every = check_count(every, "every")
+    steps = check_rounds(steps, "steps")
+    progress = check_flag(progress, "progress")
     schedule = DDPMSchedule() if schedule is None else schedule
     out = sample(
         denoiser,
@@ -176,9 +185,12 @@ def high_snr_projection(
     check_moments(moments)
     shape = tuple(moments.image_shape)
     row = _flat(check_pixel(pixel, shape), shape)
-    bound = check_positive(ratio, "ratio") * check_positive(sigma, "sigma") ** 2
+    ratio = check_positive(ratio, "ratio")
+    sigma = check_one_level(sigma, "sigma", allow_zero=False)
+    alpha = check_one_level(alpha, "alpha", allow_zero=False)
     values, vectors = moments.eigh()
-    kept = vectors[:, check_positive(alpha, "alpha") ** 2 * values > bound]
+    # As a ratio: the squares of large levels leave the range of float64.
+    kept = vectors[:, values > ratio * (sigma / alpha) * (sigma / alpha)]
     return (kept @ kept[row]).abs().reshape(shape)
 
 
@@ -200,7 +212,9 @@ def pattern_variance(moments: Moments, pattern: Tensor) -> float:
             f"`pattern` must be a non-zero tensor of shape {list(moments.image_shape)}, got "
             f"{describe(pattern)}"
         )
-    direction = direction.flatten() / direction.norm()
+    # In two steps: the squares of large values leave the range of float64.
+    direction = direction.flatten() / direction.abs().max()
+    direction = direction / direction.norm()
     return float(direction @ (moments.covariance.cpu() @ direction))
 
 
@@ -222,39 +236,27 @@ def snr_ruler(
         TypeError: An argument has the wrong type.
         ValueError: An argument has the wrong shape or range.
     """
-    variance = pattern_variance(moments, pattern)
-    levels = max(
-        [len(level) for level in (sigma, alpha) if isinstance(level, Tensor) and level.ndim],
-        default=1,
-    )
+    check_moments(moments)
+    levels = 1
+    for name, level in (("sigma", sigma), ("alpha", alpha)):
+        if isinstance(level, Tensor) and check_tensor(level, name).ndim:
+            levels = max(levels, len(level))
     device = torch.device("cpu")
     sigma = check_level(sigma, levels, device, "sigma", allow_zero=False)
     alpha = check_level(alpha, levels, device, "alpha", allow_zero=False)
-    return variance * (alpha / sigma) ** 2
+    return pattern_variance(moments, pattern) * (alpha / sigma) ** 2
 
 
 def check_moments(moments: object) -> None:
     """Moments of a training set."""
-    if not isinstance(moments, Moments):
-        raise TypeError(f"`moments` must be Moments, got {describe(moments)}")
-
-
-def check_pixel(pixel: object, image_shape: tuple[int, int, int], name: str = "pixel") -> Pixel:
-    """An output value (c, h, w) of an image, counted from the start."""
-    if not isinstance(pixel, Sequence) or len(pixel) != 3 or not all(map(_is_whole, pixel)):
-        raise TypeError(f"`{name}` must be three whole numbers (c, h, w), got {describe(pixel)}")
-    if not all(-size <= i < size for i, size in zip(pixel, image_shape, strict=True)):
-        raise ValueError(f"`{name}` must lie in an image of {tuple(image_shape)}, got {pixel}")
-    channel, row, column = (int(i) % size for i, size in zip(pixel, image_shape, strict=True))
-    return channel, row, column
+    check_instance(moments, "moments", Moments, "Moments")
 
 
 def _check_pixels(pixels: object, image_shape: tuple[int, int, int]) -> list[Pixel]:
     """One output value or several, at least one."""
-    if not isinstance(pixels, Sequence) or len(pixels) == 0:
-        raise TypeError(
-            f"`pixels` must be one output value (c, h, w) or several, got {describe(pixels)}"
-        )
+    check_sequence(pixels, "pixels", "one output value (c, h, w) or several")
+    if len(pixels) == 0:
+        raise ValueError("`pixels` must hold at least one output value (c, h, w), got none")
     several = [pixels] if any(map(_is_whole, pixels)) else pixels
     return [check_pixel(pixel, image_shape, "pixels") for pixel in several]
 

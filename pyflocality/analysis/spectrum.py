@@ -22,7 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_batch, check_count, check_level, describe
+from pyflocality._checks import (
+    check_batch,
+    check_count,
+    check_flag,
+    check_generator,
+    check_level,
+    check_rounds,
+    check_tensor,
+    describe,
+)
 from pyflocality.denoisers.base import Denoiser, check_denoiser
 
 # Relative accuracy asked of the solvers: products in float32 are good for some 1e-6.
@@ -109,6 +118,7 @@ def jacobian_spectrum(
         ValueError: An argument has the wrong shape or range.
         ImportError: SciPy is not installed.
     """
+    symmetrized = check_flag(symmetrized, "symmetrized")
     linalg = _solvers()
     jacobian = _Jacobian(denoiser, x, sigma, alpha)
     k = jacobian.check_k(k)
@@ -201,8 +211,9 @@ def jacobian_trace(
     """
     check_denoiser(denoiser)
     x = check_batch(x, denoiser.image_shape, denoiser.device, "x")
-    probes = check_count(probes, "probes", minimum=2)
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    probes = check_rounds(probes, "probes", minimum=2)
+    if check_generator(generator) is None:
+        generator = torch.Generator().manual_seed(0)
     found = []
     for start in range(0, probes, _PROBES_AT_A_TIME):
         number = min(_PROBES_AT_A_TIME, probes - start)
@@ -246,9 +257,9 @@ class _Jacobian:
         self, denoiser: Denoiser, x: Tensor, sigma: float | Tensor, alpha: float | Tensor
     ) -> None:
         check_denoiser(denoiser)
-        if isinstance(x, Tensor) and x.ndim == 3:
+        if check_tensor(x, "x").ndim == 3:
             x = x[None]
-        if not isinstance(x, Tensor) or tuple(x.shape) != (1, *denoiser.image_shape):
+        if tuple(x.shape) != (1, *denoiser.image_shape):
             raise ValueError(
                 f"`x` must be one image {list(denoiser.image_shape)}, got {describe(x)}"
             )
@@ -264,9 +275,7 @@ class _Jacobian:
 
     def check_k(self, k: int) -> int:
         """A number of eigenpairs that the solvers can find."""
-        if check_count(k, "k") > self.size - 2:
-            raise ValueError(f"`k` must be at most {self.size - 2}, got {k}")
-        return k
+        return check_count(k, "k", maximum=self.size - 2)
 
     def start(self, seed: int) -> np.ndarray:
         """A starting vector for the solvers."""

@@ -27,6 +27,7 @@ from pyflocality._budget import memory_budget_bytes
 from pyflocality._checks import (
     check_batch,
     check_choice,
+    check_float_dtype,
     check_level,
     check_magnitude,
     check_positive,
@@ -328,8 +329,7 @@ class PosteriorDenoiser(Denoiser):
         super().__init__(check_set(data).image_shape)
         if backend is not None:
             check_choice(backend, "backend", BACKENDS)
-        if dtype not in (None, torch.float32, torch.float64):
-            raise ValueError(f"`dtype` must be torch.float32 or torch.float64, got {dtype}")
+        check_float_dtype(dtype)
         memory_budget_bytes(memory_budget)
         self.data = data
         self.temperature = check_positive(temperature, "temperature")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from pyflocality._certificate import (
     read_certified,
     subset_stages,
 )
-from pyflocality._checks import check_one_level, describe
+from pyflocality._checks import check_one_level, check_real, describe
 from pyflocality._mapped import read_checked
 from pyflocality._threads import Lock
 from pyflocality._transforms import is_differentiated
@@ -105,10 +104,7 @@ class CertifiedSubset(Denoiser):
                 f"{describe(denoiser)}"
             )
         refuse_augmented(denoiser)
-        if isinstance(tol, bool) or not isinstance(tol, numbers.Real):
-            raise TypeError(f"`tol` must be a number, got {describe(tol)}")
-        if not 0 <= tol < 1:
-            raise ValueError(f"`tol` must be in [0, 1), got {tol}")
+        tol = check_real(tol, "tol", low=0.0, high=1.0, below=True)
         if moments is not None and not isinstance(moments, Moments):
             raise TypeError(f"`moments` must be Moments, got {describe(moments)}")
         if moments is not None and tuple(moments.image_shape) != denoiser.image_shape:
@@ -118,7 +114,7 @@ class CertifiedSubset(Denoiser):
             )
         super().__init__(denoiser.image_shape)
         self.denoiser = denoiser
-        self.tol = float(tol)
+        self.tol = tol
         self._moments = moments
         # Of the index and the plans: a batch of threads builds them once.
         self._keeping = Lock()

@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from pyflocality._budget import memory_budget_bytes
-from pyflocality._checks import check_count, check_float_tensor, check_one_level, describe
+from pyflocality._checks import (
+    check_count,
+    check_float_tensor,
+    check_generator,
+    check_one_level,
+    describe,
+)
 from pyflocality._mapped import read_checked, streamed
 from pyflocality._threads import Lock
 from pyflocality._transforms import without_derivatives
@@ -74,7 +80,7 @@ def golden_sizes(
         TypeError: An argument is no number.
         ValueError: Not 1 <= k_min <= k_max <= count, or a level is out of range.
     """
-    check_count(count, "count")
+    count = check_count(count, "count")
     k_max = _checked_size(k_max, "k_max", count)
     k_min = _checked_size(k_min, "k_min", k_max)
     sigma = check_one_level(sigma, "sigma", allow_zero=True)
@@ -137,8 +143,7 @@ class GoldenSubset(Denoiser):
         if getattr(denoiser, "aggregation", "exact") != "exact":
             raise ValueError("`denoiser` must have aggregation='exact', got 'batch_mean'")
         refuse_augmented(denoiser)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"`generator` must be a torch.Generator, got {describe(generator)}")
+        check_generator(generator)
         super().__init__(denoiser.image_shape)
         data = denoiser.data
         self.denoiser = denoiser
@@ -339,9 +344,7 @@ def refuse_augmented(denoiser: PosteriorDenoiser) -> None:
 
 
 def _checked_size(size: object, name: str, largest: int) -> int:
-    if check_count(size, name) > largest:
-        raise ValueError(f"`{name}` must be at most {largest}, got {size}")
-    return int(size)
+    return check_count(size, name, maximum=largest)
 
 
 def _chunks(

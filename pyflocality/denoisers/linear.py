@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyflocality._augmentation import copies_of, enlarged_blocks
 from pyflocality._budget import images_per_chunk
-from pyflocality._checks import check_count, check_positive, describe
+from pyflocality._checks import check_count, check_generator, check_level, check_positive
 from pyflocality._problem import training_values
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, check_set, join_levels, split_levels
@@ -126,8 +126,7 @@ class NoiseTrainedDenoiser(Denoiser):
         super().__init__(check_set(data).image_shape)
         self.copies = check_count(copies, "copies")
         self.ratio = check_positive(ratio, "ratio")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"`generator` must be a torch.Generator, got {describe(generator)}")
+        check_generator(generator)
         source = torch.Generator("cpu").manual_seed(_SEED) if generator is None else generator
         moments = Moments.from_data(data)
         mean, size = moments.mean.flatten(), data.num_values
@@ -159,7 +158,14 @@ class NoiseTrainedDenoiser(Denoiser):
         return super()._apply(lambda tensor: tensor.to(device), recurse)
 
     def matrix(self, sigma: float | Tensor, alpha: float | Tensor = 1.0) -> Tensor:
-        """The matrix W of one noise level, numbers or tensors without dimensions: [D, D]."""
+        """The matrix W of one noise level, numbers or tensors without dimensions: [D, D].
+
+        Raises:
+            TypeError: A level is not a number.
+            ValueError: A level is out of range.
+        """
+        sigma = check_level(sigma, 1, self.device, "sigma", allow_zero=True)[0]
+        alpha = check_level(alpha, 1, self.device, "alpha", allow_zero=False)[0]
         noise = self.ratio * sigma
         target = alpha * self._signal + noise * self._mixed
         mixed = alpha * noise * self._mixed

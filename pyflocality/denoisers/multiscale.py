@@ -20,6 +20,7 @@ from pyflocality._checks import (
     check_count,
     check_level,
     check_positive,
+    check_sequence,
     describe,
 )
 from pyflocality._problem import training_values
@@ -132,14 +133,11 @@ class MultiscaleDenoiser(Denoiser):
         self.wavelet = wavelet
         self.coarse = check_choice(coarse, "coarse", tuple(_COARSE))
         self.bandwidth = check_positive(bandwidth, "bandwidth")
+        mask_threshold = _check_threshold(mask_threshold, coarse)
         options = {"backend": backend, "dtype": dtype, "memory_budget": memory_budget}
         of_coarse = {} if coarse == "wiener" else dict(options)
         if mask_threshold is not None:
-            if coarse != "pca_locality":
-                raise ValueError(
-                    f"`mask_threshold` is for coarse='pca_locality', got coarse={coarse!r}"
-                )
-            of_coarse["mask_threshold"] = check_threshold(mask_threshold, "mask_threshold")
+            of_coarse["mask_threshold"] = mask_threshold
         # Checks the options before the bands are made.
         OptimalDenoiser(data, **options)
         low, stacks = data, []
@@ -181,11 +179,9 @@ class MultiscaleDenoiser(Denoiser):
             TypeError: An argument has the wrong type or dtype.
             ValueError: An argument has the wrong shape, device or range.
         """
-        if check_count(level, "level") > self.levels:
-            raise ValueError(f"`level` must be at most {self.levels}, got {level}")
         shape = self.band_shape(level)
-        check_batch(details, shape, self.device, "details")
-        check_batch(low, (shape[0] // 3, *shape[1:]), self.device, "low")
+        details = check_batch(details, shape, self.device, "details")
+        low = check_batch(low, (shape[0] // 3, *shape[1:]), self.device, "low")
         if len(low) != len(details) or low.dtype != details.dtype:
             raise ValueError(
                 f"`low` must be as many images and of the dtype of `details`, {describe(details)}, "
@@ -196,7 +192,13 @@ class MultiscaleDenoiser(Denoiser):
         return self._conditionals[level - 1](stacked, sigma, alpha)[:, : shape[0]]
 
     def band_shape(self, level: int) -> tuple[int, int, int]:
-        """Shape (3 C, H / 2^j, W / 2^j) of the details of a level j."""
+        """Shape (3 C, H / 2^j, W / 2^j) of the details of a level j, 1 (finest) .. J.
+
+        Raises:
+            TypeError: `level` is not a whole number.
+            ValueError: There is no such level.
+        """
+        level = check_count(level, "level", maximum=self.levels)
         channels, height, width = self.image_shape
         return 3 * channels, height >> level, width >> level
 
@@ -290,6 +292,16 @@ class MultiscaleDenoiser(Denoiser):
         )
 
 
+def _check_threshold(mask_threshold: object, coarse: str) -> float | None:
+    """A threshold, for the one coarse model that has any."""
+    if mask_threshold is None:
+        return None
+    threshold = check_threshold(mask_threshold, "mask_threshold")
+    if coarse != "pca_locality":
+        raise ValueError(f"`mask_threshold` is for coarse='pca_locality', got coarse={coarse!r}")
+    return threshold
+
+
 def _check_windows(
     window: object, levels: int, image_shape: tuple[int, int, int]
 ) -> tuple[int, ...]:
@@ -300,10 +312,7 @@ def _check_windows(
         # The finest band takes the largest window; without levels there is none to fit.
         checked = check_window(window, *(sides[0] if sides else (height, width)))
         return tuple(min(checked, 2 * max(side) - 1) for side in sides)
-    if not isinstance(window, Sequence) or isinstance(window, str):
-        raise TypeError(
-            f"`window` must be a whole number or one for each level, got {describe(window)}"
-        )
+    check_sequence(window, "window", "a whole number or one for each level")
     if len(window) != levels:
         raise ValueError(f"`window` must have {levels} numbers, one a level, got {len(window)}")
     return tuple(check_window(side, *band) for side, band in zip(window, sides, strict=True))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +12,13 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from pyflocality._autograd import vjp_by_torch
-from pyflocality._checks import check_choice, check_count, describe
+from pyflocality._checks import (
+    check_choice,
+    check_image_shape,
+    check_real,
+    check_sequence,
+    describe,
+)
 from pyflocality._forward_mode import forward_mode
 from pyflocality._times import check_invertible, time_at
 from pyflocality._transforms import is_differentiated
@@ -101,7 +105,7 @@ class NetworkDenoiser(Denoiser):
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"`module` must be a torch.nn.Module, got {describe(module)}")
-        super().__init__(_check_image_shape(image_shape))
+        super().__init__(check_image_shape(image_shape))
         self.predicts = check_choice(predicts, "predicts", _PREDICTIONS)
         if isinstance(takes, str):
             check_choice(takes, "takes", ("sigma", "nothing"))
@@ -252,19 +256,9 @@ def _check_same_every_time(module: nn.Module) -> None:
             )
 
 
-def _check_image_shape(image_shape: object) -> tuple[int, int, int]:
-    if not isinstance(image_shape, Sequence) or isinstance(image_shape, str):
-        raise TypeError(f"`image_shape` must be (C, H, W), got {describe(image_shape)}")
-    if len(image_shape) != 3:
-        raise ValueError(f"`image_shape` must be (C, H, W), got {describe(image_shape)}")
-    return tuple(check_count(size, "image_shape") for size in image_shape)
-
-
 def _check_range(value_range: object) -> tuple[float, float]:
-    pair = isinstance(value_range, Sequence) and len(value_range) == 2
-    if not pair or not all(isinstance(end, numbers.Real) for end in value_range):
-        raise TypeError(f"`value_range` must be two numbers, got {describe(value_range)}")
-    low, high = map(float, value_range)
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+    pair = check_sequence(value_range, "value_range", "two numbers (low, high)", length=2)
+    low, high = (check_real(end, "value_range") for end in pair)
+    if not low < high:
         raise ValueError(f"`value_range` must be finite and rising, got {describe(value_range)}")
     return low, high

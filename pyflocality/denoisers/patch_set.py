@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_positive, describe
+from pyflocality._checks import check_float_tensor, check_real, check_tensor, describe
 from pyflocality._precision import Precision
 from pyflocality._transforms import outside_transforms
 from pyflocality.data import TrainingSet
@@ -101,7 +101,7 @@ class PatchSetDenoiser(PosteriorDenoiser):
         if self.window is not None:
             check = functools.partial(check_patch, height=height, width=width)
             return level_rule(
-                self.window, "window", check, lambda given: isinstance(given, numbers.Integral)
+                self.window, "window", check, lambda given: isinstance(given, numbers.Real)
             )
         check = functools.partial(_check_masks, image_shape=self.image_shape)
         return level_rule(self.masks, "masks", check, lambda given: isinstance(given, Tensor))
@@ -182,14 +182,12 @@ def masks_from_maps(maps: Tensor, share: float) -> Tensor:
         ValueError: `maps` has the wrong shape or holds NaN or negative values, or `share` is
             out of range.
     """
-    if not isinstance(maps, Tensor) or not maps.is_floating_point():
-        raise TypeError(f"`maps` must be a floating-point tensor, got {describe(maps)}")
+    check_float_tensor(maps, "maps")
+    share = check_real(share, "share", low=0.0, high=1.0, above=True)
     if maps.ndim != 4 or maps.shape[:2] != maps.shape[2:]:
         raise ValueError(f"`maps` must have shape [H, W, H, W], got {describe(maps)}")
-    if not (maps >= 0).all() or not torch.isfinite(maps).all():
-        raise ValueError("`maps` holds NaN, infinite or negative values")
-    if check_positive(share, "share") > 1:
-        raise ValueError(f"`share` must be in (0, 1], got {share}")
+    if not (maps >= 0).all():
+        raise ValueError("`maps` holds negative values")
     flat = maps.double().flatten(2)
     sorted_values, order = flat.sort(dim=-1, descending=True, stable=True)
     before = sorted_values.cumsum(-1) - sorted_values
@@ -198,7 +196,7 @@ def masks_from_maps(maps: Tensor, share: float) -> Tensor:
 
 
 def _check_masks(masks: object, image_shape: tuple[int, int, int]) -> Tensor:
-    if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
+    if check_tensor(masks, "masks").dtype != torch.bool:
         raise TypeError(f"`masks` must be a bool tensor [H, W, H, W], got {describe(masks)}")
     _, height, width = image_shape
     if tuple(masks.shape) != (height, width, height, width):

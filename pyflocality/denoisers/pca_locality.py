@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyflocality._augmentation import enlarged_batches
 from pyflocality._budget import memory_budget_bytes
-from pyflocality._checks import check_choice, check_count, describe
+from pyflocality._checks import check_choice, check_count, check_one_level, describe
 from pyflocality._precision import Precision
 from pyflocality._threads import Lock
 from pyflocality._transforms import is_differentiated, outside_transforms
@@ -128,7 +128,10 @@ class PCALocalityDenoiser(QueryDenoiser):
 
     def weights_at(self, sigma: float, alpha: float = 1.0) -> QueryWeights:
         """The query weights [D, D] of a noise level."""
-        level = (sigma, alpha)
+        level = (
+            check_one_level(sigma, "sigma", allow_zero=True),
+            check_one_level(alpha, "alpha", allow_zero=False),
+        )
         with self._keeping:
             if level not in self._weights:
                 self._build_weights(level)

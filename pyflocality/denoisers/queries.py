@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_positive, describe
+from pyflocality._checks import check_one_level, check_pixel, check_positive, describe
 from pyflocality.denoisers.base import PosteriorDenoiser, join_levels, split_levels
 from pyflocality.ops.log_sum_exp import posterior_log_sum_exp
 from pyflocality.weights import QueryWeights
@@ -64,15 +64,19 @@ class QueryDenoiser(PosteriorDenoiser):
 
         Args:
             pixel: Channel, row and column (c, h, w) of the output value.
-            sigma: Noise level, positive.
+            sigma: Noise level, not negative.
             alpha: Signal coefficient, positive.
 
         Returns:
             The inputs; None where they count with different weights.
 
         Raises:
-            IndexError: The pixel lies outside the image.
+            TypeError: An argument has the wrong type.
+            ValueError: The pixel lies outside the image, or a level is out of range.
         """
+        pixel = check_pixel(pixel, self.image_shape)
+        sigma = check_one_level(sigma, "sigma", allow_zero=True)
+        alpha = check_one_level(alpha, "alpha", allow_zero=False)
         queries = self._queries(sigma, alpha)
         inputs = torch.ones(self.image_shape, dtype=torch.bool)
         place = torch.arange(inputs.numel()).reshape(self.image_shape)[pixel]

@@ -18,7 +18,13 @@ from torch import Tensor
 
 from pyflocality._augmentation import copies_of, enlarged_blocks
 from pyflocality._budget import images_per_chunk
-from pyflocality._checks import check_choice, check_count, check_positive, describe
+from pyflocality._checks import (
+    check_choice,
+    check_count,
+    check_image_shape,
+    check_positive,
+    describe,
+)
 from pyflocality._problem import training_values
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser
@@ -158,9 +164,7 @@ class WaveletShrinkageDenoiser(Denoiser):
         rule: str = "hard",
         threshold: float | None = None,
     ) -> None:
-        if not isinstance(image_shape, Sequence) or len(image_shape) != 3:
-            raise TypeError(f"`image_shape` must be (C, H, W), got {describe(image_shape)}")
-        super().__init__(tuple(check_count(size, "image_shape") for size in image_shape))
+        super().__init__(check_image_shape(image_shape))
         self.levels = check_count(levels, "levels")
         check_sides(self.image_shape, self.levels, "image_shape")
         filters(wavelet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -51,15 +52,16 @@ class WienerDenoiser(Denoiser):
     symmetric_jacobian = True
 
     def __init__(self, data: TrainingSet | Moments, rank: int | None = None) -> None:
-        if isinstance(data, TrainingSet):
-            data = Moments.from_data(data)
-        elif not isinstance(data, Moments):
+        if not isinstance(data, (TrainingSet, Moments)):
             raise TypeError(f"`data` must be a TrainingSet or Moments, got {describe(data)}")
         super().__init__(data.image_shape)
+        # Moments and their eigenvectors may take minutes.
+        if rank is not None:
+            rank = check_count(rank, "rank", maximum=math.prod(self.image_shape))
+        if isinstance(data, TrainingSet):
+            data = Moments.from_data(data)
         values, vectors = data.eigh()
         if rank is not None:
-            if check_count(rank, "rank") > len(values):
-                raise ValueError(f"`rank` must be at most {len(values)}, got {rank}")
             values, vectors = values[:rank], vectors[:, :rank].contiguous()
         self.register_buffer("mean", data.mean.flatten())
         self.register_buffer("eigenvalues", values)

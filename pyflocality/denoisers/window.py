@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pyflocality._checks import describe
+from pyflocality._checks import check_sequence, describe
 from pyflocality._precision import Precision
 from pyflocality._transforms import outside_transforms
 from pyflocality.data import TrainingSet
@@ -48,11 +48,11 @@ def level_rule(
         return lambda alpha, sigma: value
     if callable(given):
         return lambda alpha, sigma: check(given(alpha, sigma))
-    if not isinstance(given, Sequence) or isinstance(given, str):
-        raise TypeError(
-            f"`{name}` must be one value, a function (alpha, sigma) -> value or a table of "
-            f"(sigma / alpha, value) pairs, got {describe(given)}"
-        )
+    check_sequence(
+        given,
+        name,
+        "one value, a function (alpha, sigma) -> value or a table of (sigma / alpha, value) pairs",
+    )
     if len(given) == 0:
         raise ValueError(f"`{name}` must be a table of at least one pair, got none")
     table = []
@@ -60,10 +60,10 @@ def level_rule(
         if not isinstance(row, Sequence) or len(row) != 2:
             raise TypeError(f"`{name}` must hold pairs (sigma / alpha, value), got {describe(row)}")
         ratio, value = row
-        if not isinstance(ratio, numbers.Real):
-            raise TypeError(f"`{name}` must hold numbers as noise levels, got {ratio!r}")
-        if not (math.isfinite(ratio) and ratio > 0):
-            raise ValueError(f"`{name}` must hold positive noise levels, got {ratio!r}")
+        if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real):
+            raise TypeError(f"`{name}` must hold numbers as noise levels, got {describe(ratio)}")
+        if not 0 < ratio < math.inf:
+            raise ValueError(f"`{name}` must hold positive noise levels, got {describe(ratio)}")
         table.append((math.log(ratio), check(value)))
 
     def nearest(alpha: float, sigma: float) -> T:
@@ -77,7 +77,7 @@ def level_rule(
 
 def window_rule(window: Window, check: Callable[[object], int]) -> Callable[[float, float], int]:
     """A window given in any form, as a function (alpha, sigma) -> size; see `level_rule`."""
-    return level_rule(window, "window", check, lambda given: isinstance(given, numbers.Integral))
+    return level_rule(window, "window", check, lambda given: isinstance(given, numbers.Real))
 
 
 class WindowDenoiser(PosteriorDenoiser):

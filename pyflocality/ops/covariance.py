@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyflocality._backends import UNPROVEN, Call, Implementation, register, select
-from pyflocality._checks import describe
+from pyflocality._checks import check_tensor, describe
 from pyflocality._gpu_limits import device_limits
 from pyflocality._mapped import mapped_file
 
@@ -77,5 +77,6 @@ def accumulate_covariance(
 
 
 def _check(value: object, name: str, dtype: torch.dtype) -> None:
-    if not isinstance(value, Tensor) or value.dtype != dtype:
-        raise TypeError(f"`{name}` must be a {dtype} tensor, got {describe(value)}")
+    expected = f"a {dtype} tensor"
+    if check_tensor(value, name, expected).dtype != dtype:
+        raise TypeError(f"`{name}` must be {expected}, got {describe(value)}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from pyflocality._backends import select
-from pyflocality._checks import check_level
+from pyflocality._checks import describe
 from pyflocality._problem import PosteriorOptions, posterior_problem
+from pyflocality._transforms import has_readable_values
 from pyflocality.ops.masked_posterior import square_weights
 from pyflocality.ops.window_posterior import check_window
 from pyflocality.reference.state import log_sum_exp
@@ -63,7 +65,9 @@ def posterior_log_sum_exp(
         raise ValueError("give `window` or `weights`, not both")
     # The tolerance of precision="auto" is for posterior means.
     problem = replace(posterior_problem(x, images, sigma, alpha, **options), precision="exact")
-    check_level(sigma, len(x), x.device, "sigma", allow_zero=False)
+    # Also where the square of a small one is no number above 0.
+    if has_readable_values(problem.scale) and torch.isinf(problem.scale).any():
+        raise ValueError(f"`sigma` must be positive, got {describe(sigma)}")
     if window is not None:
         window = check_window(window, *x.shape[-2:])
         state = select("window_posterior", problem.call(window=window), backend)(problem, window)

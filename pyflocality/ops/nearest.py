@@ -69,6 +69,7 @@ def nearest_images(
         ValueError: An argument has the wrong shape, device or range.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
+    k = check_count(k, "k")
     problem = posterior_problem(
         x,
         images,
@@ -79,7 +80,7 @@ def nearest_images(
         chunk_size=chunk_size,
         augmentation=augmentation,
     )
-    if check_count(k, "k") > problem.count:
+    if k > problem.count:
         raise ValueError(f"`k` must be at most the number of images {problem.count}, got {k}")
     run = select("nearest", problem.call(), backend)
     return Neighbours(*run(problem, k))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pyflocality._cache import open_entry
-from pyflocality._checks import check_count, describe
+from pyflocality._checks import check_count, check_flag, describe
 from pyflocality._mapped import remember
 from pyflocality._paths import checked_path
 from pyflocality.sources.layout import check_layout
@@ -59,8 +59,9 @@ class Request:
         if split is not None and not isinstance(split, str):
             raise TypeError(f"`split` must be a name such as 'train', got {describe(split)}")
         folder = None if cache_dir is None else checked_path(cache_dir, "cache_dir")
+        progress = check_flag(progress, "progress")
         size = _checked_resolution(resolution)
-        return cls(size, channels, split, folder, bool(progress), check_layout(layout))
+        return cls(size, channels, split, folder, progress, check_layout(layout))
 
     def with_columns(self, image_column: object, label_column: object) -> Request:
         """This request, with the columns of a table that are asked for, checked."""

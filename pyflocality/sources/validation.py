@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyflocality._budget import memory_budget_bytes
-from pyflocality._checks import describe
+from pyflocality._checks import check_sequence, check_tensor, describe
 from pyflocality._mapped import mapped_file, remember, streamed
 from pyflocality.sources.layout import find_layout
 
@@ -24,12 +24,13 @@ from pyflocality.sources.layout import find_layout
 _BLOCK_BYTES = 64 * 2**20
 # Rounding of a conversion to [-1, 1] in single precision stays below this.
 _RANGE_SLACK = 1e-5
+_POSITIONS = "a slice, whole numbers [n] or a mask of booleans [N]"
 
 
 def as_image_tensor(images: object) -> Tensor:
     """Images as a tensor, sharing their memory where that is possible."""
     if isinstance(images, Tensor):
-        return images.detach()
+        return check_tensor(images, "images").detach()
     if isinstance(images, np.ndarray):
         images = without_mask(images, "images")
         if images.dtype.newbyteorder("=") not in (np.uint8, np.float32, np.float64):
@@ -213,6 +214,7 @@ def as_labels(labels: object, images: Tensor) -> Tensor:
 
 def _label_array(labels: object) -> np.ndarray:
     if isinstance(labels, Tensor):
+        check_tensor(labels, "labels")
         if labels.is_floating_point() or labels.is_complex():
             dtype = str(labels.dtype).removeprefix("torch.")
             raise TypeError(
@@ -235,8 +237,8 @@ def _label_array(labels: object) -> np.ndarray:
 
 def checked_names(label_names: Sequence[str], labels: Tensor | None) -> tuple[str, ...]:
     """Names of the classes, one for every label at least."""
-    names = tuple(label_names)
-    if isinstance(label_names, str) or not all(isinstance(name, str) for name in names):
+    names = tuple(check_sequence(label_names, "label_names", "strings"))
+    if not all(isinstance(name, str) for name in names):
         raise TypeError(f"`label_names` must be strings, got {describe(label_names)}")
     if labels is None:
         raise ValueError("`label_names` needs `labels`, which are missing")
@@ -249,28 +251,50 @@ def checked_names(label_names: Sequence[str], labels: Tensor | None) -> tuple[st
     return names
 
 
+def _as_array(values: object, name: str, expected: str) -> np.ndarray:
+    """What NumPy makes of values."""
+    if isinstance(values, Tensor):
+        values = check_tensor(values, name).detach().cpu()
+    try:
+        return values.numpy() if isinstance(values, Tensor) else np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        # Rows of different lengths, or a dtype that NumPy has not.
+        raise TypeError(f"`{name}` must be {expected}, got {describe(values)}") from error
+
+
+def _as_range(indices: slice | range, count: int) -> range:
+    """The positions of a slice, or those of a range that lies in the set."""
+    if isinstance(indices, slice):
+        try:
+            return range(count)[indices]
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"`indices` must be {_POSITIONS}, got {describe(indices)}") from error
+    for position in (indices[0], indices[-1]) if indices else ():
+        if not -count <= position < count:
+            raise ValueError(f"`indices` must be in 0..{count - 1}, got {describe(position)}")
+    return indices
+
+
 def as_positions(indices: object, count: int) -> Tensor:
     """Positions in a set, checked, as int64 on the CPU."""
     if isinstance(indices, (slice, range)):
-        indices = range(count)[indices] if isinstance(indices, slice) else indices
-        array = np.arange(indices.start, indices.stop, indices.step)
+        row = _as_range(indices, count)
+        array = np.arange(row.start, row.stop, row.step)
     else:
-        array = indices.cpu().numpy() if isinstance(indices, Tensor) else np.asarray(indices)
+        array = _as_array(indices, "indices", _POSITIONS)
     if array.size == 0:
         raise ValueError("`indices` must select at least one image, got none")
     if array.dtype.kind not in "iub" or array.ndim != 1:
-        raise TypeError(
-            "`indices` must be a slice, whole numbers [n] or a mask of booleans [N], got "
-            f"{describe(indices)}"
-        )
+        raise TypeError(f"`indices` must be {_POSITIONS}, got {describe(indices)}")
     if array.dtype == np.bool_:
         if len(array) != count:
             raise ValueError(f"`indices` must be a mask of {count} booleans, got {len(array)}")
         array = array.nonzero()[0]
         if array.size == 0:
             raise ValueError("`indices` must select at least one image, the mask selects none")
-    array = array.astype(np.int64)
+    # Before a cast, in which those beyond 64 bits would become others.
     outside = array[(array < -count) | (array >= count)]
+    array = array.astype(np.int64)
     if outside.size:
         raise ValueError(f"`indices` must be in 0..{count - 1}, got {outside[0]}")
     return torch.from_numpy(np.where(array < 0, array + count, array))
