@@ -30,7 +30,6 @@ saying.
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -52,11 +51,9 @@ SUFFIXES = frozenset(
     ".pfm .tga .icb .vda .vst .ico .cur .icns .pcx .dcx .dds .sgi .bw .rgb .rgba .ras .xbm .xpm "
     ".qoi .psd .msp .im".split()
 )
-_SYSTEM = re.compile(
-    r"(?:.*/)?(?:__MACOSX/.*|\._[^/]*|\.DS_Store|Thumbs\.db|ehthumbs\.db|desktop\.ini|\.directory"
-    r"|@eaDir/.*)",
-    re.IGNORECASE,
-)
+# What systems leave in folders, in lower case.
+_SYSTEM_FILES = frozenset([".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", ".directory"])
+_SYSTEM_FOLDERS = ("/__macosx/", "/@eadir/")
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,14 @@ def _has_suffix(name: str) -> bool:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or "/." in name or _SYSTEM.fullmatch(name) is not None
+    return name.startswith(".") or "/." in name or _is_of_system(name)
+
+
+def _is_of_system(name: str) -> bool:
+    path = f"/{name.lower()}"
+    base = path[path.rindex("/") + 1 :]
+    left = base in _SYSTEM_FILES or base.startswith("._")
+    return left or any(folder in path for folder in _SYSTEM_FOLDERS)
 
 
 def select(tree: Tree, split: str | None) -> Selection:
@@ -291,7 +295,7 @@ def _leave_others(
     """Note the files that are no images, or hidden."""
     elsewhere = tuple(passed)
     for name in sorted(tree.others):
-        if name.startswith(elsewhere) or _SYSTEM.fullmatch(name):
+        if name.startswith(elsewhere) or _is_of_system(name):
             continue
         if _is_hidden(name):
             if _has_suffix(name):
