@@ -88,6 +88,13 @@ class QueryWeights:
         """Which of the D columns hold a weight above zero, bool [D]."""
         return self.dense(torch.bool if self.is_mask else self._values.dtype).any(0).cpu()
 
+    @property
+    def empty(self) -> Tensor:
+        """Which queries have no weight but 0, bool [Q]."""
+        if self.is_mask:
+            return torch.from_numpy(~self.bits.any(axis=1))
+        return ~self._values.bool().any(1).cpu()
+
     def with_row(self, row: Tensor) -> QueryWeights:
         """These weights and one more query with a mask, bool [D]."""
         dtype = torch.bool if self.is_mask else self._values.dtype

@@ -17,6 +17,9 @@ from pyflocality.cli._compare import compare
 from pyflocality.cli._denoisers import DENOISERS
 from pyflocality.cli._generate import generate
 
+# The sets of these tests have fewer images than values.
+pytestmark = pytest.mark.filterwarnings("ignore:.* images are too few for:UserWarning")
+
 FILES = ["compare.png", "run.json", "samples.npz"]
 
 

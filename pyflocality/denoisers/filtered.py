@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyflocality._precision import Precision
+from pyflocality._undetermined import warn_of_blind_values
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import PosteriorDenoiser
 from pyflocality.ops import (
@@ -85,6 +86,15 @@ class FilteredPosteriorDenoiser(PosteriorDenoiser):
                 f"`query_weights` must have shape [{values}, {values}] where every query answers "
                 f"its own value, got {list(self._weights.shape)}"
             )
+        warn_of_blind_values(self._answered_blindly(), data, "in `query_weights`")
+
+    def _answered_blindly(self) -> Tensor:
+        """Which values are answered by queries without weights alone, bool [D]."""
+        empty = self._weights.empty
+        if self._responses is None or not empty.any():
+            return empty if self._responses is None else torch.zeros(self.data.num_values).bool()
+        responses = self._responses.dense(torch.float32) > 0
+        return responses[empty].any(0) & ~responses[~empty].any(0)
 
     def _as_weights(self, weights: object, name: str) -> QueryWeights:
         if isinstance(weights, Tensor) and tuple(weights.shape[1:]) == self.image_shape:

@@ -17,6 +17,7 @@ from pyflocality._checks import check_choice, check_count, check_one_level, desc
 from pyflocality._precision import Precision
 from pyflocality._threads import Lock
 from pyflocality._transforms import is_differentiated, outside_transforms
+from pyflocality._undetermined import warn_of_few_images, warn_of_missing_inputs
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Members, join_levels, split_levels
 from pyflocality.denoisers.queries import QueryDenoiser
@@ -75,6 +76,10 @@ class PCALocalityDenoiser(QueryDenoiser):
         TypeError: An option has the wrong type.
         ValueError: An option is out of range, or the moments are of images of another shape.
 
+    Warns:
+        UserWarning: There are no more images than values that vary (said once, at the first
+            call), or values that vary have no input at a noise level (said for the first one).
+
     References:
         Lukoianov, Yuan, Solomon and Sitzmann, Locality in image diffusion models emerges from
         data statistics, 2025.
@@ -115,6 +120,7 @@ class PCALocalityDenoiser(QueryDenoiser):
         self.weights_seconds = 0.0
         self._moments = moments
         self._weights: OrderedDict[tuple[float, float], QueryWeights] = OrderedDict()
+        self._told_of_few = self._told_of_masks = False
         # Of the moments and the weights: a batch of threads builds them once.
         self._keeping = Lock()
 
@@ -145,9 +151,20 @@ class PCALocalityDenoiser(QueryDenoiser):
             weights = cached_pca_locality_weights(self.moments, *level, self.mask_threshold)
         self.weights_seconds += time.perf_counter() - start
         self._weights[level] = weights
+        self._warn(level, weights)
         budget = memory_budget_bytes(self.memory_budget)
         while len(self._weights) > 1 and sum(w.nbytes for w in self._weights.values()) > budget:
             self._weights.popitem(last=False)
+
+    def _warn(self, level: tuple[float, float], weights: QueryWeights) -> None:
+        """Say once what the moments, and once what the masks leave undetermined."""
+        if not self._told_of_few:
+            self._told_of_few = True
+            warn_of_few_images(self.moments, "PCA locality")
+        if not self._told_of_masks:
+            place = "at sigma {:.3g} and alpha {:.3g}".format(*level)
+            place += f", where `mask_threshold` {self.mask_threshold:g} keeps none"
+            self._told_of_masks = warn_of_missing_inputs(weights.empty, self.moments, place)
 
     def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
         def mean(m: Members, images: Tensor, weights: QueryWeights, **options: object) -> Parts:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyflocality._checks import check_count, describe
+from pyflocality._undetermined import warn_of_few_images
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser
 from pyflocality.moments import Moments
@@ -38,6 +39,10 @@ class WienerDenoiser(Denoiser):
         TypeError: `data` is neither, or `rank` no whole number.
         ValueError: `rank` is not in 1 .. D.
 
+    Warns:
+        UserWarning: There are no more images than values that vary, and more components are kept
+            than they have.
+
     References:
         Wiener, Extrapolation, interpolation and smoothing of stationary time series, 1949.
 
@@ -63,6 +68,9 @@ class WienerDenoiser(Denoiser):
         values, vectors = data.eigh()
         if rank is not None:
             values, vectors = values[:rank], vectors[:, :rank].contiguous()
+        # Subclasses make something else of the covariance.
+        if type(self) is WienerDenoiser:
+            warn_of_few_images(data, "the Wiener filter", rank)
         self.register_buffer("mean", data.mean.flatten())
         self.register_buffer("eigenvalues", values)
         self.register_buffer("eigenvectors", vectors)
