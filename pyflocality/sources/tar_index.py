@@ -23,6 +23,7 @@ from pyflocality.sources.archive_names import (
 
 _END_BYTES = 2 * tarfile.BLOCKSIZE
 _OLD_GNU_MAGIC = b"ustar  \0"
+_SYMBOLIC, _HARD = "a symbolic link", "a hard link"
 # GNU tar's list of what a folder held, and the name of a volume: no files.
 _NO_FILES = frozenset((b"D", b"V"))
 
@@ -46,6 +47,22 @@ class Extent(NamedTuple):
 
     start: int
     size: int
+
+
+class _Member(NamedTuple):
+    """What is kept of a header: a large archive has a million of them.
+
+    Attributes:
+        name: The name as written.
+        extent: Where a file lies; None for all else.
+        link: What a link holds.
+        kind: What a member that is no file is, in words.
+    """
+
+    name: str
+    extent: Extent | None
+    link: str
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -83,22 +100,22 @@ def index_tar(path: Path) -> TarIndex:
     # Damaged headers raise nearly anything.
     except Exception as error:
         raise ValueError(f"{where}: not a readable tar archive: {error}") from error
-    written = [info.name for info in members]
+    written = [member.name for member in members]
     backslash = backslash_separates(where, written, [False] * len(written))
     names = [tidy_name(where, name, backslash) for name in written]
     refuse_repeats(where, names, written)
     files: dict[str, Extent] = {}
     links: dict[str, str | None] = {}
     others: dict[str, str] = {}
-    for name, info in zip(names, members, strict=True):
-        if info.issym():
-            links[name] = link_target(name, info.linkname)
-        elif info.islnk():
-            links[name] = tidy_name(where, info.linkname, backslash)
-        elif info.isreg() and not info.issparse():
-            files[name] = Extent(info.offset_data, info.size)
+    for name, member in zip(names, members, strict=True):
+        if member.extent is not None:
+            files[name] = member.extent
+        elif member.kind == _SYMBOLIC:
+            links[name] = link_target(name, member.link)
+        elif member.kind == _HARD:
+            links[name] = tidy_name(where, member.link, backslash)
         else:
-            others[name] = _kind(info)
+            others[name] = member.kind
     return TarIndex(names, files, links, others, identity)
 
 
@@ -107,7 +124,7 @@ def identity_of(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _members(file: BinaryIO, size: int) -> list[tarfile.TarInfo]:
+def _members(file: BinaryIO, size: int) -> list[_Member]:
     """All members but folders."""
     members = []
     with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as archive:
@@ -124,7 +141,7 @@ def _members(file: BinaryIO, size: int) -> list[tarfile.TarInfo]:
                     f"has {size} bytes, expected {info.offset_data + info.size} at least"
                 )
             if not info.isdir() and info.type not in _NO_FILES:
-                members.append(info)
+                members.append(_member(info))
         _check_end(file, archive.offset, size)
     return members
 
@@ -150,9 +167,14 @@ def _check_end(file: BinaryIO, position: int, size: int) -> None:
         first = False
 
 
-def _kind(info: tarfile.TarInfo) -> str:
+def _member(info: tarfile.TarInfo) -> _Member:
+    if info.isreg() and not info.issparse():
+        return _Member(info.name, Extent(info.offset_data, info.size), "", "")
+    if info.issym() or info.islnk():
+        return _Member(info.name, None, info.linkname, _SYMBOLIC if info.issym() else _HARD)
+    kind = f"a member of type {info.type!r}"
     if info.issparse():
-        return "a file stored with holes (sparse)"
-    if info.isfifo() or info.isdev():
-        return "a device or a pipe"
-    return f"a member of type {info.type!r}"
+        kind = "a file stored with holes (sparse)"
+    elif info.isfifo() or info.isdev():
+        kind = "a device or a pipe"
+    return _Member(info.name, None, "", kind)
