@@ -96,7 +96,7 @@ class TrainingSet:
         name: str = "array",
         label_names: Sequence[str] | None = None,
     ) -> None:
-        name = check_text(name, "name")
+        name = printable(check_text(name, "name"))
         tensor = checked_shape(as_image_tensor(images), check_layout(layout))
         classes = None if labels is None else as_labels(labels, tensor)
         names = None if label_names is None else checked_names(label_names, classes)
@@ -204,7 +204,7 @@ class TrainingSet:
                     loaded.images,
                     loaded.labels,
                     layout={3: "NHW", 4: "NCHW"}.get(loaded.images.ndim),
-                    name=printable(loaded.name),
+                    name=loaded.name,
                     label_names=loaded.label_names,
                 )
             except (TypeError, ValueError) as error:

@@ -350,6 +350,13 @@ def test_names_in_messages_are_printable(tmp_path):
             TrainingSet.load(path, progress=False)
 
 
+def test_the_name_of_a_set_is_printable(tmp_path):
+    path = write_tree(tmp_path / "\x1b[2J", {"1.png": PNG[0]}, "folder")
+    for data in (load(path), load(pack(path, tmp_path / "\u202eout", progress=False))):
+        assert data.name in (r"\x1b[2J", r"\u202eout")
+    assert TrainingSet(GREY, name="a\nb").name == r"a\nb"
+
+
 def test_tidied_names():
     for name, tidied in (("a/b.png", "a/b.png"), ("./a//b/./c", "a/b/c"), ("/a", "a")):
         assert tidy_name("x", name, False) == tidied

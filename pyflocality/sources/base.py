@@ -14,6 +14,7 @@ from pyflocality._cache import open_entry
 from pyflocality._checks import check_count, check_flag, describe
 from pyflocality._mapped import remember
 from pyflocality._paths import checked_path
+from pyflocality._text import printable
 from pyflocality.sources.layout import check_layout
 
 
@@ -184,7 +185,7 @@ class Loaded:
 
     Attributes:
         images: [N, C, H, W] or [N, H, W], an array or a torch.Tensor.
-        name: Name of the set.
+        name: Name of the set, made fit for messages.
         labels: Class of each image [N], if known.
         label_names: Name of each class, if known.
         mapped: How to map the images again, if they are memory-mapped.
@@ -198,6 +199,9 @@ class Loaded:
     label_names: tuple[str, ...] | None = None
     mapped: MappedImages | None = None
     fingerprint: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", printable(self.name))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyflocality._text import printable
 from pyflocality.sources.base import DecodeJob, Request
 from pyflocality.sources.orientation import upright, without_metadata
 from pyflocality.sources.pixels import resize
@@ -59,7 +60,7 @@ class LabelledFiles:
 
     Attributes:
         files: The files.
-        name: What to call the set.
+        name: What to call the set, made fit for messages.
         labels: Class of each image [N], or None.
         label_names: Name of each class, or None.
         fingerprint: What identifies the source, cheaply.
@@ -70,6 +71,9 @@ class LabelledFiles:
     labels: np.ndarray | None
     label_names: tuple[str, ...] | None
     fingerprint: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", printable(self.name))
 
 
 class ColourFoundError(Exception):

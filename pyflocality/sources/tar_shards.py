@@ -26,6 +26,7 @@ from pyflocality.sources.archive_names import resolve_links
 from pyflocality.sources.base import Request
 from pyflocality.sources.images import ImageFiles, LabelledFiles
 from pyflocality.sources.left_out import LeftOut
+from pyflocality.sources.read_at import read_at
 from pyflocality.sources.selection import SUFFIXES, is_image, is_wanted, labels_of, select
 from pyflocality.sources.splits import choose_split, part_words
 from pyflocality.sources.tar_index import Extent, TarIndex, identity_of, index_tar
@@ -151,19 +152,19 @@ class _OpenShard:
     """An open shard, closed with its last reader."""
 
     def __init__(self, path: Path, index: TarIndex) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        if identity_of(os.fstat(self._descriptor)) != index.identity:
+        self._file = open(path, "rb", buffering=0)
+        if identity_of(os.fstat(self._file.fileno())) != index.identity:
             raise ValueError(f"{printable(str(path))}: changed while it was read")
 
     def read(self, extent: Extent) -> bytes:
-        content = os.pread(self._descriptor, extent.size, extent.start)
+        content = read_at(self._file.fileno(), extent.size, extent.start)
         if len(content) != extent.size:
             raise ValueError(f"has {len(content)} of {extent.size} bytes: the archive was cut")
         return content
 
     def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+        if hasattr(self, "_file"):
+            self._file.close()
 
 
 def _is_class(name: str) -> bool:

@@ -26,6 +26,7 @@ from pyflocality.sources.archive_names import (
     refuse_repeats,
     tidy_name,
 )
+from pyflocality.sources.read_at import read_at
 
 _END = struct.Struct("<4s4H2LH")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
@@ -116,7 +117,7 @@ class ZipReader:
     def _expanded(self, info: zipfile.ZipInfo, size: int) -> bytes:
         """The first bytes of a member, at most `size`; no more are expanded."""
         start = self.check_local(info)
-        packed = os.pread(self._descriptor, info.compress_size, start)
+        packed = read_at(self._descriptor, info.compress_size, start)
         try:
             return _expand(packed, info, size)
         # Each method has errors of its own.
@@ -125,11 +126,11 @@ class ZipReader:
 
     def check_local(self, info: zipfile.ZipInfo) -> int:
         """Compare what a member says of itself with its entry; the position of its content."""
-        head = os.pread(self._descriptor, _LOCAL.size, info.header_offset)
+        head = read_at(self._descriptor, _LOCAL.size, info.header_offset)
         if len(head) < _LOCAL.size or not head.startswith(_LOCAL_MARK):
             raise ValueError("damaged: no member begins where its entry says")
         _, _, flags, method, _, _, crc, packed, size, name_bytes, extra = _LOCAL.unpack(head)
-        name = os.pread(self._descriptor, name_bytes, info.header_offset + _LOCAL.size)
+        name = read_at(self._descriptor, name_bytes, info.header_offset + _LOCAL.size)
         said = {"name": name, "method": method, "encryption": flags & 1}
         entry = {"name": _raw_name(info), "method": info.compress_type, "encryption": 0}
         # Sizes follow the data where they were not known before, or lie in an extension.
@@ -198,7 +199,7 @@ class ZipReader:
         """Whether a member of an archive lies in the bytes in front of a position."""
         position, overlap = 0, _LOCAL.size
         while position < stop:
-            block = os.pread(self._descriptor, min(2**20 + overlap, stop - position), position)
+            block = read_at(self._descriptor, min(2**20 + overlap, stop - position), position)
             if not block:
                 return False
             at = block.find(_LOCAL_MARK)
@@ -298,7 +299,7 @@ def _check_end(archive: zipfile.ZipFile, infos: list[zipfile.ZipInfo], size: int
     """Compare the end record with the directory that was read and with the file's size."""
     descriptor = archive.fp.fileno()
     start = max(0, size - _END.size - 0xFFFF)
-    tail = os.pread(descriptor, size - start, start)
+    tail = read_at(descriptor, size - start, start)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or at + _END.size > len(tail):
         raise ValueError("damaged: its end record is missing")
@@ -313,7 +314,7 @@ def _check_end(archive: zipfile.ZipFile, infos: list[zipfile.ZipInfo], size: int
     locator = at - _LOCATOR_64.size
     if locator >= 0 and tail.startswith(b"PK\x06\x07", locator):
         end -= _LOCATOR_64.size + _END_64.size
-        record = _END_64.unpack(os.pread(descriptor, _END_64.size, end))
+        record = _END_64.unpack(read_at(descriptor, _END_64.size, end))
         disk, first_disk, directory = record[4] or disk % 0xFFFF, record[5], record[8]
         counts |= {record[6], record[7]}
     # Old tools count modulo 2^16.

@@ -1,0 +1,17 @@
+"""Reading from a position of an open file, in any thread."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+_moving = threading.Lock()
+
+
+def read_at(descriptor: int, size: int, position: int) -> bytes:
+    """Bytes from a position on: `size` of them, or fewer at the end of the file."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, position)
+    with _moving:
+        os.lseek(descriptor, position, os.SEEK_SET)
+        return os.read(descriptor, size)
