@@ -51,7 +51,9 @@ class TrainingSet:
 
     A set is immutable by convention: nothing in the library writes to its images, and it shares
     memory with what it was made from wherever it can. `copy.deepcopy` shares the images, too. A
-    memory-mapped set is pickled as the path of its file and maps it again when unpickled.
+    memory-mapped set is pickled as the path of its file and maps it again when unpickled. Its file
+    has to stay as it is: what reads a set whose file has been changed, replaced or cut short, also
+    while it reads, raises ValueError.
 
     Args:
         images: A NumPy array, a torch tensor or any object with `__dlpack__`, [N, C, H, W] or,
