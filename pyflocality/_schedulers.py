@@ -78,6 +78,12 @@ def table_fault(values: Tensor) -> str | None:
     return None
 
 
+def has_continuous_times(scheduler: object) -> bool:
+    """Whether the times that a model gets are logarithms of the noise, not those of the table."""
+    continuous = option(scheduler, "timestep_type") == "continuous"
+    return continuous and option(scheduler, "prediction_type") == "v_prediction"
+
+
 def spacing_of(scheduler: object) -> str:
     """How the times of a few steps are chosen, as far as a table's schedule has it."""
     spacing = getattr(scheduler, "spacing", option(scheduler, "timestep_spacing"))
@@ -89,6 +95,11 @@ def refuse_as_sampler(scheduler: object, name: str) -> None:
     kind = type(scheduler).__name__
     if kind in _OTHER_LEVELS:
         raise ValueError(f"`{name}` must not be a {kind}, which {_OTHER_LEVELS[kind]}")
+    if has_continuous_times(scheduler):
+        raise ValueError(
+            f"`{name}` must tell the model times of its table, got a {kind} with `timestep_type` "
+            "'continuous'"
+        )
     variance = option(scheduler, "variance_type")
     if isinstance(variance, str) and variance.startswith("learned"):
         raise ValueError(

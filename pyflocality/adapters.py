@@ -36,6 +36,7 @@ from pyflocality._checks import (
     describe,
 )
 from pyflocality._schedulers import (
+    has_continuous_times,
     option,
     refuse_as_sampler,
     spacing_of,
@@ -167,7 +168,7 @@ def from_diffusers(
         class_labels = check_count(class_labels, "class_labels", minimum=0)
     takes = TableSchedule.of(scheduler, "scheduler")
     prediction = _prediction_of(scheduler, "scheduler")
-    if option(scheduler, "timestep_type") == "continuous" and prediction == "v_prediction":
+    if has_continuous_times(scheduler):
         raise ValueError(
             f"`scheduler` must tell the network times of its table, got a "
             f"{type(scheduler).__name__} with `timestep_type` 'continuous'"

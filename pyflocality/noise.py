@@ -58,6 +58,9 @@ class NoiseSchedule(ABC):
     def __call__(self, t: float | Tensor) -> tuple[float, float] | tuple[Tensor, Tensor]:
         """Noise-schedule coefficients at time t.
 
+        Denoisers take them the other way round and cannot tell which is which: call them as
+        `denoiser(x, sigma, alpha)` after `alpha, sigma = schedule(t)`, never with `*schedule(t)`.
+
         Args:
             t: A number, or a tensor of any shape [...] of times.
 

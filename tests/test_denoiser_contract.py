@@ -120,6 +120,17 @@ def test_deepcopy_half_and_state_dict(name, data):
 
 
 @pytest.mark.parametrize("name", PICKLED)
+def test_a_device_without_values_is_refused_and_leaves_all_where_it_was(name, data):
+    denoiser = MAKERS[name](data)
+    x = torch.zeros(1, *data.image_shape)
+    before = denoiser(x, 0.5)
+    with pytest.raises(ValueError, match="`device` must be a device that holds values"):
+        denoiser.to("meta")
+    for same in (denoiser.to("cpu"), denoiser.to(torch.float64), denoiser.double().half()):
+        assert same is denoiser and torch.equal(same(x, 0.5), before)
+
+
+@pytest.mark.parametrize("name", PICKLED)
 def test_pickling(name, data):
     denoiser = MAKERS[name](data)
     x = noisy(data, dtype=torch.float32)

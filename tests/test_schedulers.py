@@ -259,6 +259,8 @@ def test_times_in_logarithms_of_the_noise_are_refused():
     )
     with pytest.raises(ValueError, match="`scheduler`.*EulerDiscreteScheduler.*'continuous'"):
         adapters.from_diffusers(Velocity(), scheduler)
+    with pytest.raises(ValueError, match="`schedule`.*EulerDiscreteScheduler.*'continuous'"):
+        adapters.as_diffusers(pf.OptimalDenoiser(pf.TrainingSet(image())), scheduler)
 
 
 def test_noise_at_a_time_without_signal_is_refused_by_the_time():

@@ -6,9 +6,11 @@ import copy
 import pickle
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from every_denoiser import MAKERS
@@ -246,6 +248,37 @@ def test_what_is_kept_is_computed_once(monkeypatch):
     assert computed == [16] and all(one is found[0] for one in found)
     for twin in (copy.deepcopy(moments), pickle.loads(pickle.dumps(moments))):
         assert torch.equal(twin.eigh().values, found[0].values)
+
+
+def test_analysis_from_many_threads():
+    network = pf.NetworkDenoiser(Network().eval(), takes="sigma", image_shape=SHAPE)
+    wavelets = pf.WaveletShrinkageDenoiser(SHAPE, 2, rule="soft")
+
+    def look(seed: int) -> Tensor:
+        denoiser = (network, wavelets, pf.LocalDenoiser(data(), 3))[seed % 3]
+        x = drawn(seed)[0][:1]
+        field = pf.analysis.sensitivity(denoiser, x, 0.7, 0.8, pixel=(0, 1, 2))
+        found = pf.analysis.jacobian_spectrum(denoiser, x, 0.7, 0.8, k=2)
+        return torch.cat([field.flatten(), found[0].flatten().to(field.dtype)])
+
+    serial = [look(seed) for seed in range(24)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(look, range(24)))
+    # The solver restarts at random where an eigenvalue is 0.
+    for one, other in zip(found, serial, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_sets_that_threads_make_leave_the_filters_of_warnings_alone():
+    images = np.zeros((4, *SHAPE), np.uint8)
+    images.flags.writeable = False
+    filters = list(warnings.filters)
+    with warnings.catch_warnings(record=True) as told, ThreadPoolExecutor(THREADS) as pool:
+        warnings.simplefilter("always")
+        sets = list(pool.map(lambda _: pf.TrainingSet(images), range(200)))
+    assert [str(one.message) for one in told if "writable" in str(one.message)] == []
+    assert warnings.filters == filters
+    assert all(one.images.data_ptr() == images.ctypes.data for one in sets)
 
 
 def test_settings_are_those_of_a_thread(monkeypatch):

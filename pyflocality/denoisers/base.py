@@ -27,6 +27,7 @@ from pyflocality._budget import memory_budget_bytes
 from pyflocality._checks import (
     check_batch,
     check_choice,
+    check_device,
     check_float_dtype,
     check_level,
     check_magnitude,
@@ -99,7 +100,7 @@ class Denoiser(nn.Module):
         Args:
             x: Noisy images x = alpha x0 + sigma noise, floating point, [B, C, H, W].
             sigma: Noise level, a number or a tensor [B], not negative; 0 is the limit of no
-                noise.
+                noise. Schedules answer (alpha, sigma), in the other order.
             alpha: Signal coefficient, a number or a tensor [B], positive.
 
         Returns:
@@ -279,6 +280,15 @@ def join_batch(parts: Sequence[Tensor], members: Sequence[Members], axis: int = 
     return torch.cat(list(parts), axis).index_select(axis, torch.cat(list(members)).argsort())
 
 
+def device_after(fn: Callable[[Tensor], Tensor], device: torch.device) -> torch.device:
+    """Where a function of `torch.nn.Module.to` and its like takes what is on a device.
+
+    Raises:
+        ValueError: It is none that holds values.
+    """
+    return check_device(fn(torch.empty(0, device=device)).device)
+
+
 def check_denoiser(denoiser: object) -> None:
     """A denoiser of this library."""
     if not isinstance(denoiser, Denoiser):
@@ -362,8 +372,9 @@ class PosteriorDenoiser(Denoiser):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PosteriorDenoiser:
         # The set is no buffer: `.half()` must not touch its values and `state_dict` must not
         # hold them. Only a move to another device concerns it.
+        device = device_after(fn, self.data.device)
         super()._apply(fn, recurse)
-        self.data = self.data.to(fn(torch.empty(0, device=self.data.device)).device)
+        self.data = self.data.to(device)
         return self
 
     def extra_repr(self) -> str:

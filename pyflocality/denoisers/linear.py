@@ -17,7 +17,7 @@ from pyflocality._budget import images_per_chunk
 from pyflocality._checks import check_count, check_generator, check_level, check_positive
 from pyflocality._problem import training_values
 from pyflocality.data import TrainingSet
-from pyflocality.denoisers.base import Denoiser, check_set, join_levels, split_levels
+from pyflocality.denoisers.base import Denoiser, check_set, device_after, join_levels, split_levels
 from pyflocality.denoisers.wiener import WienerDenoiser
 from pyflocality.moments import Moments
 
@@ -154,7 +154,7 @@ class NoiseTrainedDenoiser(Denoiser):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseTrainedDenoiser:
         # Follows moves between devices; stays in float64 whatever dtype the module is cast to.
-        device = fn(torch.empty(0, device=self.device)).device
+        device = device_after(fn, self.device)
         return super()._apply(lambda tensor: tensor.to(device), recurse)
 
     def matrix(self, sigma: float | Tensor, alpha: float | Tensor = 1.0) -> Tensor:

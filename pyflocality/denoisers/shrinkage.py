@@ -27,7 +27,7 @@ from pyflocality._checks import (
 )
 from pyflocality._problem import training_values
 from pyflocality.data import TrainingSet
-from pyflocality.denoisers.base import Denoiser
+from pyflocality.denoisers.base import Denoiser, device_after
 from pyflocality.moments import Moments
 from pyflocality.wavelets import check_sides, decompose, filters, reconstruct
 
@@ -86,7 +86,7 @@ class FourierWienerDenoiser(Denoiser):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FourierWienerDenoiser:
         # Follows moves between devices; stays in float64 whatever dtype the module is cast to.
-        device = fn(torch.empty(0, device=self.device)).device
+        device = device_after(fn, self.device)
         return super()._apply(lambda tensor: tensor.to(device), recurse)
 
     def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyflocality._checks import check_count, describe
 from pyflocality._undetermined import warn_of_few_images
 from pyflocality.data import TrainingSet
-from pyflocality.denoisers.base import Denoiser
+from pyflocality.denoisers.base import Denoiser, device_after
 from pyflocality.moments import Moments
 
 
@@ -83,7 +83,7 @@ class WienerDenoiser(Denoiser):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WienerDenoiser:
         # Follows moves between devices; stays in float64 whatever dtype the module is cast to,
         # since small eigenvalues do not survive a cast.
-        device = fn(torch.empty(0, device=self.mean.device)).device
+        device = device_after(fn, self.mean.device)
         return super()._apply(lambda tensor: tensor.to(device), recurse)
 
     def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:

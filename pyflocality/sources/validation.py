@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -27,6 +27,22 @@ _RANGE_SLACK = 1e-5
 _POSITIONS = "a slice, whole numbers [n] or a mask of booleans [N]"
 
 
+class _Alias:
+    """An array whose memory is not marked read-only: nothing ever writes to the images.
+
+    Torch warns of arrays that are, and a filter for that would be one of all threads.
+    """
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        """The memory as NumPy describes it."""
+        described = dict(self._array.__array_interface__)
+        return described | {"data": (described["data"][0], False)}
+
+
 def as_image_tensor(images: object) -> Tensor:
     """Images as a tensor, sharing their memory where that is possible."""
     if isinstance(images, Tensor):
@@ -39,13 +55,10 @@ def as_image_tensor(images: object) -> Tensor:
             images = images.astype(images.dtype.newbyteorder("="))
         if any(stride < 0 for stride in images.strides):
             images = np.ascontiguousarray(images)
-        with warnings.catch_warnings():
-            # Read-only memory is fine: nothing ever writes to the images.
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            # Copied on writing, it may hold what somebody wrote and its file does not.
-            if getattr(images, "mode", None) != "c":
-                remember(images)
-            return torch.from_numpy(images)
+        # Copied on writing, it may hold what somebody wrote and its file does not.
+        if getattr(images, "mode", None) != "c":
+            remember(images)
+        return torch.from_numpy(images if images.flags.writeable else np.asarray(_Alias(images)))
     if hasattr(images, "__dlpack__"):
         try:
             return torch.from_dlpack(images)
