@@ -154,6 +154,19 @@ def test_a_flipped_bit_of_a_tar(tmp_path):
     check_damage(path, tar_shards, damaged, len(positions) // 2 - 20)
 
 
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_flipped_bit_of_a_long_name(tmp_path, form):
+    """It has no checksum, but the header after it has the same beginning."""
+    names = [f"{folder}/{'n' * 110}.png" for folder in ("cat", "dog")]
+    path = write_tar(tmp_path / "set.tar", zip(names, PNG, strict=False), format=form)
+    whole = path.read_bytes()
+    start = whole.index(b"n" * 101)
+    first = whole.rindex(b"\0", 0, start) + 1
+    positions = range(first, start + 90)
+    damaged = flips(whole, positions, lambda position: [position % 7])
+    check_damage(path, tar_shards, damaged, len(positions) - 3)
+
+
 @pytest.mark.slow
 def test_every_flipped_bit_of_a_tar(tmp_path):
     path = tar_with_classes(tmp_path / "set.tar")

@@ -7,6 +7,7 @@ file. Here an archive must end in its mark, two blocks of zeros, with nothing bu
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,15 @@ _OLD_GNU_MAGIC = b"ustar  \0"
 _SYMBOLIC, _HARD = "a symbolic link", "a hard link"
 # GNU tar's list of what a folder held, and the name of a volume: no files.
 _NO_FILES = frozenset((b"D", b"V"))
+
+
+# Members that hold records about the next one, or about all that follow.
+_RECORDS = frozenset((tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE))
+_RECORD = re.compile(rb"([0-9]{1,10}) ([^=]+)=")
+# The keywords of POSIX; those of vendors have a dot.
+_KEYWORDS = frozenset(
+    b"atime charset comment ctime gid gname hdrcharset linkpath mtime path size uid uname".split()
+)
 
 
 class _Header(tarfile.TarInfo):
@@ -133,6 +143,8 @@ def _members(file: BinaryIO, size: int) -> list[_Member]:
             # Headers may be made to lead back, and the loop would not end.
             if archive.offset <= position or info.size < 0:
                 raise ValueError(f"damaged: the header at byte {info.offset} leads back")
+            if not info.issparse():
+                _check_extension(file, max(position, 0), info)
             position = archive.offset
             # Otherwise the archive keeps them all.
             archive.members.clear()
@@ -144,6 +156,40 @@ def _members(file: BinaryIO, size: int) -> list[_Member]:
                 members.append(_member(info))
         _check_end(file, archive.offset, size)
     return members
+
+
+def _check_extension(file: BinaryIO, start: int, info: tarfile.TarInfo) -> None:
+    """What lies in front of a header: records and names that have no checksum of their own."""
+    position, header = start, info.offset_data - tarfile.BLOCKSIZE
+    while position < header:
+        file.seek(position)
+        block = file.read(tarfile.BLOCKSIZE)
+        size = tarfile.nti(block[124:136])
+        if block[156:157] in _RECORDS:
+            _check_records(file.read(size), position)
+        position += (1 + -(-size // tarfile.BLOCKSIZE)) * tarfile.BLOCKSIZE
+    if start == header:
+        return
+    # The header has the beginning of a name that is too long for it.
+    file.seek(header)
+    short = file.read(100)
+    given = info.name.encode("utf-8", "surrogateescape")[:100]
+    if len(given) == 100 and b"\0" not in short:
+        apart = int.from_bytes(short, "big") ^ int.from_bytes(given, "big")
+        if apart.bit_count() == 1:
+            raise ValueError(f"damaged: the header at byte {header} has another name than its own")
+
+
+def _check_records(content: bytes, position: int) -> None:
+    """The records of pax must fill their member, each with a name that is known."""
+    at, content = 0, content.rstrip(b"\0")
+    while at < len(content):
+        match = _RECORD.match(content, at)
+        end = at + int(match[1]) if match else 0
+        known = match and (b"." in match[2] or match[2] in _KEYWORDS)
+        if not known or end <= match.end() or content[end - 1 : end] != b"\n":
+            raise ValueError(f"damaged: the records at byte {position} cannot be read")
+        at = end
 
 
 def _check_end(file: BinaryIO, position: int, size: int) -> None:
