@@ -26,7 +26,7 @@ from pyflocality._checks import (
     check_tensor,
     describe,
 )
-from pyflocality._mapped import exceeds_budget, mapped_file
+from pyflocality._mapped import exceeds_budget, mapped_file, read_checked
 from pyflocality._precision import PRECISIONS, Precision
 from pyflocality._shards import Ranks, plain, ranks_of
 from pyflocality._transforms import is_differentiated
@@ -174,7 +174,8 @@ def check_images(images: object) -> Tensor:
         raise ValueError(
             f"`images` must be a non-empty tensor [N, C, H, W], got {describe(images)}"
         )
-    check_finite(plain(images), "images")
+    if images.is_floating_point():
+        read_checked(plain(images), check_finite, plain(images), "images")
     return images
 
 

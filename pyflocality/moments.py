@@ -33,7 +33,7 @@ from pyflocality._checks import (
     check_tensor,
     describe,
 )
-from pyflocality._mapped import mapped_file, streamed
+from pyflocality._mapped import mapped_file, read_checked, streamed
 from pyflocality._moment_files import checksum, read_moments, write_moments
 from pyflocality._moment_sums import BLOCK_BYTES, Blend, ByteSums, FloatSums, kind_of_sums
 from pyflocality._paths import checked_path
@@ -429,7 +429,8 @@ def _check_images(images: object, name: str) -> None:
         raise ValueError(f"`{name}` must have shape [n, C, H, W], got {describe(images)}")
     if images.numel() == 0:
         raise ValueError(f"`{name}` holds no images: {describe(images)}")
-    check_finite(images, name)
+    if images.is_floating_point():
+        read_checked(images, check_finite, images, name)
 
 
 def _images_per_block(images: Tensor) -> int:

@@ -28,15 +28,19 @@ import pyflocality as pf
 from pyflocality import _mapped
 from pyflocality._augmentation import enlarged_at
 from pyflocality._mapped import MappedFile, read_checked, streamed
-from pyflocality.ops import accumulate_covariance
+from pyflocality.ops import accumulate_covariance, global_posterior_mean
 
 folder, count, left = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-values = np.random.default_rng(3).integers(0, 256, (count, 2, 16, 16), dtype=np.uint8)
+# Finite also where four bytes are taken for a float.
+values = np.random.default_rng(3).integers(0, 64, (count, 2, 16, 16), dtype=np.uint8)
 x = torch.zeros(1, 2, 16, 16)
 t = torch.zeros(1, 1, 2, 16, 16)
 
 def tensors():
     return torch.zeros(512, 512, dtype=torch.int64), torch.zeros(512, dtype=torch.int64)
+
+def floats_of(data):
+    return data.images.view(torch.float32)
 
 def golden(data):
     return pf.GoldenSubset(pf.OptimalDenoiser(data), k_min=5, k_max=20)
@@ -77,6 +81,8 @@ READERS = {
     "batch means": prepared(
         lambda data: pf.PCALocalityDenoiser(data, 0.05, aggregation="batch_mean", batch_size=100)),
     "flipped": prepared(lambda data: pf.OptimalDenoiser(data.augmented(flip=True))),
+    "floats": lambda data: lambda: global_posterior_mean(x[..., :4], floats_of(data), 1.0),
+    "moments of floats": lambda data: lambda: pf.Moments.from_data(floats_of(data)),
     "masked": prepared(lambda data: pf.PCALocalityDenoiser(data, 0.05)),
 }
 for backend in ("cpu", "reference"):
