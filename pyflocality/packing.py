@@ -42,6 +42,7 @@ from pyflocality.sources.packed import (
     read_begun,
     read_manifest,
 )
+from pyflocality.sources.validation import as_image_tensor, check_values
 
 # Images of a block are decoded, written and noted together.
 _BLOCK_BYTES = 32 * 2**20
@@ -266,6 +267,7 @@ def _write(files: LabelledFiles, request: Request, target: Path, key: int, colou
             journal.write((sealed(header) + "\n").encode())
     header, finished = begun
     _decode(files, request, target, header, finished)
+    _check_values(target / IMAGES, files.name)
     labels_crc = None
     if files.labels is not None:
         with _replacing(target / LABELS) as file:
@@ -288,6 +290,15 @@ def _write(files: LabelledFiles, request: Request, target: Path, key: int, colou
     with _replacing(target / MANIFEST) as file:
         file.write(sealed(manifest).encode())
     (target / JOURNAL).unlink()
+
+
+def _check_values(path: Path, name: str) -> None:
+    """Refuse what `TrainingSet.load` would; the first image tells, but for the darkest sets."""
+    images = np.lib.format.open_memmap(path, mode="r")
+    try:
+        check_values(as_image_tensor(images), name)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _decode(

@@ -516,3 +516,11 @@ def test_a_run_killed_when_all_was_done_leaves_nothing(folder, tmp_path, monkeyp
     (out / "packing.jsonl").write_text("of a run that is over\n")
     pack(folder, out, progress=False)
     assert sorted(os.listdir(out)) == ["images.npy", "labels.npy", "manifest.json"]
+
+
+def test_images_of_0_and_1_are_refused(tmp_path):
+    """Masks for example, which would all be black."""
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "a.png").write_bytes(png(np.eye(8, dtype=np.uint8)[None]))
+    with pytest.raises(ValueError, match="masks: `images` are uint8 with values of 0 and 1 alone"):
+        pack(tmp_path / "masks", tmp_path / "out", progress=False)
