@@ -186,8 +186,10 @@ def _open(path: Path) -> int:
     try:
         return os.open(path, flags | os.O_RDWR, 0o666)
     except PermissionError:
-        # Of another user, who may hold it.
-        return os.open(path, (flags & ~os.O_CREAT) | os.O_RDONLY)
+        # Of another user, who may hold it; or the folder cannot be written to.
+        with suppress(FileNotFoundError):
+            return os.open(path, (flags & ~os.O_CREAT) | os.O_RDONLY)
+        raise
 
 
 def _lock(descriptor: int, path: Path, waiting_for: str | None) -> bool:

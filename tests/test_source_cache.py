@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
 
 import numpy as np
@@ -237,6 +238,29 @@ def test_an_unwritable_cache_leaves_the_images_in_memory(cached_zip):
     assert_images(data, GREY[ZIP_ORDER][:, None])
     assert data.labels.tolist() == ZIP_LABELS
     assert "memory-mapped" not in repr(data)
+
+
+@pytest.mark.parametrize("code", [13, 30])
+def test_a_folder_that_cannot_be_written_to_is_told_once(cached_zip, monkeypatch, code):
+    """What is in it is read; what is not stays in memory."""
+    path, folder = cached_zip
+    load(path, cache_dir=folder)
+    opened = os.open
+
+    def read_only(name, flags, *arguments, **options):
+        if flags & os.O_CREAT:
+            raise OSError(code, os.strerror(code), name)
+        return opened(name, flags, *arguments, **options)
+
+    monkeypatch.setattr(_locks.os, "open", read_only)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_cached_zip(load(path, cache_dir=folder))
+    with pytest.warns(UserWarning) as told:
+        for _ in range(2):
+            assert load(path, cache_dir=folder, resolution=2).image_shape == (1, 2, 2)
+    assert len(told) == 1
+    assert f"{folder} cannot be written to ({os.strerror(code)})" in str(told[0].message)
 
 
 def test_a_full_disk_leaves_the_images_in_memory(cached_zip, monkeypatch):
