@@ -132,7 +132,10 @@ def _done_before(report: dict[str, Any], unfinished: Path | None) -> dict[str, A
 def write_json(report: dict[str, Any], path: Path) -> None:
     """Write a report, whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    # What is there, of a run that was killed, may be a link.
+    part.unlink(missing_ok=True)
+    with open(part, "x", encoding="utf-8") as file:
+        file.write(json.dumps(report, indent=1, allow_nan=False) + "\n")
     os.replace(part, path)
 
 

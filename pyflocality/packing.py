@@ -14,7 +14,7 @@ import shutil
 import stat
 import zlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -103,8 +103,7 @@ def pack(
         wanted = {"source": files.fingerprint, "request": asked}
         key = zlib.crc32(json.dumps(wanted, default=list).encode())
         _check_target(target, key)
-        target.mkdir(parents=True, exist_ok=True)
-        with _alone(target), _named(target):
+        with _made(target), _alone(target), _named(target):
             # Another process may have come first.
             _check_target(target, key)
             if (target / MANIFEST).is_file():
@@ -201,6 +200,20 @@ def _is_barely_begun(target: Path) -> bool:
     """Whether a run ended, on a full disk for example, before its journal had a whole line."""
     names = {path.name for path in target.iterdir()}
     return JOURNAL in names and names <= {JOURNAL, IMAGES}
+
+
+@contextmanager
+def _made(target: Path) -> Iterator[None]:
+    """Make a folder, which is gone again where nothing has come into it."""
+    made = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                target.rmdir()
+        raise
 
 
 @contextmanager

@@ -192,13 +192,53 @@ def test_handlers_are_put_back_and_those_of_others_stay():
             with pytest.raises(_signals.Ended) as ended:
                 signal.raise_signal(signal.SIGHUP)
             assert _signals.last_word(ended.value) == ("ended by SIGHUP", 129)
+        with _signals.ended_by_signals():
             try:
                 signal.raise_signal(signal.SIGINT)
             except KeyboardInterrupt:
                 # The second one does not cut off what is done about the first.
                 signal.raise_signal(signal.SIGHUP)
-                signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, before["SIGTERM"])
     assert before == {name: signal.getsignal(getattr(signal, name)) for name in before}
     assert _signals.last_word(KeyboardInterrupt()) == ("interrupted", 130)
+
+
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_somebody_who_waits_for_a_computation_is_told_so(again, sources, tmp_path):
+    script = """
+import hashlib, sys
+from pyflocality import Moments
+from pyflocality.cli import main
+def long(*arguments, **options):
+    print("working", file=sys.stderr, flush=True)
+    # One step of Python, of seconds, during which other threads run.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", ROUNDS)
+Moments.from_data = long
+sys.exit(main())
+"""
+    rounds = 100_000_000 if again else 12_000_000
+    process = subprocess.Popen(
+        [sys.executable, "-c", script.replace("ROUNDS", str(rounds))]
+        + [str(word) for word in words("moments", sources, tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.stderr.readline() != "working\n":
+        assert process.poll() is None
+    # It says so a moment before.
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    waiting = "pyflocality: interrupted: waiting for the computation at hand; once more to quit\n"
+    assert process.stderr.readline() == waiting
+    if again:
+        process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    told = "pyflocality: interrupted" + " amid a computation" * again
+    assert (process.returncode, errors) == (130, f"{told}\n")
+    left = [path.name for path in tmp_path.iterdir()]
+    assert bool(left) == again
+    if again:
+        done = started(words("moments", sources, tmp_path), cache=sources / "cache")
+        done.communicate(timeout=120)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["m.png", "m.safetensors"]

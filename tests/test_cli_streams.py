@@ -133,6 +133,27 @@ def test_warnings_are_one_line_each(run, source, tmp_path, monkeypatch):
     )
 
 
+def test_what_is_logged_and_faults_are_fit_to_be_shown(run, source, tmp_path, monkeypatch, capsys):
+    import logging
+
+    from pyflocality.cli._errors import show_traceback
+
+    def load(*arguments, **options):
+        logging.getLogger("pyflocality").warning("waiting for %s", "a\x1b[31m\nb")
+        raise ValueError("refused")
+
+    monkeypatch.setattr("pyflocality.TrainingSet.load", load)
+    _, _, stderr = run(*words(source, tmp_path / "x", "--no-progress"))
+    assert stderr == "pyflocality: waiting for a\\x1b[31m b\npyflocality: error: refused\n"
+    try:
+        raise RuntimeError("a\x1b[31m\u202e")
+    except RuntimeError as error:
+        show_traceback(RuntimeError, error, error.__traceback__)
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback (most recent call last):\n")
+    assert shown.endswith("RuntimeError: a\\x1b[31m\\u202e\n")
+
+
 def test_mistakes_of_the_parser_are_one_line(run):
     for arguments, expected in (
         (["generate"], "Missing argument 'SOURCE'"),

@@ -524,3 +524,14 @@ def test_images_of_0_and_1_are_refused(tmp_path):
     (tmp_path / "masks" / "a.png").write_bytes(png(np.eye(8, dtype=np.uint8)[None]))
     with pytest.raises(ValueError, match="masks: `images` are uint8 with values of 0 and 1 alone"):
         pack(tmp_path / "masks", tmp_path / "out", progress=False)
+
+
+def test_a_source_that_is_refused_leaves_no_folder(folder, tmp_path):
+    (folder / "cat" / "000.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="000.png"):
+        pack(folder, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="000.png"):
+        pack(folder, tmp_path / "mine", progress=False)
+    assert (tmp_path / "mine").is_dir()

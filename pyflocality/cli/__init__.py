@@ -23,7 +23,7 @@ from pyflocality.cli._analysis import memorize, sensitivity, spectrum
 from pyflocality.cli._bench import bench
 from pyflocality.cli._compare import compare
 from pyflocality.cli._doctor import doctor
-from pyflocality.cli._errors import in_one_line
+from pyflocality.cli._errors import in_one_line, show_traceback
 from pyflocality.cli._generate import generate
 from pyflocality.cli._moments import moments
 from pyflocality.cli._pack import pack
@@ -107,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is not None:
         return _answered(words, run)
     occupy_standard_descriptors()
+    sys.excepthook = show_traceback
     code = _answered(words, run)
     if has_abandoned_calls():
         # Python's own end, and that of the libraries, would wait for them or trip over them.

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from traceback import format_exception
+from types import TracebackType
 from typing import ParamSpec
 
 import typer
@@ -45,7 +49,7 @@ def reported(**aliases: str) -> Callable[[Callable[P, None]], Callable[P, None]]
 
         @functools.wraps(command)
         def run(*args: P.args, **kwargs: P.kwargs) -> None:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _log_told():
                 warnings.showwarning = _show_warning
                 try:
                     command(*args, **kwargs)
@@ -98,6 +102,31 @@ def _one_line(error: Exception, options: Mapping[str, str]) -> str:
         lambda match: options[match[1]] + (f" {match[2]}" if match[2] else ""),
         text,
     )
+
+
+@contextmanager
+def _log_told() -> Iterator[None]:
+    """Say what the library logs as it says everything else."""
+    logger, handler = logging.getLogger("pyflocality"), _Telling(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Telling(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(f"pyflocality: {in_one_line(record.getMessage())}")
+
+
+def show_traceback(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Show a fault of the library, for `sys.excepthook`: names in it cannot speak to a terminal."""
+    for lines in format_exception(kind, error, traceback):
+        for line in lines.rstrip("\n").split("\n"):
+            tell(line)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

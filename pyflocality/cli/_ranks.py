@@ -23,7 +23,9 @@ _REMEMBERED = 4000
 
 def in_job() -> bool:
     """Whether this process is one of several ranks."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    count = os.environ.get("WORLD_SIZE", "1")
+    # Of another program, where it is no number.
+    return count.isdecimal() and int(count) > 1
 
 
 def split_in_force(asked: str | None) -> str | None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from pyflocality.cli._streams import tell
 
 # What a signal has to be answered by for us to answer it: an inherited SIG_IGN, as under nohup,
 # and the handlers of a program that calls us, stay.
@@ -16,6 +21,8 @@ _DEFAULTS = {
     "SIGTERM": signal.SIG_DFL,
     "SIGHUP": signal.SIG_DFL,
 }
+# How long a signal may be without an answer before somebody is told why.
+_PATIENCE_SECONDS = 0.7
 
 
 class Ended(KeyboardInterrupt):
@@ -32,21 +39,71 @@ class Ended(KeyboardInterrupt):
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Raise `Ended` where SIGINT, SIGTERM or SIGHUP comes inside a `with` block."""
+    """Raise `Ended` where SIGINT, SIGTERM or SIGHUP comes inside a `with` block.
+
+    Python answers signals between two of its steps. A kernel or a library may take seconds for
+    one; whoever waits is told so, and a second signal ends the process as it is. So does the third
+    where cleaning up does not come to its end.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    answered, came = threading.Event(), itertools.count(1)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        del frame
+        answered.set()
+        if next(came) > 2:
+            os._exit(128 + number)
+        # What is being cleaned up after the first signal is not to be cut off by the second.
+        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            raise Ended(number)
+
     before = {}
     for name, default in _DEFAULTS.items():
         # Windows has no SIGHUP.
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) == default:
-            before[number] = signal.signal(number, _end)
+            before[number] = signal.signal(number, end)
     try:
-        yield
+        with _watched(frozenset(before), answered):
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _watched(numbers: frozenset[int], answered: threading.Event) -> Iterator[None]:
+    """Hear of signals from a thread that does not wait for Python's next step."""
+    heard, woken = socket.socketpair()
+    for end in (heard, woken):
+        end.setblocking(end is heard)
+    before = signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
+
+    def watch() -> None:
+        has_told = False
+        while data := heard.recv(1):
+            number = data[0]
+            if number not in numbers or answered.wait(_PATIENCE_SECONDS):
+                continue
+            words, code = last_word(Ended(number))
+            if has_told:
+                tell(f"pyflocality: {words} amid a computation")
+                os._exit(code)
+            has_told = True
+            tell(f"pyflocality: {words}: waiting for the computation at hand; once more to quit")
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before, warn_on_full_buffer=before == -1)
+        # The watcher hears that nothing more will come.
+        woken.close()
+        watcher.join()
+        heard.close()
 
 
 @contextmanager
@@ -74,10 +131,3 @@ def last_word(error: KeyboardInterrupt) -> tuple[str, int]:
     if number == signal.SIGINT:
         return "interrupted", 128 + number
     return f"ended by {signal.Signals(number).name}", 128 + number
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    del frame
-    # What is being cleaned up after the first signal is not to be cut off by the second.
-    if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-        raise Ended(number)
