@@ -32,7 +32,7 @@ from pyflocality.reference.state import (
     PosteriorState,
     finite_factor,
     init,
-    merge,
+    merge_tangents,
     tangent_values,
 )
 
@@ -146,7 +146,9 @@ def _scan(
             )
             found = _sums(images, distance[: len(rows)], inner, factor, config)
             found = PosteriorState(found[0] * unit.square()[:, None], *found[1:])
-            state = found if state is None else merge(state, found, factor64)
+            state = (
+                found if state is None else merge_tangents(state, found, factor64, images.shape[1])
+            )
     return state
 
 
@@ -161,7 +163,9 @@ def _sums(
     sums = sums.unflatten(0, coefficients.shape[:2])
     # v = u / 127.5 - 1 from u - 128, and c in the same units.
     values = (sums[:, 0] + 0.5 * total[:, None]) / 127.5
-    cross = (sums[:, 1:] / 127.5 + mean[..., None] * values[:, None]) / 127.5
+    # The coefficients add up to 0 but for their rounding: this counts the values from their mean.
+    left = coefficients[:, 1:].sum(2, dtype=torch.float64)[..., None]
+    cross = (sums[:, 1:] - left * (sums[:, 0] / total[:, None])[:, None]) / 127.5**2
     inner = mean * total[:, None] / 127.5
     weighted = torch.cat([values, inner, cross.flatten(1)], 1)
     return PosteriorState(minimum.double()[:, None], total[:, None], weighted[:, None])

@@ -33,7 +33,13 @@ from pyflocality.kernels._masked_scan import (
     centred_noisy,
     sums_over_weights,
 )
-from pyflocality.reference.state import PosteriorState, init, tangent_values, uncentred
+from pyflocality.reference.state import (
+    PosteriorState,
+    about_means,
+    init,
+    tangent_values,
+    uncentred,
+)
 from pyflocality.weights import QueryWeights
 
 # Halves that queries are kept in.
@@ -189,7 +195,7 @@ def masked_posterior_jvp_state(
     minimum = minimum * (problem.alpha / 127.5).square()[:, None]
     minimum += sums_over_weights(plan, centred_noisy(problem, images.centre).square())
     state = PosteriorState(minimum, total, torch.cat([means, *inner, *cross], -1))
-    return uncentred(state, centre_of(problem).flatten(1)[..., None])
+    return uncentred(about_means(state, 1), centre_of(problem).flatten(1)[..., None])
 
 
 def tangent_groups(count: int) -> list[tuple[int, int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import os
 import re
@@ -10,6 +11,8 @@ from pyflocality._checks import describe
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _DEFAULT = "1GB"
+# Bytes that a call may take whatever its budget.
+ALWAYS_ALLOWED = 16 * 2**20
 
 
 def memory_budget_bytes(budget: int | str | None) -> int:
@@ -40,6 +43,27 @@ def memory_budget_bytes(budget: int | str | None) -> int:
     if not 0 < budget < 2**63:
         raise ValueError(f"{source} must be positive and below 2^63, got {describe(budget)}")
     return int(budget)
+
+
+def check_least(budget: int | str | None, least: int) -> None:
+    """Refuse a call that cannot do with its memory budget.
+
+    Small calls may take `ALWAYS_ALLOWED` bytes whatever the budget: what a call takes at least is
+    a few images and numbers the size of its result.
+
+    Args:
+        budget: As `memory_budget_bytes` takes it.
+        least: Bytes of working memory that the call takes however few images it looks at.
+
+    Raises:
+        ValueError: That is more than the budget.
+    """
+    given = memory_budget_bytes(budget)
+    if least > max(given, ALWAYS_ALLOWED):
+        raise ValueError(
+            f"`memory_budget` must be at least {math.ceil(least / 2**20)}MB for this call, which "
+            f"looks at one training image at a time then, got {given} bytes"
+        )
 
 
 def images_per_chunk(budget: int | str | None, bytes_per_image: int, num_images: int) -> int:

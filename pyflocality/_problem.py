@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyflocality._augmentation import Augmentation, check_augmentation, copies_of, enlarged_blocks
 from pyflocality._backends import Call
-from pyflocality._budget import images_per_chunk, memory_budget_bytes
+from pyflocality._budget import check_least, images_per_chunk, memory_budget_bytes
 from pyflocality._checks import (
     FLOAT_DTYPES,
     check_batch,
@@ -40,8 +40,10 @@ class PosteriorOptions(TypedDict, total=False):
         temperature: Divides the logits of the posterior, positive; 1 by default.
         dtype: float32 or float64 to compute in; by default x's own (half precision computes in
             float32).
-        memory_budget: Working memory, bytes or a string such as "2GB"; by default the environment
-            variable PYFLOCALITY_MEMORY_BUDGET, else 1 GB.
+        memory_budget: Working memory beyond the images and the result, bytes or a string such as
+            "2GB"; by default the environment variable PYFLOCALITY_MEMORY_BUDGET, else 1 GB. The
+            reference backend refuses a call that needs more, and names the least; up to 16 MB are
+            always allowed.
         chunk_size: Training images at a time; by default what fits the budget. The result does
             not depend on it beyond rounding.
         augmentation: Copies of the images that are searched too, as `TrainingSet.augmentation`
@@ -120,10 +122,22 @@ class PosteriorProblem:
         """Sums over the images of all ranks, from those over this rank's."""
         return sums if self.ranks is None else self.ranks.summed(sums)
 
-    def images_at_a_time(self, bytes_per_image: int) -> int:
-        """Images of a chunk: as asked for, or as many as fit the budget with their temporaries."""
+    def images_at_a_time(self, bytes_per_image: int, fixed: int = 0) -> int:
+        """Images of a chunk: as asked for, or as many as fit the budget with their temporaries.
+
+        Args:
+            bytes_per_image: Working memory for each of them.
+            fixed: Working memory that does not depend on their number.
+
+        Raises:
+            ValueError: Not even one image fits, and it takes more than any call may.
+        """
         per_image = bytes_per_image + self.buffer_bytes(1)
-        return self.chunk_size or images_per_chunk(self.memory_budget, per_image, self.count)
+        check_least(self.memory_budget, fixed + per_image)
+        budget = memory_budget_bytes(self.memory_budget)
+        # Of what is always allowed: small budgets are not spent on one image at a time.
+        rest = max(budget - fixed, budget // 4, 1)
+        return self.chunk_size or images_per_chunk(rest, per_image, self.count)
 
     def buffer_bytes(self, size: int) -> int:
         """Memory into which `size` images at a time are read; 0 where they lie in memory."""
@@ -131,7 +145,11 @@ class PosteriorProblem:
         return min(size, len(self.images)) * self.images[0].nbytes if beyond else 0
 
     def chunks(self, chunk_size: int) -> Iterator[Tensor]:
-        """The training values in [-1, 1], `chunk_size` images at a time: [n, C, H, W]."""
+        """The training values in [-1, 1], `chunk_size` images at a time: [n, C, H, W].
+
+        Whoever loops over them lets go of one chunk, and of all that was made of it, before the
+        next one is made: the budget holds one.
+        """
         for images in self.blocks(chunk_size):
             yield training_values(images, self.x.dtype)
 
@@ -143,7 +161,8 @@ class PosteriorProblem:
 def training_values(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Stored images as values in [-1, 1]: 8-bit u means u / 127.5 - 1."""
     values = images.to(dtype)
-    return values / 127.5 - 1.0 if images.dtype == torch.uint8 else values
+    # In place: a chunk is not held twice.
+    return values.div_(127.5).sub_(1.0) if images.dtype == torch.uint8 else values
 
 
 def float32_limits(call: Call) -> str | None:

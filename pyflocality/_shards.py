@@ -9,6 +9,7 @@ would take one rank's images for the whole set fails, with a message, instead of
 
 from __future__ import annotations
 
+import functools
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyflocality.reference.state import PosteriorState, finite_factor, rescaled
+from pyflocality.reference.state import PosteriorState, finite_factor, merge_tangents, rescaled
 from pyflocality.weights import QueryWeights
 
 # Operations whose implementations answer a PosteriorState, on every backend.
@@ -80,6 +81,17 @@ class Ranks:
         return PosteriorState(
             lowest, total.reshape(state.total.shape), weighted.reshape(state.weighted.shape)
         )
+
+    def merged_tangents(self, state: PosteriorState, scale: Tensor, values: int) -> PosteriorState:
+        """As `merged`, of a state with tangents whose queries answer `values` values."""
+        state = PosteriorState(*(part.detach().double() for part in state))
+        every = []
+        for part in state:
+            like = part.new_empty(self.count, *part.shape)
+            every.append(self.gathered(part[None], slice(self.rank, self.rank + 1), like))
+        scale = finite_factor(scale, torch.float64)
+        parts = [PosteriorState(*part) for part in zip(*every, strict=True)]
+        return functools.reduce(lambda a, b: merge_tangents(a, b, scale, values), parts)
 
     def summed(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over the ranks, the same bits on every rank."""
@@ -300,6 +312,12 @@ def over_ranks(op: str, run: Callable[..., Any], ranks: Ranks) -> Callable[..., 
         tensors = [part for argument in arguments for part in _tensors_of(argument)]
         ranks.agree(f"{op} {numbers}", problem.x, problem.alpha, problem.scale, *tensors)
         result = run(problem, *arguments)
-        return ranks.merged(result, problem.scale) if op in STATE_OPERATIONS else result
+        if op not in STATE_OPERATIONS:
+            return result
+        if not op.endswith("_jvp"):
+            return ranks.merged(result, problem.scale)
+        count = len(arguments[0])
+        values = (result.weighted.shape[-1] - count) // (1 + count)
+        return ranks.merged_tangents(result, problem.scale, values)
 
     return joined

@@ -24,7 +24,7 @@ from pyflocality.ops import (
     window_posterior_jvp,
     window_posterior_mean,
 )
-from pyflocality.reference.state import finalize_jvp, merge
+from pyflocality.reference.state import finalize_jvp, merge_tangents
 from pyflocality.weights import QueryWeights
 
 OPS = ("global", "window", "masked")
@@ -405,7 +405,7 @@ def test_states_over_parts_of_the_set_merge(op, backend, rng):
     ]
     first, second, whole = (run(part, directions.float(), *extra(op, SHAPE)) for part in parts)
     factor = jacobian_factor(parts[0])
-    merged = finalize_jvp(merge(first, second, parts[0].scale), values, factor)
+    merged = finalize_jvp(merge_tangents(first, second, parts[0].scale, values), values, factor)
     for one, other in zip(merged, finalize_jvp(whole, values, factor), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
 

@@ -20,7 +20,7 @@ struct SquaredGaps {
   }
 };
 
-// Terms of inner products with tangents: row * (value - centre).
+// Terms of inner products with tangents: row * (value - centre), the centre being an image.
 struct CentredProducts {
   Vec value(Vec stored, std::size_t d) const { return sub(stored, load(centre + d)); }
   float value(float stored, std::size_t d) const { return stored - centre[d]; }
@@ -115,22 +115,24 @@ class GlobalJvpScan {
         [&](std::size_t segment, Scratch& scratch, ScanState& state) {
           scan(segments_.first(segment), segments_.last(segment), scratch, state);
         },
-        [&](std::size_t q) { return batch_.scale[q]; });
+        [&](std::size_t q) { return batch_.scale[q]; }, tangents_.count);
   }
 
  private:
   static constexpr std::size_t kBlock = 48;  // images between two looks at the minimum
 
   // What a thread works in. There is a set of sums for the weights of every noisy image, and one
-  // for each of its tangents with the weights times c.
+  // for each of its tangents with the weights times c, all counted from its nearest image.
   struct Scratch {
     Scratch(std::size_t dim, std::size_t batch, std::size_t sets)
         : distance(batch * kBlock),
           minimum(batch),
+          nearest(batch * dim),
+          moved(dim),
           totals(batch * sets),
           weighted(batch * sets * dim),
           factors(sets * kBlock) {}
-    AlignedArray<float> distance, minimum;
+    AlignedArray<float> distance, minimum, nearest, moved;
     AlignedArray<double> totals;
     AlignedArray<float> weighted;
     AlignedArray<float> factors;      // of the images that matter, by set
@@ -140,6 +142,7 @@ class GlobalJvpScan {
 
   void scan(std::size_t first, std::size_t last, Scratch& scratch, ScanState& state) const {
     std::fill_n(scratch.minimum.data(), batch_.batch, std::numeric_limits<float>::infinity());
+    std::fill_n(scratch.nearest.data(), batch_.batch * dim_, 0.0f);
     std::fill_n(scratch.totals.data(), batch_.batch * sets_, 0.0);
     std::fill_n(scratch.weighted.data(), batch_.batch * sets_ * dim_, 0.0f);
     for (std::size_t image = first; image < last; image += kBlock) {
@@ -161,7 +164,47 @@ class GlobalJvpScan {
       std::copy_n(weighted, dim_, values);
       std::copy_n(totals + 1, tangents_.count, values + dim_);
       std::copy_n(weighted + dim_, tangents_.count * dim_, values + dim_ + tangents_.count);
+      const float* nearest = scratch.nearest.data() + b * dim_;
+      const float* centre = tangents_.centre + b * dim_;
+      count_from_means(
+          totals[0], dim_, tangents_.count, values,
+          [&](std::size_t d) { return double{nearest[d]} - centre[d]; },
+          [&](std::size_t k) {
+            const float* tangent = tangents_.tangents + (b * tangents_.count + k) * dim_;
+            double sum = 0.0;
+            for (std::size_t d = 0; d < dim_; ++d) {
+              sum += tangent[d] * (double{nearest[d]} - centre[d]);
+            }
+            return sum;
+          });
     }
+  }
+
+  // Counts the sums of a noisy image from another image.
+  void count_from(std::size_t b, const Stored* image, Scratch& scratch) const {
+    double* totals = scratch.totals.data() + b * sets_;
+    float* weighted = scratch.weighted.data() + b * sets_ * dim_;
+    float* nearest = scratch.nearest.data() + b * dim_;
+    float* moved = scratch.moved.data();
+    for (std::size_t d = 0; d < dim_; ++d) {
+      moved[d] = nearest[d] - static_cast<float>(image[d]);
+      nearest[d] = static_cast<float>(image[d]);
+    }
+    for (std::size_t k = 0; k < tangents_.count; ++k) {
+      const float* tangent = tangents_.tangents + (b * tangents_.count + k) * dim_;
+      double inner = 0.0;
+      for (std::size_t d = 0; d < dim_; ++d) inner += double{tangent[d]} * moved[d];
+      double& total = totals[1 + k];
+      float* products = weighted + (1 + k) * dim_;
+      const auto step = static_cast<float>(inner);
+      const auto plain = static_cast<float>(total + inner * totals[0]);
+      for (std::size_t d = 0; d < dim_; ++d) {
+        products[d] += step * weighted[d] + plain * moved[d];
+      }
+      total += inner * totals[0];
+    }
+    const auto total = static_cast<float>(totals[0]);
+    for (std::size_t d = 0; d < dim_; ++d) weighted[d] += total * moved[d];
   }
 
   void take_in_block(std::size_t b, std::size_t count, Scratch& scratch) const {
@@ -178,6 +221,8 @@ class GlobalJvpScan {
       for (std::size_t set = 0; set < sets_; ++set) totals[set] *= decay;
       for (std::size_t d = 0; d < sets_ * dim_; ++d) weighted[d] *= decay;
       minimum = lowest;
+      count_from(b, scratch.block[std::find(distance, distance + count, lowest) - distance],
+                 scratch);
     }
     float* factors = scratch.factors.data();
     std::size_t found = 0;
@@ -186,7 +231,7 @@ class GlobalJvpScan {
       factors[found] = exp2_of_negative((minimum - distance[i]) * scale);
       scratch.of_matter[found++] = scratch.block[i];
     }
-    const CentredProducts products{tangents_.centre + b * dim_};
+    const CentredProducts products{scratch.nearest.data() + b * dim_};
     sum_all_terms(scratch.of_matter, found, tangents_.tangents + b * tangents_.count * dim_,
                   tangents_.count, dim_, products, factors + kBlock, kBlock);
     for (std::size_t set = 0; set < sets_; ++set) {

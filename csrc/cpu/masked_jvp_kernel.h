@@ -40,7 +40,7 @@ class MaskedJvpScan {
         [&](std::size_t segment, Scratch& scratch, ScanState& state) {
           scan(segments_.first(segment), segments_.last(segment), scratch, state);
         },
-        [&](std::size_t) { return scale_; });
+        [&](std::size_t) { return scale_; }, kTangents);
   }
 
  private:
@@ -53,16 +53,22 @@ class MaskedJvpScan {
   static constexpr std::size_t kSumsOfQuery = (1 + kValues) * kLanes;
 
   // What a thread works in; queries lie in the order the tree visits outputs. The sums of a query
-  // are those of weights, of weighted values, and by tangent of c and c times the value.
+  // are those of weights, of weighted values, and by tangent of c and c times the value, counted
+  // from those of its nearest image: value, and c by tangent.
   struct Scratch {
     Scratch(std::size_t dim, std::size_t slots)
-        : tile(dim * kTileImages), slots(slots * kSlot), minimum(dim), sums(dim * kSumsOfQuery) {}
+        : tile(dim * kTileImages),
+          slots(slots * kSlot),
+          minimum(dim),
+          nearest(dim * (1 + kTangents)),
+          sums(dim * kSumsOfQuery) {}
     AlignedArray<Stored> tile;
-    AlignedArray<float> slots, minimum, sums;
+    AlignedArray<float> slots, minimum, nearest, sums;
   };
 
   void scan(std::size_t first, std::size_t last, Scratch& scratch, ScanState& state) const {
     std::fill_n(scratch.minimum.data(), dim_, std::numeric_limits<float>::infinity());
+    std::fill_n(scratch.nearest.data(), dim_ * (1 + kTangents), 0.0f);
     std::fill_n(scratch.sums.data(), dim_ * kSumsOfQuery, 0.0f);
     for (std::size_t image = first; image < last; image += kTileImages) {
       checkpoint_();
@@ -71,6 +77,7 @@ class MaskedJvpScan {
       scan_tile(count, scratch);
     }
     const float* minimum = scratch.minimum.data();
+    const float* nearest = scratch.nearest.data();
     const float* sums = scratch.sums.data();
     for (const DifferenceTree::Node& node : tree_.nodes) {
       if (node.output == DifferenceTree::kSilent) continue;
@@ -86,6 +93,10 @@ class MaskedJvpScan {
         }
       }
       sums += kSumsOfQuery - kLanes;
+      count_from_means(
+          state.total[q], 1, kTangents, weighted, [&](std::size_t) { return nearest[0]; },
+          [&](std::size_t k) { return nearest[1 + k]; });
+      nearest += 1 + kTangents;
     }
   }
 
@@ -95,6 +106,7 @@ class MaskedJvpScan {
     missing_images(count, floor);
     Sums sums;
     float* minimum = scratch.minimum.data();
+    float* nearest = scratch.nearest.data();
     float* lanes = scratch.sums.data();
     for (const DifferenceTree::Node& node : tree_.nodes) {
       if (node.from == DifferenceTree::kFromEmpty) {
@@ -111,30 +123,59 @@ class MaskedJvpScan {
         keep(sums, scratch.slots.data() + static_cast<std::size_t>(node.keep) * kSlot);
       }
       if (node.output == DifferenceTree::kSilent) continue;
-      take_in_output(tile, static_cast<std::size_t>(node.output), floor, sums, minimum, lanes);
+      take_in_output(tile, static_cast<std::size_t>(node.output), floor, sums, minimum, nearest,
+                     lanes);
       ++minimum;
+      nearest += 1 + kTangents;
       lanes += kSumsOfQuery;
     }
   }
 
   void take_in_output(const Stored* tile, std::size_t output, const Vec (&floor)[kTileVectors],
-                      const Sums& sums, float* minimum, float* lanes) const {
+                      const Sums& sums, float* minimum, float* nearest, float* lanes) const {
     Vec distance[kTileVectors], weight[kTileVectors], value[kTileVectors];
+    bool nearer = false;
     for (int i = 0; i < kTileVectors; ++i) distance[i] = max(sums[0][i], floor[i]);
-    const auto decay = [&](Vec factor) { shrink(factor, 1 + kValues, lanes); };
+    const auto decay = [&](Vec factor) {
+      shrink(factor, 1 + kValues, lanes);
+      nearer = true;
+    };
     if (!weigh(distance, scale_, reach_, minimum, decay, weight)) return;
     const Vec centre = broadcast(inputs_.data()[output * kInput + 1]);
     for (int i = 0; i < kTileVectors; ++i) {
       value[i] = sub(load(tile + output * kTileImages + i * kLanes), centre);
     }
+    if (nearer) count_from(image_at(distance, *minimum), value, sums, nearest, lanes);
+    const Vec origin = broadcast(nearest[0]);
+    for (int i = 0; i < kTileVectors; ++i) value[i] = sub(value[i], origin);
     add_terms(weight, lanes);
     add_products(weight, value, lanes + kLanes);
     for (int k = 1; k <= kTangents; ++k) {
       Vec inner[kTileVectors];
-      for (int i = 0; i < kTileVectors; ++i) inner[i] = mul(weight[i], sums[k][i]);
+      const Vec start = broadcast(nearest[k]);
+      for (int i = 0; i < kTileVectors; ++i) inner[i] = mul(weight[i], sub(sums[k][i], start));
       add_terms(inner, lanes + 2 * k * kLanes);
       add_products(inner, value, lanes + (2 * k + 1) * kLanes);
     }
+  }
+
+  // Counts the sums of a query from another image of a tile.
+  static void count_from(int image, const Vec (&value)[kTileVectors], const Sums& sums,
+                         float* nearest, float* lanes) {
+    const float from = number_of(value, image), moved = nearest[0] - from;
+    float* values = lanes + kLanes;
+    for (int k = 1; k <= kTangents; ++k) {
+      const float inner_from = number_of(sums[k], image), inner_moved = nearest[k] - inner_from;
+      float* inner = lanes + 2 * k * kLanes;
+      float* products = inner + kLanes;
+      add_multiple(moved, inner, products);
+      add_multiple(inner_moved, values, products);
+      add_multiple(inner_moved * moved, lanes, products);
+      add_multiple(inner_moved, lanes, inner);
+      nearest[k] = inner_from;
+    }
+    add_multiple(moved, lanes, values);
+    nearest[0] = from;
   }
 
   static void keep(const Sums& sums, float* slot) {
@@ -231,7 +272,7 @@ void masked_jvp_group(const DifferenceTree& tree, const Stored* images, std::siz
       const double* inner = from + 1 + (k - first_tangent);
       double* weighted = result.weighted + (query * tree.outputs + m) * sums;
       weighted[1 + k] = inner[0] + offset[m] * state.total[m];
-      weighted[1 + tangents.count + k] = inner[kTangents] + offset[m] * from[0];
+      weighted[1 + tangents.count + k] = inner[kTangents];
     }
   }
 }

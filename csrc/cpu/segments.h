@@ -36,34 +36,54 @@ class AlignedArray {
 };
 
 // The state of a posterior scan: per query the smallest distance, the sum of the weights
-// exp(-scale (distance - minimum)) and the weighted sums of `values` values.
+// exp(-scale (distance - minimum)) and `sums` weighted sums: those of V values or, with K tangents,
+// V + K + K V as posterior_jvp.h says.
 struct ScanState {
-  ScanState(std::size_t queries, std::size_t values)
+  ScanState(std::size_t queries, std::size_t sums, std::size_t tangents = 0)
       : minimum(queries, std::numeric_limits<float>::infinity()),
         total(queries),
-        weighted(queries * values) {}
+        weighted(queries * sums),
+        sums(sums),
+        tangents(tangents) {}
 
   std::vector<float> minimum;
   std::vector<double> total, weighted;
+  std::size_t sums, tangents;
 
   // Takes in a state over other images. `scale` is the factor of the distances in the power of
   // two, one for every query.
   template <typename Scale>
   void merge(const ScanState& other, const Scale& scale) {
-    const std::size_t values = weighted.size() / std::max<std::size_t>(minimum.size(), 1);
     for (std::size_t q = 0; q < minimum.size(); ++q) {
       const float lower = std::min(minimum[q], other.minimum[q]);
       const double mine = decay(minimum[q], lower, scale(q));
       const double theirs = decay(other.minimum[q], lower, scale(q));
-      minimum[q] = lower;
-      total[q] = mine * total[q] + theirs * other.total[q];
-      for (std::size_t k = q * values; k < (q + 1) * values; ++k) {
-        weighted[k] = mine * weighted[k] + theirs * other.weighted[k];
+      const double own = mine * total[q], others = theirs * other.total[q];
+      double* here = weighted.data() + q * sums;
+      const double* there = other.weighted.data() + q * sums;
+      // The products are about the means of each: add what the means are apart.
+      if (tangents > 0 && own > 0.0 && others > 0.0) {
+        add_apart(total[q] * others / (own + others), total[q], other.total[q], here, there);
       }
+      minimum[q] = lower;
+      total[q] = own + others;
+      for (std::size_t k = 0; k < sums; ++k) here[k] = mine * here[k] + theirs * there[k];
     }
   }
 
  private:
+  // Adds to the products, before they shrink, `share` times those of the means' differences.
+  void add_apart(double share, double total_here, double total_there, double* here,
+                 const double* there) const {
+    const std::size_t values = (sums - tangents) / (1 + tangents);
+    const auto apart = [&](std::size_t k) { return here[k] / total_here - there[k] / total_there; };
+    double* products = here + values + tangents;
+    for (std::size_t k = 0; k < tangents; ++k) {
+      const double factor = share * apart(values + k);
+      for (std::size_t i = 0; i < values; ++i) *products++ += factor * apart(i);
+    }
+  }
+
   static double decay(float minimum, float lower, double scale) {
     // A state without images weighs nothing.
     if (std::isinf(minimum)) return 0.0;
@@ -117,12 +137,12 @@ class Checkpoint {
 // scratch, and merges the states in the order of the images.
 template <typename Scratch, typename MakeScratch, typename Scan, typename Scale>
 ScanState scan_segments(const Segments& segments, std::size_t threads, std::size_t queries,
-                        std::size_t values, const MakeScratch& make_scratch, const Scan& scan,
-                        const Scale& scale) {
+                        std::size_t sums, const MakeScratch& make_scratch, const Scan& scan,
+                        const Scale& scale, std::size_t tangents = 0) {
   std::mutex mutex;
   std::vector<std::unique_ptr<Scratch>> idle;
   std::vector<std::unique_ptr<ScanState>> finished(segments.number);
-  ScanState result(queries, values);
+  ScanState result(queries, sums, tangents);
   std::size_t merged = 0;
 
   parallel_for(segments.number, threads, [&](std::size_t segment) {
@@ -135,7 +155,7 @@ ScanState scan_segments(const Segments& segments, std::size_t threads, std::size
       }
     }
     if (!scratch) scratch = make_scratch();
-    auto state = std::make_unique<ScanState>(queries, values);
+    auto state = std::make_unique<ScanState>(queries, sums, tangents);
     scan(segment, *scratch, *state);
 
     // In order, as far as the segments before are there.

@@ -24,7 +24,7 @@ class WindowJvpScan {
         [&](std::size_t segment, Scratch& scratch, ScanState& state) {
           scan(segments_.first(segment), segments_.last(segment), scratch, state);
         },
-        [&](std::size_t q) { return batch_.scale[q / pixels_]; });
+        [&](std::size_t q) { return batch_.scale[q / pixels_]; }, tangents_.count);
   }
 
  private:
@@ -35,7 +35,8 @@ class WindowJvpScan {
 
   // What a thread works in. There is a set of sums [pixels, 1 + channels, kLanes] for the weights
   // of every noisy image, and one for each of its tangents with the weights times c. What belongs
-  // to pixels lies in the order of their turn, which is by columns.
+  // to pixels lies in the order of their turn, which is by columns. All sums of a pixel count from
+  // those of its nearest image: the values of its channels, then c by tangent.
   struct Scratch {
     Scratch(const WindowShape& shape, std::size_t batch, std::size_t sets)
         : tiles(kTiles * shape.channels * shape.height * shape.width * kTileImages),
@@ -43,11 +44,14 @@ class WindowJvpScan {
           planes(kGroup * shape.height * shape.width * kTileImages),
           line(2 * (std::max(shape.height, shape.width) + shape.window) * kTileImages),
           minimum(batch * shape.height * shape.width),
+          nearest(batch * shape.height * shape.width * (shape.channels + sets - 1)),
           sums(batch * sets * shape.height * shape.width * (1 + shape.channels) * kLanes),
-          matters(shape.height * shape.width) {}
+          matters(shape.height * shape.width),
+          nearer(shape.height * shape.width) {}
     AlignedArray<Stored> tiles;
-    AlignedArray<float> weights, planes, line, minimum, sums;
+    AlignedArray<float> weights, planes, line, minimum, nearest, sums;
     AlignedArray<bool> matters;  // pixels whose weights are not all zero
+    AlignedArray<int> nearer;    // which image of the tile is nearer than all before, or -1
   };
 
   std::size_t sums_of_pixel() const { return (1 + shape_.channels) * kLanes; }
@@ -58,9 +62,15 @@ class WindowJvpScan {
     return scratch.sums.data() + place * sums_of_pixel();
   }
 
+  float* nearest(const Scratch& scratch, std::size_t b, std::size_t turn) const {
+    const std::size_t place = b * pixels_ + turn;
+    return scratch.nearest.data() + place * (shape_.channels + tangents_.count);
+  }
+
   void scan(std::size_t first, std::size_t last, const Scratch& scratch, ScanState& state) const {
     const std::size_t queries = batch_.batch * pixels_;
     std::fill_n(scratch.minimum.data(), queries, std::numeric_limits<float>::infinity());
+    std::fill_n(scratch.nearest.data(), queries * (shape_.channels + tangents_.count), 0.0f);
     std::fill_n(scratch.sums.data(), queries * (1 + tangents_.count) * sums_of_pixel(), 0.0f);
     for (std::size_t group = first; group < last; group += kTiles * kTileImages) {
       const std::size_t end = std::min(group + kTiles * kTileImages, last);
@@ -96,6 +106,10 @@ class WindowJvpScan {
         for (std::size_t c = 0; c < channels; ++c) products[c] += lanes[(c + 1) * kLanes + k];
       }
     }
+    const float* from = nearest(scratch, b, turn);
+    count_from_means(
+        state.total[q], channels, tangents_.count, values, [&](std::size_t c) { return from[c]; },
+        [&](std::size_t k) { return from[channels + k]; });
   }
 
   void scan_tile(std::size_t b, const Stored* tile, std::size_t count,
@@ -170,7 +184,9 @@ class WindowJvpScan {
                                    const Vec(&sum)[1][kTileVectors]) {
       Vec distance[kTileVectors], weight[1][kTileVectors];
       for (int i = 0; i < kTileVectors; ++i) distance[i] = max(sum[0][i], floor[i]);
+      bool nearer = false;
       const auto decay = [&](Vec factor) {
+        nearer = true;
         for (std::size_t set = 0; set <= tangents_.count; ++set) {
           shrink(factor, 1 + shape_.channels, sums(scratch, b, set, turn));
         }
@@ -180,11 +196,30 @@ class WindowJvpScan {
       scratch.matters.data()[turn] = matters;
       if (!matters) return;
       any = true;
+      scratch.nearer.data()[turn] = nearer ? image_at(distance, *minimum) : -1;
+      if (nearer) count_values_from(b, pixel, turn, tile, scratch);
       store_tile(scratch.weights.data() + turn * kTileImages, weight[0]);
       add_pixel(b, 0, pixel, turn, weight, tile, scratch);
     };
     sum_windows<1>(tile, scratch, add_square, take_in_pixel);
     return any;
+  }
+
+  // Counts the values of a pixel from those of the image of a tile that is nearest to it now.
+  void count_values_from(std::size_t b, std::size_t pixel, std::size_t turn, const Stored* tile,
+                         const Scratch& scratch) const {
+    const int image = scratch.nearer.data()[turn];
+    float* from = nearest(scratch, b, turn);
+    for (std::size_t c = 0, d = pixel; d < dim_; ++c, d += pixels_) {
+      const auto stored =
+          static_cast<float>(tile[d * kTileImages + static_cast<std::size_t>(image)]);
+      const float next = stored - tangents_.centre[b * dim_ + d];
+      for (std::size_t set = 0; set <= tangents_.count; ++set) {
+        float* lanes = sums(scratch, b, set, turn);
+        add_multiple(from[c] - next, lanes, lanes + (1 + c) * kLanes);
+      }
+      from[c] = next;
+    }
   }
 
   // Takes in kCount tangents from tangent k on.
@@ -207,11 +242,26 @@ class WindowJvpScan {
     const auto take_in_pixel = [&](std::size_t pixel, std::size_t turn,
                                    Vec(&inner)[kCount][kTileVectors]) {
       if (!scratch.matters.data()[turn]) return;
+      float* from = nearest(scratch, b, turn) + shape_.channels + k;
+      const int image = scratch.nearer.data()[turn];
+      float next[kCount];
+      for (int p = 0; p < kCount; ++p) next[p] = image < 0 ? from[p] : number_of(inner[p], image);
       for (int i = 0; i < kTileVectors; ++i) {
         const Vec weight = load(scratch.weights.data() + turn * kTileImages + i * kLanes);
-        for (int p = 0; p < kCount; ++p) inner[p][i] = mul(inner[p][i], weight);
+        for (int p = 0; p < kCount; ++p) {
+          inner[p][i] = mul(sub(inner[p][i], broadcast(from[p])), weight);
+        }
       }
       add_pixel(b, 1 + k, pixel, turn, inner, tile, scratch);
+      // The weights have taken in this tile by now, and so must c have.
+      for (int p = 0; p < kCount && image >= 0; ++p) {
+        const float* weights = sums(scratch, b, 0, turn);
+        float* products = sums(scratch, b, 1 + k + static_cast<std::size_t>(p), turn);
+        for (std::size_t c = 0; c <= shape_.channels; ++c) {
+          add_multiple(from[p] - next[p], weights + c * kLanes, products + c * kLanes);
+        }
+        from[p] = next[p];
+      }
     };
     sum_windows<kCount>(tile, scratch, add_products, take_in_pixel);
   }
@@ -226,11 +276,12 @@ class WindowJvpScan {
       lanes[p] = sums(scratch, b, set + static_cast<std::size_t>(p), turn);
       add_terms(factors[p], lanes[p]);
     }
+    const float* from = nearest(scratch, b, turn);
     for (std::size_t d = pixel; d < dim_; d += pixels_) {
-      const Vec origin = broadcast(tangents_.centre[b * dim_ + d]);
+      const Vec origin = broadcast(tangents_.centre[b * dim_ + d]), start = broadcast(*from++);
       Vec value[kTileVectors];
       for (int i = 0; i < kTileVectors; ++i) {
-        value[i] = sub(load(tile + d * kTileImages + i * kLanes), origin);
+        value[i] = sub(sub(load(tile + d * kTileImages + i * kLanes), origin), start);
       }
       for (int p = 0; p < kSets; ++p) add_products(factors[p], value, lanes[p] += kLanes);
     }

@@ -19,7 +19,7 @@ from pyflocality.cuda.geometry import (
 )
 from pyflocality.cuda.launch import Launch, run
 from pyflocality.cuda.stored import StoredProblem, batch_parts, stored_problem
-from pyflocality.reference.state import PosteriorState, tangent_values, uncentred
+from pyflocality.reference.state import PosteriorState, about_means, tangent_values, uncentred
 
 _MERGE_THREADS, _MERGE_ENTRIES = 256, 32
 
@@ -98,7 +98,7 @@ def _jvp_state(stored: StoredProblem, tangents: Tensor, window: int) -> Posterio
     )
     origin = (centres(stored) * step + stored.shift).flatten(2).transpose(1, 2)
     state = PosteriorState(minimum * stored.unit.square()[:, None], total, weighted.transpose(1, 2))
-    return uncentred(state, origin)
+    return uncentred(about_means(state, channels), origin)
 
 
 def centres(stored: StoredProblem) -> Tensor:

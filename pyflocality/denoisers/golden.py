@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from pyflocality._budget import memory_budget_bytes
+from pyflocality._budget import images_per_chunk, memory_budget_bytes
 from pyflocality._checks import (
     check_count,
     check_float_tensor,
@@ -104,7 +104,7 @@ class GoldenSubset(Denoiser):
     The masks of `PCALocalityDenoiser` are those of the whole set. One noisy image is answered at
     a time: k images as they are stored are all that is gathered. Pooled images are computed once
     and kept in half precision where they fit half of the memory budget, else pooled anew at each
-    call.
+    call. The wrapped denoiser has what both leave of the budget.
 
     Derivatives are those of the wrapped denoiser over the subset, which does not change with x
     but in jumps.
@@ -225,7 +225,8 @@ class GoldenSubset(Denoiser):
         doubtful = ((low <= high.kthvalue(k).values) & ~sure).nonzero()[:, 0]
         sure = sure.nonzero()[:, 0]
         positions = doubtful if pool is None else pool[doubtful]
-        blocks = (images.index_select(0, rows) for rows in positions.split(_CACHED_IMAGES))
+        size = _at_a_time(images, self.denoiser.memory_budget)
+        blocks = (images.index_select(0, rows) for rows in positions.split(size))
         level = torch.tensor([alpha], dtype=torch.float64, device=x.device)
         found = nearest_of(x[None], level, blocks, k - len(sure))
         return torch.cat([sure, doubtful[found.indices[0]]])
@@ -267,9 +268,8 @@ class GoldenSubset(Denoiser):
             if 2 * len(data) * math.prod(shape) > memory_budget_bytes(budget) // 2:
                 return None
             pooled = torch.empty(len(data), *shape, dtype=torch.float16, device=self.device)
-            for part, values in zip(
-                pooled.split(_CACHED_IMAGES), _chunks(data.images, None, budget), strict=True
-            ):
+            parts = pooled.split(_at_a_time(data.images, budget))
+            for part, values in zip(parts, _chunks(data.images, None, budget), strict=True):
                 part.copy_(self._pool_images(values))
             # Also where torch is differentiating, and lends its tensors for that long only.
             self._pooled = without_derivatives(pooled)
@@ -289,8 +289,11 @@ class GoldenSubset(Denoiser):
             return images.index_select(0, chosen) if len(chosen) < len(images) else images
 
         chosen = read_checked(images, gather)
+        kept = 0 if self._pooled is None else self._pooled.nbytes
         if chosen is not images:
             twin.data = TrainingSet._of_valid(chosen, denoiser.data.name)
+            kept += chosen.nbytes
+        twin.memory_budget = max(1, memory_budget_bytes(denoiser.memory_budget) - kept)
         return twin
 
     def _subsets(
@@ -351,12 +354,19 @@ def _chunks(
     images: Tensor, chosen: Tensor | None, memory_budget: int | str | None
 ) -> Iterator[Tensor]:
     """All or some images in the units in which they are stored, new float32, a few at a time."""
+    size = _at_a_time(images, memory_budget)
     if chosen is None:
-        parts = streamed(images, _CACHED_IMAGES, memory_budget)
+        parts = streamed(images, size, memory_budget)
     else:
-        parts = (images.index_select(0, rows) for rows in chosen.split(_CACHED_IMAGES))
+        parts = (images.index_select(0, rows) for rows in chosen.split(size))
     for stored in parts:
         yield stored.to(torch.float32, copy=True)
+
+
+def _at_a_time(images: Tensor, memory_budget: int | str | None) -> int:
+    """Images that are compared at a time: as stored, as numbers, and pooled or squared."""
+    budget = memory_budget_bytes(memory_budget) // 2
+    return images_per_chunk(budget, 16 * images[0].numel(), _CACHED_IMAGES)
 
 
 def _distances(chunks: Iterator[Tensor], y: Tensor) -> Tensor:

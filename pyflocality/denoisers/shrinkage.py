@@ -44,7 +44,9 @@ class FourierWienerDenoiser(Denoiser):
 
     with :math:`e_k` the orthonormal Fourier basis of each channel and, as in the talk and the
     paper, the second moments about 0 (mid-grey), not about the mean image: the denoiser is linear,
-    translates with the image, and falls to 0 as the noise grows. Values may leave [-1, 1].
+    translates with the image, and falls to 0 as the noise grows. Values may leave [-1, 1]. torch
+    takes the Fourier transforms: an image's bits may depend on the others of its batch and on the
+    number of threads, by rounding alone.
 
     Where the power falls as |k|^-p with p > 2, as in images of edges with p = 3, the error falls
     as :math:`\sigma^{2 (1 - 2 / p)}` with the noise.

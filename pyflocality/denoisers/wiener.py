@@ -23,7 +23,8 @@ class WienerDenoiser(Denoiser):
 
     with :math:`\mu` and S the mean and covariance of the training set. It is the posterior
     mean of Gaussian data with these moments; its rows are the sensitivity fields that trained
-    networks show. Its values may leave [-1, 1].
+    networks show. Its values may leave [-1, 1]. torch multiplies the matrices: an image's bits may
+    depend on the others of its batch and on the number of threads, by rounding alone.
 
     Args:
         data: A training set, whose moments are then computed, or `Moments`.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from pyflocality.native.posterior import (
     value_unit,
     within_range,
 )
-from pyflocality.reference.state import PosteriorState, tangent_values, uncentred
+from pyflocality.reference.state import PosteriorState, merge_tangents, tangent_values, uncentred
 from pyflocality.weights import QueryWeights
 
 
@@ -113,6 +115,7 @@ def _scan(
         queries * (1 + sums) * (bytes_per_sum + 16),
         instruction_set,
         (centre, directions),
+        functools.partial(merge_tangents, values=values),
         **geometry,
     )
     # Values and c are in stored units, their products in the square of these.

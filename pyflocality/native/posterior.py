@@ -31,6 +31,7 @@ _SMALLEST_FACTOR, _LARGEST_FACTOR = 2.0**-126, 2.0**120
 _trees: WeakKeyDictionary[QueryWeights, Any] = WeakKeyDictionary()
 
 Scan = Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]
+Join = Callable[[PosteriorState, PosteriorState, torch.Tensor], PosteriorState]
 
 
 def global_posterior_state(
@@ -212,6 +213,7 @@ def scan_stored(
     bytes_per_query: int,
     instruction_set: str | None,
     per_query: tuple[torch.Tensor, ...] = (),
+    join: Join = merge,
     **geometry: object,
 ) -> PosteriorState:
     """Run a kernel over all images, for as many noisy images at a time as the budget allows.
@@ -224,6 +226,7 @@ def scan_stored(
         bytes_per_query: Working memory per noisy image and thread.
         instruction_set: As the callers take it.
         per_query: Further float32 arguments of the kernel, a row for each noisy image.
+        join: Joins the states of blocks of images.
         geometry: Further arguments of the kernel, the same for all.
 
     Returns:
@@ -241,7 +244,7 @@ def scan_stored(
     states: list[PosteriorState] = []
     for images in image_blocks(problem):
         found = [_as_state(scan(images, *arrays, **options)) for arrays in parts]
-        states = list(map(merge, states, found, scales)) if states else found
+        states = list(map(join, states, found, scales)) if states else found
     return PosteriorState(*(torch.cat(part) for part in zip(*states, strict=True)))
 
 

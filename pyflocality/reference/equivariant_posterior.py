@@ -58,6 +58,7 @@ def equivariant_posterior_state(
             return torch.stack([(weights * flat[:, c]).sum(1) for c in range(channels)], dim=-1)
 
         state = posterior.update(state, view.distance, scale, weigh)
+        del view, flat, weigh
     return state
 
 
@@ -67,22 +68,24 @@ def equivariant_posterior_jvp_state(
     """The same scan with tangents [K, B, C, H, W]."""
     centre, directions = centre_of(problem), tangents.transpose(0, 1)
     batch, channels, height, width = centre.shape
-    sums = posterior.tangent_values(channels, len(tangents))
+    count, queries = len(tangents), height * width
     scale = posterior.finite_factor(problem.scale, problem.x.dtype)
-    state = posterior.init(batch, height * width, sums, problem.x)
-    for view in _views(problem, window, circular, 6 * channels + 4 * len(tangents) + 4):
+    state = posterior.init_tangents(batch, queries, channels, count, problem.x)
+    for view in _views(problem, window, circular, 9 * channels + 4 * count + 6):
 
-        def weigh(weights: Tensor, view: _View = view) -> Tensor:
-            rows = []
-            for w, origin, u in zip(weights, centre, directions, strict=True):
+        def sums(weights: Tensor, nearest: Tensor, view: _View = view) -> Tensor:
+            answers, rows = view.at_query(view.values).flatten(2), []
+            for w, near, origin, u in zip(weights, nearest, centre, directions, strict=True):
                 centred = view.values - view.at_patch(origin)
-                inner = box_sum(torch.einsum("kchw,nchw->knhw", view.at_patch(u), centred), window)
-                factors = [w, *(w * view.at_query(inner).flatten(2))]
-                rows.append(posterior.tangent_sums(factors, view.at_query(centred).flatten(2)))
-            return torch.stack(rows) if rows else weights.new_zeros(0, height * width, sums)
+                planes = torch.einsum("kchw,nchw->knhw", view.at_patch(u), centred)
+                inner = view.at_query(box_sum(planes, window)).flatten(2)
+                rows.append(posterior.tangent_sums(w, inner, answers, near))
+            empty = weights.new_zeros(0, queries, posterior.tangent_values(channels, count))
+            return torch.stack(rows) if rows else empty.double()
 
-        state = posterior.update(state, view.distance, scale, weigh)
-    return posterior.uncentred(state, centre.flatten(2).transpose(1, 2))
+        state = posterior.update_tangents(state, view.distance, scale, channels, sums)
+        del view, sums
+    return state
 
 
 def equivariant_posterior_vjp(
@@ -95,7 +98,7 @@ def equivariant_posterior_vjp(
     def pieces() -> Iterator[Piece]:
         for view in _views(problem, window, circular, 6 * channels + 6):
 
-            def centred(b: int, view: _View = view) -> Tensor:
+            def centred(b: int, view: _View) -> Tensor:
                 return view.values - view.at_patch(centre[b])
 
             def inner(b: int, g: Tensor, view: _View = view) -> Tensor:
@@ -108,6 +111,7 @@ def equivariant_posterior_vjp(
                 )
 
             yield Piece(view.distance, inner, spread)
+            del view, inner, spread
 
     return two_passes(problem, cotangents, height * width, pieces).derivatives
 
@@ -131,11 +135,13 @@ def _views(
     for values in problem.chunks(chunk):
         for down, right, allowed in displacements(height, width, window, circular):
             displaced = x.roll((-down, -right), (-2, -1))
-            difference = displaced[:, None] - alpha * values
-            at_patch = box_sum(difference.square().sum(2), window)
-            at_patch = torch.where(allowed.to(x.device), at_patch, torch.inf)
+            squares = (displaced[:, None] - alpha * values).square().sum(2)
+            at_patch = torch.where(allowed.to(x.device), box_sum(squares, window), torch.inf)
             distance = at_patch.roll((down, right), (-2, -1)).flatten(2)
+            del squares, at_patch
             yield _View(distance, values, (down, right))
+            del distance
+        del values
 
 
 def displacements(

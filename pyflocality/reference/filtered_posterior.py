@@ -7,7 +7,11 @@ from torch import Tensor
 
 from pyflocality._problem import PosteriorProblem
 from pyflocality.reference import state as posterior
-from pyflocality.reference.masked_posterior import weighted_derivatives, weighted_distances
+from pyflocality.reference.masked_posterior import (
+    dense_bytes,
+    weighted_derivatives,
+    weighted_distances,
+)
 from pyflocality.weights import QueryWeights
 
 
@@ -24,14 +28,15 @@ def filtered_posterior_mean(
     x = problem.x.reshape(batch, values)
     by_input = weights.dense(x.dtype, x.device).T
     answers = responses.dense(x.dtype, x.device)
-    per_image = (3 * values + 3 * batch * max(queries, values)) * x.element_size()
-    chunk = problem.images_at_a_time(per_image)
+    per_image = (3 * values + 4 * batch * max(queries, values)) * x.element_size()
+    chunk = problem.images_at_a_time(per_image, dense_bytes(by_input) + dense_bytes(answers))
     alpha = problem.alpha.to(x.dtype)
     scale = posterior.finite_factor(problem.scale, x.dtype)
     state = posterior.init(batch, queries, 0, x)
     for images in problem.chunks(chunk):
         distance = weighted_distances(x, images.flatten(1), alpha, by_input)
         state = posterior.update(state, distance, scale, _no_values)
+        del images, distance
     state = problem.merged(state, scale)
     blend = x.new_zeros(batch, values)
     for images in problem.chunks(chunk):
@@ -39,6 +44,7 @@ def filtered_posterior_mean(
         gap = weighted_distances(x, flat, alpha, by_input) - state.minimum[:, None]
         share = torch.exp(-gap * scale[:, None, None]) / state.total[:, None]
         blend = blend + (torch.matmul(share, answers) * flat).sum(1)
+        del images, flat, gap, share
     return problem.summed(blend) / answers.sum(0)
 
 

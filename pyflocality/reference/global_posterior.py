@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,55 +15,52 @@ from pyflocality.reference.state import PosteriorState
 
 def global_posterior_state(problem: PosteriorProblem) -> PosteriorState:
     """Scan of all images with one query per batch element, Q = 1, that answers all D values."""
-
-    def weigh(weights: Tensor, flat: Tensor) -> Tensor:
-        return torch.matmul(weights[:, None, :, 0], flat)
-
     values = problem.images[0].numel()
+    scale = posterior.finite_factor(problem.scale, problem.x.dtype)
+    state = posterior.init(len(problem.x), 1, values, problem.x)
     # One chunk holds its values, the differences of one query, and its squares.
-    return _scan(problem, values, 3 * values, weigh)
+    for flat, distance in _distances(problem, 3 * values):
+
+        def weigh(weights: Tensor, flat: Tensor = flat) -> Tensor:
+            return torch.matmul(weights[:, None, :, 0], flat)
+
+        state = posterior.update(state, distance, scale, weigh)
+        del flat, distance, weigh
+    return state
 
 
 def global_posterior_jvp_state(problem: PosteriorProblem, tangents: Tensor) -> PosteriorState:
     """The same scan with tangents [K, B, C, H, W]."""
     centre = centre_of(problem).flatten(1)
     directions = tangents.flatten(2).transpose(0, 1)
-    values = centre.shape[1]
-    sums = posterior.tangent_values(values, len(tangents))
+    values, count = centre.shape[1], len(tangents)
+    scale = posterior.finite_factor(problem.scale, problem.x.dtype)
+    state = posterior.init_tangents(len(centre), 1, values, count, problem.x)
+    # And the values from the nearest image, their products with the weights, and inner products.
+    for flat, distance in _distances(problem, 6 * values + 4 * count):
 
-    def weigh(weights: Tensor, flat: Tensor) -> Tensor:
-        rows = []
-        for w, origin, u in zip(weights, centre, directions, strict=True):
-            centred = flat - origin
-            inner = centred @ u.T
-            factors = [w, *(w * inner.T[..., None])]
-            rows.append(posterior.tangent_sums(factors, centred[..., None]))
-        return torch.stack(rows) if rows else weights.new_zeros(0, 1, sums)
+        def sums(weights: Tensor, nearest: Tensor, flat: Tensor = flat) -> Tensor:
+            rows = []
+            for w, near, origin, u in zip(weights, nearest, centre, directions, strict=True):
+                inner = ((flat - origin) @ u.T).T[..., None]
+                rows.append(posterior.tangent_sums(w, inner, flat[..., None], near))
+            empty = weights.new_zeros(0, 1, posterior.tangent_values(values, count))
+            return torch.stack(rows) if rows else empty.double()
 
-    # And the centred values, their products with the weights, and the inner products.
-    state = _scan(problem, sums, 5 * values + 3 * len(tangents), weigh)
-    return posterior.uncentred(state, centre[:, None])
+        state = posterior.update_tangents(state, distance, scale, values, sums)
+        del flat, distance, sums
+    return state
 
 
-def _scan(
-    problem: PosteriorProblem,
-    sums: int,
-    values_per_image: int,
-    weigh: Callable[[Tensor, Tensor], Tensor],
-) -> PosteriorState:
-    """Scan whose weighted sums weigh(weights [B, n, 1], values [n, D]) are [B, 1, sums]."""
-    batch = len(problem.x)
+def _distances(problem: PosteriorProblem, values_per_image: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images in chunks, [n, D], and their distances [B, n, 1]."""
     x = problem.x.flatten(1)
-    per_image = (values_per_image + 4 * batch) * x.element_size()
+    per_image = (values_per_image + 4 * len(x)) * x.element_size()
     chunk = problem.images_at_a_time(per_image)
     alpha = problem.alpha.to(x.dtype)
-    scale = posterior.finite_factor(problem.scale, x.dtype)
-    state = posterior.init(batch, 1, sums, x)
     for images in problem.chunks(chunk):
-        flat = images.flatten(1)
-        distance = squared_distances(x, flat, alpha)[..., None]
-        state = posterior.update(state, distance, scale, partial(weigh, flat=flat))
-    return state
+        yield images.flatten(1), squared_distances(x, images.flatten(1), alpha)[..., None]
+        del images
 
 
 def squared_distances(x: Tensor, values: Tensor, alpha: Tensor) -> Tensor:

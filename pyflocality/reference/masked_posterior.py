@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,13 +17,18 @@ from pyflocality.weights import QueryWeights
 
 def masked_posterior_state(problem: PosteriorProblem, weights: QueryWeights) -> PosteriorState:
     """Scan of all images with a query per output value, Q = D, that answers that one value."""
-
-    def weigh(posterior_weights: Tensor, flat: Tensor) -> Tensor:
-        return (posterior_weights * flat).sum(1)[..., None]
-
     by_input = weights.dense(problem.x.dtype, problem.x.device).T
+    scale = posterior.finite_factor(problem.scale, problem.x.dtype)
+    state = posterior.init(len(problem.x), by_input.shape[1], 1, problem.x)
     # One chunk holds its values and the squared differences of one query.
-    return _scan(problem, by_input, 1, 3 * len(by_input), weigh)
+    for flat, distance in _distances(problem, by_input, 3 * len(by_input)):
+
+        def weigh(posterior_weights: Tensor, flat: Tensor = flat) -> Tensor:
+            return (posterior_weights * flat).sum(1)[..., None]
+
+        state = posterior.update(state, distance, scale, weigh)
+        del flat, distance, weigh
+    return state
 
 
 def masked_posterior_jvp_state(
@@ -34,19 +38,24 @@ def masked_posterior_jvp_state(
     centre = centre_of(problem).flatten(1)
     directions = tangents.flatten(2).transpose(0, 1)
     by_input = weights.dense(problem.x.dtype, problem.x.device).T
-    sums = posterior.tangent_values(1, len(tangents))
+    (inputs, queries), count = by_input.shape, len(tangents)
+    scale = posterior.finite_factor(problem.scale, problem.x.dtype)
+    state = posterior.init_tangents(len(centre), queries, 1, count, problem.x)
+    # And the centred values, a product for every tangent, and temporaries.
+    for flat, distance in _distances(problem, by_input, (9 + count) * inputs):
 
-    def weigh(posterior_weights: Tensor, flat: Tensor) -> Tensor:
-        rows = []
-        for w, origin, u in zip(posterior_weights, centre, directions, strict=True):
-            centred = flat - origin
-            factors = [w, *(w * ((direction * centred) @ by_input) for direction in u)]
-            rows.append(posterior.tangent_sums(factors, centred[:, None]))
-        return torch.stack(rows) if rows else flat.new_zeros(0, len(by_input), sums)
+        def sums(weights: Tensor, nearest: Tensor, flat: Tensor = flat) -> Tensor:
+            rows = []
+            for w, near, origin, u in zip(weights, nearest, centre, directions, strict=True):
+                centred = flat - origin
+                inner = [(direction * centred) @ by_input for direction in u]
+                rows.append(posterior.tangent_sums(w, inner, flat[:, None], near))
+            empty = weights.new_zeros(0, queries, posterior.tangent_values(1, count))
+            return torch.stack(rows) if rows else empty.double()
 
-    # And the centred values, a factor for every tangent, and two temporaries.
-    state = _scan(problem, by_input, sums, (6 + len(tangents)) * len(by_input), weigh)
-    return posterior.uncentred(state, centre[..., None])
+        state = posterior.update_tangents(state, distance, scale, 1, sums)
+        del flat, distance, sums
+    return state
 
 
 def masked_posterior_vjp(
@@ -84,8 +93,9 @@ def weighted_derivatives(
     """
     x, shape, (queries, values) = problem.x.flatten(1), problem.x.shape[1:], weights.shape
     alpha, centre = problem.alpha.to(x.dtype), centre_of(problem).flatten(1)
-    per_image = 6 * values + (3 * len(x) + 3) * max(queries, values)
-    chunk = problem.images_at_a_time(per_image * x.element_size())
+    per_image = 6 * values + (4 * len(x) + 3) * max(queries, values)
+    fixed = dense_bytes(weights) + (spread is not weights) * dense_bytes(spread)
+    chunk = problem.images_at_a_time(per_image * x.element_size(), fixed)
 
     def pieces() -> Iterator[Piece]:
         for images in problem.chunks(chunk):
@@ -97,6 +107,7 @@ def weighted_derivatives(
                     ((coefficients @ spread) * (flat - centre[b])).sum(0).reshape(shape)
                 ),
             )
+            del images, flat
 
     found = two_passes(problem, directions, queries, pieces, blend=blend)
     if found.blend is None:
@@ -104,26 +115,23 @@ def weighted_derivatives(
     return TwoPasses(found.derivatives, found.blend + centre.reshape(found.blend.shape))
 
 
-def _scan(
-    problem: PosteriorProblem,
-    by_input: Tensor,
-    sums: int,
-    values_per_image: int,
-    weigh: Callable[[Tensor, Tensor], Tensor],
-) -> PosteriorState:
-    """Scan whose weighted sums weigh(weights [B, n, Q], values [n, D]) are [B, Q, sums]."""
-    x, batch, queries = problem.x.flatten(1), len(problem.x), by_input.shape[1]
-    # And for the whole batch distances, weights and one more temporary of that shape.
-    per_image = (values_per_image + 3 * batch * queries) * x.element_size()
-    chunk = problem.images_at_a_time(per_image)
+def _distances(
+    problem: PosteriorProblem, by_input: Tensor, values_per_image: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images in chunks, [n, D], and their distances [B, n, Q]."""
+    x, queries = problem.x.flatten(1), by_input.shape[1]
+    # And for the whole batch distances, weights and two temporaries of that shape.
+    per_image = (values_per_image + 4 * len(x) * queries) * x.element_size()
+    chunk = problem.images_at_a_time(per_image, dense_bytes(by_input))
     alpha = problem.alpha.to(x.dtype)
-    scale = posterior.finite_factor(problem.scale, x.dtype)
-    state = posterior.init(batch, queries, sums, x)
     for images in problem.chunks(chunk):
-        flat = images.flatten(1)
-        distance = weighted_distances(x, flat, alpha, by_input)
-        state = posterior.update(state, distance, scale, partial(weigh, flat=flat))
-    return state
+        yield images.flatten(1), weighted_distances(x, images.flatten(1), alpha, by_input)
+        del images
+
+
+def dense_bytes(weights: Tensor) -> int:
+    """Working memory of a dense matrix of weights, and of the mask that it may come from."""
+    return weights.nbytes + weights.numel()
 
 
 def weighted_distances(x: Tensor, values: Tensor, alpha: Tensor, by_input: Tensor) -> Tensor:

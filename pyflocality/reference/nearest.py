@@ -26,7 +26,7 @@ from pyflocality._problem import PosteriorProblem, training_values
 # Bits of integers that float64 holds, and the smallest exponent of two that its numbers have.
 _EXACT_BITS, _LOWEST = 53, -1074
 # Values of images that are looked at in float64 at a time.
-_VALUES = 2**18
+_VALUES = 2**16
 # Candidates for which no better bound is looked for.
 _FEW = 64
 
@@ -34,8 +34,9 @@ _FEW = 64
 def nearest_images(problem: PosteriorProblem, k: int) -> tuple[Tensor, Tensor]:
     """Indices and squared distances of the k nearest images, [B, k] each."""
     x, values = problem.x.flatten(1), problem.images[0].numel()
-    # A chunk as values, their squares, and bounds for all queries.
-    chunk = problem.images_at_a_time((2 * values + 4 * len(x)) * x.element_size())
+    # A chunk as values, their squares, and bounds for all queries; and some images in float64.
+    per_image = (2 * values + 4 * len(x)) * x.element_size()
+    chunk = problem.images_at_a_time(per_image, 6 * 8 * max(_VALUES, values))
     found = nearest_of(x, problem.alpha, problem.blocks(chunk), k)
     if problem.ranks is None:
         return found.indices, found.distances

@@ -31,17 +31,22 @@ def patch_set_mean(problem: PosteriorProblem, window: int) -> Tensor:
     def scan() -> Iterator[tuple[Tensor, Tensor]]:
         for values in problem.chunks(chunk):
             squares = (x[:, None] - alpha * values).square().sum(2)
-            yield values, sums_inside(squares, window).flatten(2)
+            distance = sums_inside(squares, window).flatten(2)
+            del squares
+            yield values, distance
+            del values, distance
 
     state = posterior.init(batch, inside[0] * inside[1], 0, x)
-    for _, distance in scan():
+    for values, distance in scan():
         state = posterior.update(state, distance, scale, _no_values)
+        del values, distance
     state = problem.merged(state, scale)
     sums = torch.zeros_like(x)
     for values, distance in scan():
         weights = posterior.posterior_weights(distance, state, scale).unflatten(2, inside)
         share = spread_inside(weights, window)
         sums = sums + torch.stack([(share * values[:, c]).sum(1) for c in range(channels)], dim=1)
+        del values, distance, weights, share
     return problem.summed(sums) / windows_over((height, width), window, x)
 
 

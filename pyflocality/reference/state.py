@@ -11,15 +11,18 @@ factor :math:`\kappa`, so the rounding of large logits at small noise cancels, a
 :math:`\sigma = 0` (:math:`\kappa` the largest float) is the mean of the nearest images without
 any special case. Merging is associative: it joins chunks, threads, devices and machines.
 
-Derivatives need no other state. With :math:`w` the weights of the inputs in :math:`e_i`, the
-posterior means :math:`\mathbb E[v]` change along a tangent :math:`u` of the noisy image by
+With :math:`w` the weights of the inputs in :math:`e_i`, the posterior means
+:math:`\mathbb E[v]` change along a tangent :math:`u` of the noisy image by
 
 .. math::
-    J u = \frac{\alpha}{\sigma^2 \tau} \bigl( \mathbb E[v c] - \mathbb E[v] \, \mathbb E[c]
-    \bigr), \qquad c_i = \sum_d w[d] \, u[d] \, v_i[d],
+    J u = \frac{\alpha}{\sigma^2 \tau} \operatorname{Cov}(v, c), \qquad
+    c_i = \sum_d w[d] \, u[d] \, v_i[d],
 
-so a scan with K tangents is a scan whose queries answer the V + K + K V values
-:math:`v, c_k, c_k v`, and `finalize_jvp` forms the covariances.
+so a scan with K tangents keeps the V + K sums of :math:`v` and :math:`c_k` and, in their place
+behind these, the K V sums of :math:`(v - \mathbb E[v]) (c_k - \mathbb E[c_k])` about the means of
+the images seen so far. Kept as sums of products they would cancel: the factor grows without bound
+as the noise falls, and where one image holds the posterior what rounding left of the difference
+would be a Jacobian that is 0. `merge_tangents` joins such states.
 """
 
 from __future__ import annotations
@@ -80,6 +83,13 @@ def _decay(minimum: Tensor, new_minimum: Tensor, scale: Tensor) -> Tensor:
     return torch.where(torch.isinf(minimum), 0.0, decay)
 
 
+def _weights(distance: Tensor, minimum: Tensor, scale: Tensor) -> Tensor:
+    # Infinite distances stand for images that a query is not compared with: without any other
+    # so far, the difference to the minimum would be NaN.
+    base = torch.where(torch.isinf(minimum), 0.0, minimum).to(distance.dtype)
+    return _exponential(distance - base[:, None], scale[:, None, None])
+
+
 def update(
     state: PosteriorState,
     distance: Tensor,
@@ -96,14 +106,11 @@ def update(
         weigh: Maps unnormalised weights [B, n, Q] to the weighted sums of values [B, Q, V].
     """
     minimum = torch.minimum(state.minimum, distance.amin(1))
-    # Infinite distances stand for images that a query is not compared with: without any other
-    # so far, the difference to the minimum would be NaN.
-    base = torch.where(torch.isinf(minimum), 0.0, minimum)
-    weights = _exponential(distance - base[:, None], scale[:, None, None])
+    weights = _weights(distance, minimum, scale)
     decay = _decay(state.minimum, minimum, scale)
     return PosteriorState(
         minimum,
-        state.total * decay + weights.sum(1),
+        state.total * decay + weights.sum(1, dtype=state.total.dtype),
         state.weighted * decay[..., None] + weigh(weights),
     )
 
@@ -134,8 +141,8 @@ def posterior_weights(distance: Tensor, state: PosteriorState, scale: Tensor) ->
         state: The state after the scan of all images.
         scale: Factor of the distances in the exponent, [B].
     """
-    gap = distance - state.minimum[:, None]
-    return _exponential(gap, scale[:, None, None]) / state.total[:, None]
+    minimum, total = (part.to(distance.dtype)[:, None] for part in state[:2])
+    return _exponential(distance - minimum, scale[:, None, None]) / total
 
 
 def log_sum_exp(state: PosteriorState, scale: Tensor) -> Tensor:
@@ -148,25 +155,107 @@ def tangent_values(values: int, tangents: int) -> int:
     return values + tangents * (1 + values)
 
 
-def tangent_sums(factors: Sequence[Tensor], values: Tensor) -> Tensor:
-    """The weighted sums of one batch element over a chunk, with tangents.
+def init_tangents(
+    batch: int, queries: int, values: int, tangents: int, like: Tensor
+) -> PosteriorState:
+    """The state with tangents before the first image, float64 on the device of `like`."""
+    return init(batch, queries, tangent_values(values, tangents), like.double())
+
+
+def update_tangents(
+    state: PosteriorState,
+    distance: Tensor,
+    scale: Tensor,
+    values: int,
+    sums: Callable[[Tensor, Tensor], Tensor],
+) -> PosteriorState:
+    """Take in a chunk of n images with tangents.
 
     Args:
-        factors: The weights, [n, Q], and for every tangent the weights times c, [n, Q].
+        state: The state so far, float64.
+        distance: Weighted squared distances of the chunk, as in `update`, [B, n, Q].
+        scale: Factor of the distances in the exponent, [B].
+        values: Number V of values that a query answers.
+        sums: Maps weights [B, n, Q] and the nearest image of every query [B, Q] to the sums that
+            `tangent_sums` makes of them, [B, Q, V + K + K V].
+    """
+    minimum = torch.minimum(state.minimum, distance.amin(1))
+    weights = _weights(distance, minimum, scale)
+    found = sums(weights, distance.detach().argmin(1))
+    chunk = PosteriorState(minimum, weights.sum(1, dtype=torch.float64), found)
+    return merge_tangents(state, chunk, scale.double(), values)
+
+
+def tangent_sums(
+    weights: Tensor, inner: Sequence[Tensor], values: Tensor, nearest: Tensor
+) -> Tensor:
+    """The weighted sums of one batch element over a chunk, with tangents, float64.
+
+    Args:
+        weights: The weights, [n, Q].
+        inner: The products c of every tangent, [n, Q].
         values: Values that the queries answer, [n, V, Q], or [n, V, 1] for all of them.
+        nearest: The image of the largest weight of every query, [Q]: what the terms are counted
+            from, so that it and its equals add nothing to the covariance.
 
     Returns:
-        Sums of v, of c_k and of c_k v, [Q, V + K + K V].
+        Sums of v, of c_k and of (v - E[v]) (c_k - E[c_k]), [Q, V + K + K V].
     """
-    products = [(factor[:, None] * values).sum(0).T for factor in factors]
-    inner = [factor.sum(0)[:, None] for factor in factors[1:]]
-    return torch.cat([products[0], *inner, *products[1:]], dim=-1)
+    total = weights.sum(0, dtype=torch.float64)[:, None]
+    safe = torch.where(total > 0, total, 1.0)
+    place = nearest[None, None].expand(1, values.shape[1], -1)
+    origin = values.expand(-1, -1, len(nearest)).gather(0, place)
+    gaps = values - origin
+    moved = _summed(weights[:, None] * gaps)
+    means, products, cross = moved + total * origin[0].T.double(), [], []
+    for c in inner:
+        start = c.gather(0, nearest[None])
+        factor = weights * (c - start)
+        shift = _summed(factor[:, None])
+        products.append(shift + total * start.T.double())
+        cross.append(_summed(factor[:, None] * gaps) - shift * moved / safe)
+    return torch.cat([means, *products, *cross], dim=-1)
+
+
+def _summed(terms: Tensor) -> Tensor:
+    """Terms [n, V, Q] over the images, in float64: [Q, V]."""
+    return terms.sum(0, dtype=torch.float64).T
+
+
+def merge_tangents(
+    first: PosteriorState, second: PosteriorState, scale: Tensor, values: int
+) -> PosteriorState:
+    """The state with tangents after both sets of images; `values` as in `update_tangents`."""
+    minimum = torch.minimum(first.minimum, second.minimum)
+    one, two = (rescaled(state, minimum, scale) for state in (first, second))
+    total = one.total + two.total
+    share = one.total * two.total / torch.where(total > 0, total, 1.0)
+    (v, c), (other_v, other_c) = (_means(state, values) for state in (first, second))
+    apart = (c - other_c)[..., None] * (v - other_v)[..., None, :]
+    between = share[..., None] * apart.flatten(-2)
+    still = torch.zeros_like(one.weighted[..., : values + c.shape[-1]])
+    weighted = one.weighted + two.weighted + torch.cat([still, between], -1)
+    return PosteriorState(minimum, total, weighted)
+
+
+def _means(state: PosteriorState, values: int) -> tuple[Tensor, Tensor]:
+    total = torch.where(state.total > 0, state.total, 1.0)[..., None]
+    means, inner, _ = _split(state.weighted, values)
+    return means / total, inner / total
+
+
+def about_means(state: PosteriorState, values: int) -> PosteriorState:
+    """A state with tangents whose last sums are those of c_k v, as others keep it: float64."""
+    minimum, total, weighted = (part.double() for part in state)
+    means, inner, cross = _split(weighted, values)
+    cross = cross - inner[..., None] * means[..., None, :] / total[..., None, None]
+    return PosteriorState(minimum, total, torch.cat([means, inner, cross.flatten(-2)], dim=-1))
 
 
 def uncentred(state: PosteriorState, centre: Tensor) -> PosteriorState:
     """A state with tangents, in float64, whose values were counted from a centre.
 
-    What c is counted from is left as it is: it cancels from all results.
+    What c is counted from is left as it is: it matters to no result.
 
     Args:
         state: State of values v - centre, with K tangents.
@@ -174,11 +263,9 @@ def uncentred(state: PosteriorState, centre: Tensor) -> PosteriorState:
     """
     minimum, total, weighted = (part.double() for part in state)
     centre = centre.double()
-    values = centre.shape[-1]
-    means, inner, cross = _split(weighted, values)
-    cross = cross + inner[..., None] * centre[..., None, :]
+    means, rest = weighted.tensor_split([centre.shape[-1]], dim=-1)
     means = means + total[..., None] * centre
-    return PosteriorState(minimum, total, torch.cat([means, inner, cross.flatten(-2)], dim=-1))
+    return PosteriorState(minimum, total, torch.cat([means, rest], dim=-1))
 
 
 def finalize_jvp(state: PosteriorState, values: int, factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,8 +279,7 @@ def finalize_jvp(state: PosteriorState, values: int, factor: Tensor) -> tuple[Te
     Returns:
         Means [B, Q, V] and derivatives [K, B, Q, V].
     """
-    means, inner, cross = _split(finalize(state), values)
-    covariance = cross - inner[..., None] * means[..., None, :]
+    means, _, covariance = _split(finalize(state), values)
     return means, (covariance * factor[:, None, None, None]).movedim(-2, 0)
 
 

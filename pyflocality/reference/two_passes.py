@@ -76,18 +76,20 @@ def two_passes(
     """
     scale = posterior.finite_factor(problem.scale, problem.x.dtype)
     batch, count = len(problem.x), len(directions)
-    state = posterior.init(batch, queries, count, problem.x)
+    state = posterior.init(batch, queries, count, problem.x.double())
+    empty = torch.zeros_like(state.weighted.mT)
     for piece in pieces():
 
         def weigh(weights: Tensor, piece: Piece = piece) -> Tensor:
             sums = [
-                (weights[b] * piece.inner(b, direction[b])).sum(0)
+                (weights[b] * piece.inner(b, direction[b])).sum(0, dtype=torch.float64)
                 for b in range(batch)
                 for direction in directions
             ]
-            return _stacked(sums, weights.new_zeros(batch, count, queries)).transpose(1, 2)
+            return _stacked(sums, empty).mT
 
         state = posterior.update(state, piece.distance, scale, weigh)
+        del piece, weigh
     state = problem.merged(state, scale)
     means = posterior.finalize(state)
     result = torch.zeros_like(directions)
@@ -95,7 +97,7 @@ def two_passes(
     for piece in pieces():
         share = posterior.posterior_weights(piece.distance, state, scale)
         parts = [
-            piece.spread(b, share[b] * (piece.inner(b, directions[k, b]) - means[b, :, k]))
+            piece.spread(b, share[b] * _gaps(piece.inner(b, directions[k, b]), means[b, :, k]))
             for k in range(count)
             for b in range(batch)
         ]
@@ -103,10 +105,16 @@ def two_passes(
         if blended is not None:
             parts = [piece.spread(b, share[b]) for b in range(batch)]
             blended = blended + _stacked(parts, blended)
+        del piece, share
     result = problem.summed(result)
     blended = None if blended is None else problem.summed(blended)
     factor = jacobian_factor(problem)[:, None, None, None]
     return TwoPasses((result.double() * factor).to(directions.dtype), blended)
+
+
+def _gaps(inner: Tensor, means: Tensor) -> Tensor:
+    """Differences that are right where products agree in most digits: means are float64."""
+    return (inner - means).to(inner.dtype)
 
 
 def _stacked(parts: list[Tensor], like: Tensor) -> Tensor:

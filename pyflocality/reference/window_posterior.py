@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the name everybody gives it)
@@ -18,14 +17,19 @@ from pyflocality.reference.two_passes import Piece, two_passes
 
 def window_posterior_state(problem: PosteriorProblem, window: int) -> PosteriorState:
     """Scan of all images with a query per pixel, Q = H W, that answers its C values."""
-    channels = problem.images.shape[1]
-
-    def weigh(weights: Tensor, values: Tensor) -> Tensor:
-        flat = values.flatten(2)
-        return torch.stack([(weights * flat[:, c]).sum(1) for c in range(channels)], dim=-1)
-
+    channels, height, width = problem.images.shape[1:]
+    scale = posterior.finite_factor(problem.scale, problem.x.dtype)
+    state = posterior.init(len(problem.x), height * width, channels, problem.x)
     # One chunk holds its values.
-    return _scan(problem, window, channels, 2 * channels, weigh)
+    for values, distance in _distances(problem, window, 2 * channels):
+
+        def weigh(weights: Tensor, values: Tensor = values) -> Tensor:
+            flat = values.flatten(2)
+            return torch.stack([(weights * flat[:, c]).sum(1) for c in range(channels)], dim=-1)
+
+        state = posterior.update(state, distance, scale, weigh)
+        del values, distance, weigh
+    return state
 
 
 def window_posterior_jvp_state(
@@ -35,21 +39,24 @@ def window_posterior_jvp_state(
     centre = centre_of(problem)
     directions = tangents.transpose(0, 1)
     channels, height, width = centre.shape[1:]
-    sums = posterior.tangent_values(channels, len(tangents))
+    count, queries = len(tangents), height * width
+    scale = posterior.finite_factor(problem.scale, problem.x.dtype)
+    state = posterior.init_tangents(len(centre), queries, channels, count, problem.x)
+    # And the centred values, planes of every tangent, and temporaries.
+    for values, distance in _distances(problem, window, 8 * channels + 4 * count + 6):
 
-    def weigh(weights: Tensor, values: Tensor) -> Tensor:
-        rows = []
-        for w, origin, u in zip(weights, centre, directions, strict=True):
-            centred = values - origin
-            inner = box_sum(torch.einsum("kchw,nchw->knhw", u, centred), window)
-            factors = [w, *(w * inner.flatten(2))]
-            rows.append(posterior.tangent_sums(factors, centred.flatten(2)))
-        return torch.stack(rows) if rows else values.new_zeros(0, height * width, sums)
+        def sums(weights: Tensor, nearest: Tensor, values: Tensor = values) -> Tensor:
+            rows = []
+            for w, near, origin, u in zip(weights, nearest, centre, directions, strict=True):
+                planes = torch.einsum("kchw,nchw->knhw", u, values - origin)
+                inner = box_sum(planes, window).flatten(2)
+                rows.append(posterior.tangent_sums(w, inner, values.flatten(2), near))
+            empty = weights.new_zeros(0, queries, posterior.tangent_values(channels, count))
+            return torch.stack(rows) if rows else empty.double()
 
-    # And the centred values, four planes for every tangent, and temporaries.
-    planes = 5 * channels + 4 * len(tangents) + 4
-    state = _scan(problem, window, sums, planes, weigh)
-    return posterior.uncentred(state, centre.flatten(2).transpose(1, 2))
+        state = posterior.update_tangents(state, distance, scale, channels, sums)
+        del values, distance, sums
+    return state
 
 
 def window_posterior_vjp(problem: PosteriorProblem, cotangents: Tensor, window: int) -> Tensor:
@@ -63,41 +70,38 @@ def window_posterior_vjp(problem: PosteriorProblem, cotangents: Tensor, window: 
     def pieces() -> Iterator[Piece]:
         for values in problem.chunks(chunk):
             difference = x[:, None] - alpha * values
+            distance = box_sum(difference.square().sum(2), window).flatten(2)
+            del difference
 
             def spread(b: int, coefficients: Tensor, values: Tensor = values) -> Tensor:
                 planes = box_sum(coefficients.reshape(1, -1, height, width), window)[0]
                 return (planes[:, None] * (values - centre[b])).sum(0)
 
             yield Piece(
-                box_sum(difference.square().sum(2), window).flatten(2),
+                distance,
                 lambda b, g, values=values: (g * (values - centre[b])).sum(1).flatten(1),
                 spread,
             )
+            del values, distance, spread
 
     return two_passes(problem, cotangents, height * width, pieces).derivatives
 
 
-def _scan(
-    problem: PosteriorProblem,
-    window: int,
-    sums: int,
-    planes_per_image: int,
-    weigh: Callable[[Tensor, Tensor], Tensor],
-) -> PosteriorState:
-    """Scan whose weighted sums weigh(weights [B, n, Q], values [n, C, H, W]) are [B, Q, sums]."""
-    x, batch = problem.x, len(problem.x)
-    channels, height, width = problem.images.shape[1:]
+def _distances(
+    problem: PosteriorProblem, window: int, planes_per_image: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images in chunks, [n, C, H, W], and their distances [B, n, H W]."""
+    x, (channels, height, width) = problem.x, problem.images.shape[1:]
     # And differences and their squares, and four planes per query.
-    planes = batch * (2 * channels + 4) + planes_per_image
+    planes = len(x) * (2 * channels + 4) + planes_per_image
     chunk = problem.images_at_a_time(planes * height * width * x.element_size())
     alpha = problem.alpha.to(x.dtype)[:, None, None, None, None]
-    scale = posterior.finite_factor(problem.scale, x.dtype)
-    state = posterior.init(batch, height * width, sums, x)
     for values in problem.chunks(chunk):
         difference = x[:, None] - alpha * values
         distance = box_sum(difference.square().sum(2), window).flatten(2)
-        state = posterior.update(state, distance, scale, partial(weigh, values=values))
-    return state
+        del difference
+        yield values, distance
+        del values, distance
 
 
 def box_sum(planes: Tensor, window: int) -> Tensor:

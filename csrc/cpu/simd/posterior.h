@@ -34,6 +34,25 @@ inline bool weigh(const Vec (&distance)[kTileVectors], float scale, float reach,
   return true;
 }
 
+// The first image of a tile at a distance.
+inline int image_at(const Vec (&distance)[kTileVectors], float wanted) {
+  alignas(64) float lanes[kTileImages];
+  for (int i = 0; i < kTileVectors; ++i) store(lanes + i * kLanes, distance[i]);
+  return static_cast<int>(std::find(lanes, lanes + kTileImages, wanted) - lanes);
+}
+
+// The number of one image of a tile.
+inline float number_of(const Vec (&numbers)[kTileVectors], int image) {
+  alignas(64) float lanes[kLanes];
+  store(lanes, numbers[image / kLanes]);
+  return lanes[image % kLanes];
+}
+
+// Adds `factor` times the lanes of a sum to those of another.
+inline void add_multiple(float factor, const float* from, float* to) {
+  store(to, multiply_add(broadcast(factor), load(from), load(to)));
+}
+
 // Shrinks `count` sums of kLanes lanes each.
 inline void shrink(Vec factor, std::size_t count, float* sums) {
   for (std::size_t k = 0; k < count; ++k) {
