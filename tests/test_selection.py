@@ -37,7 +37,7 @@ def quietly(source, **arguments):
 
 PARTS = {"train/cat/1.png": PNG[0], "train/dog/1.png": PNG[1], "test/cat/1.png": PNG[2]}
 BESIDE = {
-    "a third folder": ({"extra/1.png": PNG[3]}, None),
+    "a third folder": ({"extra/1.png": PNG[3]}, "1 in 'extra', which split='extra' takes"),
     "a third folder of another name": ({"more/1.png": PNG[3]}, "1 beside the folders.*more/1.png'"),
     "a third folder of no images": ({"more/1.xml": b"<a/>"}, "1 without .* an image.*more/1.xml'"),
     "a stray image": ({"view.png": PNG[3]}, "1 beside the folders 'test', 'train' .*view.png'"),
@@ -47,7 +47,7 @@ BESIDE = {
     "a system's files": ({".DS_Store": b"", "Thumbs.db": b"", "__MACOSX/._a.png": b""}, None),
     "all of them": (
         {"extra/1.png": PNG[3], "m/1.png": PNG[4], "a.png": PNG[5], "b.txt": b"", "c/d.txt": b""},
-        "4 left out: 2 beside.*a.png'.*; 2 without the suffix.*b.txt'",
+        "5 left out: 2 beside.*a.png'.*; 1 in 'extra'.*; 2 without the suffix.*b.txt'",
     ),
 }  # fmt: skip
 
@@ -85,8 +85,6 @@ def test_parts_are_parts_whatever_lies_beside_them(tmp_path, kind, enclosing, be
         ("train", "eval"),
         ("train", "evaluation"),
         ("train", "dev"),
-        ("train", "unlabeled"),
-        ("train", "extra"),
         ("train2017", "val2017"),
         ("train_images", "test_images"),
         ("trainA", "testA"),
@@ -102,6 +100,14 @@ def test_names_of_parts(tmp_path, train, test):
     assert grey(quietly(path, split=train.upper())) == [0]
     assert grey(quietly(path, split="train")) == [0]
     assert grey(quietly(path, split=test)) == [1]
+
+
+@pytest.mark.parametrize("extra", ["extra", "unlabeled", "Unlabelled", "extra_images"])
+def test_parts_that_are_more_of_the_same_are_told(tmp_path, extra):
+    path = write_tree(tmp_path / "set", {"train/a.png": PNG[0], f"{extra}/a.png": PNG[1]}, "zip")
+    with pytest.warns(UserWarning, match=f"1 in '{extra}', which split='{extra}' takes"):
+        assert grey(load(path)) == [0]
+    assert grey(quietly(path, split=extra)) == [1]
 
 
 @pytest.mark.parametrize(

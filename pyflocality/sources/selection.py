@@ -23,8 +23,8 @@ lie deeper than these layouts, so that they would be taken together, the set is 
 
 All that is not taken is told by one warning: files without the suffix of an image, hidden images,
 images beside the parts. Only what systems leave in folders (`.DS_Store`, `Thumbs.db`,
-`__MACOSX`, ..), hidden files of other kinds and the parts that are not asked for go without
-saying.
+`__MACOSX`, ..), hidden files of other kinds and the parts for training, test and validation that
+are not asked for go without saying.
 """
 
 from __future__ import annotations
@@ -39,7 +39,14 @@ import numpy as np
 from pyflocality._text import printable
 from pyflocality.sources import dataset_json
 from pyflocality.sources.left_out import LeftOut, caller_level
-from pyflocality.sources.splits import are_parts, choose_split, find_parts, is_train, requested
+from pyflocality.sources.splits import (
+    are_parts,
+    choose_split,
+    find_parts,
+    is_main,
+    is_train,
+    requested,
+)
 from pyflocality.sources.trees import Tree
 
 # Raster images of 8 bits by the suffixes that Pillow, or a plugin of it, has for them: what it
@@ -230,6 +237,10 @@ def _leave_beside(level: _Level, parts: list[str], chosen: str, left_out: LeftOu
     for images in [level.strays, *beside]:
         if images:
             left_out.add(min(images), reason, len(images))
+    for part in parts:
+        if part != chosen and part in level.folders and not is_main(part):
+            images = level.folders[part]
+            left_out.add(min(images), f"in {part!r}, which split={part!r} takes", len(images))
     return [f"{level.root}{part}/" for part in parts if part != chosen]
 
 

@@ -76,6 +76,12 @@ def are_parts(names: Sequence[str]) -> bool:
     return any(part.kind in _MAIN for part in parts)
 
 
+def is_main(name: str) -> bool:
+    """Whether a part is one of those that sets have as a rule, and not "extra", say."""
+    part = _part(name)
+    return part is not None and part.kind in _MAIN
+
+
 def part_words(name: str) -> set[str]:
     """The words in a name that mean parts which tell by themselves that a set has parts."""
     pattern = "|".join(_WORDS[kind] for kind in _MAIN)
