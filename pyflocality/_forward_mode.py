@@ -11,12 +11,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
+T = TypeVar("T")
 Function = Callable[[Tensor], Tensor]
 # (function, x, tangent) -> value of the function and its derivative along the tangent.
 Derivative = Callable[[Function, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -30,28 +32,31 @@ def derivative_along(function: Function, x: Tensor, tangent: Tensor) -> tuple[Te
 
     Also inside a block `torch.autograd.forward_ad.dual_level`, where `torch.func.jvp` refuses.
     """
-    with forward_mode() as derivative:
-        return derivative(function, x, tangent)
+    return in_forward_mode(lambda derivative: derivative(function, x, tangent))
 
 
-@contextmanager
-def forward_mode() -> Iterator[Derivative]:
-    """A block in which derivatives along tangents can be taken by the function it yields."""
+def in_forward_mode(run: Callable[[Derivative], T]) -> T:
+    """The answer of a function that takes derivatives along tangents by the one it is given.
+
+    It may be asked twice, the second time with another way to take them.
+    """
     if torch.compiler.is_dynamo_compiling():
-        yield lambda function, x, tangent: torch.func.jvp(function, (x,), (tangent,))
-        return
+        return run(lambda function, x, tangent: torch.func.jvp(function, (x,), (tangent,)))
     if _asked.get() or _is_within_jvp():
         # No turn of its own: whoever asks has the level open and waits for the answer.
-        yield _by_forward_mode
-        return
+        return run(_by_forward_mode)
     with _turn:
         if _opened():
             try:
-                yield _by_forward_mode
+                return run(_by_forward_mode)
+            except RuntimeError as error:
+                # What is differentiated opens the level by itself, as torch.func.jvp does.
+                if "Nested forward mode" not in str(error):
+                    raise
             finally:
                 torch._C._exit_dual_level(level=0)
-            return
-    yield _by_two_reversals
+            return run(_by_two_reversals)
+    return run(_by_two_reversals)
 
 
 @contextmanager

@@ -183,6 +183,24 @@ def test_another_thread_goes_in_and_out_of_forward_mode():
     assert forward_ad._current_level == -1
 
 
+class Inside(nn.Module):
+    """A network that enters forward mode by itself."""
+
+    def forward(self, y: Tensor, sigma: Tensor) -> Tensor:
+        return torch.func.jvp(torch.sin, (y,), (y,))[1] + 0 * sigma.sum()
+
+
+def test_a_network_that_is_inside_forward_mode_by_itself():
+    denoiser = pf.NetworkDenoiser(Inside(), takes="sigma", image_shape=SHAPE)
+    x, u = drawn(1)
+    expected = u * (x.cos() - x * x.sin())
+    # One at a time: torch.func.jvp in the network is not the library's.
+    torch.testing.assert_close(denoiser.jvp(x, u, 0.7)[1], expected)
+    torch.testing.assert_close(denoiser.vjp(x, u, 0.7), expected)
+    assert forward_ad._current_level == -1
+    torch.testing.assert_close(torch.func.jvp(torch.sin, (x,), (x,))[1], x * x.cos())
+
+
 def test_calls_while_another_thread_compiles():
     functions, done = calls(), threading.Event()
     serial = [functions[k % len(functions)](k) for k in range(32)]

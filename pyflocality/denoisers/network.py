@@ -19,7 +19,7 @@ from pyflocality._checks import (
     check_sequence,
     describe,
 )
-from pyflocality._forward_mode import forward_mode
+from pyflocality._forward_mode import Derivative, in_forward_mode
 from pyflocality._times import check_invertible, time_at
 from pyflocality._transforms import is_differentiated
 from pyflocality.denoisers.base import Denoiser
@@ -151,12 +151,15 @@ class NetworkDenoiser(Denoiser):
         if tangents.numel() == 0:
             return estimates, torch.zeros_like(tangents)
         parts = tangents.split(max(1, _TOGETHER // len(x)))
-        with _ForwardMode(), forward_mode() as derivative:
 
+        def products(derivative: Derivative) -> Tensor:
             def along(tangent: Tensor) -> Tensor:
                 return derivative(lambda z: self._denoise(z, sigma, alpha), x, tangent)[1]
 
-            return estimates, torch.cat([torch.vmap(along)(part) for part in parts])
+            return torch.cat([torch.vmap(along)(part) for part in parts])
+
+        with _ForwardMode():
+            return estimates, in_forward_mode(products)
 
     def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
         _check_same_every_time(self.module)
