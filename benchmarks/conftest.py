@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
+from .options import path_option
 from .registry import FULL, QUICK, Plan, cases
 from .sets import BenchmarkSet
 
@@ -13,7 +12,9 @@ from .sets import BenchmarkSet
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the suites."""
     parser.addoption(
-        "--cifar10", type=Path, help="zip of CIFAR-10's training images; synthetic without it"
+        "--cifar10",
+        type=path_option,
+        help="zip of CIFAR-10's training images; synthetic without it",
     )
     parser.addoption("--quick", action="store_true", help="tiny sizes: the numbers mean nothing")
 

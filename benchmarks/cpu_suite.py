@@ -23,6 +23,7 @@ from typing import Any
 from pyflocality._progress import progress_bar
 
 from .machine import machine_facts, machine_rates
+from .options import path_option
 from .registry import FULL, QUICK, Case, Plan, cases
 from .runner import run_case
 from .sets import BenchmarkSet
@@ -143,10 +144,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cpu_suite", description="Run the CPU benchmarks."
     )
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=path_option, help="JSON file to write")
     parser.add_argument("--force", action="store_true", help="replace --out where it exists")
     parser.add_argument(
-        "--cifar10", type=Path, help="zip of CIFAR-10's training images; synthetic without it"
+        "--cifar10",
+        type=path_option,
+        help="zip of CIFAR-10's training images; synthetic without it",
     )
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes, for a look: its numbers mean nothing"

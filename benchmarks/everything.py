@@ -34,6 +34,7 @@ from pyflocality.cli._options import parse_device
 
 from . import gpu_suite
 from .machine import machine_facts
+from .options import path_option
 from .reproduce.networks import check_networks
 from .results_files import FOLDER
 
@@ -239,11 +240,15 @@ def _checked(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, refused where they can be before any work."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.everything")
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="folder of the results, made if need be")
+    add("--out", type=path_option, required=True, help="folder of the results, made if need be")
     for name in SETS:
-        add(f"--{name}", type=Path, required=True, help="training images")
-        add(f"--{name}-test", type=Path, required=True, help="test images")
-    add("--networks", type=Path, help="folder of networks SET-seedN.safetensors, not trained anew")
+        add(f"--{name}", type=path_option, required=True, help="training images")
+        add(f"--{name}-test", type=path_option, required=True, help="test images")
+    add(
+        "--networks",
+        type=path_option,
+        help="folder of networks SET-seedN.safetensors, not trained anew",
+    )
     add("--device", default="cpu", help="cpu or cuda")
     add("--minutes", type=float, default=10.0, help="minutes of training for each network")
     add("--quick", action="store_true", help="tiny sizes, for a look: its numbers mean nothing")

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from .gpu_checks import run_sanitizers, run_tests
 from .gpu_kernels import find_checkout_packages
+from .options import path_option
 
 if TYPE_CHECKING:
     from .gpu_cases import GpuCase
@@ -309,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_suite", description="Run the GPU tests and benchmarks."
     )
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=path_option, required=True, help="JSON file to write")
     parser.add_argument("--force", action="store_true", help="replace --out where it exists")
     parser.add_argument(
         "--resume", action="store_true", help="go on with --out: run what had no time"

@@ -36,6 +36,7 @@ from pyflocality._progress import progress_bar
 
 from .machine import machine_facts
 from .multiscale_plot import draw
+from .options import path_option
 from .published_networks import published
 
 WINDOWS = (3, 5, 9, 13, 23, 43)
@@ -237,12 +238,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.multiscale", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="JSON file; a PNG goes beside it"
+        "--output", type=path_option, required=True, help="JSON file; a PNG goes beside it"
     )
     parser.add_argument(
-        "--mnist", type=Path, nargs=2, metavar=("TRAIN", "TEST"), help="sets of MNIST's images"
+        "--mnist",
+        type=path_option,
+        nargs=2,
+        metavar=("TRAIN", "TEST"),
+        help="sets of MNIST's images",
     )
-    parser.add_argument("--networks", type=Path, help="folder of the published networks")
+    parser.add_argument("--networks", type=path_option, help="folder of the published networks")
     parser.add_argument("--quick", action="store_true", help="few images: the numbers mean nothing")
     options = parser.parse_args(arguments)
     windows = (3, 5) if options.quick else WINDOWS

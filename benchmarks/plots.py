@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .options import path_option
+
 _TITLES = {
     "masked_posterior": "masked (PCA locality)",
     "window_posterior": "window 7 (local score)",
@@ -128,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.plots", description="Draw the scaling curves of a results file."
     )
-    parser.add_argument("results", type=Path, help="JSON file of a suite")
+    parser.add_argument("results", type=path_option, help="JSON file of a suite")
     options = parser.parse_args(arguments)
     picture = draw(options.results)
     if picture is None:

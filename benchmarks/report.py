@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import quality_tables
+from .options import path_option
 from .plots import draw
 from .readme_sections import rewritten
 from .report_figures import (
@@ -266,10 +267,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description="Report from committed results files."
     )
-    parser.add_argument("--out", type=Path, help="folder for the page")
+    parser.add_argument("--out", type=path_option, help="folder for the page")
     parser.add_argument("--force", action="store_true", help="replace the page where it exists")
-    parser.add_argument("--readme", type=Path, help="page to rewrite between its marks")
-    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the results files")
+    parser.add_argument("--readme", type=path_option, help="page to rewrite between its marks")
+    parser.add_argument(
+        "--results", type=path_option, default=FOLDER, help="folder of the results files"
+    )
     return parser
 
 

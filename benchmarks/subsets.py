@@ -31,6 +31,7 @@ from pyflocality.denoisers import CertifiedSubset
 
 from .cpu_suite import write_json
 from .machine import machine_facts
+from .options import path_option
 from .runner import spread, time_in_turns
 from .subset_shares import (
     TOLERANCE,
@@ -250,11 +251,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.subsets", description="Golden and certified subsets."
     )
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=path_option, required=True, help="JSON file to write")
     parser.add_argument("--force", action="store_true", help="replace --out where it exists")
     for name in THRESHOLDS:
-        parser.add_argument(f"--{name}", type=Path, help="zip or folder of training images")
-        parser.add_argument(f"--{name}-test", type=Path, help="zip or folder of test images")
+        parser.add_argument(f"--{name}", type=path_option, help="zip or folder of training images")
+        parser.add_argument(f"--{name}-test", type=path_option, help="zip or folder of test images")
     parser.add_argument("--quick", action="store_true", help="2,000 images, for a look")
     options = parser.parse_args(arguments)
     sources = {

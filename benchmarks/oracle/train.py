@@ -35,6 +35,7 @@ from pyflocality._progress import progress_bar
 from pyflocality.cli._options import parse_device
 
 from ..machine import machine_facts
+from ..options import path_option
 from ..studies.pattern import WEIGHTS, planted
 from .unet import UNet
 
@@ -190,7 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train, or go on; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.oracle.train")
     parser.add_argument("source", help="the images, as TrainingSet.load takes them; 8-bit")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write or to go on in")
+    parser.add_argument(
+        "--out", type=path_option, required=True, help="folder to write or to go on in"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=100_000, help="steps to train, all told")
     parser.add_argument("--minutes", type=float, help="minutes to train, all told")

@@ -6,7 +6,6 @@ import argparse
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from pyflocality.cli._options import parse_device
 
 from ..gpu_machine import gpu_facts
 from ..machine import machine_facts
+from ..options import path_option
 from . import methods, networks
 from .networks import Network
 
@@ -63,13 +63,13 @@ class Study:
         add("--source", required=True, help="training images")
         add(
             "--network",
-            type=Path,
+            type=path_option,
             action="append",
             required=needs_network,
             default=[],
             help="trained network; given several times, the first is the one that is followed",
         )
-        add("--out", type=Path, required=True, help="JSON file to write")
+        add("--out", type=path_option, required=True, help="JSON file to write")
         add("--threshold", type=float, default=0.005, help="of PCA locality")
         add("--samples", type=int, default=samples, help=about)
         add("--device", default="cpu", help="cpu, or cuda with or without a number")

@@ -7,10 +7,10 @@ import importlib
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 
 from ..cpu_suite import write_json
 from ..machine import machine_facts
+from ..options import path_option
 from ..reproduce.networks import check_networks
 
 STUDIES = ("disks", "regularity", "pattern", "memorize", "eigenpairs", "streaming", "planner")
@@ -21,14 +21,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a study; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies")
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=path_option, required=True, help="JSON file to write")
     parser.add_argument("--force", action="store_true", help="replace --out where it exists")
-    parser.add_argument("--mnist", type=Path, help="zip or folder of MNIST's training images")
-    parser.add_argument("--cifar10", type=Path, help="zip of CIFAR-10's training images")
     parser.add_argument(
-        "--network", type=Path, action="append", default=[], help="trained network, for `pattern`"
+        "--mnist", type=path_option, help="zip or folder of MNIST's training images"
     )
-    parser.add_argument("--scratch", type=Path, help="folder for large temporary files")
+    parser.add_argument("--cifar10", type=path_option, help="zip of CIFAR-10's training images")
+    parser.add_argument(
+        "--network",
+        type=path_option,
+        action="append",
+        default=[],
+        help="trained network, for `pattern`",
+    )
+    parser.add_argument("--scratch", type=path_option, help="folder for large temporary files")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, for a look")
     options = parser.parse_args(arguments)
     if options.out.exists() and not options.force:
