@@ -309,7 +309,7 @@ def test_nearest_images_are_looked_at_where_they_may_be_the_nearest(
     monkeypatch.setattr(nearest, "_candidates", lambda *_: everything)
     looked_at.clear()
     expected = pf.ops.nearest_images(x, images, alpha, k=3)
-    assert looked_at == [500] * 6
+    assert sum(looked_at) == 6 * 500
     for one in found.values():
         assert torch.equal(one.indices, expected.indices)
         assert torch.equal(one.distances, expected.distances)

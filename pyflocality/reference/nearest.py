@@ -5,8 +5,8 @@ Of :math:`|x - \alpha v|^2` what differs from image to image is :math:`\alpha` t
 .. math:: e(v) = \alpha |v|^2 - 2 \langle x, v \rangle .
 
 Products of matrices tell it but for their rounding: with u the unit roundoff and D values each is
-off by at most :math:`(D + 4) \, u \, (\alpha |v|^2 + 2 |x| |v|)`. Of the images that may be among
-the nearest by that bound, and of these alone, e is computed without any rounding: numbers are
+off by at most :math:`2 (D + 16) \, u \, (\alpha |v|^2 + 2 |x| |v|)`. Of the images that may be
+among the nearest by that bound, and of these alone, e is computed without rounding: numbers are
 written as sums of integers of few bits times powers of two, whose products float64 adds up exactly
 in any order. So images are told apart, and ties are ties, however little noise or signal there is.
 """
@@ -34,7 +34,7 @@ _FEW = 64
 def nearest_images(problem: PosteriorProblem, k: int) -> tuple[Tensor, Tensor]:
     """Indices and squared distances of the k nearest images, [B, k] each."""
     x, values = problem.x.flatten(1), problem.images[0].numel()
-    # A chunk as values, their squares, and bounds for all queries; and some images in float64.
+    # A chunk as values and half as much again, bounds for all queries; some images in float64.
     per_image = (2 * values + 4 * len(x)) * x.element_size()
     chunk = problem.images_at_a_time(per_image, 6 * 8 * max(_VALUES, values))
     found = nearest_of(x, problem.alpha, problem.blocks(chunk), k)
@@ -237,12 +237,12 @@ def _candidates(
 
 def _rough(x: Tensor, values: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """The e of values [n, D] for queries [B, D], [B, n], and how far off it may be, float64 [B]."""
-    squares, count = values.square().sum(1), x.shape[1]
+    squares, count = torch.linalg.vector_norm(values, dim=1).square(), x.shape[1]
     rough = torch.addmm(alpha.to(x.dtype)[:, None] * squares, x, values.T, alpha=-2)
     largest = squares.max().double().sqrt()
     reach = alpha * largest.square() + 2.0 * x.double().norm(dim=1) * largest
     numbers = torch.finfo(x.dtype)
-    return rough, (count + 8) * (numbers.eps * reach + numbers.tiny)
+    return rough, (count + 16) * (numbers.eps * reach + numbers.tiny)
 
 
 def _near(rough: Tensor, slack: Tensor, limit: float, k: int) -> Tensor:
