@@ -85,5 +85,9 @@ def _is_a_name(path: str) -> bool:
 
 
 def _shown(value: object) -> str:
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except Exception:
+        # A repr of somebody else's.
+        return f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"a {type(value).__name__} ({text[:60]}...)"

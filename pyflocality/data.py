@@ -273,7 +273,7 @@ class TrainingSet:
             TypeError: `dtype` is not a floating-point dtype, or an end is no whole number.
             ValueError: The images map a file that has been changed.
         """
-        if dtype not in FLOAT_DTYPES:
+        if not isinstance(dtype, torch.dtype) or dtype not in FLOAT_DTYPES:
             raise TypeError(
                 "`dtype` must be a floating-point dtype (float16, bfloat16, float32 or float64), "
                 f"got {describe(dtype)}"

@@ -115,7 +115,7 @@ class Moments:
         progress = check_flag(progress, "progress")
         if backend is not None:
             check_choice(backend, "backend", BACKENDS)
-        images = data if isinstance(data, Tensor) else data.images
+        images = check_tensor(data, "data") if isinstance(data, Tensor) else data.images
         ranks, images = ranks_of(images), plain(images)
         file = mapped_file(images)
         if file is not None:

@@ -146,7 +146,11 @@ def functions() -> dict[str, Call]:
         "analysis.snr_ruler": (
             pf.analysis.snr_ruler,
             {"moments": moments(), "pattern": noisy(*SHAPE), "sigma": 0.5, "alpha": 0.9},
-            {"moments": instance(pf.Moments), "pattern": tensor(), "sigma": level(zero=False)},
+            {
+                "moments": instance(pf.Moments), "pattern": tensor(),
+                "sigma": real(0, tensors=True, shapes=True),
+                "alpha": real(0, tensors=True, shapes=True),
+            },
         ),
         "metrics.mse": (pf.metrics.mse, {"a": x, "b": x + 1}, {"a": tensor(), "b": tensor()}),
         "metrics.psnr": (
@@ -207,6 +211,7 @@ def functions() -> dict[str, Call]:
 
 
 _INFINITE = {
+    "analysis.snr_ruler",
     "metrics.psnr",
     "metrics.r2",
     "metrics.mse",

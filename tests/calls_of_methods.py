@@ -189,7 +189,7 @@ def methods() -> dict[str, Call]:
         top = {"DDPMSchedule": 9, "KarrasSchedule": 1.7e308, "adapters.TableSchedule": 2}
         most = top.get(name, 1)
         whole = name == "DDPMSchedule"
-        t: Kind = real(0, most, low_open=False, high_open=False, tensors=True)
+        t: Kind = real(0, most, low_open=False, high_open=False, tensors=True, shapes=True)
         if whole:
             t = only(lambda v: _is_time(v))
         found[f"{name}.__call__"] = Call(

@@ -338,8 +338,9 @@ def real(
     high_open: bool = True,
     optional: bool = False,
     tensors: bool = False,
+    shapes: bool = False,
 ) -> Kind:
-    """Numbers between two ends; `tensors` where a tensor of them will do, too."""
+    """Numbers between two ends; `tensors` where a tensor of them will do, too, or of any shape."""
 
     def inside(number: float) -> bool:
         above = number > low if low_open else number >= low
@@ -355,6 +356,8 @@ def real(
             if label in ("tensor0", "tensor int", "tensor grad", "tensor half", "tensor1"):
                 return MAY
             if label in ("tensor2", "tensor uint16"):
+                return MAY
+            if shapes and label in ("tensor3", "tensor 2-D", "tensor empty"):
                 return MAY
             if label in ("tensor 1e308", "tensor 5e-324"):
                 return MAY if inside(float(value)) else None

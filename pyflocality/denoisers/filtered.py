@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyflocality._checks import check_tensor
 from pyflocality._precision import Precision
 from pyflocality._undetermined import warn_of_blind_values
 from pyflocality.data import TrainingSet
@@ -97,7 +98,8 @@ class FilteredPosteriorDenoiser(PosteriorDenoiser):
         return responses[empty].any(0) & ~responses[~empty].any(0)
 
     def _as_weights(self, weights: object, name: str) -> QueryWeights:
-        if isinstance(weights, Tensor) and tuple(weights.shape[1:]) == self.image_shape:
+        check_tensor(weights, name, "a bool or float tensor [Q, D]")
+        if tuple(weights.shape[1:]) == self.image_shape:
             weights = weights.flatten(1)
         return QueryWeights(weights, name=name)
 

@@ -16,6 +16,7 @@ from pyflocality._checks import (
     check_count,
     check_float_tensor,
     check_generator,
+    check_magnitude,
     check_one_level,
     describe,
 )
@@ -195,6 +196,7 @@ class GoldenSubset(Denoiser):
             raise ValueError(f"`x` must have {expected}, got {describe(x)}")
         sigma = check_one_level(sigma, "sigma", allow_zero=True)
         alpha = check_one_level(alpha, "alpha", allow_zero=False)
+        check_magnitude(x[None], torch.tensor([alpha], dtype=torch.float64, device=x.device), "x")
         images = self.denoiser.data.images
         return read_checked(images, self._select, x, sigma, alpha)
 

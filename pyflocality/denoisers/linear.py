@@ -14,7 +14,13 @@ from torch import Tensor
 
 from pyflocality._augmentation import copies_of, enlarged_blocks
 from pyflocality._budget import images_per_chunk
-from pyflocality._checks import check_count, check_generator, check_level, check_positive
+from pyflocality._checks import (
+    check_count,
+    check_generator,
+    check_level,
+    check_magnitude,
+    check_positive,
+)
 from pyflocality._problem import training_values
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, check_set, device_after, join_levels, split_levels
@@ -24,6 +30,7 @@ from pyflocality.moments import Moments
 _BLOCK_BYTES = 64 * 2**20
 # Seeds the noise where no generator is given, so that a denoiser is always the same.
 _SEED = 0
+_MOST_NOISE = 1e150
 
 
 class LedoitWolfDenoiser(WienerDenoiser):
@@ -165,8 +172,11 @@ class NoiseTrainedDenoiser(Denoiser):
             ValueError: A level is out of range.
         """
         sigma = check_level(sigma, 1, self.device, "sigma", allow_zero=True)[0]
-        alpha = check_level(alpha, 1, self.device, "alpha", allow_zero=False)[0]
-        noise = self.ratio * sigma
+        alpha = check_level(alpha, 1, self.device, "alpha", allow_zero=False)
+        check_magnitude(torch.zeros_like(alpha)[:, None], alpha, "alpha")
+        alpha = alpha[0]
+        # Beyond it W is 0 to the last digit, and squares are no numbers.
+        noise = (self.ratio * sigma).clamp(max=_MOST_NOISE)
         target = alpha * self._signal + noise * self._mixed
         mixed = alpha * noise * self._mixed
         seen = alpha**2 * self._signal + mixed + mixed.T + noise**2 * self._noise
