@@ -212,6 +212,9 @@ def test_joined_and_prefixed_zips(tmp_path):
     # A program that unpacks itself.
     path.write_bytes(b"MZ program PK\x03\x04" + bytes(5000) + second)
     assert_images(load(path), GREY[1:2, None])
+    # From a pipe, in whole blocks.
+    path.write_bytes(second + bytes(10240 - len(second) % 10240))
+    assert_images(load(path), GREY[1:2, None])
     path.write_bytes(second + b"\n")
     with pytest.raises(ValueError, match=r"set\.zip: .*damaged: 1 bytes more or less"):
         load(path)
