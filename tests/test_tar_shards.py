@@ -99,6 +99,35 @@ def test_a_sample_of_several_images_is_refused(tmp_path):
         refused(path, r"set\.tar: one sample has several images, 'set\.tar/1\.png' and 'set")
 
 
+def test_numbers_with_dots_are_of_the_name(tmp_path):
+    members = [("cat.0.png", PNG[0]), ("cat.1.png", PNG[1]), ("2021.01.02.png", PNG[2])]
+    assert_images(packed(write_tar(tmp_path / "set.tar", members)), GREY[:3, None])
+    classes = [("cat.0.cls", b"5"), ("cat.1.x.cls", b"6"), ("2021.01.02.cls", b"7")]
+    data = packed(write_tar(tmp_path / "labelled.tar", members + classes))
+    assert data.labels.tolist() == [5, 6, 7]
+
+
+def test_what_a_mac_adds_is_not_of_the_samples(tmp_path):
+    """Resource forks of `.cls` files were taken for two classes of one sample."""
+    forks = [(f"._{name}", b"\0\5\x16\7") for name, _ in SAMPLES]
+    path = write_tar(tmp_path / "set.tar", [*forks, *SAMPLES, (".DS_Store", b"")])
+    assert packed(path).labels.tolist() == [3, 4]
+
+
+def test_a_compressed_archive_beside_images_is_left_out(tmp_path):
+    """It is what they were unpacked from, as a rule."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "set.tar.gz").write_bytes(b"")
+    refused(folder, "holds no images.*compressed tar archives are not read: decompress them")
+    (folder / "a.png").write_bytes(PNG[0])
+    told = r"set: 1 left out: 1 without the suffix of an image \('set\.tar\.gz'\)"
+    with pytest.warns(UserWarning, match=told):
+        assert_images(load(pack(folder, tmp_path / "out", progress=False)), GREY[:1, None])
+    write_tar(folder / "set.tar", SAMPLES)
+    refused(folder, r"set\.tar\.gz: compressed tar archives are not read: decompress them")
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -130,7 +159,7 @@ def test_what_belongs_to_no_image_is_told(tmp_path):
         (info("folder.png", tarfile.DIRTYPE), b""),
     ]
     path = write_tar(tmp_path / "set.tar", members)
-    told = r"set\.tar: 5 left out: 2 hidden \(first 'set\.tar/\.hidden\.png'\); 3 belonging to no i"
+    told = r"set\.tar: 4 left out: 1 hidden \('set\.tar/\.hidden\.png'\); 3 belonging to no image"
     with pytest.warns(UserWarning, match=told) as caught:
         out = pack(path, tmp_path / "out", progress=False)
     assert len(caught) == 1
@@ -172,6 +201,7 @@ def test_what_lies_beside_shards(tmp_path):
     for name in ("0.json", "0.parquet", ".0.tar"):
         (folder / name).write_bytes(b"{}")
     (folder / "more").mkdir()
+    (folder / ".DS_Store").write_bytes(b"")
     told = r"set: 4 left out: 4 beside the tar archives \(first '\.0\.tar'\)"
     with pytest.warns(UserWarning, match=told):
         data = load(pack(folder, tmp_path / "out", progress=False))

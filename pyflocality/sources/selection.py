@@ -58,6 +58,7 @@ SUFFIXES = frozenset(
     ".pfm .tga .icb .vda .vst .ico .cur .icns .pcx .dcx .dds .sgi .bw .rgb .rgba .ras .xbm .xpm "
     ".qoi .psd .msp .im".split()
 )
+COMPRESSED_TARS = tuple(".tar.gz .tgz .tar.bz2 .tbz2 .tar.xz .txz .tar.zst .tar.lz4".split())
 # What systems leave in folders, in lower case.
 _SYSTEM_FILES = frozenset([".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", ".directory"])
 _SYSTEM_FOLDERS = ("/__macosx/", "/@eadir/")
@@ -115,7 +116,7 @@ class _Level:
 
 def is_image(name: str) -> bool:
     """Whether a file of this name, with slashes between folders, is taken for an image."""
-    return _has_suffix(name) and not _is_hidden(name)
+    return _has_suffix(name) and not is_hidden(name)
 
 
 def is_wanted(name: str) -> bool:
@@ -127,11 +128,13 @@ def _has_suffix(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or "/." in name or _is_of_system(name)
+def is_hidden(name: str) -> bool:
+    """Whether a file is out of sight, by its name or that of a folder around it."""
+    return name.startswith(".") or "/." in name or is_of_system(name)
 
 
-def _is_of_system(name: str) -> bool:
+def is_of_system(name: str) -> bool:
+    """Whether a file is one that systems leave in folders."""
     path = f"/{name.lower()}"
     base = path[path.rindex("/") + 1 :]
     left = base in _SYSTEM_FILES or base.startswith("._")
@@ -149,8 +152,10 @@ def select(tree: Tree, split: str | None) -> Selection:
     """
     names = [name for name in tree.files if is_image(name)]
     if not names:
-        others = [name for name in tree.others if not _is_hidden(name)]
+        others = [name for name in tree.others if not is_hidden(name)]
         told = f"; '{printable(others[0])}' has not the suffix of an image" if others else ""
+        if any(name.lower().endswith(COMPRESSED_TARS) for name in others):
+            told += "; compressed tar archives are not read: decompress them"
         if any(name.lower().endswith((".tar", ".parquet", ".arrow")) for name in others):
             told += "; tar archives and datasets are for `pyflocality pack`"
         raise ValueError(f"{tree.where}: holds no images{told}")
@@ -227,7 +232,7 @@ def _empty_folders(level: _Level, tree: Tree) -> set[str]:
     """Folders of a level with other files than images."""
     start = len(level.root)
     below = (name[start:] for name in tree.others if name.startswith(level.root))
-    return {name.split("/")[0] for name in below if "/" in name and not _is_hidden(name)}
+    return {name.split("/")[0] for name in below if "/" in name and not is_hidden(name)}
 
 
 def _leave_beside(level: _Level, parts: list[str], chosen: str, left_out: LeftOut) -> list[str]:
@@ -306,9 +311,9 @@ def _leave_others(
     """Note the files that are no images, or hidden."""
     elsewhere = tuple(passed)
     for name in sorted(tree.others):
-        if name.startswith(elsewhere) or _is_of_system(name):
+        if name.startswith(elsewhere) or is_of_system(name):
             continue
-        if _is_hidden(name):
+        if is_hidden(name):
             if _has_suffix(name):
                 left_out.add(name, "hidden")
             continue

@@ -1,11 +1,12 @@
 """Tar archives of images, the shards of webdataset.
 
-A shard holds samples: files with the same path up to the first dot of their name belong to one.
-The image is the file with an image suffix, the class the whole number in the file ending in
-`.cls`. Where there is no such file, folders and `dataset.json` tell splits and classes as in a
-zip archive: see `pyflocality.sources.selection`. Shards are read in the order of their names and
-must not be compressed, so that an image can be read without those before it. In a folder of
-shards a word such as `train` or `val` in the name of each is its split.
+A shard holds samples: files with the same path up to the first dot of their name belong to one;
+a dot with a whole number behind it belongs to the name (`cat.0.jpg`, `cat.1.jpg`). The image is
+the file with an image suffix, the class the whole number in the file ending in `.cls`. Where
+there is no such file, folders and `dataset.json` tell splits and classes as in a zip archive: see
+`pyflocality.sources.selection`. Shards are read in the order of their names and must not be
+compressed, so that an image can be read without those before it. In a folder of shards a word
+such as `train` or `val` in the name of each is its split.
 """
 
 from __future__ import annotations
@@ -27,15 +28,25 @@ from pyflocality.sources.base import Request
 from pyflocality.sources.images import ImageFiles, LabelledFiles
 from pyflocality.sources.left_out import LeftOut
 from pyflocality.sources.read_at import read_at
-from pyflocality.sources.selection import SUFFIXES, is_image, is_wanted, labels_of, select
+from pyflocality.sources.selection import (
+    COMPRESSED_TARS,
+    SUFFIXES,
+    is_hidden,
+    is_image,
+    is_of_system,
+    is_wanted,
+    labels_of,
+    select,
+)
 from pyflocality.sources.splits import choose_split, part_words
 from pyflocality.sources.tar_index import Extent, TarIndex, identity_of, index_tar
 from pyflocality.sources.trees import Tree
 
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 # Shards that are open at one time; systems allow for about 1,000 files.
 _MAX_OPEN = 16
 _MAX_CLASS_BYTES = 100
+# The name of a sample: up to the first dot, but for numbers that have a dot behind them, too.
+_KEY = re.compile(r"[^.]*(?:\.[0-9]+(?=\.))*")
 
 
 class _Member(NamedTuple):
@@ -50,16 +61,18 @@ def find_shards(path: Path) -> list[Path]:
     """The shards that a path means: itself, or the .tar files of a folder; none if it is neither.
 
     Raises:
-        ValueError: There are compressed archives.
+        ValueError: The path, or one that lies beside shards, is a compressed archive.
     """
     candidates = [path] if path.is_file() else sorted(path.iterdir())
-    for candidate in candidates:
-        if candidate.name.lower().endswith(_COMPRESSED):
+    shards = [candidate for candidate in candidates if _is_shard(candidate)]
+    # Beside images it is what they were unpacked from.
+    for candidate in candidates if shards or path.is_file() else ():
+        if candidate.name.lower().endswith(COMPRESSED_TARS):
             raise ValueError(
                 f"{printable(str(candidate))}: compressed tar archives are not read: decompress "
                 "them"
             )
-    return [candidate for candidate in candidates if _is_shard(candidate)]
+    return shards
 
 
 def _is_shard(path: Path) -> bool:
@@ -115,7 +128,7 @@ def _note_others(folder: Path, shards: list[Path], left_out: LeftOut) -> None:
                 f"{printable(str(folder))}: holds tar archives and other images, in "
                 f"'{printable(other.name)}': which of them are meant cannot be told"
             )
-        if not _is_shard(other):
+        if not _is_shard(other) and not is_of_system(other.name):
             left_out.add(other.name, "beside the tar archives")
 
 
@@ -168,7 +181,7 @@ class _OpenShard:
 
 
 def _is_class(name: str) -> bool:
-    return name.lower().endswith(".cls")
+    return name.lower().endswith(".cls") and not is_hidden(name)
 
 
 def _wanted(shard: Path, index: TarIndex) -> dict[str, Extent]:
@@ -255,6 +268,8 @@ def _note_left(
     """Note the members of a shard that belong to no image."""
     samples = {_key(name) for name in index.names if is_image(name)}
     for name in index.names:
+        if is_of_system(name):
+            continue
         if os.path.splitext(name)[1].lower() in SUFFIXES:
             if f"{shard.name}/{name}" not in members:
                 left_out.add(f"{shard.name}/{name}", "hidden")
@@ -265,4 +280,4 @@ def _note_left(
 def _key(name: str) -> str:
     """What the files of a sample have in common."""
     folder, slash, base = name.rpartition("/")
-    return f"{folder}{slash}{base.split('.')[0]}"
+    return f"{folder}{slash}{_KEY.match(base)[0]}"
