@@ -90,6 +90,9 @@ def test_parts_are_parts_whatever_lies_beside_them(tmp_path, kind, enclosing, be
         ("trainA", "testA"),
         ("digits_train", "digits_test"),
         ("digits-train", "digits-val"),
+        ("train_64x64", "valid_64x64"),
+        ("DIV2K_train_HR", "DIV2K_valid_HR"),
+        ("train images original", "test images original"),
     ],
 )
 def test_names_of_parts(tmp_path, train, test):
@@ -153,6 +156,7 @@ def test_parts_that_are_not_there(split, available):
         ["train", "training"],
         ["extra", "unlabeled"],
         ["bullet_train", "crash_test"],
+        ["train_station", "test_tube"],
         ["latest", "trainer", "valley", "contest"],
         ["0", "1"],
     ],
@@ -173,6 +177,17 @@ def test_a_train_among_vehicles_is_a_class(tmp_path, kind):
     ):
         data = load(path, split="train")
     assert (grey(data), data.labels) == ([2], None)
+
+
+@pytest.mark.parametrize("train", ["bullet_train", "train_station"])
+def test_a_class_with_a_train_in_its_name_is_no_part(tmp_path, train):
+    files = {f"{name}/1.png": PNG[i] for i, name in enumerate(["car", train])}
+    path = write_tree(tmp_path / "set", files, "zip")
+    assert quietly(path).label_names == tuple(sorted(["car", train]))
+    with pytest.raises(ValueError, match="`split` asks for 'train', but the top"):
+        load(path, split="train")
+    with pytest.warns(UserWarning, match="1 beside the folders"):
+        assert grey(load(path, split=train.upper())) == [1]
 
 
 def test_a_train_that_is_divided_is_a_part(tmp_path):

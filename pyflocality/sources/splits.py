@@ -2,7 +2,8 @@
 
 A name means a part by one of the words below, whatever its case, alone or with a number, a letter
 or a word such as `set` or `images` behind it: `train`, `Testing`, `val_set`, `train2017`,
-`testA`. A word may also stand at the end of a longer name: `digits_train` beside `digits_test`.
+`testA`. A word may also stand in a longer name, where others are alike: `digits_train` beside
+`digits_test`, `train_64x64` beside `valid_64x64`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _MAIN = ("train", "test", "validation", "development", "evaluation")
 _NAME = re.compile(
     r"(?:(?P<set>.+)[-_. ])?(?:"
     + "|".join(f"(?P<{kind}>{words})" for kind, words in _WORDS.items())
-    + r")(?:[-_. ]?(?:set|split|part|data|dataset|images?|imgs?)|(?P<which>[-_. ]?(?:[abs]|\d+)))?",
+    + r")(?:[-_. ]?(?:set|split|part|data|dataset|images?|imgs?)|(?P<which>[-_. ]?(?:[abs]|\d+))"
+    r"|[-_. ](?P<more>.+))?",
     re.IGNORECASE,
 )
 
@@ -36,7 +38,7 @@ class _Part(NamedTuple):
     """What a name says.
 
     Attributes:
-        of: The set of which it is a part, or "".
+        of: What else the name says, of the set that has the part as a rule, or "".
         kind: Kind of the part.
         which: The one of several of its kind, or "".
     """
@@ -51,7 +53,8 @@ def _part(name: str) -> _Part | None:
     if match is None:
         return None
     kind = next(kind for kind in _WORDS if match[kind])
-    return _Part((match["set"] or "").lower(), kind, match["which"] or "")
+    of = " ".join(text.lower() for text in (match["set"], match["more"]) if text)
+    return _Part(of, kind, match["which"] or "")
 
 
 def find_parts(names: Iterable[str]) -> list[str]:
@@ -151,6 +154,15 @@ def _matching(split: str | None, available: Sequence[str]) -> list[str]:
 
 
 def requested(split: str, names: Sequence[str]) -> str | None:
-    """The one of some names that a request means, or None."""
-    found = _matching(split, names) if names else []
+    """The one of some names that a request means, or None.
+
+    "train" means no "train station", nor a "bullet train", where nothing like it says "test".
+    """
+    parts = find_parts(names)
+
+    def may_be_meant(name: str) -> bool:
+        part = _part(name)
+        return name in parts or name.lower() == split.lower() or part is None or not part.of
+
+    found = _matching(split, [name for name in names if may_be_meant(name)])
     return found[0] if len(found) == 1 else None
