@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pyflocality._text import printable
 
 _WORDS = {
-    "train": "train(?:ing)?|trn",
+    "train": "train(?:ing)?|trn|trainval",
     "test": "test(?:ing)?|tst",
     "validation": "val|valid|validate|validation",
     "development": "dev|development",
@@ -32,6 +32,8 @@ _NAME = re.compile(
     r"|[-_. ](?P<more>.+))?",
     re.IGNORECASE,
 )
+# What holds the images for training and those for validation is to train with.
+_BOTH = re.compile(r"(?<![a-z])train(?:ing)?[-_+ ]?val(?:id|idation)?(?![a-z])", re.IGNORECASE)
 
 
 class _Part(NamedTuple):
@@ -41,34 +43,42 @@ class _Part(NamedTuple):
         of: What else the name says, of the set that has the part as a rule, or "".
         kind: Kind of the part.
         which: The one of several of its kind, or "".
+        goes_on: Whether something else comes behind the kind.
     """
 
     of: str
     kind: str
     which: str
+    goes_on: bool
 
 
 def _part(name: str) -> _Part | None:
-    match = _NAME.fullmatch(name)
+    match = _NAME.fullmatch(_BOTH.sub("trainval", name))
     if match is None:
         return None
     kind = next(kind for kind in _WORDS if match[kind])
     of = " ".join(text.lower() for text in (match["set"], match["more"]) if text)
-    return _Part(of, kind, match["which"] or "")
+    return _Part(of, kind, match["which"] or "", match["more"] is not None)
 
 
 def find_parts(names: Iterable[str]) -> list[str]:
     """The names, of several that lie side by side, that tell that a set has parts.
 
     They do if two of them, at least, are of different kinds (`train` and `test`, say), whatever
-    else lies there. Else nothing of it is a part: `train` beside `car` is a vehicle.
+    else lies there. Else nothing of it is a part: `train` beside `car` is a vehicle. Where names
+    go on behind the kind one must be for training: `dev_board` and `eval_board` are things.
     """
     parts = {name: part for name in names if (part := _part(name)) is not None}
     kinds: dict[str, set[str]] = {}
     for part in parts.values():
         if part.kind in _MAIN:
             kinds.setdefault(part.of, set()).add(part.kind)
-    return sorted(name for name, part in parts.items() if len(kinds.get(part.of, ())) > 1)
+
+    def counts(part: _Part) -> bool:
+        beside = kinds.get(part.of, set())
+        return len(beside) > 1 and ("train" in beside or not part.goes_on)
+
+    return sorted(name for name, part in parts.items() if counts(part))
 
 
 def are_parts(names: Sequence[str]) -> bool:
@@ -88,7 +98,8 @@ def is_main(name: str) -> bool:
 def part_words(name: str) -> set[str]:
     """The words in a name that mean parts which tell by themselves that a set has parts."""
     pattern = "|".join(_WORDS[kind] for kind in _MAIN)
-    return {word for word in re.findall("[a-z]+", name.lower()) if re.fullmatch(pattern, word)}
+    words = re.findall("[a-z]+", _BOTH.sub("trainval", name).lower())
+    return {word for word in words if re.fullmatch(pattern, word)}
 
 
 def part_of_file(stem: str, folders: Sequence[str]) -> str | None:
