@@ -55,6 +55,13 @@ def test_npy_is_mapped(tmp_path, stored, expected):
         pickle.loads(pickle.dumps(data))
 
 
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_every_version_of_npy(tmp_path, version):
+    with open(tmp_path / "set.npy", "wb") as file:
+        np.lib.format.write_array(file, COLOUR, version)
+    np.testing.assert_array_equal(load(tmp_path / "set.npy").images.numpy(), COLOUR)
+
+
 def test_npy_of_foreign_byte_order_is_converted(tmp_path):
     floats = COLOUR / 127.5 - 1.0
     data = load(save_npy(tmp_path, floats.astype(">f8")))

@@ -8,8 +8,9 @@
 
 A layout that is asked for is taken as it is. Without one, three axes are NHW and four are NCHW,
 unless the numbers say something else: the last axis alone is of 1 or 3 (channels of a picture),
-where it is NHWC; both it and the second axis are, or it is of 4 (RGBA), or the three axes of one
-picture are given for N pictures, where nobody can tell and the array is refused.
+where it is NHWC; both it and the second axis are, or it is of 4 (RGBA) or of 2 (grey and alpha), or
+the last is the odd one of three (bands of a square picture), or the three axes of one picture are
+given for N pictures, where nobody can tell and the array is refused.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ def _refuse_one_picture(sizes: list[int]) -> None:
 def _of_four(sizes: list[int]) -> str:
     _, second, third, last = sizes
     first = second in (1, 3)
-    if first and last in (1, 3) and third != last:
+    both = first and last in (1, 3) and third != last
+    bands = not first and last not in (1, 3, 4) and min(second, third) >= _PICTURE
+    if both or (bands and (last == 2 or second == third != last)):
         raise ValueError(
             f"`images` has shape {sizes}: {second} channels of {third}x{last}, or {last} channels "
             f"of {second}x{third}? {_AXES}"

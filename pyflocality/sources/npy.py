@@ -11,6 +11,8 @@ import numpy as np
 _HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
+    # The same in UTF-8, for names of fields that are not Latin.
+    (3, 0): np.lib.format.read_array_header_2_0,
 }
 
 
