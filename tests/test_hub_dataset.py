@@ -72,6 +72,9 @@ def test_characters_of_patterns_in_paths(tmp_path, kind, name):
         (["train"], ["test"]),
         (["train_0", "train_1"], ["test_0"]),
         (["config/train-00000-of-00001"], ["config/val-00000-of-00001"]),
+        (["digits_train"], ["digits_test"]),
+        (["data/digits_train_0", "data/digits_train_1"], ["data/digits_test_0"]),
+        (["train_64x64-00000-of-00001"], ["valid_64x64-00000-of-00001"]),
     ],
 )
 def test_parts_by_names_of_parquet_files(tmp_path, train, test):
@@ -86,7 +89,7 @@ def test_parts_by_names_of_parquet_files(tmp_path, train, test):
         ("validation" if "val" in test[0] else "test", "c", COLOUR[4:]),
     ):
         assert_images(load(pack(tmp_path / "set", tmp_path / out, split=split)), images)
-    with pytest.raises(ValueError, match=r"`split` must be one of .*'train'.*got 'extra'"):
+    with pytest.raises(ValueError, match=r"`split` must be one of .*train.*got 'extra'"):
         pack(tmp_path / "set", tmp_path / "d", split="extra")
 
 

@@ -173,7 +173,7 @@ def test_a_folder_reached_in_several_ways_counts_once(tmp_path):
         ({"a/2.tif": encoded(Image.new("F", (4, 5)), "TIFF")}, "a/2.tif: mode 'F'"),
         (
             {"a/2.png": encoded(Image.new("RGBA", (4, 5), (9, 9, 9, 128)))},
-            "a/2.png: has transparent pixels: pass channels=1 or channels=3",
+            "a/2.png: has transparent pixels: pass channels=1 or 3 to put it on white",
         ),
     ],
 )

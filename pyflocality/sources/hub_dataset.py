@@ -25,7 +25,7 @@ from pyflocality.sources import dataset_columns
 from pyflocality.sources.base import Request
 from pyflocality.sources.images import ImageFiles, LabelledFiles
 from pyflocality.sources.selection import is_image
-from pyflocality.sources.splits import choose_split, part_of_file
+from pyflocality.sources.splits import choose_split, parts_of_files
 
 # What `datasets` leaves in the folder of a saved set and of a set with several splits.
 _MARKS = ("state.json", "dataset_dict.json")
@@ -130,9 +130,10 @@ def _files_of_split(path: Path, split: str | None, where: str) -> list[Path]:
     """The parquet files of the part that is asked for."""
     parts: dict[str | None, list[Path]] = {}
     origins: dict[str, str] = {}
-    for file in _parquet_files(path):
-        folders = list(file.relative_to(path).parts[:-1])
-        part = part_of_file(file.stem, folders)
+    files = _parquet_files(path)
+    places = [file.relative_to(path).parts[:-1] for file in files]
+    found = parts_of_files([(file.stem, at) for file, at in zip(files, places, strict=True)])
+    for file, folders, part in zip(files, places, found, strict=True):
         parts.setdefault(part, []).append(file)
         config = "/".join(name for name in folders if name not in (part, "data"))
         origins.setdefault(config, file.relative_to(path).as_posix())

@@ -179,7 +179,7 @@ class _Decoder:
             if image.getextrema()[3][0] < 255:
                 if self.request.channels is None:
                     raise _RefusedError(
-                        "has transparent pixels: pass channels=1 or channels=3 to put it on white"
+                        "has transparent pixels: pass channels=1 or 3 to put it on white"
                     )
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)

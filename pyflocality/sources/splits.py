@@ -9,7 +9,7 @@ or a word such as `set` or `images` behind it: `train`, `Testing`, `val_set`, `t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from pyflocality._text import printable
@@ -102,20 +102,31 @@ def part_words(name: str) -> set[str]:
     return {word for word in words if re.fullmatch(pattern, word)}
 
 
-def part_of_file(stem: str, folders: Sequence[str]) -> str | None:
-    """The part of a set that a file of a table belongs to, by its name or that of its folder.
+def parts_of_files(files: Sequence[tuple[str, Sequence[str]]]) -> list[str | None]:
+    """The parts of a set that files of a table belong to, by their names or those of their folders.
 
     Args:
-        stem: Name of the file without its suffix, such as "train-00000-of-00002" or "0000".
-        folders: Names of the folders around it, the nearest last.
+        files: For each file its name without the suffix, such as "train-00000-of-00002" or "0000",
+            and the names of the folders around it, the nearest last.
 
     Returns:
-        The name of the part, or None where nothing tells it.
+        The name of each file's part, or None where nothing tells it.
     """
+    # As folders do, "digits_train" and "digits_test" tell it together.
+    together = frozenset(find_parts({_piece_of(stem)[0] for stem, _ in files}))
+    return [_part_of_file(stem, folders, together) for stem, folders in files]
+
+
+def _piece_of(stem: str) -> tuple[str, bool]:
+    """What a file's name says it is a piece of, and whether it says that there are several."""
     sharded = re.fullmatch(r"(.+?)-\d+-of-\d+(?:-\w+)?", stem)
-    name = sharded[1] if sharded else re.sub(r"[-_.]\d+$", "", stem)
+    return (sharded[1], True) if sharded else (re.sub(r"[-_.]\d+$", "", stem), False)
+
+
+def _part_of_file(stem: str, folders: Sequence[str], together: Collection[str]) -> str | None:
+    name, sharded = _piece_of(stem)
     part = _part(name)
-    if part is not None and not part.of:
+    if name in together or (part is not None and not part.of):
         return name
     nearest = [folder for folder in folders if folder != "data"][-1:]
     if nearest and ((part := _part(nearest[0])) is not None or re.fullmatch(r"\d+", stem)):
