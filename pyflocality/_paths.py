@@ -73,6 +73,29 @@ def regular_file(path: Path) -> os.stat_result:
     return status
 
 
+def check_result(path: Path) -> None:
+    """Refuse the name of a file to be written where something is that cannot be replaced by one.
+
+    A link to a file is replaced. `/dev/null` is for everybody, though, and so is `/dev/stdout`: a
+    link to what a process has open.
+
+    Raises:
+        IsADirectoryError: A folder is there.
+        FileExistsError: A pipe, a socket or a device is there, itself or at the end of a link.
+    """
+    try:
+        mode = path.stat().st_mode
+        opened = path.is_symlink() and os.readlink(path).startswith("/proc/")
+    except OSError:
+        # Nothing is there, or whoever writes is told why that cannot be.
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path} is a folder, expected the name of a file")
+    if opened or not stat.S_ISREG(mode):
+        kind = "what a process has open" if opened else _KINDS.get(stat.S_IFMT(mode), "no file")
+        raise FileExistsError(f"{path} is {kind}, expected the name of a file")
+
+
 def no_link(path: str, flags: int) -> int:
     """An opener, as `open` takes it, that refuses links: somebody may have put one there."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)

@@ -25,7 +25,7 @@ from pyflocality._checks import (
 )
 from pyflocality._json import parsed_object
 from pyflocality._locks import remove_abandoned, replacing, twins_of
-from pyflocality._paths import checked_path
+from pyflocality._paths import check_result, checked_path
 from pyflocality._progress import progress_bar
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, check_set
@@ -101,7 +101,8 @@ class WindowTable(Sequence[tuple[float, int]]):
             force: Whether a file that is there may be replaced.
 
         Raises:
-            FileExistsError: The file is there and `force` is False.
+            FileExistsError: The file is there and `force` is False; it is a pipe or a device.
+            IsADirectoryError: `path` is a folder.
             FileNotFoundError: The folder of `path` does not exist.
             OSError: The file cannot be written.
         """
@@ -111,8 +112,7 @@ class WindowTable(Sequence[tuple[float, int]]):
             raise FileExistsError(f"{path} is already there; pass force=True to replace it")
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path.parent} is not a folder to save {path.name} in")
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder, expected the name of a file")
+        check_result(path)
         levels = [
             {"ratio": ratio, "window": window, "similarities": list(row)}
             for (ratio, window), row in zip(self, self.similarities, strict=True)

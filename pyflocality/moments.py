@@ -36,7 +36,7 @@ from pyflocality._checks import (
 from pyflocality._mapped import mapped_file, read_checked, streamed
 from pyflocality._moment_files import checksum, read_moments, write_moments
 from pyflocality._moment_sums import BLOCK_BYTES, Blend, ByteSums, FloatSums, kind_of_sums
-from pyflocality._paths import checked_path
+from pyflocality._paths import check_result, checked_path
 from pyflocality._progress import progress_bar
 from pyflocality._shards import plain, ranks_of
 from pyflocality._threads import Lock
@@ -293,7 +293,8 @@ class Moments:
             force: Whether to replace a file that is there.
 
         Raises:
-            FileExistsError: `path` exists and `force` is False.
+            FileExistsError: `path` exists and `force` is False; it is a pipe or a device.
+            IsADirectoryError: `path` is a folder.
             FileNotFoundError: The folder of `path` does not exist.
             OSError: The file cannot be written, on a full disk for example.
             ValueError: There are no images yet.
@@ -305,8 +306,7 @@ class Moments:
             raise FileExistsError(f"{path} exists: pass force=True to replace it")
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path.parent} is not a folder to save {path.name} in")
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder, expected the name of a file")
+        check_result(path)
         header = {"kind": sums.kind, "count": sums.count, "image_shape": list(self.image_shape)}
         write_moments(path, header, sums.tensors(), force)
 

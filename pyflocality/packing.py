@@ -42,10 +42,13 @@ from pyflocality.sources.packed import (
     read_begun,
     read_manifest,
 )
+from pyflocality.sources.selection import SYSTEM_FILES
 from pyflocality.sources.validation import as_image_tensor, check_values
 
 # Images of a block are decoded, written and noted together.
 _BLOCK_BYTES = 32 * 2**20
+# In the topmost folder of a disk.
+_FOUND = "lost+found"
 
 
 def pack(
@@ -177,10 +180,12 @@ def _sorted_by_label(files: LabelledFiles) -> LabelledFiles:
 
 def _check_target(target: Path, key: int) -> None:
     """Refuse a folder that holds anything but this set, finished or begun."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if not os.path.lexists(target):
         return
     if not target.is_dir():
-        raise FileExistsError(f"{target} is a file, expected the name of a folder")
+        raise FileExistsError(f"{target} is no folder, expected the name of one")
+    if not _names_in(target):
+        return
     if (target / MANIFEST).is_file():
         found = read_manifest(target)["key"]
     else:
@@ -198,8 +203,13 @@ def _check_target(target: Path, key: int) -> None:
 
 def _is_barely_begun(target: Path) -> bool:
     """Whether a run ended, on a full disk for example, before its journal had a whole line."""
-    names = {path.name for path in target.iterdir()}
+    names = _names_in(target)
     return JOURNAL in names and names <= {JOURNAL, IMAGES}
+
+
+def _names_in(target: Path) -> set[str]:
+    """What is in a folder, but for what systems leave there by themselves."""
+    return {name for name in os.listdir(target) if name.lower() not in {*SYSTEM_FILES, _FOUND}}
 
 
 @contextmanager

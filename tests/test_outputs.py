@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
+import re
 import signal
+from pathlib import Path
 
 import pytest
+import torch
 
+import pyflocality as pf
 from pyflocality import _locks
 from pyflocality.cli import _files
 from pyflocality.cli._files import Outputs
@@ -204,6 +209,57 @@ def test_links_are_replaced_and_nothing_is_written_through_them(tmp_path):
     assert contents(folder) == whole("new", names)
     assert not any(path.is_symlink() for path in folder.iterdir())
     assert precious.read_text() == "precious" and not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "open", "folder", "here"])
+def test_what_is_no_file_is_never_replaced(tmp_path, kind):
+    path, error, said = tmp_path / "result", FileExistsError, "is a device"
+    if kind == "pipe":
+        os.mkfifo(path)
+        said = r"is a pipe \(FIFO\)"
+    elif kind == "device":
+        path.symlink_to("/dev/null")
+    elif kind == "open":
+        (tmp_path / "taken").write_text("taken")
+        file = open(tmp_path / "taken")
+        path.symlink_to(f"/proc/self/fd/{file.fileno()}")
+        if not path.exists():
+            pytest.skip("this system has no /proc")
+        said = "is what a process has open"
+    else:
+        path = Path(".") if kind == "here" else tmp_path
+        error, said = IsADirectoryError, "is a folder"
+    before = path.lstat()
+    match = f"^{re.escape(str(path))} {said}, expected the name of a file$"
+    with pytest.raises(error, match=match), Outputs([path], force=True):
+        pass
+    images = torch.arange(8, dtype=torch.uint8).reshape(2, 1, 2, 2)
+    tables = [pf.Moments.from_data(pf.TrainingSet(images)), pf.WindowTable((1.0,), (3,), ((0.5,),))]
+    for table in tables:
+        with pytest.raises(error, match=match):
+            table.save(path, force=True)
+    assert path.lstat().st_ino == before.st_ino and path.lstat().st_mode == before.st_mode
+
+
+def test_a_folder_that_is_a_link_to_nothing_is_said_to_be_none(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    for folder in (tmp_path / "link", tmp_path / "link" / "deeper"):
+        with pytest.raises(NotADirectoryError, match="link is not a folder$"), outputs(folder):
+            pass
+    assert os.listdir(tmp_path) == ["link"]
+
+
+def test_errors_name_the_results_and_not_their_twins(tmp_path):
+    folder = tmp_path / "out"
+    for error in (
+        lambda path: OSError(f"{path} cannot be written: full"),
+        lambda path: OSError(errno.EIO, "Input/output error", str(path)),
+    ):
+        with pytest.raises(OSError, match=re.escape(str(folder / "b.npy"))), outputs(folder) as run:
+            raise error(run.temporary[folder / "b.npy"])
+    long = "x" * 250
+    with pytest.raises(OSError, match=f"too long: '{re.escape(str(folder / long))}'"):
+        outputs(folder, names=[long]).__enter__()
 
 
 def test_a_journal_that_is_not_ours_moves_nothing(tmp_path):

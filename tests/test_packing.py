@@ -223,6 +223,23 @@ def test_an_interrupted_run_goes_on(folder, pixels, tmp_path, few_a_block, monke
     check(out, pixels, [0] * 9 + [1] * (COUNT - 9))
 
 
+def test_what_systems_leave_in_a_folder_does_not_fill_it(folder, tmp_path):
+    out = tmp_path / "out"
+    (out / "lost+found").mkdir(parents=True)
+    (out / ".DS_Store").write_bytes(b"finder")
+    pack(folder, out, progress=False)
+    assert len(pf.TrainingSet.load(out)) == COUNT
+    verify(out, progress=False)
+    assert (out / ".DS_Store").read_bytes() == b"finder"
+
+
+def test_a_link_to_nothing_is_no_folder_to_pack_into(folder, tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="link is no folder, expected the name of one"):
+        pack(folder, tmp_path / "link", progress=False)
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_a_full_disk_loses_nothing(folder, pixels, tmp_path, few_a_block, monkeypatch):
     out = tmp_path / "out"
     flushes = []

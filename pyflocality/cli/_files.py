@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from pyflocality._locks import HeldError, locked
+from pyflocality._paths import check_result
 from pyflocality.cli._journal import BegunRun, Journal
 from pyflocality.cli._signals import uninterrupted
 
@@ -40,6 +41,10 @@ class Outputs:
         folder: The folder that all of them are in, where it is the run's own: one process at a
             time writes into it. Without it one process at a time writes each of the files.
         run: What is asked for, as JSON has it, but for `force`; what it has no word for, as text.
+
+    Raises:
+        IsADirectoryError: A folder has the name of a file.
+        FileExistsError: A pipe or a device has it.
     """
 
     def __init__(
@@ -50,6 +55,8 @@ class Outputs:
         folder: Path | None = None,
         run: object = None,
     ) -> None:
+        for path in paths:
+            check_result(path)
         self.paths, self.force = tuple(paths), force
         key = hashlib.sha256(json.dumps(run, sort_keys=True, default=str).encode()).hexdigest()
         self._run = BegunRun(uuid.uuid4().hex, key, force)
@@ -71,9 +78,6 @@ class Outputs:
             NotADirectoryError: What should be the folder of a file is none.
             OSError: A file cannot be written.
         """
-        for path in self.paths:
-            if path.is_dir():
-                raise IsADirectoryError(f"{path} is a folder, expected the name of a file")
         try:
             for path in self.paths:
                 self._make_folder(path.parent)
@@ -85,8 +89,9 @@ class Outputs:
                 self._journal.begin(self._run)
             for temporary in self.temporary.values():
                 temporary.touch()
-        except BaseException:
+        except BaseException as error:
             self._clean()
+            self._tell_names(error)
             raise
         return self
 
@@ -114,15 +119,29 @@ class Outputs:
     ) -> None:
         """Remove what was not committed, and tell where a disk is full."""
         self._clean()
+        self._tell_names(error)
+
+    def _tell_names(self, error: BaseException | None) -> None:
+        """Tell which file could not be written, by the name that it would have had."""
+        if not isinstance(error, OSError):
+            return
         # Writes to an open file that fail do not tell which.
-        if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+        if error.errno in _FULL and error.filename is None:
             error.filename = str(self.paths[0].parent)
+        for path, twin in self.temporary.items():
+            if isinstance(error.filename, str):
+                error.filename = error.filename.replace(str(twin), str(path))
+            error.args = tuple(
+                part.replace(str(twin), str(path)) if isinstance(part, str) else part
+                for part in error.args
+            )
 
     def _make_folder(self, folder: Path) -> None:
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is not a folder")
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
         for path in reversed(missing):
+            # Another process may have made it meanwhile.
+            if os.path.lexists(path) and not path.is_dir():
+                raise NotADirectoryError(f"{path} is not a folder")
             path.mkdir(exist_ok=True)
             self._made.append(path)
 

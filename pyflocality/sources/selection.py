@@ -60,7 +60,7 @@ SUFFIXES = frozenset(
 )
 COMPRESSED_TARS = tuple(".tar.gz .tgz .tar.bz2 .tbz2 .tar.xz .txz .tar.zst .tar.lz4".split())
 # What systems leave in folders, in lower case.
-_SYSTEM_FILES = frozenset([".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", ".directory"])
+SYSTEM_FILES = frozenset([".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", ".directory"])
 _SYSTEM_FOLDERS = ("/__macosx/", "/@eadir/")
 
 
@@ -137,7 +137,7 @@ def is_of_system(name: str) -> bool:
     """Whether a file is one that systems leave in folders."""
     path = f"/{name.lower()}"
     base = path[path.rindex("/") + 1 :]
-    left = base in _SYSTEM_FILES or base.startswith("._")
+    left = base in SYSTEM_FILES or base.startswith("._")
     return left or any(folder in path for folder in _SYSTEM_FOLDERS)
 
 
