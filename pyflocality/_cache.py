@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import IO
 
+from pyflocality._caller import caller_level
 from pyflocality._locks import remove_abandoned, replacing
 from pyflocality._paths import checked_path
 
@@ -124,11 +125,15 @@ def read_blob(name: str, size: int) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        warnings.warn(f"{path}: the cached file cannot be used ({error})", stacklevel=3)
+        warnings.warn(
+            f"{path}: the cached file cannot be used ({error})", stacklevel=caller_level()
+        )
         return None
     digest, payload = content[:32], content[32:]
     if len(payload) != size or hashlib.sha256(payload).digest() != digest:
-        warnings.warn(f"{path}: the cached file is damaged and made anew", stacklevel=3)
+        warnings.warn(
+            f"{path}: the cached file is damaged and made anew", stacklevel=caller_level()
+        )
         return None
     return payload
 
@@ -166,7 +171,7 @@ def tell(message: str) -> None:
     """Warn of what keeps files from being cached, once."""
     if message not in _told:
         _told.add(message)
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=caller_level())
 
 
 def _distrust(folder: Path) -> str | None:

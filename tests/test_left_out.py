@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 
+from pyflocality import TrainingSet
 from pyflocality._text import printable
 from pyflocality.sources.left_out import LeftOut
 
@@ -49,3 +51,20 @@ def test_one_warning_says_how_many_which_first_and_why():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         left_out.warn()
+
+
+def test_warnings_are_about_the_call_of_the_user(tmp_path, monkeypatch):
+    """They told a line of the library, and not always the same."""
+    np.save(tmp_path / "three.npy", np.full((3, 8, 8), 9, np.uint8))
+    np.save(tmp_path / "floats.npy", np.zeros((5, 1, 8, 8), np.float32))
+    np.save(tmp_path / "many.npy", np.full((1000, 1, 4, 4), 9, np.uint8))
+    monkeypatch.setattr("pyflocality._cache._told", set())
+    monkeypatch.setenv("PYFLOCALITY_CACHE_DIR", str(tmp_path / "three.npy"))
+    for name, told in (
+        ("three", "3 grey ones"),
+        ("floats", "nothing negative"),
+        ("many", "nothing is cached"),
+    ):
+        with pytest.warns(UserWarning, match=told) as caught:
+            TrainingSet.load(tmp_path / f"{name}.npy", resolution=2 if name == "many" else None)
+        assert [warning.filename for warning in caught] == [__file__]

@@ -33,6 +33,7 @@ from pyflocality._cache import (
     remove_leftovers,
     tell_unwritable,
 )
+from pyflocality._caller import caller_level
 from pyflocality._json import (
     COUNT,
     TEXT,
@@ -92,7 +93,8 @@ def find(loaded: Loaded, request: Request) -> Loaded | None:
     except (OSError, ValueError) as error:
         what = "cannot be used" if isinstance(error, OSError) else "are damaged"
         warnings.warn(
-            f"{place}.json: the cached images {what} ({error}); decoding again", stacklevel=6
+            f"{place}.json: the cached images {what} ({error}); decoding again",
+            stacklevel=caller_level(),
         )
         return None
     # Of a process that was killed when all was done.

@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from pyflocality._caller import caller_level
 from pyflocality._text import printable
 from pyflocality.sources.base import Request
-from pyflocality.sources.left_out import caller_level
 
 _LABELS = ("label", "labels", "class", "class_id", "class_label", "target", "targets", "y")
 _LABELS += ("cls", "fine_label", "coarse_label", "category")

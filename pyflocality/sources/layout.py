@@ -18,6 +18,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+from pyflocality._caller import caller_level
+
 LAYOUTS = ("NCHW", "NHWC", "NHW")
 _AXES = "give layout='NCHW' or layout='NHWC'"
 # Height and width from which on a last axis of four says colour and alpha and not width.
@@ -69,7 +71,7 @@ def find_layout(shape: Sequence[int], layout: str | None) -> str:
             warnings.warn(
                 f"images of shape {sizes} are taken for 3 grey ones; if they are the channels of "
                 "one image, pass images[None]; layout='NHW' says that they are not",
-                stacklevel=5,
+                stacklevel=caller_level(),
             )
         return "NHW"
     return _of_four(sizes)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
 import warnings
 
+from pyflocality._caller import caller_level
 from pyflocality._text import printable
-
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
 class LeftOut:
@@ -46,14 +42,3 @@ class LeftOut:
         self._reasons.clear()
         told = f"{total} left out: {'; '.join(parts)}"
         warnings.warn(f"{printable(self._where)}: {told}", stacklevel=caller_level())
-
-
-def caller_level() -> int:
-    """The `stacklevel` of the first frame outside the library, for a warning of the caller."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and (
-        frame.f_code.co_filename.startswith(_PACKAGE)
-        or frame.f_code.co_filename == contextlib.__file__
-    ):
-        level, frame = level + 1, frame.f_back
-    return level

@@ -36,9 +36,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pyflocality._caller import caller_level
 from pyflocality._text import printable
 from pyflocality.sources import dataset_json
-from pyflocality.sources.left_out import LeftOut, caller_level
+from pyflocality.sources.left_out import LeftOut
 from pyflocality.sources.splits import (
     are_parts,
     choose_split,

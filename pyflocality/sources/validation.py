@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyflocality._budget import memory_budget_bytes
+from pyflocality._caller import caller_level
 from pyflocality._checks import check_sequence, check_tensor, describe
 from pyflocality._mapped import mapped_file, remember, streamed
 from pyflocality.sources.layout import find_layout
@@ -162,7 +163,7 @@ def check_values(images: Tensor, name: str, *, warn: bool = True) -> None:
         warnings.warn(
             f"the float images of {name} lie in [{lowest:g}, {highest:g}], with nothing negative; "
             "[-1, 1] is expected: if their range is [0, 1], pass 2 * images - 1",
-            stacklevel=3,
+            stacklevel=caller_level(),
         )
 
 
