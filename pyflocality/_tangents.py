@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pyflocality._backends import Call
-from pyflocality._checks import check_float_tensor, describe
+from pyflocality._checks import check_float_tensor, check_level, describe
 from pyflocality._problem import PosteriorProblem
-from pyflocality._transforms import is_differentiated
+from pyflocality._transforms import has_readable_values, is_differentiated
 
 
 def check_tangents(
@@ -29,12 +29,22 @@ def check_tangents(
         problem: The problem made of them.
         name: Name of the argument in error messages.
     """
-    if torch.isinf(problem.scale).any():
+    check_noise(check_level(sigma, len(x), x.device, "sigma", allow_zero=True), sigma)
+    return check_directions(tangents, x, name).to(problem.x.dtype)
+
+
+def check_noise(level: Tensor, sigma: float | Tensor) -> None:
+    """A noise level at which the posterior has derivatives.
+
+    Args:
+        level: The noise level, checked but for 0.
+        sigma: What the caller gave, for the error message.
+    """
+    if has_readable_values(level) and (level == 0).any():
         raise ValueError(
             "`sigma` must be positive for derivatives, which have no limit as it falls to 0, got "
             f"{describe(sigma)}"
         )
-    return check_directions(tangents, x, name).to(problem.x.dtype)
 
 
 def check_directions(directions: object, x: Tensor, name: str) -> Tensor:
@@ -64,8 +74,11 @@ def tangent_call(problem: PosteriorProblem, tangents: Tensor, **facts: object) -
 
 
 def jacobian_factor(problem: PosteriorProblem) -> Tensor:
-    """Factor alpha / (sigma^2 temperature) of the covariances in the Jacobian: float64 [B]."""
-    return 2.0 * problem.scale * problem.alpha
+    """Factor alpha / (sigma^2 temperature) of the covariances in the Jacobian: float64 [B].
+
+    Where it overflows it is the largest number: a covariance of 0 stays a derivative of 0.
+    """
+    return (2.0 * problem.scale * problem.alpha).clamp(max=torch.finfo(torch.float64).max)
 
 
 def centre_of(problem: PosteriorProblem) -> Tensor:

@@ -41,6 +41,9 @@ from wrong_values import (
 import pyflocality as pf
 from pyflocality import pictures
 
+# Odd tensors that are two finite numbers all the same.
+_TWO_NUMBERS = ("tensor2", "tensor 0", "tensor half", "tensor grad")
+
 
 def pictures_and_sets() -> dict[str, Call]:
     shown = noisy(3, *SHAPE).clamp(-1, 1)
@@ -75,7 +78,7 @@ def pictures_and_sets() -> dict[str, Call]:
                 "x_t": tensor(), "x0": tensor(), "samples": count(),
                 "timesteps": tensor(
                     dtypes={**FLOATS, **WHOLE},
-                    odd=lambda label, value: MAY if label == "tensor2" else None,
+                    odd=lambda label, value: MAY if label in _TWO_NUMBERS else None,
                 ),
             },
         ),

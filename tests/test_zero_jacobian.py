@@ -80,3 +80,31 @@ def test_little_weight_beside_the_nearest_image(backend):
         assert exact.abs().max() > 0
         scale = float(exact.abs().max())
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-3 * scale)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("auto", marks=needs_cpu)])
+@pytest.mark.parametrize("name", [name for name in MAKERS if name != "wiener"])
+def test_noise_whose_square_or_factor_is_beyond_the_numbers(name, backend):
+    data, x, directions = case(torch.uint8, 0.8)
+    model = MAKERS[name](data)
+    with pf.use_backend(backend):
+        for sigma in (1e-30, 1e-150, 1e-160, 5e-324):
+            mean, derivative = model.jvp(x, directions, sigma, 0.8)
+            torch.testing.assert_close(mean, model(x, sigma, 0.8), rtol=0, atol=1e-5)
+            assert torch.isfinite(derivative).all()
+            assert torch.isfinite(model.vjp(x, directions, sigma, 0.8)).all()
+            if name in NAMES:
+                assert not derivative.any()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_no_noise_is_refused_before_work(name):
+    data, x, directions = case(torch.uint8, 0.8)
+    model = MAKERS[name](data)
+    for derivative in (model.jvp, model.vjp):
+        with (
+            pf.trace_backends() as trace,
+            pytest.raises(ValueError, match="`sigma` must be positive for derivatives.*got 0.0"),
+        ):
+            derivative(x, directions, 0.0, 0.8)
+        assert not trace

@@ -34,6 +34,7 @@ from public_calls import Call
 from wrong_values import Try
 
 import pyflocality as pf
+from pyflocality._text import printable
 
 # Where errors of the library are raised, and those of the test of this module.
 OURS = Path(pf.__file__).parent, Path(__file__).parent / "test_wrong_calls.py"
@@ -189,7 +190,7 @@ def judge(call: object, parameter: str, attempt: object, expected: object) -> tu
             )
         except Exception as error:
             took = time.process_time() - start
-            return _judge_error(call, parameter, error, trace, took)
+            return _judge_error(call, attempt.value, error, trace, took)
     if attempt.verdict == "wrong":
         return "silent", _shown(answer)
     if not call.infinite and not _is_finite(answer):
@@ -201,7 +202,7 @@ def judge(call: object, parameter: str, attempt: object, expected: object) -> tu
 
 
 def _judge_error(
-    call: object, parameter: str, error: Exception, trace: list, took: float
+    call: object, value: object, error: Exception, trace: list, took: float
 ) -> tuple[str, str]:
     text = str(error)
     detail = f"{type(error).__name__}: {text[:200]}"
@@ -212,7 +213,10 @@ def _judge_error(
     if plain and not _is_ours(error):
         return "deep", detail
     if not set(re.findall(r"`(\w+)[`(\[.]", text)) & set(call.parameters()) | call.names:
-        named = isinstance(error, OSError) or "torchrun" in text
+        # A file that is not as it should be is named by its path.
+        is_path = isinstance(value, (str, os.PathLike))
+        is_named_path = is_path and text.startswith(f"{printable(os.fspath(value))}: ")
+        named = isinstance(error, OSError) or "torchrun" in text or is_named_path
         if not named:
             return "unnamed", detail
     if trace:
@@ -281,6 +285,8 @@ def _is_finite(answer: object) -> bool:
 
     for leaf in _leaves(answer):
         if isinstance(leaf, torch.Tensor):
+            if not _is_dense(leaf):
+                return False
             if leaf.is_floating_point() and not torch.isfinite(leaf.detach().double()).all():
                 return False
         elif not (isinstance(leaf, int) or math.isfinite(leaf)):
@@ -288,11 +294,19 @@ def _is_finite(answer: object) -> bool:
     return True
 
 
+def _is_dense(leaf: torch.Tensor) -> bool:
+    """Whether a tensor holds numbers that can be compared."""
+    is_odd = leaf.is_nested or leaf.is_quantized or leaf.is_meta
+    return leaf.layout == torch.strided and not is_odd
+
+
 def _is_close(answer: object, expected: object) -> bool:
     mine, theirs = list(_leaves(answer)), list(_leaves(expected))
     if len(mine) != len(theirs):
         return False
     for one, other in zip(mine, theirs, strict=True):
+        if not all(_is_dense(leaf) for leaf in (one, other) if isinstance(leaf, torch.Tensor)):
+            return False
         # A number and a tensor of it are the same answer.
         a, b = (torch.as_tensor(leaf).detach().as_subclass(torch.Tensor) for leaf in (one, other))
         a, b = a.double(), b.double()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyflocality import ops
 from pyflocality._backends import BackendUnavailableError, reason
-from pyflocality._checks import check_level
+from pyflocality._checks import check_level, check_tensor
 from pyflocality._problem import posterior_problem
 from pyflocality.cuda.window_rows import window_posterior_rows as _rows_of_problem
 from pyflocality.ops.window_posterior import check_window
@@ -199,10 +199,11 @@ def as_tensor(array: Array, name: str) -> Tensor:
 
     Raises:
         TypeError: The array does not offer its memory through DLPack.
-        ValueError: It runs backwards along an axis, which torch has no tensors for.
+        ValueError: It runs backwards along an axis, which torch has no tensors for, or holds no
+            values.
     """
     if isinstance(array, Tensor):
-        return array
+        return check_tensor(array, name)
     if not hasattr(array, "__dlpack__"):
         raise TypeError(
             f"`{name}` must be a torch.Tensor, a CuPy array or another array with `__dlpack__`, "

@@ -36,7 +36,7 @@ from pyflocality._checks import (
 )
 from pyflocality._operators import new_handle
 from pyflocality._precision import PRECISIONS, Precision
-from pyflocality._tangents import check_directions
+from pyflocality._tangents import check_directions, check_noise
 from pyflocality._transforms import (
     in_full_precision,
     is_differentiated,
@@ -140,7 +140,7 @@ class Denoiser(nn.Module):
                 posterior jumps from image to image.
             BackendUnavailableError: The backend asked for has no derivatives of this denoiser.
         """
-        x, sigma, alpha = self._checked(x, sigma, alpha)
+        x, sigma, alpha = self._checked(x, sigma, alpha, derivatives=True)
         tangents = check_directions(tangents, x, "tangents")
         in_parts = is_traced() or tangents.numel() == 0
         if in_parts or is_differentiated(x, tangents, sigma, alpha):
@@ -177,19 +177,26 @@ class Denoiser(nn.Module):
             ValueError: An argument has the wrong shape, device or range; sigma is 0.
             BackendUnavailableError: The backend asked for has no derivatives of this denoiser.
         """
-        x, sigma, alpha = self._checked(x, sigma, alpha)
+        x, sigma, alpha = self._checked(x, sigma, alpha, derivatives=True)
         cotangents = check_directions(cotangents, x, "cotangents")
         return transposed(self, x, sigma, alpha, cotangents)
 
     def _checked(
-        self, x: Tensor, sigma: float | Tensor, alpha: float | Tensor
+        self,
+        x: Tensor,
+        sigma: float | Tensor,
+        alpha: float | Tensor,
+        *,
+        derivatives: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments of a call in canonical form: levels are float64 [B]."""
         x = check_batch(x, self.image_shape, self.device, "x")
-        sigma = check_level(sigma, len(x), x.device, "sigma", allow_zero=True)
+        level = check_level(sigma, len(x), x.device, "sigma", allow_zero=True)
+        if derivatives:
+            check_noise(level, sigma)
         alpha = check_level(alpha, len(x), x.device, "alpha", allow_zero=False)
         check_magnitude(x, alpha, "x")
-        return x, sigma, alpha
+        return x, level, alpha
 
     def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
         """The estimate for checked arguments; sigma and alpha are float64 [B]."""
