@@ -41,17 +41,29 @@ def warn_of_few_images(moments: Moments, what: str, rank: int | None = None) -> 
         )
 
 
-def warn_of_missing_inputs(without: Tensor, moments: Moments, place: str) -> bool:
-    """Say so where values that vary in the set listen to no input; whether there are any.
+def warn_of_missing_inputs(
+    without: Tensor, moments: Moments, level: tuple[float, float], place: str
+) -> bool:
+    """Say so where values that the noisy image tells of listen to no input; whether there are any.
+
+    With S the covariance, the best linear estimate of value d lies off the mean by at most the
+    square root of S_dd, and of alpha^2 (S S)_dd / sigma^2: where that is less than half a step of
+    8-bit images the mean is the answer, as for values that seldom vary, in much noise.
 
     Args:
         without: Which values have no input, bool [D].
         moments: Moments of the training set.
+        level: sigma and alpha.
         place: Where that is so.
     """
     if not without.any():
         return False
-    return _warn_of_blind(without & _varying(moments).to(without.device), place)
+    (sigma, alpha), covariance = level, moments.covariance
+    moves = covariance.diagonal()
+    if sigma > 0:
+        moves = moves.minimum((alpha / sigma) ** 2 * covariance.square().sum(1))
+    told = _varying(moments) & (moves > 1.0 / 255.0**2)
+    return _warn_of_blind(without & told.to(without.device), place)
 
 
 def warn_of_blind_values(without: Tensor, data: TrainingSet, place: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyflocality._budget import check_given, memory_budget_bytes
 from pyflocality._cache import read_blob, write_blob
 from pyflocality._checks import (
     LARGEST,
@@ -18,7 +19,7 @@ from pyflocality._checks import (
     check_one_level,
     check_real,
 )
-from pyflocality.moments import Moments
+from pyflocality.moments import Moments, check_moments_fit
 from pyflocality.weights import QueryWeights
 
 # Masks over fewer inputs are built in less time than a file takes.
@@ -92,19 +93,40 @@ def pca_locality_weights(
 
 
 def cached_pca_locality_weights(
-    moments: Moments, sigma: float, alpha: float = 1.0, threshold: float = 0.02
+    moments: Moments,
+    sigma: float,
+    alpha: float = 1.0,
+    threshold: float = 0.02,
+    *,
+    memory_budget: int | str | None = None,
 ) -> QueryWeights:
     """As `pca_locality_weights`, with large masks kept as files in the user's cache folder.
 
     A file is named by a hash of the moments, the noise level, the threshold and the version of
     the rule; it carries a checksum, and a damaged one is made anew with a warning. Masks that
     take a moment (D < 1,024 values) and signed weights are not kept.
+
+    Args:
+        moments: Moments of the training set over D = C H W values.
+        sigma: Noise level, not negative.
+        alpha: Signal coefficient, positive.
+        threshold: h, in [0, 1).
+        memory_budget: Working memory, bytes or a string such as "2GB"; None follows the
+            environment variable PYFLOCALITY_MEMORY_BUDGET. Where neither is given, nothing is
+            refused.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, or the budget is less than the making takes:
+            27 D^2 bytes, or 40 D^2 where the moments have no eigenvectors yet.
     """
     check_instance(moments, "moments", Moments, "Moments")
     threshold = check_threshold(threshold, "threshold")
     sigma, alpha = _check_levels(sigma, alpha)
+    memory_budget_bytes(memory_budget)
     inputs = math.prod(moments.image_shape)
     if inputs < _CACHED_INPUTS or threshold == 0:
+        _check_making_fits(memory_budget, moments)
         return pca_locality_weights(moments, sigma, alpha, threshold)
     level = [_RULE_VERSION, moments.content_key(), sigma, alpha, threshold]
     key = hashlib.sha256(json.dumps(level).encode()).hexdigest()[:32]
@@ -114,9 +136,18 @@ def cached_pca_locality_weights(
     if payload is not None:
         bits = np.frombuffer(payload, np.uint8).reshape(inputs, row)
         return QueryWeights.from_bits(bits, inputs)
+    _check_making_fits(memory_budget, moments)
     weights = pca_locality_weights(moments, sigma, alpha, threshold)
     write_blob(name, weights.bits.tobytes())
     return weights
+
+
+def _check_making_fits(memory_budget: int | str | None, moments: Moments) -> None:
+    """Refuse to make weights that a memory budget which was given cannot hold."""
+    check_moments_fit(memory_budget, None, moments)
+    inputs = math.prod(moments.image_shape)
+    # The filter, its factors, and its magnitudes in the order of the weights.
+    check_given(memory_budget, 27 * inputs**2, f"the weights of {inputs} values")
 
 
 def _check_levels(sigma: object, alpha: object) -> tuple[float, float]:

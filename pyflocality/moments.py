@@ -14,6 +14,7 @@ on every backend and device.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from pyflocality._augmentation import copies_of, enlarged_blocks
 from pyflocality._backends import BACKENDS, BackendUnavailableError
+from pyflocality._budget import check_given
 from pyflocality._checks import (
     FLOAT_DTYPES,
     check_choice,
@@ -410,6 +412,35 @@ class Moments:
                 "start again from a new object or a saved file"
             )
         return self._sums
+
+
+def check_moments_fit(
+    memory_budget: int | str | None, data: TrainingSet | None, moments: Moments | None
+) -> None:
+    """Refuse moments with eigenvectors that a memory budget which was given cannot hold.
+
+    Args:
+        memory_budget: Working memory; None follows the environment variable.
+        data: The training set; None where there are moments.
+        moments: Its moments where they are at hand: they are no working memory, nor are their
+            eigenvectors where they have been asked for.
+
+    Raises:
+        ValueError: They take more; the least is named.
+    """
+    if moments is not None and moments._eigen is not None:
+        return
+    values = math.prod((data or moments).image_shape)
+    square = 8 * values**2
+    # The covariance, its copy for the solver, what that works in, and the eigenvectors.
+    least = 5 * square
+    if moments is None:
+        block = min(BLOCK_BYTES, len(data) * copies_of(data.augmentation) * values)
+        if data.dtype != torch.uint8:
+            # As float64, its differences from the mean, and their products.
+            block = 2 * min(BLOCK_BYTES, 8 * block) + square
+        least = square + max(least, block)
+    check_given(memory_budget, least, f"moments of {values} values and their eigenvectors")
 
 
 def _eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:

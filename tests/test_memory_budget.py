@@ -88,3 +88,65 @@ def test_small_calls_do_with_any_budget():
     found = pf.LocalDenoiser(data, 3, backend="reference", memory_budget=1)(x, 0.5)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert ALWAYS_ALLOWED == 16 * 2**20
+
+
+def decomposing(data: pf.TrainingSet, budget: str | None) -> dict[str, Callable[[], object]]:
+    """What makes moments and eigenvectors of a set, within a budget."""
+    x = torch.zeros(1, *data.image_shape)
+    return {
+        "certified": lambda: pf.CertifiedSubset(pf.OptimalDenoiser(data, memory_budget=budget))(
+            x, 0.5
+        ),
+        "pca": lambda: pf.PCALocalityDenoiser(data, memory_budget=budget)(x, 0.5),
+    }
+
+
+def test_moments_of_a_given_budget_are_refused_before_work(monkeypatch):
+    """D = 3,072 took 449 MB at a budget of 64 MB."""
+    shape = (3, 32, 32)
+    images = random_images(torch.Generator().manual_seed(0), 4, shape, torch.uint8)
+    data = pf.TrainingSet(images)
+
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("worked")
+
+    monkeypatch.setattr(pf.Moments, "_take", work)
+    # 48 D^2 bytes.
+    least = "`memory_budget` must be at least 432MB for moments of 3072 values"
+    for run in decomposing(data, "64MB").values():
+        with pytest.raises(ValueError, match=least):
+            run()
+    # The default has them on top.
+    monkeypatch.delenv("PYFLOCALITY_MEMORY_BUDGET", raising=False)
+    large = pf.TrainingSet(images.repeat(1, 1, 2, 2))
+    for run in [*decomposing(large, None).values(), lambda: pf.WienerDenoiser(large)]:
+        with pytest.raises(AssertionError, match="worked"):
+            run()
+    monkeypatch.setenv("PYFLOCALITY_MEMORY_BUDGET", "64MB")
+    for run in [*decomposing(data, None).values(), lambda: pf.WienerDenoiser(data)]:
+        with pytest.raises(ValueError, match=f"{least}.*PYFLOCALITY_MEMORY_BUDGET"):
+            run()
+
+
+def test_moments_that_are_at_hand_need_no_budget():
+    images = random_images(torch.Generator().manual_seed(0), 900, (3, 16, 16), torch.uint8)
+    data, values = pf.TrainingSet(images), 768
+    moments, x = pf.Moments.from_data(data), torch.zeros(1, 3, 16, 16)
+    subset = pf.CertifiedSubset(pf.OptimalDenoiser(data, memory_budget=2**20), moments=moments)
+    least = -(-40 * values**2 // 2**20)
+    with pytest.raises(ValueError, match=f"`memory_budget` must be at least {least}MB"):
+        subset(x, 0.5)
+    moments.eigh()
+    expected = pf.OptimalDenoiser(data)(x, 0.5)
+    torch.testing.assert_close(subset(x, 0.5), expected, rtol=0, atol=1e-3)
+    # 27 D^2 bytes, which are less than 16 MB, make the weights.
+    pf.PCALocalityDenoiser(data, moments=moments, memory_budget=2**20)(x, 0.5)
+
+
+def test_the_pyramid_is_made_within_the_budget():
+    """Its blocks took 64 MB whatever the budget."""
+    images = random_images(torch.Generator().manual_seed(0), 8000, (3, 8, 8), torch.uint8)
+    data, budget = pf.TrainingSet(images), 2**22
+    # The pyramid itself lies in a file then.
+    peak = peak_of(lambda: pf.MultiscaleDenoiser(data, 1, 3, memory_budget=budget))
+    assert budget / 10 < peak < 1.02 * budget

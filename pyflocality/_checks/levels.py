@@ -41,6 +41,8 @@ def check_level(
     if not isinstance(value, Tensor):
         if is_traced() and isinstance(value, numbers.Real) and not isinstance(value, bool):
             return torch.as_tensor(value, dtype=torch.float64, device=device).expand(batch)
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"`{name}` must be a number or a tensor [B], got {describe(value)}")
         number = check_real(value, name, low=0.0, above=not allow_zero)
         return torch.tensor(number, dtype=torch.float64, device=device).expand(batch)
     if check_tensor(value, name).dtype not in REAL_DTYPES:

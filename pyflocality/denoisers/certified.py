@@ -26,7 +26,7 @@ from pyflocality._transforms import is_differentiated
 from pyflocality.denoisers.base import Denoiser
 from pyflocality.denoisers.golden import refuse_augmented
 from pyflocality.denoisers.optimal import OptimalDenoiser
-from pyflocality.moments import Moments
+from pyflocality.moments import Moments, check_moments_fit
 
 # Plans kept: a schedule has fewer noise levels.
 _KEPT_PLANS = 1024
@@ -79,9 +79,10 @@ class CertifiedSubset(Denoiser):
 
     The bounds take 4 N (K + J + 1) bytes for K components in J stages, no more than half of the
     wrapped denoiser's memory budget: fewer components are kept where N is large. They are
-    computed at first use. Moments and their eigenvectors come on top of the budget, whatever it
-    is: 48 D^2 bytes while they are computed, 450 MB at D = 3,072, and a third of that with
-    `moments` that have been asked for their eigenvectors.
+    computed at first use. Moments and their eigenvectors take 48 D^2 bytes while they are
+    computed, 450 MB at D = 3,072: a budget that is given, by argument or environment variable,
+    must hold them, and the default of 1 GB has them on top. `moments` that have been asked for
+    their eigenvectors need no more.
 
     Args:
         denoiser: An `OptimalDenoiser`; no other denoiser has a certificate.
@@ -92,7 +93,7 @@ class CertifiedSubset(Denoiser):
     Raises:
         TypeError: `denoiser` is no OptimalDenoiser, or an option has the wrong type.
         ValueError: `tol` is out of range, the moments are of images of another shape, or the set
-            is augmented.
+            is augmented; in calls, a given budget is too small for the moments.
     """
 
     symmetric_jacobian = True
@@ -138,6 +139,7 @@ class CertifiedSubset(Denoiser):
             if self._index is None or self._index.device != self.device:
                 self._forget()
                 data, budget = self.denoiser.data, self.denoiser.memory_budget
+                check_moments_fit(budget, data, self._moments)
                 if self._moments is None:
                     self._moments = Moments.from_data(data)
                 stages = subset_stages(data, memory_budget_bytes(budget) // 2)

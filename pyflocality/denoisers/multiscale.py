@@ -340,7 +340,8 @@ def _training_bands(
 
     start = 0
     # The bands of a block in double precision, with their temporaries.
-    size = images_per_chunk(_BLOCK_BYTES, 8 * 8 * data.num_values, len(data))
+    at_once = min(_BLOCK_BYTES, memory_budget_bytes(memory_budget))
+    size = images_per_chunk(at_once, 8 * 8 * data.num_values, len(data))
     for block in enlarged_blocks(data.images, data.augmentation, size):
         low, rows = training_values(block, torch.float64), slice(start, start + len(block))
         for stack in tensors[:-1]:

@@ -22,7 +22,7 @@ from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Members, join_levels, split_levels
 from pyflocality.denoisers.queries import QueryDenoiser
 from pyflocality.masks import cached_pca_locality_weights, check_threshold
-from pyflocality.moments import Moments
+from pyflocality.moments import Moments, check_moments_fit
 from pyflocality.ops import masked_posterior_jvp, masked_posterior_mean, masked_posterior_vjp
 from pyflocality.weights import QueryWeights
 
@@ -50,7 +50,9 @@ class PCALocalityDenoiser(QueryDenoiser):
     numbers.
 
     The weights of a noise level are built at its first use (D^3 multiply-adds) and kept as bits
-    while they fit the memory budget; large masks are also kept in the user's cache folder.
+    while they fit the memory budget; large masks are also kept in the user's cache folder. A budget
+    that is given must hold the making: 48 D^2 bytes for moments and their eigenvectors, and 27 D^2
+    for the weights where the moments are given with their eigenvectors.
 
     A batch of several noise levels is scanned once for each of them, as their weights differ;
     reading the images again is little beside what the posteriors cost.
@@ -74,11 +76,13 @@ class PCALocalityDenoiser(QueryDenoiser):
 
     Raises:
         TypeError: An option has the wrong type.
-        ValueError: An option is out of range, or the moments are of images of another shape.
+        ValueError: An option is out of range, or the moments are of images of another shape; in
+            calls, a given budget is too small for the moments or the weights.
 
     Warns:
         UserWarning: There are no more images than values that vary (said once, at the first
-            call), or values that vary have no input at a noise level (said for the first one).
+            call), or values that the Wiener filter would move by more than half a step of
+            8-bit images have no input at a noise level (said for the first one).
 
     References:
         Lukoianov, Yuan, Solomon and Sitzmann, Locality in image diffusion models emerges from
@@ -148,7 +152,11 @@ class PCALocalityDenoiser(QueryDenoiser):
         """Build the weights of a noise level, and drop those not used for longest."""
         start = time.perf_counter()
         with outside_transforms():
-            weights = cached_pca_locality_weights(self.moments, *level, self.mask_threshold)
+            if self._moments is None:
+                check_moments_fit(self.memory_budget, self.data, None)
+            weights = cached_pca_locality_weights(
+                self.moments, *level, self.mask_threshold, memory_budget=self.memory_budget
+            )
         self.weights_seconds += time.perf_counter() - start
         self._weights[level] = weights
         self._warn(level, weights)
@@ -164,7 +172,7 @@ class PCALocalityDenoiser(QueryDenoiser):
         if not self._told_of_masks:
             place = "at sigma {:.3g} and alpha {:.3g}".format(*level)
             place += f", where `mask_threshold` {self.mask_threshold:g} keeps none"
-            self._told_of_masks = warn_of_missing_inputs(weights.empty, self.moments, place)
+            self._told_of_masks = warn_of_missing_inputs(weights.empty, self.moments, level, place)
 
     def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
         def mean(m: Members, images: Tensor, weights: QueryWeights, **options: object) -> Parts:

@@ -12,7 +12,7 @@ from pyflocality._checks import check_count, describe
 from pyflocality._undetermined import warn_of_few_images
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, device_after
-from pyflocality.moments import Moments
+from pyflocality.moments import Moments, check_moments_fit
 
 
 class WienerDenoiser(Denoiser):
@@ -38,7 +38,8 @@ class WienerDenoiser(Denoiser):
 
     Raises:
         TypeError: `data` is neither, or `rank` no whole number.
-        ValueError: `rank` is not in 1 .. D.
+        ValueError: `rank` is not in 1 .. D, or PYFLOCALITY_MEMORY_BUDGET is set to less than the
+            48 D^2 bytes that moments and eigenvectors take.
 
     Warns:
         UserWarning: There are no more images than values that vary, and more components are kept
@@ -64,6 +65,8 @@ class WienerDenoiser(Denoiser):
         # Moments and their eigenvectors may take minutes.
         if rank is not None:
             rank = check_count(rank, "rank", maximum=math.prod(self.image_shape))
+        given = (None, data) if isinstance(data, Moments) else (data, None)
+        check_moments_fit(None, *given)
         if isinstance(data, TrainingSet):
             data = Moments.from_data(data)
         values, vectors = data.eigh()

@@ -69,7 +69,7 @@ def nearest_of(x: Tensor, alpha: Tensor, blocks: Iterable[Tensor], k: int) -> Ne
     searches = [_Search(row, float(a), k) for row, a in zip(x, alpha, strict=True)]
     start = 0
     for block in blocks:
-        stored = block.flatten(1)
+        stored = block.detach().flatten(1)
         near = _candidates(x.detach(), stored, alpha, searches, k)
         for search, candidates in zip(searches, near, strict=True):
             search.take_in(stored, candidates, start)
