@@ -179,6 +179,28 @@ def test_a_second_run_is_refused_while_the_first_goes_on(sources, tmp_path, caps
     assert "--force" in capsys.readouterr().err
 
 
+def test_a_signal_after_the_end_does_not_replace_the_exit_code():
+    program = """
+import atexit, sys, time
+from pyflocality.cli import main
+atexit.register(lambda: (print("going", flush=True), sys.stdin.readline()))
+sys.exit(main())
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "--version"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline().startswith("pyflocality ")
+    assert process.stdout.readline() == "going\n"
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        process.send_signal(number)
+    assert process.communicate("\n", timeout=60) == ("", "")
+    assert process.returncode == 0
+
+
 def test_handlers_are_put_back_and_those_of_others_stay():
     def mine(*_):
         raise AssertionError

@@ -30,7 +30,7 @@ from pyflocality.cli._pack import pack
 from pyflocality.cli._plan import plan
 from pyflocality.cli._ranks import in_job, one_voice
 from pyflocality.cli._reproduce import reproduce
-from pyflocality.cli._signals import ended_by_signals
+from pyflocality.cli._signals import ended_by_signals, nothing_to_end
 from pyflocality.cli._streams import (
     answer,
     forgiving_streams,
@@ -109,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     occupy_standard_descriptors()
     sys.excepthook = show_traceback
     code = _answered(words, run)
+    if not in_job():
+        nothing_to_end()
     if has_abandoned_calls():
         # Python's own end, and that of the libraries, would wait for them or trip over them.
         os._exit(code)

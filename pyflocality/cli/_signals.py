@@ -125,6 +125,19 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def nothing_to_end() -> None:
+    """Let no signal that could be answered replace the exit code of a command that has ended.
+
+    The libraries take their time to go, and the code tells what became of the results.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for name, default in _DEFAULTS.items():
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == default:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def last_word(error: KeyboardInterrupt) -> tuple[str, int]:
     """What is said of a command that a signal has ended, and its exit code."""
     number = getattr(error, "number", signal.SIGINT)
