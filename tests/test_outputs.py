@@ -14,7 +14,7 @@ import torch
 
 import pyflocality as pf
 from pyflocality import _locks
-from pyflocality.cli import _files
+from pyflocality.cli import _files, _journal
 from pyflocality.cli._files import Outputs
 from pyflocality.cli._journal import BegunRun, Journal
 
@@ -287,6 +287,24 @@ def test_a_journal_that_is_not_ours_moves_nothing(tmp_path):
     with pytest.raises(OSError), outputs(folder, force=True):
         pass
     assert victim.read_text() == "precious"
+
+
+def test_what_another_user_left_is_neither_touched_nor_in_the_way(tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    killed(folder, None)
+    left = set(os.listdir(folder))
+
+    def denied(path, flags):
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return os.open(path, flags)
+
+    monkeypatch.setattr(_journal, "no_link", denied)
+    with outputs(folder) as begun:
+        write(begun, "new")
+        begun.commit()
+    assert set(os.listdir(folder)) == left | set(NAMES)
+    assert {name: (folder / name).read_text() for name in NAMES} == whole("new")
 
 
 def test_without_locks_results_still_appear_together(tmp_path, monkeypatch):

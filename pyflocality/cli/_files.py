@@ -67,7 +67,7 @@ class Outputs:
         self._made: list[Path] = []
         # Files that a killed process had just given their names when it was asked for the same.
         self._own: set[Path] = set()
-        self._has_locks = self._committed = False
+        self._has_journal = self._committed = False
         self._stack = ExitStack()
 
     def __enter__(self) -> Outputs:
@@ -81,12 +81,12 @@ class Outputs:
         try:
             for path in self.paths:
                 self._make_folder(path.parent)
-            self._has_locks = all([self._lock(path) for path in self._locks])
-            if self._has_locks:
+            self._has_journal = all([self._lock(path) for path in self._locks])
+            if self._has_journal:
                 self._settle_killed_runs()
             self._refuse_what_is_there()
-            if self._has_locks:
-                self._journal.begin(self._run)
+            if self._has_journal:
+                self._begin_journal()
             for temporary in self.temporary.values():
                 temporary.touch()
         except BaseException as error:
@@ -105,7 +105,7 @@ class Outputs:
         # Half of the files would be worth nothing.
         with uninterrupted():
             self._refuse_what_is_there()
-            if self._has_locks:
+            if self._has_journal:
                 self._journal.rename(self._run, results)
             for path, temporary in self.temporary.items():
                 os.replace(temporary, path)
@@ -157,6 +157,13 @@ class Outputs:
             error.filename = str(path.parent)
             raise
 
+    def _begin_journal(self) -> None:
+        try:
+            self._journal.begin(self._run)
+        except PermissionError:
+            # That of another user, who was killed; or else no file at all can be written here.
+            self._has_journal = False
+
     def _refuse_what_is_there(self) -> None:
         there = [path for path in self.paths if os.path.lexists(path) and path not in self._own]
         if there and not self.force:
@@ -204,7 +211,7 @@ class Outputs:
     def _clean(self) -> None:
         if not self._committed:
             self._remove_temporary(self._run.id)
-        if self._has_locks and (self._committed or not self._are_results_there()):
+        if self._has_journal and (self._committed or not self._are_results_there()):
             _quietly(self._journal.remove)
         self._stack.close()
         if not self._committed:

@@ -46,9 +46,10 @@ class Journal:
         self.path = path
 
     def runs(self) -> list[BegunRun]:
-        """The runs that did not end by themselves, in order."""
+        """The runs that did not end by themselves, in order; none of another user."""
         try:
-            with open(self.path, encoding="ascii", opener=no_link) as file:
+            # What others may write to, and we may not, is not to be acted upon.
+            with open(self.path, "r+", encoding="ascii", opener=no_link) as file:
                 lines = file.read().splitlines()
         except (OSError, UnicodeDecodeError):
             return []
