@@ -17,6 +17,11 @@ import torch
 # over the one of the checkout.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+# Where there is no GPU, Triton kernels run in Triton's interpreter. It must be chosen before
+# Triton is imported, for its own functions too, and some libraries import it with themselves.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Workers of pytest-xdist share the cores.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     _WORKERS = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])

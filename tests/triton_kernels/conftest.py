@@ -1,27 +1,16 @@
 """Where the kernels under test run: on the GPU if there is one, else in Triton's interpreter.
 
-The interpreter must be chosen before Triton is imported, for its own functions too. So this
-file, which pytest imports before the test files beside it, sets the variable; nothing collected
-earlier may import Triton.
+The interpreter is chosen in the conftest.py above, before anything imports Triton.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-
-if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-    if "triton.language" in sys.modules:
-        raise pytest.UsageError(
-            "Triton was imported before its interpreter could be switched on: run "
-            "`pytest tests/triton_kernels` by itself, or set TRITON_INTERPRET=1"
-        )
-    os.environ["TRITON_INTERPRET"] = "1"
 
 collect_ignore_glob: list[str] = []
 try:
