@@ -86,6 +86,18 @@ def rng() -> torch.Generator:
     return torch.Generator().manual_seed(20250911)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _outside_the_checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Work in an empty folder: `python -c` and `python -m` look for modules there first.
+
+    In the checkout they would find sources without the extension that is installed.
+    """
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
