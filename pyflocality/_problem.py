@@ -108,7 +108,7 @@ class PosteriorProblem:
             "ranks": self.ranks,
             "file": mapped_file(self.images),
         }
-        differentiated = is_differentiated(self.x, self.alpha, self.scale)
+        differentiated = is_differentiated(self.x, self.images, self.alpha, self.scale)
         return Call(self.x.device, self.x.dtype, differentiated, facts)
 
     def merged(self, state: PosteriorState, scale: Tensor) -> PosteriorState:

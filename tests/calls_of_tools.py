@@ -186,7 +186,7 @@ def adapters_files_and_ranks() -> dict[str, Call]:
         "adapters.DiffusersModel.levels": Call(
             adapters.as_diffusers(optimal, scheduler).levels,
             lambda: {"times": torch.tensor([0, 1])},
-            {"times": real(0, 2, low_open=False, high_open=False, tensors=True)},
+            {"times": real(0, 2, low_open=False, high_open=False, tensors=True, shapes=True)},
         ),
         "adapters.AzulaDenoiser.forward": Call(
             adapters.as_azula(optimal, pf.CosineSchedule()),
