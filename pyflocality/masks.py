@@ -18,6 +18,7 @@ from pyflocality._checks import (
     check_instance,
     check_one_level,
     check_real,
+    describe,
 )
 from pyflocality.moments import Moments, check_moments_fit
 from pyflocality.weights import QueryWeights
@@ -34,8 +35,14 @@ def wiener_gain(eigenvalues: Tensor, sigma: float, alpha: float) -> Tensor:
     .. math:: g_k = \frac{\alpha^2 \lambda_k}{\alpha^2 \lambda_k + \sigma^2}
 
     Components without variance keep nothing, also at sigma = 0.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: `eigenvalues` is no row of finite numbers, or a level is out of range.
     """
     eigenvalues = check_float_tensor(eigenvalues, "eigenvalues")
+    if eigenvalues.ndim != 1:
+        raise ValueError(f"`eigenvalues` must have shape [D], got {describe(eigenvalues)}")
     sigma, alpha = _check_levels(sigma, alpha)
     signal = alpha * alpha * eigenvalues
     return torch.where(signal > 0, signal / (signal + sigma * sigma), 0.0)

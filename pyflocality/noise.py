@@ -135,15 +135,17 @@ class DDPMSchedule(NoiseSchedule):
     spacing: str = "leading"
 
     def __post_init__(self) -> None:
-        """Check the fields."""
+        """Check the fields, and keep them as plain numbers."""
         check_choice(self.spacing, "spacing", SPACINGS)
-        check_rounds(self.num_timesteps, "num_timesteps")
+        count = check_rounds(self.num_timesteps, "num_timesteps")
         start = check_positive(self.beta_start, "beta_start")
-        if not start <= check_positive(self.beta_end, "beta_end") < 1:
+        end = check_positive(self.beta_end, "beta_end")
+        if not start <= end < 1:
             raise ValueError(
                 "`beta_end` must lie in [beta_start, 1), "
                 f"got {describe(self.beta_end)} with `beta_start` {describe(self.beta_start)}"
             )
+        _keep(self, num_timesteps=count, beta_start=start, beta_end=end)
 
     @cached_property
     def alpha_cumprod(self) -> Tensor:
@@ -254,6 +256,7 @@ class KarrasSchedule(NoiseSchedule):
                 "`rho` must leave `sigma_min` and `sigma_max` apart as powers of 1 / rho, got "
                 f"{describe(self.rho)}"
             )
+        _keep(self, sigma_min=low, sigma_max=high, rho=rho)
 
     @property
     def init_noise_sigma(self) -> float:
@@ -302,8 +305,9 @@ class FlowSchedule(NoiseSchedule):
     t_min: float = 1e-3
 
     def __post_init__(self) -> None:
-        """Check the field."""
-        check_real(self.t_min, "t_min", low=0.0, high=1.0, above=True, below=True)
+        """Check the field, and keep it as a plain number."""
+        t_min = check_real(self.t_min, "t_min", low=0.0, high=1.0, above=True, below=True)
+        _keep(self, t_min=t_min)
 
     def timesteps(self, steps: int) -> Tensor:
         """Times t_min + i (1 - t_min) / steps for i = 0 .. steps - 1: float64 [steps].
@@ -427,6 +431,12 @@ def score_from_x0(x: Tensor, x0: Tensor, alpha: float | Tensor, sigma: float | T
     alpha, sigma = _coefficients(x, x0, "x0", alpha, sigma)
     # Two divisions: the square of a small sigma leaves the range of half precision.
     return (alpha * x0 - x) / sigma / sigma
+
+
+def _keep(schedule: object, **fields: float) -> None:
+    """Set fields of a frozen dataclass."""
+    for name, value in fields.items():
+        object.__setattr__(schedule, name, value)
 
 
 def _check_times(

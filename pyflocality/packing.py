@@ -129,6 +129,7 @@ def verify(out: str | os.PathLike[str], *, progress: bool = True) -> None:
     Raises:
         TypeError: `out` is no path.
         ValueError: The set is damaged; the message tells which images.
+        OSError: A file cannot be read.
     """
     progress = check_flag(progress, "progress")
     target = checked_path(out, "out")

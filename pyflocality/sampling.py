@@ -37,6 +37,7 @@ from pyflocality._checks import (
     check_flag,
     check_float_tensor,
     check_generator,
+    check_magnitude,
     check_one_level,
     check_real,
     check_sequence,
@@ -291,6 +292,7 @@ def sample(
         batch_size = check_count(batch_size, "batch_size")
     timesteps, levels = _check_levels(schedule, steps)
     state = _starting_state(denoiser, n, schedule, x_T, generator)
+    check_magnitude(state, state.new_tensor([levels[0][0]], dtype=torch.float64), "x_T")
     if x_T is None or getattr(schedule, "spacing", None) == "leading":
         _warn_of_signal(schedule, timesteps, levels[0])
     n, steps = len(state), len(timesteps)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from wrong_values import (
     FLOATS,
     INTEGERS,
+    MAY,
     Kind,
     anything_callable,
     choice,
@@ -216,10 +217,16 @@ def classes() -> dict[str, Call]:
         ),
         "weights.QueryWeights": call(
             QueryWeights,
-            {"weights": floats_or_masks, "signed": flag(), "name": only(is_text)},
+            {"weights": _weights(), "signed": flag(), "name": only(is_text)},
             weights=soft,
         ),
     }
+
+
+def _weights() -> Kind:
+    """Matrices of any shape."""
+    allowed = {**FLOATS, "bool": 0, "longer": 0}
+    return tensor(dtypes=allowed, odd=lambda label, value: MAY if label == "tensor 2-D" else None)
 
 
 def _use_backend(backend: object) -> None:

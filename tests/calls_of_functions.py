@@ -16,6 +16,9 @@ from calls_common import (
     training_set,
 )
 from wrong_values import (
+    FINITE_ROWS,
+    FLOATS,
+    MAY,
     Kind,
     anything_callable,
     choice,
@@ -37,6 +40,7 @@ def functions() -> dict[str, Call]:
     optimal = pf.OptimalDenoiser(data)
     positive = {"sigma": level(zero=False)}
     single = {"sigma": one_level(), "alpha": one_level()}
+    one_image = tensor(dtypes={**FLOATS, "a dimension less": 0})
     start = noisy(2, *SHAPE)
     run = {"denoiser": optimal, "n": 2, "steps": 2, "progress": False, "x_T": start}
     functions: dict[str, tuple[Callable[..., object], dict[str, object], dict[str, Kind]]] = {
@@ -87,13 +91,13 @@ def functions() -> dict[str, Call]:
         ),
         "analysis.jacobian_singular": (
             pf.analysis.jacobian_singular,
-            {"denoiser": optimal, "x": x[:1], "sigma": 0.5, "alpha": 0.9, "k": 2},
-            {**single, "k": count(1, 62)},
+            {"denoiser": optimal, "x": x[:1], "sigma": 2.0, "alpha": 0.9, "k": 2},
+            {**single, "x": one_image, "k": count(1, 62)},
         ),
         "analysis.jacobian_spectrum": (
             pf.analysis.jacobian_spectrum,
-            {"denoiser": optimal, "x": x[:1], "sigma": 0.5, "alpha": 0.9, "k": 2},
-            {**single, "k": count(1, 62), "symmetrized": flag()},
+            {"denoiser": optimal, "x": x[:1], "sigma": 2.0, "alpha": 0.9, "k": 2},
+            {**single, "x": one_image, "k": count(1, 62), "symmetrized": flag()},
         ),
         "analysis.jacobian_trace": (
             pf.analysis.jacobian_trace,
@@ -168,7 +172,11 @@ def functions() -> dict[str, Call]:
         "masks.wiener_gain": (
             pf.masks.wiener_gain,
             {"eigenvalues": torch.rand(4).double(), "sigma": 0.5, "alpha": 0.9},
-            {"eigenvalues": tensor(), "sigma": one_level(zero=True), "alpha": one_level()},
+            {
+                "eigenvalues": tensor(dtypes={**FLOATS, "longer": 0}, odd=_row),
+                "sigma": one_level(zero=True),
+                "alpha": one_level(),
+            },
         ),
         "masks.pca_locality_weights": (
             pf.masks.pca_locality_weights, {"moments": moments(), "sigma": 0.5, "alpha": 0.9},
@@ -226,3 +234,7 @@ def _is_sizes(value: object) -> bool:
         and len(value) > 0
         and all(is_int(v) and 1 <= v <= 6 for v in value)
     )
+
+
+def _row(label: str, value: object) -> str | None:
+    return MAY if label in FINITE_ROWS or label == "tensor empty" else None

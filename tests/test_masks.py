@@ -74,6 +74,12 @@ def test_wrong_arguments(arguments, message, moments):
         masks.pca_locality_weights(moments, **({"sigma": 0.3} | arguments))
 
 
+@pytest.mark.parametrize("shape", [(), (2, 2)])
+def test_eigenvalues_are_a_row(shape):
+    with pytest.raises(ValueError, match=r"`eigenvalues` must have shape \[D\]"):
+        masks.wiener_gain(torch.ones(shape), 0.5, 0.9)
+
+
 @pytest.fixture
 def large() -> pf.Moments:
     images = random_images(torch.Generator().manual_seed(7), 60, (1, 32, 33), torch.uint8)

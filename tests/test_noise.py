@@ -194,6 +194,8 @@ def test_schedules_compare_by_value_and_cannot_change():
     assert KarrasSchedule() != CosineSchedule()
     assert hash(FlowSchedule(0.1)) == hash(FlowSchedule(0.1))
     assert repr(KarrasSchedule()) == "KarrasSchedule(sigma_min=0.002, sigma_max=80.0, rho=7.0)"
+    assert repr(FlowSchedule(np.float64(0.25))) == "FlowSchedule(t_min=0.25)"
+    assert type(DDPMSchedule(np.int32(10)).num_timesteps) is int
     used = DDPMSchedule()
     used(3)
     assert used == DDPMSchedule() == pickle.loads(pickle.dumps(used)) == copy.deepcopy(used)

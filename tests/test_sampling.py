@@ -698,6 +698,7 @@ ELSEWHERE.device = torch.device("meta")
         ({"x_T": torch.zeros(1, 2, 3)}, ValueError, r"`x_T` must have shape \[n, C, H, W\]"),
         ({"x_T": torch.zeros(0, 1, 2, 3)}, ValueError, r"`x_T` must have shape \[n, C, H, W\]"),
         ({"x_T": torch.full((2, 1, 2, 3), math.nan)}, ValueError, "`x_T` holds NaN"),
+        ({"x_T": torch.full((2, 1, 2, 3), 1e30)}, ValueError, "`x_T` must lie within"),
         ({"x_T": torch.zeros(2, 1, 2, 3, dtype=torch.uint8)}, TypeError, "`x_T` must have a float"),
         ({"x_T": np.zeros((2, 1, 2, 3))}, TypeError, "`x_T` must be a torch.Tensor"),
         (

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Sequence
 
 from pyflocality._caller import caller_level
+from pyflocality._checks import describe
 
 LAYOUTS = ("NCHW", "NHWC", "NHW")
 _AXES = "give layout='NCHW' or layout='NHWC'"
@@ -37,9 +38,9 @@ def check_layout(layout: object) -> str | None:
         return None
     listed = ", ".join(map(repr, LAYOUTS))
     if not isinstance(layout, str):
-        raise TypeError(f"`layout` must be one of {listed}, got {layout!r:.80}")
+        raise TypeError(f"`layout` must be one of {listed}, got {describe(layout)}")
     if layout not in LAYOUTS:
-        raise ValueError(f"`layout` must be one of {listed}, got {layout!r:.80}")
+        raise ValueError(f"`layout` must be one of {listed}, got {describe(layout)}")
     return layout
 
 
