@@ -11,7 +11,6 @@ from pyflocality._checks import describe
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _DEFAULT = "1GB"
-_VARIABLE = "PYFLOCALITY_MEMORY_BUDGET"
 # Bytes that a call may take whatever its budget.
 ALWAYS_ALLOWED = 16 * 2**20
 
@@ -29,8 +28,8 @@ def memory_budget_bytes(budget: int | str | None) -> int:
     """
     source = "`memory_budget`"
     if budget is None:
-        budget = os.environ.get(_VARIABLE, _DEFAULT)
-        source = f"the environment variable {_VARIABLE}"
+        budget = os.environ.get("PYFLOCALITY_MEMORY_BUDGET", _DEFAULT)
+        source = "the environment variable PYFLOCALITY_MEMORY_BUDGET"
     if isinstance(budget, bool) or not isinstance(budget, (numbers.Integral, str)):
         raise TypeError(f"{source} must be bytes or a string like '2GB', got {describe(budget)}")
     if isinstance(budget, str):
@@ -78,11 +77,13 @@ def check_given(budget: int | str | None, least: int, what: str) -> None:
     Raises:
         ValueError: The argument or the environment variable is there, and is less.
     """
-    if budget is None and _VARIABLE not in os.environ:
+    if budget is None and "PYFLOCALITY_MEMORY_BUDGET" not in os.environ:
         return
     given = memory_budget_bytes(budget)
     if least > max(given, ALWAYS_ALLOWED):
-        source = f" from the environment variable {_VARIABLE}" if budget is None else ""
+        source = (
+            " from the environment variable PYFLOCALITY_MEMORY_BUDGET" if budget is None else ""
+        )
         raise ValueError(
             f"`memory_budget` must be at least {math.ceil(least / 2**20)}MB for {what}, got "
             f"{given} bytes{source}"
