@@ -130,6 +130,7 @@ class WindowTable(Sequence[tuple[float, int]]):
 
         Raises:
             FileNotFoundError: There is no such file.
+            OSError: The system does not let it be read, or takes no such name.
             ValueError: The file is damaged, or not a window table of this version.
         """
         path = checked_path(path, "path")
@@ -219,7 +220,7 @@ def calibrate_windows(
         windows = range(3, min(shape[1:]) + 1, 2)
     windows = tuple(check_count(window, "windows") for window in _check_filled(windows, "windows"))
     # Refuses a wrong window before any work.
-    models = [model(data, window) for window in windows]
+    models = [_model_of(model, data, window) for window in windows]
     shape = (samples, *shape)
     device = data.device if generator is None else generator.device
     # The network may be any function, without a shape and a device of its own.
@@ -238,6 +239,13 @@ def calibrate_windows(
         raise ValueError("`network` answered NaN or infinite values")
     ratios, rows = _similarities(run, schedule, models, progress, batch_size)
     return WindowTable(ratios, windows, rows)
+
+
+def _model_of(model: Callable[..., Denoiser], data: TrainingSet, window: int) -> Denoiser:
+    try:
+        return model(data, window)
+    except ValueError as error:
+        raise ValueError(f"`windows` holds {window}, which does not fit: {error}") from error
 
 
 def _check_run(

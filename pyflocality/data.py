@@ -189,6 +189,7 @@ class TrainingSet:
             ValueError: There is no such source, it is damaged, empty or of mixed sizes (the
                 message names the file), or an argument does not fit it.
             ImportError: The source needs a package that is not installed.
+            OSError: The system does not let a file be read, or takes no such name.
 
         Warns:
             UserWarning: The source holds what the set does not take: how many files, the first of

@@ -7,6 +7,8 @@ explains. All are computed and returned in float64.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,8 @@ def psnr(a: Tensor, b: Tensor, data_range: float = 2.0) -> Tensor:
             not positive.
     """
     data_range = check_positive(data_range, "data_range")
-    return 10.0 * torch.log10(data_range**2 / mse(a, b))
+    # The square of the range need not be a number.
+    return 20.0 * math.log10(data_range) - 10.0 * torch.log10(mse(a, b))
 
 
 def r2(prediction: Tensor, target: Tensor) -> Tensor:

@@ -318,6 +318,7 @@ class Moments:
 
         Raises:
             FileNotFoundError: There is no such file.
+            OSError: The system does not let it be read, or takes no such name.
             ValueError: The file is damaged, or not a file of moments of this version.
         """
         path = checked_path(path, "path")

@@ -92,7 +92,8 @@ def _filters(wavelet: str) -> Filters:
         ) from error
     try:
         found = pywt.Wavelet(wavelet)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
+        # A TypeError where the name is empty.
         raise ValueError(
             f"`wavelet` must be one of pywt.wavelist(kind='discrete'), got {describe(wavelet)}"
         ) from error

@@ -181,6 +181,7 @@ def classes() -> dict[str, Call]:
                         "float64": 0,
                         "numpy": 0,
                         "a dimension less": 0,
+                        "longer": 0,
                     },
                 ),
                 "labels": tensor(dtypes=WHOLE | {"numpy": 0, "list": 0}, optional=True),

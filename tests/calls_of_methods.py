@@ -136,7 +136,8 @@ def methods() -> dict[str, Call]:
             {"other": instance(pf.Moments), "share": real(0, 1, low_open=False, high_open=False)},
         ),
         "Moments.from_data": Call(
-            pf.Moments.from_data, lambda: {"data": images()}, {"data": tensor(dtypes=STORED)}
+            pf.Moments.from_data, lambda: {"data": images()},
+            {"data": tensor(dtypes={**STORED, "longer": 0})},
         ),
         "Moments.load": Call(pf.Moments.load, lambda: {"path": files("moments.safetensors")}),
         "Moments.merge": Call(
@@ -150,7 +151,7 @@ def methods() -> dict[str, Call]:
         ),
         "Moments.update": Call(
             lambda **given: pf.Moments().update(**given), lambda: {"batch": images(3)},
-            {"batch": tensor(dtypes=STORED)}, signature=moments().update,
+            {"batch": tensor(dtypes={**STORED, "longer": 0})}, signature=moments().update,
         ),
         "WindowTable.__getitem__": Call(
             table().__getitem__, lambda: {"index": 1},

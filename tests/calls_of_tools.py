@@ -51,7 +51,7 @@ def pictures_and_sets() -> dict[str, Call]:
     disks = pf.synthetic.draw_disks(2, 8, torch.Generator().manual_seed(0))
     low, details = wavelets.analyse(noisy(2, *SHAPE))
     pyramid = wavelets.decompose(noisy(2, *SHAPE), 2)
-    loose = {"images": tensor(dtypes={**FLOATS, "longer": 0}, finite=False)}
+    loose = {"images": tensor(dtypes={**FLOATS, "longer": 0, "no values": 0}, finite=False)}
     side = {"n": 2, "size": 8}
     functions: dict[str, tuple[Callable[..., object], dict[str, object], dict[str, Kind]]] = {
         "pictures.to_bytes": (pictures.to_bytes, {"images": shown}, {"images": _any_shape()}),
@@ -238,7 +238,7 @@ def adapters_files_and_ranks() -> dict[str, Call]:
         ),
         "cuda.arrays.as_tensor": Call(
             arrays.as_tensor, lambda: {"array": noisy(2, 3), "name": "array"},
-            {"array": _arrays(), "name": None},
+            {"array": _arrays(), "name": None}, infinite=True,
         ),
     }  # fmt: skip
     batch = {"x": noisy(2, *SHAPE), "images": images(), "sigma": 0.5, "alpha": 0.9, "window": 3}

@@ -157,7 +157,7 @@ def test_wrong_arguments_are_refused_before_any_work(data):
         (lambda: calibrate(schedule="ddpm"), TypeError, "`schedule`"),
         (lambda: calibrate(model=3), TypeError, "`model` must be callable"),
         (lambda: calibrate(generator=3), TypeError, "`generator` must be a torch.Generator"),
-        (lambda: calibrate(windows=[4]), ValueError, "`window` must be odd"),
+        (lambda: calibrate(windows=[4]), ValueError, "`windows` holds 4, .*must be odd"),
         (lambda: calibrate(windows=[]), ValueError, "`windows` must hold at least one"),
         (lambda: calibrate(windows=7), TypeError, "`windows` must be a sequence"),
         (lambda: calibrate(samples=0), ValueError, "`samples` must be at least 1"),

@@ -99,3 +99,10 @@ def test_the_message_names_the_argument(pair):
         metrics.mse(torch.zeros(0, 3), torch.zeros(0, 3))
     with pytest.raises(ValueError, match="`target`.*two"):
         metrics.r2(torch.zeros(4, 1), torch.zeros(4, 1))
+
+
+@pytest.mark.parametrize("data_range", [1e308, 1e-300])
+def test_ranges_whose_square_is_no_number(data_range):
+    found = metrics.psnr(torch.zeros(1, 4), torch.ones(1, 4), data_range)
+    assert found.item() == pytest.approx(20.0 * math.log10(data_range))
+    assert metrics.psnr(torch.ones(1, 4), torch.ones(1, 4), data_range).item() == math.inf

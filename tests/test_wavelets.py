@@ -109,6 +109,7 @@ WRONG = {
     ),
     "unknown": (lambda: wavelets.filters("db99"), ValueError, "`wavelet` must be one of"),
     "biorthogonal": (lambda: wavelets.filters("bior2.2"), ValueError, "`wavelet` must be orthogon"),
+    "empty": (lambda: wavelets.filters(""), ValueError, "`wavelet` must be one of"),
     "nearly": (lambda: wavelets.filters("dmey"), ValueError, "`wavelet` must be orthogonal"),
     "name": (lambda: wavelets.filters(2), TypeError, "`wavelet`"),
 }

@@ -15,11 +15,11 @@ from torch import Tensor
 from pyflocality._augmentation import copies_of, enlarged_blocks
 from pyflocality._budget import images_per_chunk
 from pyflocality._checks import (
-    check_count,
     check_generator,
     check_level,
     check_magnitude,
     check_positive,
+    check_rounds,
 )
 from pyflocality._problem import training_values
 from pyflocality.data import TrainingSet
@@ -131,7 +131,7 @@ class NoiseTrainedDenoiser(Denoiser):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(check_set(data).image_shape)
-        self.copies = check_count(copies, "copies")
+        self.copies = check_rounds(copies, "copies")
         self.ratio = check_positive(ratio, "ratio")
         check_generator(generator)
         source = torch.Generator("cpu").manual_seed(_SEED) if generator is None else generator

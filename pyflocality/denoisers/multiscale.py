@@ -214,7 +214,7 @@ class MultiscaleDenoiser(Denoiser):
     def _jvp(
         self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
     ) -> tuple[Tensor, Tensor]:
-        count = len(tangents)
+        count, sigma = len(tangents), _divisible(sigma)
         noisy_low, noisy_details = self._bands(x)
         low_along, details_along = self._bands(tangents.flatten(0, 1))
         low, low_along = self.low_pass._jvp(
@@ -235,6 +235,7 @@ class MultiscaleDenoiser(Denoiser):
         return low.to(x.dtype), low_along.to(x.dtype)
 
     def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+        sigma = _divisible(sigma)
         noisy_low, noisy_details = self._bands(x)
         low = self.low_pass(noisy_low, sigma / 2**self.levels, alpha)
         inputs = []
@@ -290,6 +291,11 @@ class MultiscaleDenoiser(Denoiser):
             f"levels={self.levels}, window={self.window}, wavelet={self.wavelet!r}, "
             f"coarse={self.coarse!r}, bandwidth={self.bandwidth}"
         )
+
+
+def _divisible(sigma: Tensor) -> Tensor:
+    """Positive noise levels that are positive at every level of a pyramid, too: float64 [B]."""
+    return sigma.clamp(min=torch.finfo(sigma.dtype).tiny)
 
 
 def _check_threshold(mask_threshold: object, coarse: str) -> float | None:
