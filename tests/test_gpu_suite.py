@@ -332,8 +332,14 @@ def test_tests_that_take_too_long_or_die_have_failed(monkeypatch):
 def test_tests_of_both_kinds_of_kernels_are_chosen_without_compile_gates():
     command = [*gpu_checks._PYTEST, "--collect-only", "-p", "no:cacheprovider"]
     folders = ("tests/triton_kernels", "tests/test_cuda_gpu.py")
+    # Whatever options are set for the tests themselves, names are wanted here.
+    variables = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
     done = subprocess.run(
-        [*command, *gpu_checks._CHOSEN, *folders], cwd=ROOT, capture_output=True, text=True
+        [*command, *gpu_checks._CHOSEN, *folders],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=variables,
     )
     chosen = [line for line in done.stdout.splitlines() if "::" in line]
     assert not [line for line in chosen if "compile" in line]
