@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+
+from pyflocality._checks import tensors
 
 DEVICE = torch.device("meta")
 _aten = torch.ops.aten
@@ -24,7 +27,8 @@ _COPIES = (_aten.copy_.default, _aten._to_copy.default)
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
     """Inside a `with` block tensors on `DEVICE` have values."""
-    with _Factories(), _Constructors():
+    holds = patch.object(tensors, "is_without_values", lambda where: False)
+    with holds, _Factories(), _Constructors():
         yield
 
 

@@ -135,7 +135,8 @@ struct Patch {
 };
 using Query = std::vector<Patch>;
 
-// The same sums as a scan's, image by image and patch by patch.
+// The same sums as a scan's, image by image and patch by patch: those of posterior_jvp.h where
+// there are tangents.
 template <typename Stored>
 Answer plain_answer(const Problem<Stored>& problem, const std::vector<Query>& queries) {
   const std::size_t values = queries[0][0].answered.size(), directions = problem.tangent_count;
@@ -184,6 +185,13 @@ Answer plain_answer(const Problem<Stored>& problem, const std::vector<Query>& qu
             for (const std::size_t d : patch.answered) *out++ += weight * inner[k] * value(d);
           }
         }
+      }
+      // Products are about the means, as posterior_jvp.h says.
+      double* found = &answer.weighted[to * sums];
+      for (std::size_t k = 0; k < directions; ++k) {
+        const double mean = found[values + k] / answer.total[to];
+        double* products = found + values + directions + k * values;
+        for (std::size_t d = 0; d < values; ++d) products[d] -= mean * found[d];
       }
     }
   }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pyflocality._checks import tensors
 from pyflocality._checks.describing import describe
 from pyflocality._checks.numeric import check_count
 from pyflocality._checks.objects import check_sequence
@@ -53,7 +54,7 @@ def check_device(value: object, name: str = "device") -> torch.device:
         raise ValueError(
             f"`{name}` must be a device such as 'cpu' or 'cuda:1', got {describe(value)}"
         ) from error
-    if device.type == "meta":
+    if tensors.is_without_values(device):
         raise ValueError(f"`{name}` must be a device that holds values, got {describe(value)}")
     try:
         torch.empty(0, device=device)

@@ -17,6 +17,12 @@ from pyflocality._transforms import has_readable_values, is_traced
 FLOAT_DTYPES = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
 
 
+def is_without_values(where: Tensor | torch.device) -> bool:
+    """Whether a tensor, or those on a device, are shapes alone."""
+    device = where.device if isinstance(where, Tensor) else where
+    return device.type == "meta"
+
+
 def check_tensor(value: object, name: str, expected: str = "a torch.Tensor") -> Tensor:
     """A tensor whose memory holds its values: strided, not nested, not quantized, not on meta."""
     if not isinstance(value, Tensor):
@@ -28,7 +34,7 @@ def check_tensor(value: object, name: str, expected: str = "a torch.Tensor") -> 
             f"`{name}` must be a dense tensor (strided, neither sparse nor nested nor quantized), "
             f"got {describe(value)}"
         )
-    if value.is_meta or isinstance(value, UninitializedTensorMixin):
+    if is_without_values(value) or isinstance(value, UninitializedTensorMixin):
         raise ValueError(f"`{name}` must hold values, got {describe(value)}")
     # Kernels read the memory, where the values of a negative view have the other sign.
     return value.resolve_neg() if value.is_neg() else value

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyflocality._budget import memory_budget_bytes
 from pyflocality._caller import caller_level
-from pyflocality._checks import check_sequence, check_tensor, describe
+from pyflocality._checks import check_sequence, check_tensor, describe, tensors
 from pyflocality._mapped import mapped_file, remember, streamed
 from pyflocality.sources.layout import find_layout
 
@@ -120,7 +120,7 @@ def checked_shape(images: Tensor, layout: str | None = None) -> Tensor:
     if images.ndim in (3, 4) and images.numel() == 0:
         raise ValueError(f"`images` must hold at least one image, got {describe(images)}")
     found = find_layout(images.shape, layout)
-    if images.is_meta:
+    if tensors.is_without_values(images):
         raise ValueError(f"`images` must hold values, got {describe(images)}")
     if found == "NHWC" and layout is None:
         raise ValueError(
