@@ -41,7 +41,7 @@ def wiener_gain(eigenvalues: Tensor, sigma: float, alpha: float) -> Tensor:
         ValueError: `eigenvalues` is no row of finite numbers, or a level is out of range.
     """
     eigenvalues = check_float_tensor(eigenvalues, "eigenvalues")
-    if eigenvalues.ndim != 1:
+    if eigenvalues.ndim != 1 or len(eigenvalues) == 0:
         raise ValueError(f"`eigenvalues` must have shape [D], got {describe(eigenvalues)}")
     sigma, alpha = _check_levels(sigma, alpha)
     signal = alpha * alpha * eigenvalues

@@ -189,6 +189,8 @@ def trajectory_strip(
     check_float_tensor(x0, "x0")
     if check_tensor(timesteps, "timesteps").dtype not in REAL_DTYPES or timesteps.ndim != 1:
         raise TypeError(f"`timesteps` must be real numbers [steps], got {describe(timesteps)}")
+    if not torch.isfinite(timesteps).all():
+        raise ValueError("`timesteps` holds NaN or infinite values")
     if x_t.ndim != 5 or x_t.numel() == 0 or x_t.shape != x0.shape or len(timesteps) != len(x_t):
         raise ValueError(
             "`x_t` and `x0` must have one shape [steps, n, C, H, W] and `timesteps` its length, "

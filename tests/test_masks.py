@@ -74,7 +74,7 @@ def test_wrong_arguments(arguments, message, moments):
         masks.pca_locality_weights(moments, **({"sigma": 0.3} | arguments))
 
 
-@pytest.mark.parametrize("shape", [(), (2, 2)])
+@pytest.mark.parametrize("shape", [(0,), (), (2, 2)])
 def test_eigenvalues_are_a_row(shape):
     with pytest.raises(ValueError, match=r"`eigenvalues` must have shape \[D\]"):
         masks.wiener_gain(torch.ones(shape), 0.5, 0.9)

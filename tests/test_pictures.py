@@ -144,3 +144,9 @@ def test_other_pictures_refuse_wrong_arguments():
         pictures.sample_sheet(images, images[:1])
     with pytest.raises(ValueError, match="`timesteps`"):
         pictures.trajectory_strip(images[None], images[None], torch.arange(2))
+
+
+def test_times_of_a_trajectory_are_finite():
+    images = torch.zeros(2, 1, 1, 2, 2)
+    with pytest.raises(ValueError, match="`timesteps` holds NaN or infinite values"):
+        pictures.trajectory_strip(images, images, torch.tensor([1.0, float("inf")]))

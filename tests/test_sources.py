@@ -302,6 +302,7 @@ def test_resolution_brings_mixed_sizes_together(tmp_path):
     ("arguments", "error", "message"),
     [
         ({"resolution": 0}, ValueError, "`resolution` must be at least 1"),
+        ({"resolution": 2**31}, ValueError, "`resolution` must be at most"),
         ({"resolution": (4, -1)}, ValueError, "`resolution` must be at least 1"),
         ({"resolution": 4.0}, TypeError, "`resolution` must be a whole number"),
         ({"resolution": (4, 4, 3)}, ValueError, r"`resolution` must be .* \(height, width\)"),

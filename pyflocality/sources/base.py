@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pyflocality._cache import open_entry
-from pyflocality._checks import check_count, check_flag, describe
+from pyflocality._checks import check_count, check_flag, check_size, describe
 from pyflocality._mapped import remember
 from pyflocality._paths import checked_path
 from pyflocality._text import printable
@@ -76,13 +76,13 @@ def _checked_resolution(resolution: object) -> tuple[int, int] | None:
     if resolution is None:
         return None
     if not isinstance(resolution, Sequence):
-        size = check_count(resolution, "resolution")
+        size = check_size(resolution, "resolution")
         return size, size
     if isinstance(resolution, str) or len(resolution) != 2:
         raise ValueError(
             f"`resolution` must be a whole number or (height, width), got {describe(resolution)}"
         )
-    return check_count(resolution[0], "resolution"), check_count(resolution[1], "resolution")
+    return check_size(resolution[0], "resolution"), check_size(resolution[1], "resolution")
 
 
 def refuse_split(split: str | None, where: str) -> None:
