@@ -316,3 +316,9 @@ def test_wrong_conditions(case, data):
     model = pf.MultiscaleDenoiser(data, 2, 3)
     with pytest.raises(ValueError, match=message):
         model.conditional(level, torch.zeros(details), torch.zeros(low), 0.3)
+
+
+def test_a_level_beyond_float32_is_named_by_the_conditional():
+    model = pf.MultiscaleDenoiser(pf.TrainingSet(torch.zeros(3, 1, 8, 8)), levels=1, window=3)
+    with pytest.raises(ValueError, match="`alpha` must be at most"):
+        model.conditional(1, torch.zeros(2, 3, 4, 4), torch.ones(2, 1, 4, 4), 0.3, 1e308)

@@ -19,6 +19,7 @@ from pyflocality._checks import (
     check_choice,
     check_count,
     check_level,
+    check_magnitude,
     check_positive,
     check_sequence,
     describe,
@@ -188,6 +189,7 @@ class MultiscaleDenoiser(Denoiser):
                 f"got {describe(low)}"
             )
         alpha = check_level(alpha, len(low), low.device, "alpha", allow_zero=False)
+        check_magnitude(details, alpha, "details")
         stacked = torch.cat([details, self._condition(low, alpha)], 1)
         return self._conditionals[level - 1](stacked, sigma, alpha)[:, : shape[0]]
 
