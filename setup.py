@@ -30,6 +30,8 @@ COMPILE_ARGS = {
     "msvc": ["/std:c++17", "/O2", "/EHsc"],
 }
 LINK_ARGS = {"unix": ["-pthread"]}
+# Folders beside `pyflocality` that are installed as its packages.
+BESIDE = ("kernels", "csrc", "benchmarks")
 REQUIRE_NATIVE = os.environ.get("PYFLOCALITY_REQUIRE_NATIVE") == "1"
 
 
@@ -96,16 +98,10 @@ class BuildNative(build_ext):
 setup(
     packages=[
         *find_packages(include=["pyflocality", "pyflocality.*"]),
-        "pyflocality.kernels",
-        "pyflocality.csrc",
-        "pyflocality.benchmarks",
-        *(f"pyflocality.benchmarks.{name}" for name in find_packages("benchmarks")),
+        *(f"pyflocality.{name}" for name in BESIDE),
+        *(f"pyflocality.{name}.{part}" for name in BESIDE for part in find_packages(name)),
     ],
-    package_dir={
-        "pyflocality.kernels": "kernels",
-        "pyflocality.csrc": "csrc",
-        "pyflocality.benchmarks": "benchmarks",
-    },
+    package_dir={f"pyflocality.{name}": name for name in BESIDE},
     package_data={
         "pyflocality": ["py.typed"],
         "pyflocality.csrc": ["cuda/*.cu", "include/**/*.h"],

@@ -20,7 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pyflocality._progress import progress_bar
+from pyflocality._support.progress import progress_bar
 
 from .machine import machine_facts, machine_rates
 from .options import path_option

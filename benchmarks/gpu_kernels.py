@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pretend_gpu(stack: ExitStack) -> None:
     """Let the Triton backend serve CPU tensors: its kernels run in the interpreter."""
-    from pyflocality import _backends
+    from pyflocality.backends import selection as _backends
 
     for name in ("machine_reason", "_device_reason"):
         reason = getattr(_backends, name)

@@ -121,7 +121,7 @@ class Worker:
 
     def _unavailable(self, case: GpuCase) -> str | None:
         """Why the backend cannot serve the case."""
-        from pyflocality import _backends
+        from pyflocality.backends import selection as _backends
 
         if self.options.dry_run and case.backend != "triton":
             return "a dry run has no CUDA device"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import pyflocality
-from pyflocality._backends import machine_reason, native_module
+from pyflocality.backends.selection import machine_reason, native_module
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 # Of the rates: side of the matrices, bytes of the copy (far above the caches), runs.

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 import pyflocality as pf
-from pyflocality._progress import progress_bar
+from pyflocality._support.progress import progress_bar
 
 from .machine import machine_facts
 from .multiscale_plot import draw

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyflocality._backends import OPERATIONS
+from pyflocality.backends.selection import OPERATIONS
 
 # The ten steps of the published sampler: DDIM, T = 1000.
 DDIM_STEPS = (900, 800, 700, 600, 500, 400, 300, 200, 100, 0)
@@ -16,7 +16,7 @@ class Case:
 
     Attributes:
         suite: What the case is there to show.
-        op: Operation, as in `pyflocality._backends.OPERATIONS`.
+        op: Operation, as in `pyflocality.backends.selection.OPERATIONS`.
         images: Training images N.
         batch: Noisy images B.
         timestep: Time of the noise level; None where there is none.

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import pyflocality as pf
+from pyflocality.kernels.cpu.posterior import difference_tree
 from pyflocality.masks import pca_locality_weights
-from pyflocality.native.posterior import difference_tree
 from pyflocality.weights import QueryWeights
 
 from .baselines import core_fringe_terms

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import pyflocality as pf
-from pyflocality._bounds import ComponentIndex, DistanceBounds
-from pyflocality.native.posterior import difference_tree
+from pyflocality.denoisers.bounds import ComponentIndex, DistanceBounds
+from pyflocality.kernels.cpu.posterior import difference_tree
 
 SCHEDULE = pf.DDPMSchedule()
 TOLERANCE = 1e-3

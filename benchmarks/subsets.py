@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pyflocality as pf
-from pyflocality._progress import progress_bar
+from pyflocality._support.progress import progress_bar
 from pyflocality.denoisers import CertifiedSubset
 
 from .cpu_suite import write_json

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyflocality import ops
-from pyflocality._problem import training_values
+from pyflocality.posterior.problem import training_values
 
 from . import baselines, libraries
 from .registry import Case

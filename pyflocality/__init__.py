@@ -21,10 +21,10 @@ from pyflocality import (
     synthetic,
     wavelets,
 )
-from pyflocality._backends import BackendUnavailableError, trace_backends, use_backend
-from pyflocality._config import show_config
 from pyflocality._version import __version__
 from pyflocality.ascent import AscentResult, AscentStage, ascend
+from pyflocality.backends.report import show_config
+from pyflocality.backends.selection import BackendUnavailableError, trace_backends, use_backend
 from pyflocality.calibration import WindowTable, calibrate_windows
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers import (

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from pyflocality._checks import (
+from pyflocality._support.checks import (
     check_batch,
     check_callable,
     check_choice,
@@ -35,7 +35,9 @@ from pyflocality._checks import (
     check_text,
     describe,
 )
-from pyflocality._schedulers import (
+from pyflocality.denoisers.base import Denoiser, check_denoiser
+from pyflocality.denoisers.network import NetworkDenoiser
+from pyflocality.noise.schedulers import (
     has_continuous_times,
     option,
     refuse_as_sampler,
@@ -44,10 +46,14 @@ from pyflocality._schedulers import (
     table_of,
     visited_ratio,
 )
-from pyflocality._spacing import SPACINGS, spaced_times
-from pyflocality.denoisers.base import Denoiser, check_denoiser
-from pyflocality.denoisers.network import NetworkDenoiser
-from pyflocality.noise import NO_SIGNAL, NoiseSchedule, _check_times, noise_from_x0, v_from_x0
+from pyflocality.noise.schedules import (
+    NO_SIGNAL,
+    NoiseSchedule,
+    _check_times,
+    noise_from_x0,
+    v_from_x0,
+)
+from pyflocality.noise.spacing import SPACINGS, spaced_times
 
 _PREDICTIONS = {"epsilon": "noise", "sample": "x0", "v_prediction": "v"}
 

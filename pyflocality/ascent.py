@@ -36,7 +36,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pyflocality._checks import (
+from pyflocality._support.checks import (
     check_count,
     check_flag,
     check_generator,
@@ -46,7 +46,7 @@ from pyflocality._checks import (
     check_within_memory,
     describe,
 )
-from pyflocality._progress import progress_bar
+from pyflocality._support.progress import progress_bar
 from pyflocality.denoisers.base import Denoiser
 from pyflocality.denoisers.multiscale import MultiscaleDenoiser
 from pyflocality.wavelets import synthesise

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyflocality._checks import (
+from pyflocality._support.checks import (
     check_callable,
     check_count,
     check_flag,
@@ -23,10 +23,10 @@ from pyflocality._checks import (
     check_within_memory,
     describe,
 )
-from pyflocality._json import parsed_object
-from pyflocality._locks import remove_abandoned, replacing, twins_of
-from pyflocality._paths import check_result, checked_path
-from pyflocality._progress import progress_bar
+from pyflocality._support.json import parsed_object
+from pyflocality._support.locks import remove_abandoned, replacing, twins_of
+from pyflocality._support.paths import check_result, checked_path
+from pyflocality._support.progress import progress_bar
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, check_set
 from pyflocality.denoisers.local import LocalDenoiser

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflocality._augmentation import Augmentation, check_augmentation, copies_of
-from pyflocality._checks import (
+from pyflocality._support.checks import (
     FLOAT_DTYPES,
     check_count,
     check_device,
@@ -29,9 +28,8 @@ from pyflocality._checks import (
     describe,
     known_finite,
 )
-from pyflocality._mapped import read_checked, remember
-from pyflocality._shards import plain, ranks_of
-from pyflocality._text import printable, printable_errors
+from pyflocality._support.text import printable, printable_errors
+from pyflocality.posterior.ranks import plain, ranks_of
 from pyflocality.sources.base import MappedImages, Request
 from pyflocality.sources.layout import check_layout
 from pyflocality.sources.validation import (
@@ -44,6 +42,8 @@ from pyflocality.sources.validation import (
     checked_names,
     checked_shape,
 )
+from pyflocality.storage.augmentation import Augmentation, check_augmentation, copies_of
+from pyflocality.storage.mapped import read_checked, remember
 
 
 class TrainingSet:

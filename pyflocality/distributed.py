@@ -43,9 +43,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyflocality._checks import check_callable, check_real, describe
-from pyflocality._shards import RankLostError, Ranks, ShardedImages, ranks_of
+from pyflocality._support.checks import check_callable, check_real, describe
 from pyflocality.data import TrainingSet
+from pyflocality.posterior.ranks import RankLostError, Ranks, ShardedImages, ranks_of
 
 __all__ = ["RankLostError", "ranks", "shard", "split_samples"]
 

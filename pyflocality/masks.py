@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyflocality._budget import check_given, memory_budget_bytes
-from pyflocality._cache import read_blob, write_blob
-from pyflocality._checks import (
+from pyflocality._support.budget import check_given, memory_budget_bytes
+from pyflocality._support.checks import (
     LARGEST,
     check_float_tensor,
     check_instance,
@@ -21,6 +20,7 @@ from pyflocality._checks import (
     describe,
 )
 from pyflocality.moments import Moments, check_moments_fit
+from pyflocality.storage.cache import read_blob, write_blob
 from pyflocality.weights import QueryWeights
 
 # Masks over fewer inputs are built in less time than a file takes.

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_float_tensor, check_positive, describe
+from pyflocality._support.checks import check_float_tensor, check_positive, describe
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:

@@ -22,12 +22,12 @@ from typing import IO, Any
 
 import numpy as np
 
-from pyflocality._checks import check_flag
-from pyflocality._json import sealed
-from pyflocality._locks import HeldError, locked
-from pyflocality._paths import checked_path, no_link, regular_file
-from pyflocality._progress import progress_bar
-from pyflocality._text import printable_errors
+from pyflocality._support.checks import check_flag
+from pyflocality._support.json import sealed
+from pyflocality._support.locks import HeldError, locked
+from pyflocality._support.paths import checked_path, no_link, regular_file
+from pyflocality._support.progress import progress_bar
+from pyflocality._support.text import printable_errors
 from pyflocality.sources import cache, folder, hub_dataset, tar_shards
 from pyflocality.sources.base import Request
 from pyflocality.sources.images import ColourFoundError, LabelledFiles, decode_from, decode_job

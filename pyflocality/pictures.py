@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyflocality._checks import (
+from pyflocality._support.checks import (
     REAL_DTYPES,
     check_count,
     check_float_tensor,

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyflocality._checks import (
+from pyflocality._support.checks import (
     check_batch,
     check_callable,
     check_choice,
@@ -45,7 +45,7 @@ from pyflocality._checks import (
     check_within_memory,
     describe,
 )
-from pyflocality._progress import progress_bar
+from pyflocality._support.progress import progress_bar
 from pyflocality.noise import NO_SIGNAL, DDPMSchedule, NoiseSchedule
 
 DenoiserFunction = Callable[[Tensor, float, float], Tensor]

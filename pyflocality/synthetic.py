@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from pyflocality._checks import (
+from pyflocality._support.checks import (
     check_count,
     check_flag,
     check_float_tensor,
@@ -32,7 +32,7 @@ from pyflocality._checks import (
     check_within_memory,
     describe,
 )
-from pyflocality._forward_mode import derivative_along
+from pyflocality.autograd.forward_mode import derivative_along
 from pyflocality.data import TrainingSet
 
 # Seeds the generator of a caller who passes none, so that a set is always the same.

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_count, check_float_tensor, check_sequence, describe
+from pyflocality._support.checks import check_count, check_float_tensor, check_sequence, describe
 
 # Shifted copies of a filter must be orthogonal to this accuracy; some named "orthogonal" are not.
 _ORTHONORMAL = 1e-6

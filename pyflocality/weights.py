@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyflocality._checks import (
+from pyflocality._support.checks import (
     FLOAT_DTYPES,
     check_count,
     check_device,

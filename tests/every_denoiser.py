@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import pyflocality as pf
-from pyflocality._certificate import SubsetPlan
+from pyflocality.denoisers.certificate import SubsetPlan
 
 
 class ReadingSubset(pf.CertifiedSubset):

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from pyflocality._checks import tensors
+from pyflocality._support.checks import tensors
 
 DEVICE = torch.device("meta")
 _aten = torch.ops.aten

@@ -14,14 +14,14 @@ from truth import random_images
 
 import pyflocality as pf
 from pyflocality import cli
-from pyflocality._augmentation import Augmentation
-from pyflocality._backends import machine_reason
+from pyflocality.backends.selection import machine_reason
 from pyflocality.ops import (
     global_posterior_jvp,
     masked_posterior_jvp,
     nearest_images,
     window_posterior_jvp,
 )
+from pyflocality.storage.augmentation import Augmentation
 
 SHAPE = (3, 6, 5)
 VALUES = 90

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from truth import random_images
 
 import pyflocality as pf
-from pyflocality._backends import machine_reason
+from pyflocality.backends.selection import machine_reason
 
 SHAPE = (1, 3, 5)
 D = 15

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 import pyflocality as pf
-from pyflocality import _backends
-from pyflocality._backends import (
+from pyflocality.backends import selection as _backends
+from pyflocality.backends.report import configuration
+from pyflocality.backends.selection import (
     OPERATIONS,
     UNPROVEN,
     Call,
@@ -26,8 +27,7 @@ from pyflocality._backends import (
     requested_backend,
     select,
 )
-from pyflocality._config import configuration
-from pyflocality._shards import ShardedImages
+from pyflocality.posterior.ranks import ShardedImages
 
 CPU = Call(torch.device("cpu"))
 
@@ -255,7 +255,7 @@ def test_show_config(capsys):
 
 def test_a_backend_in_force_that_cannot_run_is_flagged(monkeypatch, capsys):
     monkeypatch.setattr(
-        "pyflocality._config.machine_reason", lambda name: "no" if name == "cuda" else None
+        "pyflocality.backends.report.machine_reason", lambda name: "no" if name == "cuda" else None
     )
     for backend, flagged in (("cuda", True), ("triton", False), ("auto", False)):
         monkeypatch.setenv("PYFLOCALITY_BACKEND", backend)

@@ -17,8 +17,8 @@ from benchmarks.registry import QUICK, Case
 from benchmarks.sets import BenchmarkSet
 from benchmarks.summary import table, times_faster
 from pyflocality import cli
-from pyflocality._backends import machine_reason
-from pyflocality._problem import training_values
+from pyflocality.backends.selection import machine_reason
+from pyflocality.posterior.problem import training_values
 
 ROOT = Path(__file__).resolve().parents[1]
 

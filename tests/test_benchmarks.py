@@ -19,13 +19,13 @@ from benchmarks.sets import BenchmarkSet, natural_images
 from benchmarks.summary import summarise, table
 from benchmarks.workload import Yardstick
 from benchmarks.workloads import make_workload
-from pyflocality._backends import OPERATIONS, Call, Implementation, machine_reason, select
-from pyflocality._problem import training_values
+from pyflocality.backends.selection import OPERATIONS, Call, Implementation, machine_reason, select
 from pyflocality.ops import (
     global_posterior_mean,
     masked_posterior_mean,
     window_posterior_mean,
 )
+from pyflocality.posterior.problem import training_values
 from pyflocality.weights import QueryWeights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,7 +133,7 @@ def test_picture_of_the_scaling_curves(report):
 
 
 def test_a_wrong_result_is_never_timed(data, monkeypatch):
-    module = "pyflocality.native.posterior"
+    module = "pyflocality.kernels.cpu.posterior"
     right = OPERATIONS["window_posterior"]["cpu"].load()
 
     def zeros(*arguments, **options):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pyflocality import _cache
+from pyflocality.storage import cache as _cache
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="owners and permissions of POSIX")
 NAME = "masks/" + "0" * 32 + ".bits"

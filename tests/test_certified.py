@@ -11,9 +11,9 @@ import torch
 from truth import random_images, softmax, values_of
 
 import pyflocality as pf
-from pyflocality import _certificate
-from pyflocality._bounds import DistanceBounds
 from pyflocality.denoisers import CertifiedResult
+from pyflocality.denoisers import certificate as _certificate
+from pyflocality.denoisers.bounds import DistanceBounds
 
 SHAPE = (3, 6, 6)
 LEVELS = (1e-3, 0.02, 0.1, 0.3, 0.6, 1.2, 3.0, 20.0)

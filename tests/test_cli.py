@@ -18,7 +18,7 @@ from PIL import Image
 
 import pyflocality as pf
 from pyflocality import cli, denoisers, pictures
-from pyflocality._config import configuration
+from pyflocality.backends.report import configuration
 from pyflocality.cli._denoisers import DENOISERS
 from pyflocality.cli._files import Outputs
 from pyflocality.cli._generate import generate

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyflocality import _backends
+from pyflocality.backends import selection as _backends
 from pyflocality.ops.covariance import accumulate_covariance
 from pyflocality.reference import covariance as reference
 
@@ -55,7 +55,7 @@ SIZES = [(1, 1), (1, 7), (2, 33), (3, 8), (31, 65), (127, 31), (257, 129), (130,
 @pytest.mark.parametrize("isa", instruction_sets())
 @pytest.mark.parametrize(("n", "values"), SIZES)
 def test_native_is_exact(n, values, isa, count, threads):
-    from pyflocality.native import covariance as native
+    from pyflocality.kernels.cpu import covariance as native
 
     threads(count)
     images = random_images(n, values)
@@ -96,7 +96,7 @@ def test_extreme_sums_beyond_32_bits(implementation, byte):
     if implementation == "reference":
         reference.accumulate_covariance(images, gram, total)
     else:
-        from pyflocality.native import covariance as native
+        from pyflocality.kernels.cpu import covariance as native
 
         native.accumulate_covariance(images, gram, total, instruction_set=implementation)
     assert torch.equal(gram, torch.full((3, 3), n * (byte - 128) ** 2).triu())
@@ -105,7 +105,7 @@ def test_extreme_sums_beyond_32_bits(implementation, byte):
 
 @pytest.mark.parametrize("isa", instruction_sets())
 def test_many_blocks_with_a_remainder(isa):
-    from pyflocality.native import covariance as native
+    from pyflocality.kernels.cpu import covariance as native
 
     images = random_images(40_003, 21)
     gram, total = zeros(21)
@@ -164,7 +164,7 @@ def test_no_images_add_nothing():
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no interval timers")
 def test_a_signal_stops_a_long_call_between_blocks():
     """A handler that raises, as Ctrl-C does, ends the call with its exception."""
-    from pyflocality.native import covariance as native
+    from pyflocality.kernels.cpu import covariance as native
 
     class Stop(Exception):
         pass

@@ -10,9 +10,11 @@ from cuda_simulator import need_compiler, simulated_cupy
 from torch import Tensor
 from truth import random_images
 
-from pyflocality import _backends, ops
-from pyflocality._backends import BackendUnavailableError
-from pyflocality.cuda import arrays, launch
+from pyflocality import ops
+from pyflocality.backends import selection as _backends
+from pyflocality.backends.selection import BackendUnavailableError
+from pyflocality.cuda import arrays
+from pyflocality.kernels.cuda import launch
 
 SHAPE, SIGMA, ALPHA, TEMPERATURE = (2, 4, 6), 0.4, 0.9, 1.5
 

@@ -14,8 +14,8 @@ import subprocess
 
 import pytest
 
-from pyflocality.cuda.geometry import WindowShape, plan_adjoint, plan_window
-from pyflocality.cuda.sources import compile_options, kernel_source
+from pyflocality.kernels.cuda.geometry import WindowShape, plan_adjoint, plan_window
+from pyflocality.kernels.cuda.sources import compile_options, kernel_source
 
 ARCHITECTURES = ("sm_80", "sm_90")
 FUTURE = "compute_100"

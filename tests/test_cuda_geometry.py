@@ -8,8 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pyflocality._gpu_limits import SHARED_BYTES
-from pyflocality.cuda.geometry import (
+from pyflocality.kernels.cuda.geometry import (
     WindowPlan,
     WindowShape,
     ceil_div,
@@ -17,6 +16,7 @@ from pyflocality.cuda.geometry import (
     plan_adjoint,
     plan_window,
 )
+from pyflocality.kernels.triton.limits import SHARED_BYTES
 
 SIDES = [(1, 1), (1, 9), (3, 5), (8, 8), (9, 6), (28, 28), (31, 33), (32, 32), (45, 200)]
 SIDES += [(64, 64), (65, 64), (64, 65), (96, 96), (7, 256), (256, 3), (128, 128), (256, 256)]

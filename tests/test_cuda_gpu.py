@@ -8,8 +8,8 @@ from torch import Tensor
 from truth import random_images
 
 from pyflocality import ops, trace_backends
-from pyflocality._backends import machine_reason
-from pyflocality._problem import posterior_problem, training_values
+from pyflocality.backends.selection import machine_reason
+from pyflocality.posterior.problem import posterior_problem, training_values
 
 pytestmark = [
     pytest.mark.gpu,
@@ -103,7 +103,7 @@ def test_jvp(tangents, rng):
 
 
 def test_vjp_and_rows(rng):
-    from pyflocality.cuda.window_rows import window_posterior_rows
+    from pyflocality.kernels.cuda.window_rows import window_posterior_rows
 
     x, images, levels = noisy_batch((3, 32, 32), 1003, 2, torch.uint8, rng)
     pulls = [

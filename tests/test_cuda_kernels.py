@@ -15,10 +15,9 @@ from torch import Tensor
 from truth import filtered_posterior_mean, random_images, softmax, values_of, window_weights
 
 import pyflocality as pf
-from pyflocality import _backends, ops
-from pyflocality._problem import posterior_problem
-from pyflocality._tangents import jacobian_factor
-from pyflocality.cuda import (
+from pyflocality import ops
+from pyflocality.backends import selection as _backends
+from pyflocality.kernels.cuda import (
     geometry,
     launch,
     stored,
@@ -26,11 +25,16 @@ from pyflocality.cuda import (
     window_posterior,
     window_rows,
 )
-from pyflocality.cuda.window_adjoint import patch_set_mean, window_posterior_vjp
-from pyflocality.cuda.window_posterior import window_posterior_jvp_state, window_posterior_state
-from pyflocality.cuda.window_rows import window_posterior_rows
+from pyflocality.kernels.cuda.window_adjoint import patch_set_mean, window_posterior_vjp
+from pyflocality.kernels.cuda.window_posterior import (
+    window_posterior_jvp_state,
+    window_posterior_state,
+)
+from pyflocality.kernels.cuda.window_rows import window_posterior_rows
+from pyflocality.posterior.problem import posterior_problem
+from pyflocality.posterior.state import finalize, finalize_jvp, log_sum_exp
+from pyflocality.posterior.tangents import jacobian_factor
 from pyflocality.reference import window_posterior as reference
-from pyflocality.reference.state import finalize, finalize_jvp, log_sum_exp
 
 pytestmark = need_compiler
 

@@ -12,14 +12,15 @@ import pytest
 import torch
 from cuda_simulator import CompileException, need_compiler, simulated_cupy
 
-from pyflocality import _backends, ops
-from pyflocality._backends import OPERATIONS, BackendUnavailableError, Call, machine_reason
-from pyflocality.cuda import launch
+from pyflocality import ops
+from pyflocality.backends import selection as _backends
+from pyflocality.backends.selection import OPERATIONS, BackendUnavailableError, Call, machine_reason
 from pyflocality.cuda.arrays import as_tensor
-from pyflocality.cuda.launch import CudaKernelError, Launch, run
-from pyflocality.cuda.limits import window_adjoint_limits, window_posterior_limits
-from pyflocality.cuda.sources import compile_options, kernel_source
-from pyflocality.cuda.stored import grid_parts
+from pyflocality.kernels.cuda import launch
+from pyflocality.kernels.cuda.launch import CudaKernelError, Launch, run
+from pyflocality.kernels.cuda.limits import window_adjoint_limits, window_posterior_limits
+from pyflocality.kernels.cuda.sources import compile_options, kernel_source
+from pyflocality.kernels.cuda.stored import grid_parts
 
 CPU = torch.device("cpu")
 GPU = {"triton", "cuda"}
@@ -37,10 +38,10 @@ def cupy(monkeypatch):
 
 
 def test_nothing_imports_cupy():
-    modules = "launch, limits, geometry, sources, stored, arrays, window_posterior, "
+    modules = "launch, limits, geometry, sources, stored, window_posterior, "
     modules += "window_adjoint, window_rows"
     code = "import sys; sys.modules['cupy'] = None\n"
-    code += f"from pyflocality.cuda import {modules}"
+    code += f"from pyflocality.kernels.cuda import {modules}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -146,7 +147,7 @@ def test_streams_of_the_cupy_that_is_installed():
 @need_compiler
 @pytest.mark.parametrize("splits", [1, 8, 13])
 def test_sums_of_splits(cupy, splits, rng):
-    from pyflocality.cuda.window_posterior import merge_sums
+    from pyflocality.kernels.cuda.window_posterior import merge_sums
 
     partial = torch.randn(splits, 3, 15, generator=rng)
     # Single values, added in double precision: exact up to its rounding.

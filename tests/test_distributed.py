@@ -24,7 +24,7 @@ from distributed_worker import (
 from truth import filtered_posterior_mean, values_of, window_weights
 
 import pyflocality as pf
-from pyflocality._shards import Ranks, ShardedImages, sharded_reason
+from pyflocality.posterior.ranks import Ranks, ShardedImages, sharded_reason
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo here"

@@ -8,10 +8,10 @@ import torch
 from truth import patch_posterior_mean, random_images
 
 import pyflocality as pf
-from pyflocality._backends import OPERATIONS, machine_reason
-from pyflocality._problem import posterior_problem
+from pyflocality.backends.selection import OPERATIONS, machine_reason
 from pyflocality.ops import equivariant_posterior_mean, global_posterior_mean
-from pyflocality.reference.state import finalize
+from pyflocality.posterior.problem import posterior_problem
+from pyflocality.posterior.state import finalize
 
 BACKENDS = [
     pytest.param(
@@ -61,7 +61,7 @@ def test_equals_truth(backend, boundary, window, dtype, rng):
 @pytest.mark.parametrize("shape", [(1, 5, 5), (3, 4, 7), (2, 7, 4)])
 @pytest.mark.parametrize("count", [1, 130])
 def test_every_instruction_set_and_size(isa, boundary, shape, count, rng):
-    from pyflocality.native.posterior import equivariant_posterior_state
+    from pyflocality.kernels.cpu.posterior import equivariant_posterior_state
 
     x, images = problem(rng, shape, count)
     given = posterior_problem(x.float(), images, SIGMA, ALPHA)

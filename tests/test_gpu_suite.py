@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import gpu_checks, gpu_machine, gpu_start, gpu_suite, gpu_worker
 from benchmarks.gpu_cases import gpu_cases
-from pyflocality._backends import OPERATIONS
+from pyflocality.backends.selection import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU_BACKENDS = ("triton", "cuda")

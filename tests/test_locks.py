@@ -13,8 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from pyflocality import _locks
-from pyflocality._locks import HeldError, hold, locked, remove_abandoned, replacing, twins_of
+from pyflocality._support import locks as _locks
+from pyflocality._support.locks import (
+    HeldError,
+    hold,
+    locked,
+    remove_abandoned,
+    replacing,
+    twins_of,
+)
 
 pytestmark = pytest.mark.skipif(_locks.fcntl is None, reason="there are no such locks here")
 

@@ -13,7 +13,7 @@ import torch
 from every_denoiser import ReadingSubset
 
 import pyflocality as pf
-from pyflocality._mapped import _files, mapped_file, streamed
+from pyflocality.storage.mapped import _files, mapped_file, streamed
 
 BUDGET = 64 * 2**10
 
@@ -165,7 +165,7 @@ def test_a_changed_file_is_noticed(path, rng, damage):
 
 
 def test_a_change_during_a_scan_is_noticed(path, rng, monkeypatch):
-    from pyflocality.native import posterior
+    from pyflocality.kernels.cpu import posterior
 
     data = pf.TrainingSet.load(path)
     blocks = posterior.image_blocks

@@ -25,9 +25,9 @@ import contextlib, json, os, sys
 import numpy as np
 import torch
 import pyflocality as pf
-from pyflocality import _mapped
-from pyflocality._augmentation import enlarged_at
-from pyflocality._mapped import MappedFile, read_checked, streamed
+from pyflocality.storage import mapped as _mapped
+from pyflocality.storage.augmentation import enlarged_at
+from pyflocality.storage.mapped import MappedFile, read_checked, streamed
 from pyflocality.ops import accumulate_covariance, global_posterior_mean
 
 folder, count, left = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -313,7 +313,7 @@ def test_a_file_that_is_cut_short_while_it_is_converted(tmp_path, monkeypatch):
 def test_the_cause_of_another_error_is_named(tmp_path):
     """A computation that stumbles over zeros is not what went wrong."""
     import pyflocality as pf
-    from pyflocality._mapped import read_checked
+    from pyflocality.storage.mapped import read_checked
 
     path = tmp_path / "images.npy"
     np.save(path, np.full((COUNT, 2, 16, 16), 7, np.uint8))
@@ -332,7 +332,7 @@ def test_the_cause_of_another_error_is_named(tmp_path):
 def test_a_page_that_cannot_be_read_is_not_forgotten(tmp_path, monkeypatch):
     """Of a disk that fails the file looks as it did."""
     import pyflocality as pf
-    from pyflocality import _mapped
+    from pyflocality.storage import mapped as _mapped
 
     path = tmp_path / "images.npy"
     np.save(path, np.full((COUNT, 2, 16, 16), 7, np.uint8))

@@ -9,11 +9,11 @@ from torch import Tensor
 from truth import random_images
 
 import pyflocality as pf
-from pyflocality._backends import BackendUnavailableError
-from pyflocality._problem import posterior_problem
-from pyflocality.native import masked_adjoint as native
+from pyflocality.backends.selection import BackendUnavailableError
+from pyflocality.kernels.cpu import masked_adjoint as native
 from pyflocality.ops import filtered_posterior_mean, masked_posterior_vjp
 from pyflocality.ops.filtered_posterior import check_pair
+from pyflocality.posterior.problem import posterior_problem
 from pyflocality.weights import QueryWeights
 
 pytestmark = natively

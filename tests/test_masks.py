@@ -8,7 +8,8 @@ import torch
 from truth import random_images
 
 import pyflocality as pf
-from pyflocality import _cache, masks
+from pyflocality import masks
+from pyflocality.storage import cache as _cache
 from pyflocality.weights import QueryWeights
 
 

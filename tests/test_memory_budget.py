@@ -11,7 +11,7 @@ from truth import random_images
 
 import pyflocality as pf
 from pyflocality import ops
-from pyflocality._budget import ALWAYS_ALLOWED
+from pyflocality._support.budget import ALWAYS_ALLOWED
 
 SHAPE = (3, 8, 8)
 D, COUNT, BATCH = 192, 600, 2

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from pyflocality import _backends, _locks, _moment_files, _moment_sums
-from pyflocality import moments as moments_module
+from pyflocality._support import locks as _locks
+from pyflocality.backends import selection as _backends
 from pyflocality.moments import Moments
+from pyflocality.moments import files as _moment_files
+from pyflocality.moments import moments as moments_module
+from pyflocality.moments import sums as _moment_sums
 
 EPS = np.finfo(np.float64).eps
 SHAPE = (2, 3, 5)

@@ -12,15 +12,15 @@ from torch import Tensor
 from truth import random_images
 
 import pyflocality as pf
-from pyflocality._backends import BackendUnavailableError, machine_reason
-from pyflocality._problem import posterior_problem
-from pyflocality.native import posterior as native
+from pyflocality.backends.selection import BackendUnavailableError, machine_reason
+from pyflocality.kernels.cpu import posterior as native
 from pyflocality.ops import (
     global_posterior_mean,
     masked_posterior_mean,
     window_posterior_mean,
 )
-from pyflocality.reference.state import finalize, log_sum_exp
+from pyflocality.posterior.problem import posterior_problem
+from pyflocality.posterior.state import finalize, log_sum_exp
 from pyflocality.weights import QueryWeights
 
 pytestmark = pytest.mark.skipif(

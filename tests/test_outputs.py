@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import pyflocality as pf
-from pyflocality import _locks
+from pyflocality._support import locks as _locks
 from pyflocality.cli import _files, _journal
 from pyflocality.cli._files import Outputs
 from pyflocality.cli._journal import BegunRun, Journal

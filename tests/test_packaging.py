@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pyflocality import _backends
+from pyflocality.backends import selection as _backends
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE_MISSING = _backends.machine_reason("cpu")
@@ -132,10 +132,10 @@ def test_wheel_brings_extension_kernels_and_sources(installed):
         installed,
         "from importlib import metadata, resources\n"
         "import pyflocality, pyflocality._C, pyflocality.kernels\n"
-        "from pyflocality._native_build import FAILURE_FILE\n"
+        "from pyflocality.backends.native_build import FAILURE_FILE\n"
         "print(pyflocality.__file__)\n"
         "print(pyflocality._C.__file__)\n"
-        "print(pyflocality.kernels.__file__)\n"
+        "print(pyflocality.kernels.triton.__file__)\n"
         "print(resources.files('pyflocality.csrc').joinpath('include/pyflocality/pixel.h'))\n"
         "assert resources.files('pyflocality').joinpath('py.typed').is_file()\n"
         "assert not FAILURE_FILE.exists()\n"
@@ -153,7 +153,7 @@ def test_installed_extension_computes(installed):
     output = python(
         installed,
         "import torch\n"
-        "from pyflocality._backends import trace_backends\n"
+        "from pyflocality.backends.selection import trace_backends\n"
         "from pyflocality.moments import Moments\n"
         "images = torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1)\n"
         "with trace_backends() as calls:\n"
@@ -211,7 +211,7 @@ def test_sdist_holds_what_a_build_needs(built):
         "csrc/include/pyflocality/pixel.h",
         "csrc/cpu/threads.h",
         "csrc/cpu/covariance.cpp",
-        "pyflocality/moments.py",
+        "pyflocality/moments/moments.py",
         "tests/conftest.py",
         "benchmarks/registry.py",
     ):
@@ -234,7 +234,7 @@ def test_without_a_compiler_the_install_works_and_says_why(tmp_path):
     output = python(
         install(wheel, tmp_path / "site"),
         "import torch\n"
-        "from pyflocality._backends import machine_reason, trace_backends\n"
+        "from pyflocality.backends.selection import machine_reason, trace_backends\n"
         "from pyflocality.moments import Moments\n"
         "print(machine_reason('cpu'))\n"
         "images = torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1)\n"

@@ -20,7 +20,7 @@ from PIL import Image
 
 import pyflocality as pf
 from pyflocality import packing
-from pyflocality._json import sealed
+from pyflocality._support.json import sealed
 from pyflocality.cli import main
 from pyflocality.packing import pack, verify
 from pyflocality.sources import packed

@@ -10,9 +10,9 @@ import torch
 from every_denoiser import near_masks, soft_weights
 
 import pyflocality as pf
-from pyflocality import _problem
-from pyflocality._mapped import MappedFile
-from pyflocality.native import posterior
+from pyflocality.kernels.cpu import posterior
+from pyflocality.posterior import problem as _problem
+from pyflocality.storage.mapped import MappedFile
 
 COUNT, SHAPE = 1040, (2, 6, 6)
 BUDGET = 2**14

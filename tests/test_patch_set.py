@@ -11,11 +11,11 @@ from torch import Tensor
 from truth import random_images, softmax, values_of
 
 import pyflocality as pf
-from pyflocality._backends import BackendUnavailableError, machine_reason
-from pyflocality._problem import posterior_problem
-from pyflocality.native import window_adjoint as native
+from pyflocality.backends.selection import BackendUnavailableError, machine_reason
+from pyflocality.kernels.cpu import window_adjoint as native
 from pyflocality.ops.patch_set import patch_set_mean
 from pyflocality.ops.window_posterior import window_posterior_vjp
+from pyflocality.posterior.problem import posterior_problem
 from pyflocality.reference.patch_set import windows_over
 
 natively = pytest.mark.skipif(machine_reason("cpu") is not None, reason=str(machine_reason("cpu")))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import pyflocality as pf
-from pyflocality._paths import checked_path
+from pyflocality._support.paths import checked_path
 from pyflocality.cli import main
 
 

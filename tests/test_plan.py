@@ -8,9 +8,9 @@ from unittest import mock
 
 import pytest
 
-from pyflocality import _costs
-from pyflocality._costs import COSTS, Setting, cost_of, seconds_of
+from pyflocality import planner as _costs
 from pyflocality.cli import main
+from pyflocality.planner import COSTS, Setting, cost_of, seconds_of
 
 
 def test_costs_of_a_small_set():
@@ -67,7 +67,7 @@ def test_measured_on_this_machine():
 
 
 def test_measured_masks_take_the_share_they_are_planned_for():
-    posterior = pytest.importorskip("pyflocality.native.posterior")
+    posterior = pytest.importorskip("pyflocality.kernels.cpu.posterior")
     pytest.importorskip("pyflocality._C")
     seen = []
 

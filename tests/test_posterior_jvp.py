@@ -12,10 +12,8 @@ from torch import Tensor
 from truth import filtered_posterior_mean, random_images, values_of, window_weights
 
 import pyflocality as pf
-from pyflocality._backends import BackendUnavailableError, machine_reason
-from pyflocality._problem import posterior_problem
-from pyflocality._tangents import jacobian_factor
-from pyflocality.native import jvp as native
+from pyflocality.backends.selection import BackendUnavailableError, machine_reason
+from pyflocality.kernels.cpu import jvp as native
 from pyflocality.ops import (
     global_posterior_jvp,
     global_posterior_mean,
@@ -24,7 +22,9 @@ from pyflocality.ops import (
     window_posterior_jvp,
     window_posterior_mean,
 )
-from pyflocality.reference.state import finalize_jvp, merge_tangents
+from pyflocality.posterior.problem import posterior_problem
+from pyflocality.posterior.state import finalize_jvp, merge_tangents
+from pyflocality.posterior.tangents import jacobian_factor
 from pyflocality.weights import QueryWeights
 
 OPS = ("global", "window", "masked")

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from pyflocality import _progress
-from pyflocality._progress import progress_bar
+from pyflocality._support import progress as _progress
+from pyflocality._support.progress import progress_bar
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from PIL import Image
 from benchmarks.readme_sections import rewritten
 from benchmarks.results_files import FOLDER, read_results
 from pyflocality import cli, denoisers
-from pyflocality._backends import OPERATIONS
+from pyflocality.backends.selection import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import pyflocality as pf
 from pyflocality import adapters
-from pyflocality._times import time_at
 from pyflocality.adapters import TableSchedule
+from pyflocality.noise.times import time_at
 
 diffusers = pytest.importorskip("diffusers", reason="the extra `diffusers` is not installed")
 

@@ -29,9 +29,11 @@ from source_files import (
     write_tree,
 )
 
-from pyflocality import _cache, _json, _locks
+from pyflocality._support import json as _json
+from pyflocality._support import locks as _locks
 from pyflocality.data import TrainingSet
 from pyflocality.sources import cache, images
+from pyflocality.storage import cache as _cache
 
 RNG = np.random.default_rng(5)
 

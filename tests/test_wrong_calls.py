@@ -16,7 +16,7 @@ import torch
 import wrong_calls
 
 import pyflocality as pf
-from pyflocality import _checks
+from pyflocality._support import checks as _checks
 
 SHAPE = (1, 4, 4)
 
@@ -149,7 +149,7 @@ def test_images_that_change_are_looked_at_again():
 
 
 def test_what_is_known_is_forgotten_with_its_memory():
-    from pyflocality._checks import tensors
+    from pyflocality._support.checks import tensors
 
     for _ in range(3 * tensors._MOST_KNOWN):
         _checks.check_finite(torch.zeros(3), "zeros")

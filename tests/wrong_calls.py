@@ -34,7 +34,7 @@ from public_calls import Call
 from wrong_values import Try
 
 import pyflocality as pf
-from pyflocality._text import printable
+from pyflocality._support.text import printable
 
 # Where errors of the library are raised, and those of the test of this module.
 OURS = Path(pf.__file__).parent, Path(__file__).parent / "test_wrong_calls.py"

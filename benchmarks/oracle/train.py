@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import pyflocality as pf
-from pyflocality._progress import progress_bar
+from pyflocality._support.progress import progress_bar
 from pyflocality.cli._options import parse_device
 
 from ..machine import machine_facts

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import pyflocality as pf
-from pyflocality._progress import progress_bar
+from pyflocality._support.progress import progress_bar
 from pyflocality.ops import nearest_images
 
 from ..cpu_suite import write_json

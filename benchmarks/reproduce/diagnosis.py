@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import pyflocality as pf
-from pyflocality._progress import progress_bar
+from pyflocality._support.progress import progress_bar
 
 from .runs import STEPS
 from .scores import summary

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 import pyflocality as pf
-from pyflocality._backends import requested_backend
-from pyflocality._locks import locked
+from pyflocality._support.locks import locked
+from pyflocality.backends.selection import requested_backend
 from pyflocality.cli._record import peak_memory_bytes
 
 from ..machine import machine_facts

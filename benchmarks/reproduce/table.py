@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import pyflocality as pf
-from pyflocality._checks import check_count
+from pyflocality._support.checks import check_count
 from pyflocality.cli._files import Outputs
 from pyflocality.cli._options import parse_device
 from pyflocality.cli._record import Stages

@@ -14,7 +14,7 @@ import torch
 
 import pyflocality as pf
 from pyflocality import analysis
-from pyflocality._progress import progress_bar
+from pyflocality._support.progress import progress_bar
 
 NEEDS = ("cifar10",)
 

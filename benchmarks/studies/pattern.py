@@ -19,7 +19,7 @@ from torch import Tensor
 
 import pyflocality as pf
 from pyflocality import analysis, synthetic
-from pyflocality._progress import progress_bar
+from pyflocality._support.progress import progress_bar
 
 from ..reproduce.networks import load
 

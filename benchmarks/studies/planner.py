@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 import pyflocality as pf
-from pyflocality._costs import COSTS, WINDOW, Setting, seconds_of
-from pyflocality._progress import progress_bar
-from pyflocality.native.posterior import difference_tree
+from pyflocality._support.progress import progress_bar
+from pyflocality.kernels.cpu.posterior import difference_tree
+from pyflocality.planner import COSTS, WINDOW, Setting, seconds_of
 
 NEEDS: tuple[str, ...] = ()
 

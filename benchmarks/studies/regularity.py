@@ -15,7 +15,7 @@ import torch
 
 import pyflocality as pf
 from pyflocality import synthetic
-from pyflocality._progress import progress_bar
+from pyflocality._support.progress import progress_bar
 
 NEEDS: tuple[str, ...] = ()
 

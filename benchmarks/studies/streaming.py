@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 import pyflocality as pf
-from pyflocality import _mapped
-from pyflocality._progress import progress_bar
+from pyflocality._support.progress import progress_bar
+from pyflocality.storage import mapped as _mapped
 
 NEEDS: tuple[str, ...] = ()
 ACCEPTS = ("scratch",)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyflocality._backends import OPERATIONS, requested_backend
-from pyflocality._budget import memory_budget_bytes
-from pyflocality._checks import check_batch, check_level
-from pyflocality._shards import ranks_of
+from pyflocality._support.budget import memory_budget_bytes
+from pyflocality._support.checks import check_batch, check_level
+from pyflocality.backends.selection import OPERATIONS, requested_backend
 from pyflocality.denoisers.base import Denoiser, PosteriorDenoiser, join_levels, split_levels
 from pyflocality.denoisers.pca_locality import PCALocalityDenoiser
 from pyflocality.denoisers.queries import QueryDenoiser
 from pyflocality.ops import global_posterior_jvp
+from pyflocality.posterior.ranks import ranks_of
 
 
 def jacobian_row(

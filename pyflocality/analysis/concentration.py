@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyflocality._checks import describe
+from pyflocality._support.checks import describe
 from pyflocality.denoisers.queries import QueryDenoiser
 
 # Relative step of the slope, and the weights of a central difference of sixth order at one, two

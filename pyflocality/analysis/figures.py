@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_instance, check_text, describe
+from pyflocality._support.checks import check_instance, check_text, describe
 from pyflocality.analysis.memorization import MemorizationCurve
 from pyflocality.analysis.sensitivity import SensitivityRun
 from pyflocality.analysis.spectrum import Spectrum

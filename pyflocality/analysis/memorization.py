@@ -21,8 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyflocality._augmentation import enlarged_at, enlarged_blocks
-from pyflocality._checks import (
+from pyflocality._support.checks import (
     check_batch,
     check_callable,
     check_count,
@@ -36,14 +35,15 @@ from pyflocality._checks import (
     check_within_memory,
     describe,
 )
-from pyflocality._problem import training_values
-from pyflocality._progress import progress_bar
+from pyflocality._support.progress import progress_bar
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, check_set
 from pyflocality.metrics import cosine_similarity
 from pyflocality.noise import DDPMSchedule, NoiseSchedule
 from pyflocality.ops import nearest_images
+from pyflocality.posterior.problem import training_values
 from pyflocality.sampling import sample
+from pyflocality.storage.augmentation import enlarged_at, enlarged_blocks
 
 # Values of the training set that are summed at a time.
 _BLOCK = 2**22

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyflocality._checks import (
+from pyflocality._support.checks import (
     check_count,
     check_flag,
     check_float_tensor,
@@ -34,7 +34,7 @@ from pyflocality._checks import (
     check_tensor,
     describe,
 )
-from pyflocality._progress import progress_bar
+from pyflocality._support.progress import progress_bar
 from pyflocality.analysis._rows import jacobian_row
 from pyflocality.denoisers.base import Denoiser, check_denoiser
 from pyflocality.moments import Moments

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyflocality._checks import (
+from pyflocality._support.checks import (
     check_batch,
     check_count,
     check_flag,

@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from pyflocality._waiting import has_abandoned_calls
+from pyflocality._support.waiting import has_abandoned_calls
 from pyflocality.cli._analysis import memorize, sensitivity, spectrum
 from pyflocality.cli._bench import bench
 from pyflocality.cli._compare import compare

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyflocality._paths import checked_path
+from pyflocality._support.paths import checked_path
 from pyflocality.cli import _generate_options as options
 from pyflocality.cli import _options as common
 from pyflocality.cli._denoisers import DenoiserOptions

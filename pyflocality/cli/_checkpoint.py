@@ -19,12 +19,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyflocality._paths import no_link
+from pyflocality._support.paths import no_link
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pyflocality._shards import Ranks
+    from pyflocality.posterior.ranks import Ranks
     from pyflocality.sampling import DenoiserFunction
 
 # Checksums of a question and of the answer to it, and the size of the answer in bytes.

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyflocality._paths import checked_path
+from pyflocality._support.paths import checked_path
 from pyflocality.cli import _generate_options as options
 from pyflocality.cli import _options as common
 from pyflocality.cli._denoisers import DENOISERS, DenoiserOptions, split_options

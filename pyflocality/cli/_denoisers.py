@@ -138,7 +138,7 @@ class DenoiserOptions:
     @property
     def depends_on_threads(self) -> bool:
         """Whether the number of threads changes the rounding of the answers: not by our kernels."""
-        from pyflocality._backends import machine_reason, requested_backend
+        from pyflocality.backends.selection import machine_reason, requested_backend
 
         backend = requested_backend(self.given.get("backend"))
         if backend == "auto" and machine_reason("cpu") is not None:
@@ -147,8 +147,8 @@ class DenoiserOptions:
 
     def check(self) -> None:
         """Refuse wrong values, foreign options and backends that cannot run, before any work."""
-        from pyflocality._budget import memory_budget_bytes
-        from pyflocality._checks import check_count, check_positive
+        from pyflocality._support.budget import memory_budget_bytes
+        from pyflocality._support.checks import check_count, check_positive
         from pyflocality.masks import check_threshold
 
         for option in self.given:
@@ -269,7 +269,7 @@ def _check_backend(operation: str, backend: str | None) -> None:
 
     What a backend cannot do with the images at hand shows once they are there.
     """
-    from pyflocality._backends import (
+    from pyflocality.backends.selection import (
         OPERATIONS,
         BackendUnavailableError,
         machine_reason,

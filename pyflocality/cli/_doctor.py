@@ -15,7 +15,7 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Show versions, the backends that can run here or why not, and the settings in force."""
-    from pyflocality._config import configuration, format_configuration
+    from pyflocality.backends.report import configuration, format_configuration
 
     found = configuration()
     if json:

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pyflocality._locks import HeldError, locked
-from pyflocality._paths import check_result
+from pyflocality._support.locks import HeldError, locked
+from pyflocality._support.paths import check_result
 from pyflocality.cli._journal import BegunRun, Journal
 from pyflocality.cli._signals import uninterrupted
 

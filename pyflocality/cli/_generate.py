@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyflocality._paths import checked_path
+from pyflocality._support.paths import checked_path
 from pyflocality.cli import _generate_options as options
 from pyflocality.cli import _options as common
 from pyflocality.cli._checkpoint import KeptAnswers
@@ -35,8 +35,8 @@ from pyflocality.cli._streams import answer, listed
 
 if TYPE_CHECKING:
     from pyflocality import Moments, SampleResult, TrainingSet
-    from pyflocality._shards import Ranks
     from pyflocality.ops.nearest import Neighbours
+    from pyflocality.posterior.ranks import Ranks
 
 # Denoisers that read the images themselves, and so the whole set.
 _WHOLE_SET = ("ledoit-wolf", "nearest")
@@ -282,7 +282,7 @@ def _run(plan: Plan, outputs: Outputs, ranks: Ranks | None) -> tuple[dict[str, A
 def _find(plan: Plan, stages: Stages, ranks: Ranks | None) -> _Found:
     """Load and sample, on every rank alike."""
     from pyflocality import Moments
-    from pyflocality._backends import requested_backend
+    from pyflocality.backends.selection import requested_backend
     from pyflocality.distributed import shard, split_samples
 
     given = None if plan.moments is None else Moments.load(plan.moments)

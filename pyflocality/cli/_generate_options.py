@@ -228,7 +228,7 @@ class Sampling:
 
     def check(self) -> None:
         """Raise ValueError for what cannot be run."""
-        from pyflocality._checks import check_count
+        from pyflocality._support.checks import check_count
 
         check_count(self.n, "n")
         if not 0 <= self.seed < 2**63:

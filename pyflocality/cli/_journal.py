@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyflocality._paths import no_link
+from pyflocality._support.paths import no_link
 
 
 @dataclass

@@ -114,8 +114,8 @@ def neighbour_values(neighbours: Neighbours, data: TrainingSet) -> Tensor:
     """The nearest training images themselves, on the CPU: [n, C, H, W]."""
     import torch
 
-    from pyflocality._augmentation import enlarged_at
-    from pyflocality._problem import training_values
+    from pyflocality.posterior.problem import training_values
+    from pyflocality.storage.augmentation import enlarged_at
 
     positions = neighbours.indices[:, 0].to(data.device)
     found = enlarged_at(data.images, data.augmentation, positions)

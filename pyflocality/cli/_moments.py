@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyflocality._paths import checked_path
+from pyflocality._support.paths import checked_path
 from pyflocality.cli._errors import reported
 from pyflocality.cli._files import Outputs
 from pyflocality.cli._options import (

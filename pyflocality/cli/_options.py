@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyflocality._paths import checked_path
+from pyflocality._support.paths import checked_path
 from pyflocality.sources.layout import check_layout
 
 if TYPE_CHECKING:

@@ -42,10 +42,10 @@ def plan(
     """Tell what one denoising step of every model costs: operations, bytes, time and memory."""
     from dataclasses import asdict
 
-    from pyflocality._budget import memory_budget_bytes
-    from pyflocality._checks import check_choice, check_count
-    from pyflocality._costs import COSTS, Setting, cost_of, seconds_of
-    from pyflocality._progress import progress_bar
+    from pyflocality._support.budget import memory_budget_bytes
+    from pyflocality._support.checks import check_choice, check_count
+    from pyflocality._support.progress import progress_bar
+    from pyflocality.planner import COSTS, Setting, cost_of, seconds_of
 
     memory_budget_bytes(memory_budget)
     check_choice(device, "device", ("cpu", "a100", "h100", "h200"))
@@ -88,7 +88,7 @@ def _parse_shape(text: str) -> tuple[int, int, int]:
 
 
 def _table(record: dict[str, Any]) -> str:
-    from pyflocality._costs import WINDOW
+    from pyflocality.planner import WINDOW
 
     size = "x".join(map(str, record["shape"]))
     lines = [

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pyflocality.cli._streams import tell
 
 if TYPE_CHECKING:
-    from pyflocality._shards import Ranks
+    from pyflocality.posterior.ranks import Ranks
 
 # How long a rank that failed waits to hear whether rank 0 failed alike, in seconds.
 _PATIENCE = 10.0
@@ -48,8 +48,8 @@ def joined() -> Iterator[Ranks | None]:
     if not in_job():
         yield None
         return
-    from pyflocality._shards import Ranks
     from pyflocality.distributed import ranks
+    from pyflocality.posterior.ranks import Ranks
 
     with ranks():
         before = signal.signal(signal.SIGTERM, _told_to_end)
@@ -63,7 +63,7 @@ def joined() -> Iterator[Ranks | None]:
 
 
 def _told_to_end(*_: object) -> None:
-    from pyflocality._shards import RankLostError
+    from pyflocality.posterior.ranks import RankLostError
 
     # An error that is on its way out already is not to be replaced.
     if sys.exc_info()[1] is None:
@@ -105,7 +105,7 @@ def one_voice(run: Callable[[], int]) -> int:
 
 def _ended(run: Callable[[], int]) -> tuple[int, bool]:
     """Exit code, and whether a rank was lost."""
-    from pyflocality._shards import RankLostError
+    from pyflocality.posterior.ranks import RankLostError
 
     try:
         return run(), False

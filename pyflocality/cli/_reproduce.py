@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pyflocality._paths import checked_path
+from pyflocality._support.paths import checked_path
 from pyflocality.cli import _generate_options as options
 from pyflocality.cli import _options as common
 from pyflocality.cli._errors import reported

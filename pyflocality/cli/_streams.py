@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
 
-from pyflocality._text import printable
+from pyflocality._support.text import printable
 
 
 class Forgiving:

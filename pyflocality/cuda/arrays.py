@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from pyflocality import ops
-from pyflocality._backends import BackendUnavailableError, reason
-from pyflocality._checks import check_level, check_tensor
-from pyflocality._problem import posterior_problem
-from pyflocality.cuda.window_rows import window_posterior_rows as _rows_of_problem
+from pyflocality._support.checks import check_level, check_tensor
+from pyflocality.backends.selection import BackendUnavailableError, reason
+from pyflocality.kernels.cuda.window_rows import window_posterior_rows as _rows_of_problem
 from pyflocality.ops.window_posterior import check_window
+from pyflocality.posterior.problem import posterior_problem
 
 # An array with `__dlpack__`.
 Array = Any

@@ -14,17 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pyflocality._autograd import (
-    directional,
-    estimate,
-    has_parameters,
-    jvp_by_torch,
-    transposed,
-    vjp_by_torch,
-)
-from pyflocality._backends import BACKENDS
-from pyflocality._budget import memory_budget_bytes
-from pyflocality._checks import (
+from pyflocality._support.budget import memory_budget_bytes
+from pyflocality._support.checks import (
     check_batch,
     check_choice,
     check_device,
@@ -34,17 +25,26 @@ from pyflocality._checks import (
     check_positive,
     describe,
 )
-from pyflocality._operators import new_handle
-from pyflocality._precision import PRECISIONS, Precision
-from pyflocality._tangents import check_directions, check_noise
-from pyflocality._transforms import (
+from pyflocality._support.precision import PRECISIONS, Precision
+from pyflocality.autograd.function import (
+    directional,
+    estimate,
+    has_parameters,
+    jvp_by_torch,
+    transposed,
+    vjp_by_torch,
+)
+from pyflocality.autograd.operators import new_handle
+from pyflocality.autograd.transforms import (
     in_full_precision,
     is_differentiated,
     is_traced,
     outside_transforms,
     without_derivatives,
 )
+from pyflocality.backends.selection import BACKENDS
 from pyflocality.data import TrainingSet
+from pyflocality.posterior.tangents import check_directions, check_noise
 
 
 class Denoiser(nn.Module):

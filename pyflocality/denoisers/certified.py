@@ -10,23 +10,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyflocality._bounds import ComponentIndex, build_index
-from pyflocality._budget import memory_budget_bytes
-from pyflocality._certificate import (
+from pyflocality._support.budget import memory_budget_bytes
+from pyflocality._support.checks import check_one_level, check_real, describe
+from pyflocality._support.threads import Lock
+from pyflocality.autograd.transforms import is_differentiated
+from pyflocality.denoisers.base import Denoiser
+from pyflocality.denoisers.bounds import ComponentIndex, build_index
+from pyflocality.denoisers.certificate import (
     Reading,
     SubsetPlan,
     plan_level,
     read_certified,
     subset_stages,
 )
-from pyflocality._checks import check_one_level, check_real, describe
-from pyflocality._mapped import read_checked
-from pyflocality._threads import Lock
-from pyflocality._transforms import is_differentiated
-from pyflocality.denoisers.base import Denoiser
 from pyflocality.denoisers.golden import refuse_augmented
 from pyflocality.denoisers.optimal import OptimalDenoiser
 from pyflocality.moments import Moments, check_moments_fit
+from pyflocality.storage.mapped import read_checked
 
 # Plans kept: a schedule has fewer noise levels.
 _KEPT_PLANS = 1024
@@ -58,9 +58,10 @@ class CertifiedSubset(Denoiser):
         + \bigl( \lVert y_\perp \rVert - \lVert v_\perp \rVert \bigr)^2, \qquad y = x / \alpha,
 
     with P the projection on leading principal components of the data, whose coefficients are
-    computed once for all images (`pyflocality._bounds` has the proof, rounding included). With
-    q the bound on the unread share of the posterior and r the largest difference of two training
-    images in one value, no value of the answer is off by more than q r, and rounding.
+    computed once for all images (`pyflocality.denoisers.bounds` has the proof, rounding
+    included). With q the bound on the unread share of the posterior and r the largest difference
+    of two training images in one value, no value of the answer is off by more than q r, and
+    rounding.
 
     **What is read.** Bounds come in stages of D / 48, D / 12 and D / 4 components: each stage is
     computed only for images that the one before leaves in doubt. At each noise level a pilot

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_choice
-from pyflocality._precision import Precision
+from pyflocality._support.checks import check_choice
+from pyflocality._support.precision import Precision
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import check_set
 from pyflocality.denoisers.window import Window, WindowDenoiser

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_tensor
-from pyflocality._precision import Precision
-from pyflocality._undetermined import warn_of_blind_values
+from pyflocality._support.checks import check_tensor
+from pyflocality._support.precision import Precision
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import PosteriorDenoiser
+from pyflocality.moments.undetermined import warn_of_blind_values
 from pyflocality.ops import (
     filtered_posterior_jvp,
     filtered_posterior_mean,

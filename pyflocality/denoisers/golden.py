@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from pyflocality._budget import images_per_chunk, memory_budget_bytes
-from pyflocality._checks import (
+from pyflocality._support.budget import images_per_chunk, memory_budget_bytes
+from pyflocality._support.checks import (
     check_count,
     check_float_tensor,
     check_generator,
@@ -20,9 +20,8 @@ from pyflocality._checks import (
     check_one_level,
     describe,
 )
-from pyflocality._mapped import read_checked, streamed
-from pyflocality._threads import Lock
-from pyflocality._transforms import without_derivatives
+from pyflocality._support.threads import Lock
+from pyflocality.autograd.transforms import without_derivatives
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, PosteriorDenoiser
 from pyflocality.denoisers.equivariant import EquivariantDenoiser
@@ -32,6 +31,7 @@ from pyflocality.denoisers.optimal import OptimalDenoiser
 from pyflocality.denoisers.patch_set import PatchSetDenoiser
 from pyflocality.denoisers.pca_locality import PCALocalityDenoiser
 from pyflocality.reference.nearest import nearest_of
+from pyflocality.storage.mapped import read_checked, streamed
 
 _WRAPPED = (
     OptimalDenoiser,

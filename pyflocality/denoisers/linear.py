@@ -12,20 +12,20 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from pyflocality._augmentation import copies_of, enlarged_blocks
-from pyflocality._budget import images_per_chunk
-from pyflocality._checks import (
+from pyflocality._support.budget import images_per_chunk
+from pyflocality._support.checks import (
     check_generator,
     check_level,
     check_magnitude,
     check_positive,
     check_rounds,
 )
-from pyflocality._problem import training_values
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, check_set, device_after, join_levels, split_levels
 from pyflocality.denoisers.wiener import WienerDenoiser
 from pyflocality.moments import Moments
+from pyflocality.posterior.problem import training_values
+from pyflocality.storage.augmentation import copies_of, enlarged_blocks
 
 _BLOCK_BYTES = 64 * 2**20
 # Seeds the noise where no generator is given, so that a denoiser is always the same.

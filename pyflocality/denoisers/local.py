@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflocality._precision import Precision
+from pyflocality._support.precision import Precision
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import check_set
 from pyflocality.denoisers.queries import QueryDenoiser

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyflocality._augmentation import copies_of, enlarged_blocks
-from pyflocality._budget import images_per_chunk, memory_budget_bytes
-from pyflocality._checks import (
+from pyflocality._support.budget import images_per_chunk, memory_budget_bytes
+from pyflocality._support.checks import (
     check_batch,
     check_choice,
     check_count,
@@ -24,7 +23,6 @@ from pyflocality._checks import (
     check_sequence,
     describe,
 )
-from pyflocality._problem import training_values
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, check_set
 from pyflocality.denoisers.local import LocalDenoiser
@@ -33,6 +31,8 @@ from pyflocality.denoisers.pca_locality import PCALocalityDenoiser
 from pyflocality.denoisers.wiener import WienerDenoiser
 from pyflocality.masks import check_threshold
 from pyflocality.ops.window_posterior import check_window
+from pyflocality.posterior.problem import training_values
+from pyflocality.storage.augmentation import copies_of, enlarged_blocks
 from pyflocality.wavelets import analyse, check_sides, filters, synthesise
 
 _COARSE = {

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyflocality._augmentation import enlarged_at
-from pyflocality._problem import training_values
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import PosteriorDenoiser
 from pyflocality.ops import nearest_images
+from pyflocality.posterior.problem import training_values
+from pyflocality.storage.augmentation import enlarged_at
 
 
 class NearestDenoiser(PosteriorDenoiser):

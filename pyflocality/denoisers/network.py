@@ -11,19 +11,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
-from pyflocality._autograd import vjp_by_torch
-from pyflocality._checks import (
+from pyflocality._support.checks import (
     check_choice,
     check_image_shape,
     check_real,
     check_sequence,
     describe,
 )
-from pyflocality._forward_mode import Derivative, in_forward_mode
-from pyflocality._times import check_invertible, time_at
-from pyflocality._transforms import is_differentiated
+from pyflocality.autograd.forward_mode import Derivative, in_forward_mode
+from pyflocality.autograd.function import vjp_by_torch
+from pyflocality.autograd.transforms import is_differentiated
 from pyflocality.denoisers.base import Denoiser
 from pyflocality.noise import NoiseSchedule
+from pyflocality.noise.times import check_invertible, time_at
 
 _PREDICTIONS = ("x0", "noise", "residual", "v")
 # Tangents that go through the network together.

@@ -11,19 +11,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyflocality._augmentation import enlarged_batches
-from pyflocality._budget import memory_budget_bytes
-from pyflocality._checks import check_choice, check_count, check_one_level, describe
-from pyflocality._precision import Precision
-from pyflocality._threads import Lock
-from pyflocality._transforms import is_differentiated, outside_transforms
-from pyflocality._undetermined import warn_of_few_images, warn_of_missing_inputs
+from pyflocality._support.budget import memory_budget_bytes
+from pyflocality._support.checks import check_choice, check_count, check_one_level, describe
+from pyflocality._support.precision import Precision
+from pyflocality._support.threads import Lock
+from pyflocality.autograd.transforms import is_differentiated, outside_transforms
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Members, join_levels, split_levels
 from pyflocality.denoisers.queries import QueryDenoiser
 from pyflocality.masks import cached_pca_locality_weights, check_threshold
 from pyflocality.moments import Moments, check_moments_fit
+from pyflocality.moments.undetermined import warn_of_few_images, warn_of_missing_inputs
 from pyflocality.ops import masked_posterior_jvp, masked_posterior_mean, masked_posterior_vjp
+from pyflocality.storage.augmentation import enlarged_batches
 from pyflocality.weights import QueryWeights
 
 Parts = tuple[Tensor, ...]

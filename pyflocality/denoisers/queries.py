@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_one_level, check_pixel, check_positive, describe
+from pyflocality._support.checks import check_one_level, check_pixel, check_positive, describe
 from pyflocality.denoisers.base import PosteriorDenoiser, join_levels, split_levels
 from pyflocality.ops.log_sum_exp import posterior_log_sum_exp
 from pyflocality.weights import QueryWeights

@@ -16,19 +16,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyflocality._augmentation import copies_of, enlarged_blocks
-from pyflocality._budget import images_per_chunk
-from pyflocality._checks import (
+from pyflocality._support.budget import images_per_chunk
+from pyflocality._support.checks import (
     check_choice,
     check_count,
     check_image_shape,
     check_positive,
     describe,
 )
-from pyflocality._problem import training_values
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, device_after
 from pyflocality.moments import Moments
+from pyflocality.posterior.problem import training_values
+from pyflocality.storage.augmentation import copies_of, enlarged_blocks
 from pyflocality.wavelets import check_sides, decompose, filters, reconstruct
 
 _RULES = ("hard", "soft", "bayes")

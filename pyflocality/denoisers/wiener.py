@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyflocality._checks import check_count, describe
-from pyflocality._undetermined import warn_of_few_images
+from pyflocality._support.checks import check_count, describe
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, device_after
 from pyflocality.moments import Moments, check_moments_fit
+from pyflocality.moments.undetermined import warn_of_few_images
 
 
 class WienerDenoiser(Denoiser):

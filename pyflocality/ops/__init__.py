@@ -6,7 +6,6 @@ Each operation has one file here, and a file of the same name for every backend 
 
 from __future__ import annotations
 
-from pyflocality._problem import PosteriorOptions
 from pyflocality.ops.covariance import accumulate_covariance
 from pyflocality.ops.equivariant_posterior import (
     equivariant_posterior_jvp,
@@ -32,6 +31,7 @@ from pyflocality.ops.window_posterior import (
     window_posterior_mean,
     window_posterior_vjp,
 )
+from pyflocality.posterior.problem import PosteriorOptions
 
 __all__ = [
     "PosteriorOptions",

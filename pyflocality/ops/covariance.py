@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyflocality._backends import UNPROVEN, Call, Implementation, register, select
-from pyflocality._checks import check_tensor, describe
-from pyflocality._gpu_limits import device_limits
-from pyflocality._mapped import mapped_file
+from pyflocality._support.checks import check_tensor, describe
+from pyflocality.backends.selection import UNPROVEN, Call, Implementation, register, select
+from pyflocality.kernels.triton.limits import device_limits
+from pyflocality.storage.mapped import mapped_file
 
 register(
     "covariance",
     {
         "triton": Implementation(
-            "pyflocality.kernels.covariance",
+            "pyflocality.kernels.triton.covariance",
             "accumulate_covariance",
             device_limits,
             by_name_only=UNPROVEN,
         ),
-        "cpu": Implementation("pyflocality.native.covariance", "accumulate_covariance"),
+        "cpu": Implementation("pyflocality.kernels.cpu.covariance", "accumulate_covariance"),
         "reference": Implementation("pyflocality.reference.covariance", "accumulate_covariance"),
     },
 )

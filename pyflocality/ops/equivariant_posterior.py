@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyflocality._backends import UNPROVEN, Implementation, register, select
-from pyflocality._checks import check_choice
-from pyflocality._gpu_limits_equivariant import patch_limits
-from pyflocality._problem import PosteriorOptions, float32_limits, posterior_problem
-from pyflocality._tangents import check_tangents, jacobian_factor, tangent_call
+from pyflocality._support.checks import check_choice
+from pyflocality.backends.selection import UNPROVEN, Implementation, register, select
+from pyflocality.kernels.triton.limits_equivariant import patch_limits
 from pyflocality.ops.window_posterior import check_window
-from pyflocality.reference.state import finalize, finalize_jvp
+from pyflocality.posterior.problem import PosteriorOptions, float32_limits, posterior_problem
+from pyflocality.posterior.state import finalize, finalize_jvp
+from pyflocality.posterior.tangents import check_tangents, jacobian_factor, tangent_call
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -23,13 +23,13 @@ register(
     "equivariant_posterior",
     {
         "triton": Implementation(
-            "pyflocality.kernels.equivariant_posterior",
+            "pyflocality.kernels.triton.equivariant_posterior",
             "equivariant_posterior_state",
             patch_limits,
             by_name_only=UNPROVEN,
         ),
         "cpu": Implementation(
-            "pyflocality.native.posterior", "equivariant_posterior_state", float32_limits
+            "pyflocality.kernels.cpu.posterior", "equivariant_posterior_state", float32_limits
         ),
         "reference": Implementation(
             "pyflocality.reference.equivariant_posterior", "equivariant_posterior_state"

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyflocality._backends import Implementation, register, select
-from pyflocality._problem import PosteriorOptions, posterior_problem
-from pyflocality._tangents import check_tangents, tangent_call
-from pyflocality._transforms import outside_transforms
+from pyflocality.autograd.transforms import outside_transforms
+from pyflocality.backends.selection import Implementation, register, select
 from pyflocality.ops.masked_posterior import mask_limits
+from pyflocality.posterior.problem import PosteriorOptions, posterior_problem
+from pyflocality.posterior.tangents import check_tangents, tangent_call
 from pyflocality.weights import QueryWeights
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ register(
     "filtered_posterior",
     {
         "cpu": Implementation(
-            "pyflocality.native.masked_adjoint", "filtered_posterior_mean", mask_limits
+            "pyflocality.kernels.cpu.masked_adjoint", "filtered_posterior_mean", mask_limits
         ),
         "reference": Implementation(
             "pyflocality.reference.filtered_posterior", "filtered_posterior_mean"

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyflocality._backends import UNPROVEN, Implementation, register, select
-from pyflocality._gpu_limits import uint8_limits
-from pyflocality._problem import PosteriorOptions, float32_limits, posterior_problem
-from pyflocality._tangents import check_tangents, jacobian_factor, tangent_call
-from pyflocality.reference.state import finalize, finalize_jvp
+from pyflocality.backends.selection import UNPROVEN, Implementation, register, select
+from pyflocality.kernels.triton.limits import uint8_limits
+from pyflocality.posterior.problem import PosteriorOptions, float32_limits, posterior_problem
+from pyflocality.posterior.state import finalize, finalize_jvp
+from pyflocality.posterior.tangents import check_tangents, jacobian_factor, tangent_call
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -19,13 +19,13 @@ register(
     "global_posterior",
     {
         "triton": Implementation(
-            "pyflocality.kernels.global_posterior",
+            "pyflocality.kernels.triton.global_posterior",
             "global_posterior_state",
             uint8_limits,
             by_name_only=UNPROVEN,
         ),
         "cpu": Implementation(
-            "pyflocality.native.posterior", "global_posterior_state", float32_limits
+            "pyflocality.kernels.cpu.posterior", "global_posterior_state", float32_limits
         ),
         "reference": Implementation(
             "pyflocality.reference.global_posterior", "global_posterior_state"
@@ -36,13 +36,13 @@ register(
     "global_posterior_jvp",
     {
         "triton": Implementation(
-            "pyflocality.kernels.global_posterior_jvp",
+            "pyflocality.kernels.triton.global_posterior_jvp",
             "global_posterior_jvp_state",
             uint8_limits,
             by_name_only=UNPROVEN,
         ),
         "cpu": Implementation(
-            "pyflocality.native.jvp", "global_posterior_jvp_state", float32_limits
+            "pyflocality.kernels.cpu.jvp", "global_posterior_jvp_state", float32_limits
         ),
         "reference": Implementation(
             "pyflocality.reference.global_posterior", "global_posterior_jvp_state"

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyflocality._backends import select
-from pyflocality._checks import describe
-from pyflocality._problem import PosteriorOptions, posterior_problem
-from pyflocality._transforms import has_readable_values
+from pyflocality._support.checks import describe
+from pyflocality.autograd.transforms import has_readable_values
+from pyflocality.backends.selection import select
 from pyflocality.ops.masked_posterior import square_weights
 from pyflocality.ops.window_posterior import check_window
-from pyflocality.reference.state import log_sum_exp
+from pyflocality.posterior.problem import PosteriorOptions, posterior_problem
+from pyflocality.posterior.state import log_sum_exp
 from pyflocality.weights import QueryWeights
 
 if TYPE_CHECKING:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyflocality._backends import UNPROVEN, Call, Implementation, register, select
-from pyflocality._gpu_limits import uint8_limits
-from pyflocality._problem import PosteriorOptions, float32_limits, posterior_problem
-from pyflocality._tangents import check_tangents, jacobian_factor, tangent_call
-from pyflocality._transforms import outside_transforms
-from pyflocality.reference.state import finalize, finalize_jvp
+from pyflocality.autograd.transforms import outside_transforms
+from pyflocality.backends.selection import UNPROVEN, Call, Implementation, register, select
+from pyflocality.kernels.triton.limits import uint8_limits
+from pyflocality.posterior.problem import PosteriorOptions, float32_limits, posterior_problem
+from pyflocality.posterior.state import finalize, finalize_jvp
+from pyflocality.posterior.tangents import check_tangents, jacobian_factor, tangent_call
 from pyflocality.weights import QueryWeights
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ register(
     "masked_posterior",
     {
         "triton": Implementation(
-            "pyflocality.kernels.masked_posterior",
+            "pyflocality.kernels.triton.masked_posterior",
             "masked_posterior_state",
             uint8_limits,
             by_name_only=UNPROVEN,
         ),
         "cpu": Implementation(
-            "pyflocality.native.posterior", "masked_posterior_state", mask_limits
+            "pyflocality.kernels.cpu.posterior", "masked_posterior_state", mask_limits
         ),
         "reference": Implementation(
             "pyflocality.reference.masked_posterior", "masked_posterior_state"
@@ -46,7 +46,7 @@ register(
     "masked_posterior_vjp",
     {
         "cpu": Implementation(
-            "pyflocality.native.masked_adjoint", "masked_posterior_vjp", mask_limits
+            "pyflocality.kernels.cpu.masked_adjoint", "masked_posterior_vjp", mask_limits
         ),
         "reference": Implementation(
             "pyflocality.reference.masked_posterior", "masked_posterior_vjp"
@@ -57,12 +57,14 @@ register(
     "masked_posterior_jvp",
     {
         "triton": Implementation(
-            "pyflocality.kernels.masked_posterior_jvp",
+            "pyflocality.kernels.triton.masked_posterior_jvp",
             "masked_posterior_jvp_state",
             uint8_limits,
             by_name_only=UNPROVEN,
         ),
-        "cpu": Implementation("pyflocality.native.jvp", "masked_posterior_jvp_state", mask_limits),
+        "cpu": Implementation(
+            "pyflocality.kernels.cpu.jvp", "masked_posterior_jvp_state", mask_limits
+        ),
         "reference": Implementation(
             "pyflocality.reference.masked_posterior", "masked_posterior_jvp_state"
         ),

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyflocality._augmentation import Augmentation
-from pyflocality._backends import Implementation, register, select
-from pyflocality._checks import check_count
-from pyflocality._problem import posterior_problem
+from pyflocality._support.checks import check_count
+from pyflocality.backends.selection import Implementation, register, select
+from pyflocality.posterior.problem import posterior_problem
+from pyflocality.storage.augmentation import Augmentation
 
 register(
     "nearest",

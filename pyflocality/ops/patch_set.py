@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyflocality._backends import UNPROVEN, Implementation, register, select
-from pyflocality._checks import check_count
-from pyflocality._problem import PosteriorOptions, float32_limits, posterior_problem
-from pyflocality.cuda.limits import window_adjoint_limits
+from pyflocality._support.checks import check_count
+from pyflocality.backends.selection import UNPROVEN, Implementation, register, select
+from pyflocality.kernels.cuda.limits import window_adjoint_limits
+from pyflocality.posterior.problem import PosteriorOptions, float32_limits, posterior_problem
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -18,13 +18,13 @@ register(
     "patch_set",
     {
         "cuda": Implementation(
-            "pyflocality.cuda.window_adjoint",
+            "pyflocality.kernels.cuda.window_adjoint",
             "patch_set_mean",
             window_adjoint_limits,
             by_name_only=UNPROVEN,
         ),
         "cpu": Implementation(
-            "pyflocality.native.window_adjoint", "patch_set_mean", float32_limits
+            "pyflocality.kernels.cpu.window_adjoint", "patch_set_mean", float32_limits
         ),
         "reference": Implementation("pyflocality.reference.patch_set", "patch_set_mean"),
     },

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyflocality._backends import UNPROVEN, Implementation, register, select
-from pyflocality._checks import check_count
-from pyflocality._problem import PosteriorOptions, float32_limits, posterior_problem
-from pyflocality._tangents import check_tangents, jacobian_factor, tangent_call
-from pyflocality.cuda.limits import window_adjoint_limits, window_posterior_limits
-from pyflocality.reference.state import finalize, finalize_jvp
+from pyflocality._support.checks import check_count
+from pyflocality.backends.selection import UNPROVEN, Implementation, register, select
+from pyflocality.kernels.cuda.limits import window_adjoint_limits, window_posterior_limits
+from pyflocality.posterior.problem import PosteriorOptions, float32_limits, posterior_problem
+from pyflocality.posterior.state import finalize, finalize_jvp
+from pyflocality.posterior.tangents import check_tangents, jacobian_factor, tangent_call
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -20,13 +20,13 @@ register(
     "window_posterior",
     {
         "cuda": Implementation(
-            "pyflocality.cuda.window_posterior",
+            "pyflocality.kernels.cuda.window_posterior",
             "window_posterior_state",
             window_posterior_limits,
             by_name_only=UNPROVEN,
         ),
         "cpu": Implementation(
-            "pyflocality.native.posterior", "window_posterior_state", float32_limits
+            "pyflocality.kernels.cpu.posterior", "window_posterior_state", float32_limits
         ),
         "reference": Implementation(
             "pyflocality.reference.window_posterior", "window_posterior_state"
@@ -37,13 +37,13 @@ register(
     "window_posterior_vjp",
     {
         "cuda": Implementation(
-            "pyflocality.cuda.window_adjoint",
+            "pyflocality.kernels.cuda.window_adjoint",
             "window_posterior_vjp",
             window_adjoint_limits,
             by_name_only=UNPROVEN,
         ),
         "cpu": Implementation(
-            "pyflocality.native.window_adjoint", "window_posterior_vjp", float32_limits
+            "pyflocality.kernels.cpu.window_adjoint", "window_posterior_vjp", float32_limits
         ),
         "reference": Implementation(
             "pyflocality.reference.window_posterior", "window_posterior_vjp"
@@ -54,13 +54,13 @@ register(
     "window_posterior_jvp",
     {
         "cuda": Implementation(
-            "pyflocality.cuda.window_posterior",
+            "pyflocality.kernels.cuda.window_posterior",
             "window_posterior_jvp_state",
             window_posterior_limits,
             by_name_only=UNPROVEN,
         ),
         "cpu": Implementation(
-            "pyflocality.native.jvp", "window_posterior_jvp_state", float32_limits
+            "pyflocality.kernels.cpu.jvp", "window_posterior_jvp_state", float32_limits
         ),
         "reference": Implementation(
             "pyflocality.reference.window_posterior", "window_posterior_jvp_state"

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyflocality._problem import PosteriorProblem
-from pyflocality._tangents import centre_of
-from pyflocality.reference import state as posterior
-from pyflocality.reference.state import PosteriorState
+from pyflocality.posterior import state as posterior
+from pyflocality.posterior.problem import PosteriorProblem
+from pyflocality.posterior.state import PosteriorState
+from pyflocality.posterior.tangents import centre_of
 from pyflocality.reference.two_passes import Piece, two_passes
 from pyflocality.reference.window_posterior import box_sum
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyflocality._problem import PosteriorProblem
-from pyflocality.reference import state as posterior
+from pyflocality.posterior import state as posterior
+from pyflocality.posterior.problem import PosteriorProblem
 from pyflocality.reference.masked_posterior import (
     dense_bytes,
     weighted_derivatives,

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from pyflocality._problem import PosteriorProblem
-from pyflocality._tangents import centre_of
-from pyflocality.reference import state as posterior
-from pyflocality.reference.state import PosteriorState
+from pyflocality.posterior import state as posterior
+from pyflocality.posterior.problem import PosteriorProblem
+from pyflocality.posterior.state import PosteriorState
+from pyflocality.posterior.tangents import centre_of
 from pyflocality.reference.two_passes import Piece, TwoPasses, two_passes
 from pyflocality.weights import QueryWeights
 

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyflocality._precision import plain_products
-from pyflocality._problem import PosteriorProblem, training_values
+from pyflocality._support.precision import plain_products
+from pyflocality.posterior.problem import PosteriorProblem, training_values
 
 # Bits of integers that float64 holds, and the smallest exponent of two that its numbers have.
 _EXACT_BITS, _LOWEST = 53, -1074

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the name everybody gives it)
 from torch import Tensor
 
-from pyflocality._problem import PosteriorProblem
-from pyflocality.reference import state as posterior
+from pyflocality.posterior import state as posterior
+from pyflocality.posterior.problem import PosteriorProblem
 
 
 def patch_set_mean(problem: PosteriorProblem, window: int) -> Tensor:

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyflocality._problem import PosteriorProblem
-from pyflocality._tangents import jacobian_factor
-from pyflocality.reference import state as posterior
+from pyflocality.posterior import state as posterior
+from pyflocality.posterior.problem import PosteriorProblem
+from pyflocality.posterior.tangents import jacobian_factor
 
 
 class Piece(NamedTuple):

@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from pyflocality._text import printable
+from pyflocality._support.text import printable
 
 # Names without any of these are as they should be.
 _ODD = re.compile(r"[^ -~]|\\|//|^/|/$|(?:^|/)\.{1,2}(?:/|$)|^$")

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyflocality._mapped import remember, streamed
-from pyflocality._text import printable
+from pyflocality._support.text import printable
 from pyflocality.sources import cache
 from pyflocality.sources.base import DecodeJob, Loaded, MappedImages, Request, refuse_split
 from pyflocality.sources.layout import find_layout
@@ -19,6 +18,7 @@ from pyflocality.sources.npy import map_array
 from pyflocality.sources.pixels import convert_array
 from pyflocality.sources.validation import as_image_tensor, check_values, checked_shape
 from pyflocality.sources.zip_directory import check_zip
+from pyflocality.storage.mapped import remember, streamed
 
 _IMAGE_KEYS = ("images", "x", "X", "data", "image", "imgs", "samples", "arr_0")
 _LABEL_KEYS = ("labels", "y", "label", "targets", "target")

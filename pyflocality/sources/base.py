@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from pyflocality._cache import open_entry
-from pyflocality._checks import check_count, check_flag, check_size, describe
-from pyflocality._mapped import remember
-from pyflocality._paths import checked_path
-from pyflocality._text import printable
+from pyflocality._support.checks import check_count, check_flag, check_size, describe
+from pyflocality._support.paths import checked_path
+from pyflocality._support.text import printable
 from pyflocality.sources.layout import check_layout
+from pyflocality.storage.cache import open_entry
+from pyflocality.storage.mapped import remember
 
 
 @dataclass(frozen=True)

@@ -26,15 +26,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from pyflocality._cache import (
-    cache_folder,
-    make_folder,
-    open_entry,
-    remove_leftovers,
-    tell_unwritable,
-)
-from pyflocality._caller import caller_level
-from pyflocality._json import (
+from pyflocality._support.caller import caller_level
+from pyflocality._support.json import (
     COUNT,
     TEXT,
     TEXTS,
@@ -44,11 +37,18 @@ from pyflocality._json import (
     shape,
     unsealed,
 )
-from pyflocality._locks import locked, remove_abandoned, replacing
-from pyflocality._mapped import remember
-from pyflocality._progress import progress_bar
+from pyflocality._support.locks import locked, remove_abandoned, replacing
+from pyflocality._support.progress import progress_bar
 from pyflocality.sources.base import DecodeJob, Loaded, MappedImages, Request
 from pyflocality.sources.npy import map_array
+from pyflocality.storage.cache import (
+    cache_folder,
+    make_folder,
+    open_entry,
+    remove_leftovers,
+    tell_unwritable,
+)
+from pyflocality.storage.mapped import remember
 
 VERSION = 2
 _FIELDS = {

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pyflocality._text import printable
+from pyflocality._support.text import printable
 from pyflocality.sources import inert_pickle
 from pyflocality.sources.arrays import convert
 from pyflocality.sources.base import Loaded, Request

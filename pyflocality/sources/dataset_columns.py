@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from pyflocality._caller import caller_level
-from pyflocality._text import printable
+from pyflocality._support.caller import caller_level
+from pyflocality._support.text import printable
 from pyflocality.sources.base import Request
 
 _LABELS = ("label", "labels", "class", "class_id", "class_label", "target", "targets", "y")

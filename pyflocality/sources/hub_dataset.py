@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pyflocality._paths import regular_file
-from pyflocality._text import printable
+from pyflocality._support.paths import regular_file
+from pyflocality._support.text import printable
 from pyflocality.sources import dataset_columns
 from pyflocality.sources.base import Request
 from pyflocality.sources.images import ImageFiles, LabelledFiles

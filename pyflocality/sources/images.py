@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyflocality._text import printable
+from pyflocality._support.text import printable
 from pyflocality.sources.base import DecodeJob, Request
 from pyflocality.sources.orientation import upright, without_metadata
 from pyflocality.sources.pixels import resize

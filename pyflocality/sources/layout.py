@@ -18,8 +18,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from pyflocality._caller import caller_level
-from pyflocality._checks import describe
+from pyflocality._support.caller import caller_level
+from pyflocality._support.checks import describe
 
 LAYOUTS = ("NCHW", "NHWC", "NHW")
 _AXES = "give layout='NCHW' or layout='NHWC'"

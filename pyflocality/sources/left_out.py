@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 
-from pyflocality._caller import caller_level
-from pyflocality._text import printable
+from pyflocality._support.caller import caller_level
+from pyflocality._support.text import printable
 
 
 class LeftOut:

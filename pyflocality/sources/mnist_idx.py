@@ -15,7 +15,7 @@ from typing import IO
 
 import numpy as np
 
-from pyflocality._paths import regular_file
+from pyflocality._support.paths import regular_file
 from pyflocality.sources.arrays import convert
 from pyflocality.sources.base import Loaded, MappedImages, Request, refuse_split
 from pyflocality.sources.splits import choose_split

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from pyflocality._json import (
+from pyflocality._support.json import (
     COUNT,
     COUNTS,
     POSITIVE,
@@ -34,12 +34,12 @@ from pyflocality._json import (
     shape,
     unsealed,
 )
-from pyflocality._mapped import remember
-from pyflocality._paths import regular_file
+from pyflocality._support.paths import regular_file
 from pyflocality.sources import cache
 from pyflocality.sources.arrays import convert
 from pyflocality.sources.base import Loaded, MappedImages, Request, refuse_split
 from pyflocality.sources.npy import map_array
+from pyflocality.storage.mapped import remember
 
 IMAGES, LABELS, MANIFEST, JOURNAL = "images.npy", "labels.npy", "manifest.json", "packing.jsonl"
 FORMAT, VERSION = "pyflocality-packed-set", 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pyflocality._checks import describe
-from pyflocality._paths import checked_path, regular_file
+from pyflocality._support.checks import describe
+from pyflocality._support.paths import checked_path, regular_file
 from pyflocality.sources import arrays, builtin, cifar, folder, mnist_idx, packed
 from pyflocality.sources.base import Loaded, Request
 

@@ -36,8 +36,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pyflocality._caller import caller_level
-from pyflocality._text import printable
+from pyflocality._support.caller import caller_level
+from pyflocality._support.text import printable
 from pyflocality.sources import dataset_json
 from pyflocality.sources.left_out import LeftOut
 from pyflocality.sources.splits import (

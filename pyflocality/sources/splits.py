@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-from pyflocality._text import printable
+from pyflocality._support.text import printable
 
 _WORDS = {
     "train": "train(?:ing)?|trn|trainval",

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pyflocality._text import printable
+from pyflocality._support.text import printable
 from pyflocality.sources import dataset_json
 from pyflocality.sources.archive_names import resolve_links
 from pyflocality.sources.base import Request

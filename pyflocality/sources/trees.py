@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pyflocality._paths import regular_file
-from pyflocality._text import printable
+from pyflocality._support.paths import regular_file
+from pyflocality._support.text import printable
 from pyflocality.sources.archive_names import (
     backslash_separates,
     link_target,

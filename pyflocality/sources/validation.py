@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyflocality._budget import memory_budget_bytes
-from pyflocality._caller import caller_level
-from pyflocality._checks import check_sequence, check_tensor, describe, tensors
-from pyflocality._mapped import mapped_file, remember, streamed
+from pyflocality._support.budget import memory_budget_bytes
+from pyflocality._support.caller import caller_level
+from pyflocality._support.checks import check_sequence, check_tensor, describe, tensors
 from pyflocality.sources.layout import find_layout
+from pyflocality.storage.mapped import mapped_file, remember, streamed
 
 # Large sets are checked and hashed in pieces of this many bytes.
 _BLOCK_BYTES = 64 * 2**20

@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pyflocality._paths import regular_file
-from pyflocality._text import printable
+from pyflocality._support.paths import regular_file
+from pyflocality._support.text import printable
 from pyflocality.sources.archive_names import (
     backslash_separates,
     refuse_repeats,

@@ -8,15 +8,15 @@ import pytest
 import torch
 from truth import random_images
 
-from pyflocality._problem import posterior_problem
-from pyflocality.kernels import (
+from pyflocality.kernels.triton import (
     _masked_products,
     global_posterior,
     global_posterior_jvp,
     masked_posterior,
     masked_posterior_jvp,
 )
-from pyflocality.reference.state import finalize
+from pyflocality.posterior.problem import posterior_problem
+from pyflocality.posterior.state import finalize
 from pyflocality.weights import QueryWeights
 
 # Row 16 lies at 2^31 elements, where a product of 32 bits wraps to before the first row.

@@ -11,20 +11,20 @@ import torch
 from triton_gates import compile_ahead
 from truth import random_images
 
-from pyflocality._backends import Call
-from pyflocality._gpu_limits_equivariant import LONGEST_RUN, patch_limits
-from pyflocality._problem import PosteriorProblem, posterior_problem
-from pyflocality.kernels import equivariant_posterior as kernels
-from pyflocality.kernels._launch import Launch
-from pyflocality.kernels._patches import Geometry
-from pyflocality.kernels.equivariant_posterior import (
+from pyflocality.backends.selection import Call
+from pyflocality.kernels.triton import equivariant_posterior as kernels
+from pyflocality.kernels.triton._launch import Launch
+from pyflocality.kernels.triton._patches import Geometry
+from pyflocality.kernels.triton.equivariant_posterior import (
     EquivariantConfig,
     default_config,
     equivariant_posterior_state,
     query_parts,
 )
+from pyflocality.kernels.triton.limits_equivariant import LONGEST_RUN, patch_limits
+from pyflocality.posterior.problem import PosteriorProblem, posterior_problem
+from pyflocality.posterior.state import PosteriorState, finalize, log_sum_exp
 from pyflocality.reference import equivariant_posterior as reference
-from pyflocality.reference.state import PosteriorState, finalize, log_sum_exp
 
 RESIDENT = EquivariantConfig(32, 16, True, Launch(4, 2))
 STREAMED = EquivariantConfig(32, 16, False, Launch(4, 2))

@@ -9,11 +9,11 @@ import pytest
 import torch
 from truth import filtered_posterior_mean, random_images
 
-from pyflocality._problem import posterior_problem
-from pyflocality.kernels import global_posterior as kernels
-from pyflocality.kernels.global_posterior import CONFIGS, fixed_point, global_posterior_state
+from pyflocality.kernels.triton import global_posterior as kernels
+from pyflocality.kernels.triton.global_posterior import CONFIGS, fixed_point, global_posterior_state
+from pyflocality.posterior.problem import posterior_problem
+from pyflocality.posterior.state import finalize, log_sum_exp, merge
 from pyflocality.reference.global_posterior import global_posterior_state as reference_state
-from pyflocality.reference.state import finalize, log_sum_exp, merge
 
 KERNELS = ("distances_kernel", "weighted_sums_kernel")
 

@@ -8,14 +8,14 @@ from test_global_posterior import VIEWS, noisy_batch
 from triton_gates import compile_ahead
 from truth import random_images
 
-from pyflocality._problem import posterior_problem
-from pyflocality._tangents import jacobian_factor
-from pyflocality.kernels import global_posterior
-from pyflocality.kernels import global_posterior_jvp as kernels
-from pyflocality.kernels.global_posterior import CONFIGS, QUERIES, global_posterior_state
-from pyflocality.kernels.global_posterior_jvp import LAUNCH, global_posterior_jvp_state
+from pyflocality.kernels.triton import global_posterior
+from pyflocality.kernels.triton import global_posterior_jvp as kernels
+from pyflocality.kernels.triton.global_posterior import CONFIGS, QUERIES, global_posterior_state
+from pyflocality.kernels.triton.global_posterior_jvp import LAUNCH, global_posterior_jvp_state
+from pyflocality.posterior.problem import posterior_problem
+from pyflocality.posterior.state import finalize, finalize_jvp, log_sum_exp, merge_tangents
+from pyflocality.posterior.tangents import jacobian_factor
 from pyflocality.reference.global_posterior import global_posterior_jvp_state as reference_state
-from pyflocality.reference.state import finalize, finalize_jvp, log_sum_exp, merge_tangents
 
 SHAPE = (3, 6, 7)
 VALUES = 126

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pyflocality.kernels._launch import generation
+from pyflocality.kernels.triton._launch import generation
 
 
 @pytest.mark.parametrize(

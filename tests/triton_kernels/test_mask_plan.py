@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyflocality.kernels._mask_plan import (
+from pyflocality.kernels.triton._mask_plan import (
     OUTPUTS,
     MaskPlan,
     mask_plan,

@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 from triton_gates import compile_ahead
 
-from pyflocality.kernels import _masked_products as products
-from pyflocality.kernels import state
-from pyflocality.kernels._mask_plan import OUTPUTS
-from pyflocality.kernels._masked_scan import FEW_CONFIGS
-from pyflocality.kernels.masked_posterior import CONFIGS
-from pyflocality.kernels.masked_posterior_jvp import JVP_CONFIGS
+from pyflocality.kernels.triton import _masked_products as products
+from pyflocality.kernels.triton import state
+from pyflocality.kernels.triton._mask_plan import OUTPUTS
+from pyflocality.kernels.triton._masked_scan import FEW_CONFIGS
+from pyflocality.kernels.triton.masked_posterior import CONFIGS
+from pyflocality.kernels.triton.masked_posterior_jvp import JVP_CONFIGS
 
 HALF, SINGLE, INDEX = "*fp16", "*fp32", "*i32"
 LISTS = {"inputs_ptr": INDEX, "starts_ptr": INDEX, "parents_ptr": INDEX}

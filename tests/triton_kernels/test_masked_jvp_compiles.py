@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_masked_compiles import SCAN, compiled, constants
 
-from pyflocality.kernels.masked_posterior_jvp import (
+from pyflocality.kernels.triton.masked_posterior_jvp import (
     JVP_CONFIGS,
     LARGEST_SLOTS,
     PARTS,

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from truth import random_images
 
-from pyflocality.kernels import _masked_products, masked_posterior_jvp, state
-from pyflocality.kernels import masked_posterior as kernels
-from pyflocality.kernels._centred_images import centred_images
+from pyflocality.kernels.triton import _masked_products, masked_posterior_jvp, state
+from pyflocality.kernels.triton import masked_posterior as kernels
+from pyflocality.kernels.triton._centred_images import centred_images
 from pyflocality.weights import QueryWeights
 
 SHAPE = (3, 16, 16)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from truth import filtered_posterior_mean, random_images
 
-from pyflocality._problem import PosteriorProblem, posterior_problem
-from pyflocality.kernels import _masked_products
-from pyflocality.kernels import masked_posterior as kernels
-from pyflocality.kernels._centred_images import centred_images
-from pyflocality.kernels._masked_scan import FEW_CONFIGS
-from pyflocality.kernels.masked_posterior import CONFIGS, masked_posterior_state
+from pyflocality.kernels.triton import _masked_products
+from pyflocality.kernels.triton import masked_posterior as kernels
+from pyflocality.kernels.triton._centred_images import centred_images
+from pyflocality.kernels.triton._masked_scan import FEW_CONFIGS
+from pyflocality.kernels.triton.masked_posterior import CONFIGS, masked_posterior_state
+from pyflocality.posterior.problem import PosteriorProblem, posterior_problem
+from pyflocality.posterior.state import finalize, log_sum_exp, merge
 from pyflocality.reference.masked_posterior import masked_posterior_state as reference_state
-from pyflocality.reference.state import finalize, log_sum_exp, merge
 from pyflocality.weights import QueryWeights
 
 # Splits of two blocks, so that small sets have several.

@@ -9,19 +9,19 @@ import torch
 from test_masked_posterior import band_masks, noisy_batch, problem_on
 from truth import random_images
 
-from pyflocality._problem import posterior_problem
-from pyflocality._tangents import jacobian_factor
-from pyflocality.kernels import _masked_products
-from pyflocality.kernels import masked_posterior_jvp as kernels
-from pyflocality.kernels._centred_images import centred_images
-from pyflocality.kernels.masked_posterior import masked_posterior_state
-from pyflocality.kernels.masked_posterior_jvp import (
+from pyflocality.kernels.triton import _masked_products
+from pyflocality.kernels.triton import masked_posterior_jvp as kernels
+from pyflocality.kernels.triton._centred_images import centred_images
+from pyflocality.kernels.triton.masked_posterior import masked_posterior_state
+from pyflocality.kernels.triton.masked_posterior_jvp import (
     JVP_CONFIGS,
     masked_posterior_jvp_state,
     tangent_groups,
 )
+from pyflocality.posterior.problem import posterior_problem
+from pyflocality.posterior.state import finalize, finalize_jvp, log_sum_exp, merge_tangents
+from pyflocality.posterior.tangents import jacobian_factor
 from pyflocality.reference.masked_posterior import masked_posterior_jvp_state as reference_state
-from pyflocality.reference.state import finalize, finalize_jvp, log_sum_exp, merge_tangents
 from pyflocality.weights import QueryWeights
 
 # Splits of two blocks, so that small sets have several.

@@ -10,14 +10,15 @@ import torch
 from truth import random_images
 
 import pyflocality as pf
-from pyflocality import _backends, ops
-from pyflocality._problem import posterior_problem
-from pyflocality._shards import ShardedImages
-from pyflocality.kernels import _kept, _masked_products, equivariant_posterior
-from pyflocality.kernels._centred_images import CentredImages
-from pyflocality.kernels._mask_plan import OUTPUTS, mask_plan
-from pyflocality.kernels.global_posterior import global_posterior_state, squared_norms
-from pyflocality.kernels.masked_posterior import CONFIGS, masked_posterior_state
+from pyflocality import ops
+from pyflocality.backends import selection as _backends
+from pyflocality.kernels.triton import _kept, _masked_products, equivariant_posterior
+from pyflocality.kernels.triton._centred_images import CentredImages
+from pyflocality.kernels.triton._mask_plan import OUTPUTS, mask_plan
+from pyflocality.kernels.triton.global_posterior import global_posterior_state, squared_norms
+from pyflocality.kernels.triton.masked_posterior import CONFIGS, masked_posterior_state
+from pyflocality.posterior.problem import posterior_problem
+from pyflocality.posterior.ranks import ShardedImages
 from pyflocality.weights import QueryWeights
 
 SHAPE, SIGMA, ALPHA = (2, 4, 5), 0.5, 0.9

@@ -1,0 +1,29 @@
+"""Exact covariance sums of 8-bit images on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyflocality.backends.selection import native_module
+
+
+def accumulate_covariance(
+    images: Tensor, gram: Tensor, total: Tensor, *, instruction_set: str | None = None
+) -> None:
+    """Add centred sums to `gram` and `total`, as `pyflocality.ops.accumulate_covariance`.
+
+    Args:
+        images: uint8, [n, D].
+        gram: int64, contiguous, changed in place, [D, D].
+        total: int64, contiguous, changed in place, [D].
+        instruction_set: One of `pyflocality._C.instruction_sets()`; None takes the best this
+            machine has. The sums are the same with each.
+    """
+    native_module().accumulate_covariance(
+        images.contiguous().numpy(),
+        gram.numpy(),
+        total.numpy(),
+        threads=torch.get_num_threads(),
+        isa=instruction_set or "",
+    )

@@ -1,0 +1,1 @@
+"""Where torch's derivatives, compiler and transforms meet the denoisers."""

@@ -1,0 +1,285 @@
+"""Which implementation serves an operation.
+
+Every operation has a table of implementations, one per backend, in order of preference. An
+implementation carries one predicate, which answers None or the reason it cannot serve a call.
+That one answer serves the automatic choice (a debug message), an explicit request (the error),
+`pyflocality doctor` and the skips of the tests.
+
+Precedence: the `backend=` argument, `use_backend`, the environment variable
+`PYFLOCALITY_BACKEND`, then `"auto"`: the first implementation of the table that can serve, but
+for those that run by name only. Whoever names a backend gets that backend or an error, never
+another one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from types import ModuleType, TracebackType
+
+import torch
+
+from pyflocality._support.checks import check_choice
+from pyflocality.autograd.transforms import in_full_precision
+from pyflocality.posterior.ranks import over_ranks, sharded_reason
+from pyflocality.storage.mapped import checked_around
+
+logger = logging.getLogger("pyflocality")
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+# Why "auto" passes over a kernel that passes every test without a GPU.
+UNPROVEN = "no GPU has run these kernels yet"
+
+_requested: ContextVar[str | None] = ContextVar("pyflocality_backend", default=None)
+_trace: ContextVar[list[tuple[str, str]] | None] = ContextVar("pyflocality_trace", default=None)
+
+
+class BackendUnavailableError(RuntimeError):
+    """The backend that was asked for cannot run this operation here.
+
+    Attributes:
+        backend: The backend asked for.
+        op: The operation.
+        reason: Why it cannot serve, and the cure where there is one.
+        available: The backends that can serve the same call.
+    """
+
+    def __init__(self, backend: str, op: str, reason: str, available: tuple[str, ...]) -> None:
+        self.backend, self.op, self.reason, self.available = backend, op, reason, available
+        others = ", ".join(available) or "none"
+        super().__init__(
+            f"backend {backend!r} cannot run {op}: {reason}. Backends that can: {others}"
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a predicate needs to know of a call.
+
+    Attributes:
+        device: Device of the tensors.
+        dtype: Dtype of the computation.
+        requires_grad: Whether a derivative may be asked of the result.
+        facts: Further facts of the one operation, by name.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    requires_grad: bool = False
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's way to run an operation.
+
+    Attributes:
+        module: Module that holds it, imported at first use.
+        function: Its name there.
+        limits: Reason why this implementation cannot serve a call, or None if it can. Only what
+            is special to it: the machine and the device are checked for the whole backend.
+        by_name_only: Reason why "auto" passes over it, or None where it does not.
+    """
+
+    module: str
+    function: str
+    limits: Callable[[Call], str | None] = lambda call: None
+    by_name_only: str | None = None
+
+    def load(self) -> Callable[..., object]:
+        """The function itself."""
+        return getattr(importlib.import_module(self.module), self.function)
+
+
+OPERATIONS: dict[str, dict[str, Implementation]] = {}
+
+
+def register(op: str, implementations: dict[str, Implementation]) -> None:
+    """Enter the table of an operation: implementations by backend, in order of preference."""
+    OPERATIONS[op] = implementations
+
+
+def native_module() -> ModuleType:
+    """The compiled extension; raises ImportError with the cause if it is not there."""
+    return importlib.import_module("pyflocality._C")
+
+
+def machine_reason(backend: str) -> str | None:
+    """Why this machine cannot run a backend at all, or None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        try:
+            native_module()
+        except ImportError as error:
+            from pyflocality.backends.native_build import missing_reason
+
+            return missing_reason(error)
+        return None
+    package = {"triton": "triton", "cuda": "cupy"}[backend]
+    if importlib.util.find_spec(package) is None:
+        wanted = f"'pyflocality[{backend}]'"
+        # The extra brings CuPy for CUDA 13; CuPy has to be for the CUDA that torch brings.
+        if backend == "cuda" and (torch.version.cuda or "13").split(".")[0] != "13":
+            wanted = f"cupy-cuda{torch.version.cuda.split('.')[0]}x"
+        return f"the package {package!r} is not installed: pip install {wanted}"
+    if not torch.cuda.is_available():
+        cure = (
+            "install a build of torch with CUDA: this one has none"
+            if torch.version.cuda is None
+            else "see whether nvidia-smi lists a GPU and its driver is new enough for CUDA "
+            f"{torch.version.cuda}, and what CUDA_VISIBLE_DEVICES says"
+        )
+        return f"torch sees no CUDA device: {cure}"
+    return None
+
+
+def _device_reason(backend: str, device: torch.device) -> str | None:
+    if backend == "cpu" and device.type != "cpu":
+        return f"it serves CPU tensors, these are on {device}"
+    if backend in ("triton", "cuda") and device.type != "cuda":
+        return f"it serves CUDA tensors, these are on {device}"
+    return None
+
+
+def reason(op: str, backend: str, call: Call) -> str | None:
+    """Why a backend cannot serve a call of an operation, or None if it can."""
+    implementation = OPERATIONS[op].get(backend)
+    if implementation is None:
+        return "it has no implementation of this operation"
+    return (
+        machine_reason(backend)
+        or _device_reason(backend, call.device)
+        or implementation.limits(call)
+        or (sharded_reason(op, backend, call.requires_grad) if _is_sharded(call) else None)
+    )
+
+
+def _is_sharded(call: Call) -> bool:
+    return call.facts.get("ranks") is not None
+
+
+def requested_backend(argument: str | None) -> str:
+    """The backend in force: argument, then `use_backend`, then environment, then "auto"."""
+    if argument is not None:
+        return check_choice(argument, "backend", BACKENDS)
+    chosen = _requested.get()
+    if chosen is not None:
+        return chosen
+    return check_choice(
+        os.environ.get("PYFLOCALITY_BACKEND", "auto"), "PYFLOCALITY_BACKEND", BACKENDS
+    )
+
+
+def select(op: str, call: Call, backend: str | None = None) -> Callable[..., object]:
+    """Choose and load the implementation that serves a call.
+
+    Args:
+        op: Name of the operation.
+        call: What is known of the call.
+        backend: The `backend=` argument of the caller.
+
+    Raises:
+        BackendUnavailableError: A named backend cannot serve the call.
+        ValueError: There is no backend of that name.
+    """
+    table = OPERATIONS[op]
+    request = requested_backend(backend)
+    if request == "auto":
+        for name, implementation in table.items():
+            # Devices first: to look for a package and a GPU may take longer than a small call.
+            why_not = (
+                implementation.by_name_only
+                or _device_reason(name, call.device)
+                or reason(op, name, call)
+            )
+            if why_not is None:
+                return _chosen(op, name, call)
+            logger.debug("%s: backend %s passed over: %s", op, name, why_not)
+        why = sharded_reason(op, "reference", call.requires_grad) if _is_sharded(call) else None
+        raise BackendUnavailableError("auto", op, why or "no backend can serve this call", ())
+    why_not = reason(op, request, call)
+    if why_not is not None:
+        available = tuple(name for name in table if reason(op, name, call) is None)
+        raise BackendUnavailableError(request, op, why_not, available)
+    return _chosen(op, request, call)
+
+
+def _chosen(op: str, backend: str, call: Call) -> Callable[..., object]:
+    logger.debug("%s: backend %s", op, backend)
+    calls = _trace.get()
+    if calls is not None:
+        calls.append((op, backend))
+    run, ranks = OPERATIONS[op][backend].load(), call.facts.get("ranks")
+    file = call.facts.get("file")
+    if file is not None:
+        run = checked_around(file, run)
+    run = run if ranks is None else over_ranks(op, run, ranks)
+
+    @functools.wraps(run)
+    def in_own_precision(*arguments: object, **options: object) -> object:
+        with in_full_precision(call.device):
+            return run(*arguments, **options)
+
+    return in_own_precision
+
+
+class use_backend:  # noqa: N801  (reads as a function, like torch.no_grad)
+    """Choose the backend of every operation from here on, or inside a `with` block.
+
+    The choice is that of the current thread (more exactly, of the current `contextvars` context):
+    threads started later begin with "auto" again. PYFLOCALITY_BACKEND is for the whole process.
+
+    Args:
+        backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`. A `backend=` argument
+            of a call still wins over it.
+
+    Raises:
+        ValueError: There is no backend of that name.
+
+    Examples:
+        >>> import pyflocality as pf
+        >>> with pf.use_backend("reference"):
+        ...     ...
+    """
+
+    def __init__(self, backend: str) -> None:
+        check_choice(backend, "backend", BACKENDS)
+        self._token: Token[str | None] | None = _requested.set(backend)
+
+    def __enter__(self) -> use_backend:
+        """Enter the block; the choice is in force since construction."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Restore the choice that was in force before."""
+        if self._token is not None:
+            _requested.reset(self._token)
+            self._token = None
+
+
+@contextmanager
+def trace_backends() -> Iterator[list[tuple[str, str]]]:
+    """Record which backend ran each operation inside a `with` block.
+
+    Yields:
+        A list that fills with pairs (operation, backend), in order of execution.
+    """
+    calls: list[tuple[str, str]] = []
+    token = _trace.set(calls)
+    try:
+        yield calls
+    finally:
+        _trace.reset(token)

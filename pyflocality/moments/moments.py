@@ -1,0 +1,476 @@
+r"""Mean and covariance of a training set, streaming and exact for 8-bit images.
+
+Over the D = C H W values v of N images, in [-1, 1],
+
+.. math::
+    \mu = \frac1N \sum_i v_i, \qquad
+    S = \frac1{N-1} \sum_i (v_i - \mu)(v_i - \mu)^\top .
+
+8-bit images are summed as integers: with c = u - 128, so that v = (c + 1/2) / 127.5, the totals
+:math:`s = \sum c` and :math:`G = \sum c c^\top` are exact in int64. Mean and covariance are then a
+fixed function of integers, bit-identical for every order, split and merge of the same images, and
+on every backend and device.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyflocality._support.budget import check_given
+from pyflocality._support.checks import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_device,
+    check_finite,
+    check_flag,
+    check_real,
+    check_tensor,
+    describe,
+)
+from pyflocality._support.paths import check_result, checked_path
+from pyflocality._support.progress import progress_bar
+from pyflocality._support.threads import Lock
+from pyflocality._support.waiting import interruptible
+from pyflocality.backends.selection import BACKENDS, BackendUnavailableError
+from pyflocality.moments.files import checksum, read_moments, write_moments
+from pyflocality.moments.sums import BLOCK_BYTES, Blend, ByteSums, FloatSums, kind_of_sums
+from pyflocality.posterior.ranks import plain, ranks_of
+from pyflocality.storage.augmentation import copies_of, enlarged_blocks
+from pyflocality.storage.mapped import mapped_file, read_checked, streamed
+
+if TYPE_CHECKING:
+    from pyflocality.data import TrainingSet
+
+# Values from which on the eigenvectors of a covariance take a good part of a second.
+_LONG_EIGH = 512
+
+
+class Eigen(NamedTuple):
+    """Eigendecomposition S = vectors diag(values) vectors^T.
+
+    Attributes:
+        values: Eigenvalues, float64, descending, [D].
+        vectors: Eigenvectors in columns, float64, [D, D].
+    """
+
+    values: Tensor
+    vectors: Tensor
+
+
+class Moments:
+    """Streaming mean and covariance of images.
+
+    Start empty and call `update` with batches, or use `from_data` or `load`. All batches of one
+    object are either uint8 or floating-point.
+
+    uint8 (u means u / 127.5 - 1) is exact: `mean` is correctly rounded, `covariance` is
+    bit-identical for any order, chunking and merging of the same images, and exactly 0 for
+    values that are the same in every image. Floating-point batches are combined in float64 with
+    the pairwise update of Chan, Golub and LeVeque: results for other orders or splits agree to
+    rounding, not to the bit.
+
+    The totals live on the device of the first batch and take 8 D^2 bytes; the covariance and
+    its eigenvectors take as much again each, from their first use on.
+
+    References:
+        Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample
+        variances, 1979.
+    """
+
+    def __init__(self) -> None:
+        self._sums: ByteSums | FloatSums | Blend | None = None
+        self._image_shape: tuple[int, ...] | None = None
+        self._interrupted = False
+        self._covariance: Tensor | None = None
+        self._eigen: Eigen | None = None
+        # Of both: a batch of threads computes them once.
+        self._keeping = Lock()
+
+    @classmethod
+    def from_data(
+        cls, data: TrainingSet | Tensor, *, progress: bool = False, backend: str | None = None
+    ) -> Moments:
+        """Moments of a training set.
+
+        Args:
+            data: A `TrainingSet`, or images as `update` takes them, [N, C, H, W]. Memory-mapped
+                images are read block by block. The copies of an augmented set count as images.
+                Every rank of a sharded set gets the moments of the whole set.
+            progress: Whether to show a progress bar.
+            backend: Backend of the exact sums; None follows `pyflocality.use_backend`.
+
+        Raises:
+            TypeError: `data` is neither.
+            ValueError: There are no images, or they hold NaN or infinite values.
+        """
+        # Training sets are made of moments elsewhere.
+        from pyflocality.data import TrainingSet
+
+        if not isinstance(data, (TrainingSet, Tensor)):
+            raise TypeError(f"`data` must be a TrainingSet or a torch.Tensor, got {describe(data)}")
+        progress = check_flag(progress, "progress")
+        if backend is not None:
+            check_choice(backend, "backend", BACKENDS)
+        images = check_tensor(data, "data") if isinstance(data, Tensor) else data.images
+        ranks, images = ranks_of(images), plain(images)
+        file = mapped_file(images)
+        if file is not None:
+            file.check()
+        _check_images(images, "data")
+        moments = cls()
+        augmentation = getattr(data, "augmentation", None)
+        size = _images_per_block(images)
+        blocks = enlarged_blocks(images, augmentation, size)
+        total = copies_of(augmentation) * -(-len(images) // size)
+        for block in progress_bar(blocks, description="moments", total=total, enabled=progress):
+            moments._take(block, backend)
+        if file is not None:
+            file.check()
+        if ranks is not None:
+            sums = moments._whole()
+            ranks.agree(f"Moments of {sums.kind} {moments._image_shape} {augmentation}")
+            moments._sums = sums.over(ranks)
+        return moments
+
+    @property
+    def count(self) -> int:
+        """Number of images N so far."""
+        return 0 if self._sums is None else self._whole().count
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape (C, H, W) of an image; ValueError before the first batch."""
+        self._whole()
+        return self._image_shape
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean image in [-1, 1], float64, [C, H, W]."""
+        return self._whole().mean().reshape(self.image_shape)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance S (N - 1 in the denominator), float64, [D, D]. Zero where N = 1.
+
+        It is kept until the next `update`: do not change it in place.
+        """
+        sums = self._whole()
+        with self._keeping:
+            if self._covariance is None:
+                self._covariance = sums.covariance()
+            return self._covariance
+
+    def eigh(self) -> Eigen:
+        """Eigenvalues and eigenvectors of the covariance, kept until the next `update`.
+
+        Eigenvalues below D eps max(eigenvalues) are rounding errors of zero and set to exactly
+        0. Fewer images than values (N <= D) always give such zeros: the covariance has rank at
+        most N - 1, and the eigenvectors of the null space are an arbitrary basis of it.
+
+        An interruption (KeyboardInterrupt) is raised at once, though the solver cannot be
+        stopped: it keeps a core busy until it is done.
+
+        Returns:
+            `values` [D] descending and `vectors` [D, D] in columns, float64.
+        """
+        with self._keeping:
+            if self._eigen is None:
+                values, vectors = _eigh(self.covariance)
+                values, vectors = values.flip(0), vectors.flip(1)
+                floor = len(values) * torch.finfo(torch.float64).eps * values[0]
+                self._eigen = Eigen(torch.where(values > floor, values, 0.0), vectors)
+            return self._eigen
+
+    def update(self, batch: Tensor, *, backend: str | None = None) -> None:
+        """Take in a batch of images; moments that were `blended` take in none.
+
+        Large batches cost less: each call reads and writes the D x D totals.
+
+        Args:
+            batch: uint8 (u means u / 127.5 - 1) or floating-point images in [-1, 1],
+                [n, C, H, W] with n >= 1.
+            backend: Backend of the exact sums of uint8 images; None follows
+                `pyflocality.use_backend`. Floating-point sums are plain torch.
+
+        Raises:
+            TypeError: `batch` is not a tensor, or neither uint8 nor floating-point.
+            ValueError: The shape, device or kind of dtype differs from the first batch's, there
+                are no images, they hold NaN or infinite values, or these moments are `blended`.
+            BackendUnavailableError: The backend that was asked for cannot run here.
+        """
+        _check_images(batch, "batch")
+        if backend is not None:
+            check_choice(backend, "backend", BACKENDS)
+        self._refuse_blend("take in no further images")
+        if self._sums is not None:
+            self._check_fits(batch, self._whole())
+        self._take(batch, backend)
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of the images of both, as a new object.
+
+        Raises:
+            TypeError: `other` is not `Moments`.
+            ValueError: The image shapes, devices or kinds of dtype differ, or either is `blended`.
+        """
+        if not isinstance(other, Moments):
+            raise TypeError(f"`other` must be Moments, got {describe(other)}")
+        for one in (self, other):
+            one._refuse_blend("cannot be merged")
+        merged = Moments()
+        if self._sums is None and other._sums is None:
+            return merged
+        if self._sums is None or other._sums is None:
+            source = other if self._sums is None else self
+            merged._sums, merged._image_shape = source._whole().copy(), source._image_shape
+            return merged
+        mine, theirs = self._whole(), other._whole()
+        for name, expected, got in (
+            ("image shape", self._image_shape, other._image_shape),
+            ("kind of dtype", mine.kind, theirs.kind),
+            ("device", mine.device, theirs.device),
+        ):
+            if expected != got:
+                raise ValueError(f"`other` must have {name} {expected}, got {got}")
+        merged._sums, merged._image_shape = mine.merged(theirs), self._image_shape
+        return merged
+
+    def blended(self, other: Moments, share: float) -> Moments:
+        r"""Moments of a few images with a covariance that leans on that of many, as a new object.
+
+        Mean and count are those of these moments, and with covariances :math:`S` of these and
+        :math:`S'` of `other`
+
+        .. math::
+            S_{\text{blend}} = (1 - \text{share})\, S + \text{share}\, S' .
+
+        A class of n images has a covariance of rank n - 1 at most: it is singular where n <= D,
+        and its eigenvectors are mostly noise where n is not many times D. The covariance of all
+        classes, blended in, gives it full rank and steadies it; with share 0 it is the class's
+        own, with share 1 all classes have the same.
+
+        A blend is no sum over images any more: `update` and `merge` refuse it.
+
+        Args:
+            other: Moments of images of the same shape, on the same device.
+            share: Weight of `other`, from 0 to 1.
+
+        Raises:
+            TypeError: `other` is not `Moments`, or `share` not a number.
+            ValueError: Image shapes or devices differ, `share` leaves 0..1, or either has no
+                images.
+
+        References:
+            Friedman, Regularized discriminant analysis, 1989.
+        """
+        if not isinstance(other, Moments):
+            raise TypeError(f"`other` must be Moments, got {describe(other)}")
+        share = check_real(share, "share", low=0.0, high=1.0)
+        sums, device = self._whole(), other._whole().device
+        if other.image_shape != self.image_shape:
+            raise ValueError(
+                f"`other` must have image shape {self.image_shape}, got {other.image_shape}"
+            )
+        if device != sums.device:
+            raise ValueError(f"`other` must be on {sums.device}, got moments on {device}")
+        covariance = self.covariance * (1.0 - share)
+        covariance.add_(other.covariance, alpha=share)
+        result = Moments()
+        result._sums = Blend(sums.count, sums.mean(), covariance)
+        result._image_shape = self._image_shape
+        return result
+
+    def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
+        """Write the totals, or a blend, to a safetensors file from which `load` goes on exactly.
+
+        Args:
+            path: The file; its folder must exist. It appears whole or not at all; equal moments
+                make equal files.
+            force: Whether to replace a file that is there.
+
+        Raises:
+            FileExistsError: `path` exists and `force` is False; it is a pipe or a device.
+            IsADirectoryError: `path` is a folder.
+            FileNotFoundError: The folder of `path` does not exist.
+            OSError: The file cannot be written, on a full disk for example.
+            ValueError: There are no images yet.
+        """
+        path, force = checked_path(path, "path"), check_flag(force, "force")
+        sums = self._whole()
+        # A link that leads nowhere is there, too; a link is replaced, not what it leads to.
+        if os.path.lexists(path) and not force:
+            raise FileExistsError(f"{path} exists: pass force=True to replace it")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path.parent} is not a folder to save {path.name} in")
+        check_result(path)
+        header = {"kind": sums.kind, "count": sums.count, "image_shape": list(self.image_shape)}
+        write_moments(path, header, sums.tensors(), force)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Moments:
+        """Read what `save` wrote; the totals are on the CPU.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            OSError: The system does not let it be read, or takes no such name.
+            ValueError: The file is damaged, or not a file of moments of this version.
+        """
+        path = checked_path(path, "path")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file")
+        kinds = {sums.kind: sums for sums in (ByteSums, FloatSums, Blend)}
+        header, tensors = read_moments(path, {kind: kinds[kind].layout for kind in kinds})
+        moments = cls()
+        moments._image_shape = tuple(header["image_shape"])
+        moments._sums = kinds[header["kind"]](header["count"], **tensors)
+        return moments
+
+    def to(self, device: torch.device | str) -> Moments:
+        """These moments on a device, as a new object; themselves if they are there already.
+
+        Covariance and eigenvectors go along where they have been computed.
+
+        Raises:
+            TypeError: `device` is no device.
+            ValueError: There are no images yet, or `device` holds no values or is not there.
+            RuntimeError: An update was interrupted.
+        """
+        device = check_device(device)
+        sums = self._whole()
+        tensors = {name: tensor.to(device) for name, tensor in sums.tensors().items()}
+        if all(tensors[name] is tensor for name, tensor in sums.tensors().items()):
+            return self
+        moved = Moments()
+        moved._sums, moved._image_shape = type(sums)(sums.count, **tensors), self._image_shape
+        if self._covariance is not None:
+            moved._covariance = self._covariance.to(device)
+        if self._eigen is not None:
+            moved._eigen = Eigen(*(tensor.to(device) for tensor in self._eigen))
+        return moved
+
+    def content_key(self) -> str:
+        """Hash of the moments, the same for the same images in any order (8-bit images)."""
+        sums = self._whole()
+        header = f"{sums.kind} {sums.count} {list(self.image_shape)}"
+        return checksum(header, sums.tensors())
+
+    def __repr__(self) -> str:
+        if self._sums is None:
+            return "Moments(count=0)"
+        sums = self._whole()
+        return f"Moments(count={sums.count}, image_shape={self._image_shape}, {sums.kind})"
+
+    def _check_fits(self, batch: Tensor, sums: ByteSums | FloatSums) -> None:
+        for name, expected, got in (
+            ("shape [n, C, H, W] with (C, H, W) =", self._image_shape, tuple(batch.shape[1:])),
+            ("kind of dtype", sums.kind, kind_of_sums(batch).kind),
+            ("device", sums.device, batch.device),
+        ):
+            if expected != got:
+                raise ValueError(
+                    f"`batch` must have {name} {expected} like the batches before it, got "
+                    f"{describe(batch)}"
+                )
+
+    @torch.no_grad()
+    def _take(self, batch: Tensor, backend: str | None) -> None:
+        """Take in a batch that has been checked."""
+        fresh = self._sums is None
+        sums = kind_of_sums(batch).empty(batch[0].numel(), batch.device) if fresh else self._whole()
+        self._covariance = self._eigen = None
+        # Whatever stops the loop midway leaves some images counted.
+        self._interrupted = not fresh
+        try:
+            for block in _blocks(batch):
+                sums.add(block.reshape(len(block), -1), backend)
+        except BackendUnavailableError:
+            # Refused before any work: what was counted before still holds.
+            self._interrupted = False
+            raise
+        self._sums, self._image_shape = sums, tuple(batch.shape[1:])
+        self._interrupted = False
+
+    def _refuse_blend(self, what: str) -> None:
+        if isinstance(self._sums, Blend):
+            raise ValueError(
+                f"moments that were blended {what}: they are no sums over images; blend again "
+                "after the moments they were made of have changed"
+            )
+
+    def _whole(self) -> ByteSums | FloatSums | Blend:
+        """The totals, where they are of use."""
+        if self._sums is None:
+            raise ValueError("these moments hold no images yet: call `update` first")
+        if self._interrupted:
+            raise RuntimeError(
+                "an update of these moments was interrupted, so some of its images are counted: "
+                "start again from a new object or a saved file"
+            )
+        return self._sums
+
+
+def check_moments_fit(
+    memory_budget: int | str | None, data: TrainingSet | None, moments: Moments | None
+) -> None:
+    """Refuse moments with eigenvectors that a memory budget which was given cannot hold.
+
+    Args:
+        memory_budget: Working memory; None follows the environment variable.
+        data: The training set; None where there are moments.
+        moments: Its moments where they are at hand: they are no working memory, nor are their
+            eigenvectors where they have been asked for.
+
+    Raises:
+        ValueError: They take more; the least is named.
+    """
+    if moments is not None and moments._eigen is not None:
+        return
+    values = math.prod((data or moments).image_shape)
+    square = 8 * values**2
+    # The covariance, its copy for the solver, what that works in, and the eigenvectors.
+    least = 5 * square
+    if moments is None:
+        block = min(BLOCK_BYTES, len(data) * copies_of(data.augmentation) * values)
+        if data.dtype != torch.uint8:
+            # As float64, its differences from the mean, and their products.
+            block = 2 * min(BLOCK_BYTES, 8 * block) + square
+        least = square + max(least, block)
+    check_given(memory_budget, least, f"moments of {values} values and their eigenvectors")
+
+
+def _eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors."""
+    # What is quick needs no thread, and a GPU's stream and device are those of this one.
+    if len(covariance) < _LONG_EIGH or covariance.device.type != "cpu":
+        return torch.linalg.eigh(covariance)
+    return interruptible(lambda: torch.linalg.eigh(covariance))
+
+
+def _check_images(images: object, name: str) -> None:
+    """Images [n, C, H, W], at least one, uint8 or finite floating-point."""
+    images = check_tensor(images, name)
+    if images.dtype != torch.uint8 and images.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"`{name}` must be uint8 or floating-point, got {describe(images)}")
+    if images.ndim != 4:
+        raise ValueError(f"`{name}` must have shape [n, C, H, W], got {describe(images)}")
+    if images.numel() == 0:
+        raise ValueError(f"`{name}` holds no images: {describe(images)}")
+    if images.is_floating_point():
+        read_checked(images, check_finite, images, name)
+
+
+def _images_per_block(images: Tensor) -> int:
+    """Images of a block of bounded size also where it is cast to float64."""
+    per_value = 1 if images.dtype == torch.uint8 else 8
+    return max(1, BLOCK_BYTES // (per_value * images[0].numel()))
+
+
+def _blocks(images: Tensor) -> Iterator[Tensor]:
+    """Views of a few images each."""
+    return streamed(images, _images_per_block(images))

@@ -1,0 +1,491 @@
+"""Noise schedules, and conversions between what a denoiser may predict.
+
+Every noisy image of the library is
+
+    x = alpha * x0 + sigma * noise,        noise ~ N(0, I),
+
+and a schedule is a map from a time `t` to the pair (alpha, sigma), together with the times that
+a sampler visits on its way from noise to data:
+
+| schedule | time t | alpha | sigma |
+|---|---|---|---|
+| `DDPMSchedule` | 0, 1, .., T - 1 | sqrt(prod_{s<=t} (1 - beta_s)) | sqrt(1 - alpha^2) |
+| `CosineSchedule` | [0, 1] | cos(pi t / 2.016) | sin(pi t / 2.016) |
+| `KarrasSchedule` | the noise level itself | 1 | t |
+| `FlowSchedule` | [0, 1], data at 1 | t | 1 - t |
+
+A network may predict the clean image x0, the noise, or the velocity v = alpha noise - sigma x0;
+the score of the noisy density at x is (alpha x0 - x) / sigma^2 with x0 the posterior mean. Each is
+an affine function of the others; the functions below convert them.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pyflocality._support.checks import (
+    REAL_DTYPES,
+    check_choice,
+    check_float_tensor,
+    check_level,
+    check_positive,
+    check_real,
+    check_rounds,
+    check_tensor,
+    describe,
+)
+from pyflocality.noise.spacing import SPACINGS, spaced_times
+
+_LARGEST = torch.finfo(torch.float64).max
+# alpha that stands for none, as at the end of schedules of zero terminal SNR: beside noise of
+# standard deviation 1 it is below the rounding of float32.
+NO_SIGNAL = 2.0**-24
+
+
+class NoiseSchedule(ABC):
+    """A map from time to (alpha, sigma), and the times a sampler visits.
+
+    Subclasses give `timesteps` and `_levels`; schedules are immutable and compare by value.
+    """
+
+    def __call__(self, t: float | Tensor) -> tuple[float, float] | tuple[Tensor, Tensor]:
+        """Noise-schedule coefficients at time t.
+
+        Denoisers take them the other way round and cannot tell which is which: call them as
+        `denoiser(x, sigma, alpha)` after `alpha, sigma = schedule(t)`, never with `*schedule(t)`.
+
+        Args:
+            t: A number, or a tensor of any shape [...] of times.
+
+        Returns:
+            (alpha, sigma): Python floats for a number; for a tensor float64 tensors [...] on its
+            device.
+
+        Raises:
+            TypeError: `t` is not a real number or tensor (a whole one for `DDPMSchedule`).
+            ValueError: `t` is outside the schedule's range.
+        """
+        alpha, sigma = self._levels(t)
+        if isinstance(t, Tensor):
+            return alpha, sigma
+        return alpha.item(), sigma.item()
+
+    @property
+    def final(self) -> tuple[float, float]:
+        """(alpha, sigma) of the clean end of every sampling run: (1.0, 0.0)."""
+        return 1.0, 0.0
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the noise that a sampler starts from."""
+        return 1.0
+
+    @abstractmethod
+    def timesteps(self, steps: int) -> Tensor:
+        """Times of the denoiser calls, from noise to data.
+
+        The clean end `final` follows the last of them and is not among them.
+
+        Args:
+            steps: Number of times, at least 1.
+
+        Returns:
+            Times [steps].
+
+        Raises:
+            TypeError: `steps` is not a whole number.
+            ValueError: `steps` is below 1, or more than the schedule has times.
+        """
+
+    @abstractmethod
+    def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Check t; (alpha, sigma) as float64 tensors of its shape."""
+
+
+@dataclass(frozen=True)
+class DDPMSchedule(NoiseSchedule):
+    """Variance-preserving schedule with linear beta (Ho, Jain & Abbeel 2020).
+
+    `beta_t` rises linearly from `beta_start` to `beta_end` over t = 0 .. T - 1, and
+    alpha_t = sqrt(prod_{s<=t} (1 - beta_s)), sigma_t = sqrt(1 - alpha_t^2), in float64 (public
+    codes take the product in float32 and differ by about 1e-6).
+
+    Attributes:
+        num_timesteps: T, the number of times; t is a whole number in 0 .. T - 1.
+        beta_start: First beta, in (0, 1).
+        beta_end: Last beta, in [beta_start, 1).
+        spacing: Which times a run of few steps visits: "leading", "trailing" or "linspace", see
+            `timesteps`.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A field is out of range.
+    """
+
+    num_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    spacing: str = "leading"
+
+    def __post_init__(self) -> None:
+        """Check the fields, and keep them as plain numbers."""
+        check_choice(self.spacing, "spacing", SPACINGS)
+        count = check_rounds(self.num_timesteps, "num_timesteps")
+        start = check_positive(self.beta_start, "beta_start")
+        end = check_positive(self.beta_end, "beta_end")
+        if not start <= end < 1:
+            raise ValueError(
+                "`beta_end` must lie in [beta_start, 1), "
+                f"got {describe(self.beta_end)} with `beta_start` {describe(self.beta_start)}"
+            )
+        _keep(self, num_timesteps=count, beta_start=start, beta_end=end)
+
+    @cached_property
+    def alpha_cumprod(self) -> Tensor:
+        """alpha^2 at every time: float64 [T]."""
+        ends, count = (self.beta_start, self.beta_end), self.num_timesteps
+        betas = torch.linspace(*ends, count, dtype=torch.float64, device="cpu")
+        return torch.cumprod(1.0 - betas, dim=0)
+
+    def timesteps(self, steps: int) -> Tensor:
+        """Times of diffusers' DDIM scheduler with the `spacing` of this schedule: int64 [steps].
+
+        "leading": i * (T // steps) for i = steps - 1 .. 0, so that ten steps of T = 1000 visit
+        900, 800, .., 0. The first time is far from noise where T // steps is much less than
+        T / steps: 501 steps start at 500. "trailing": T - i T / steps for i = 0 .. steps - 1,
+        rounded, less 1: 999, 899, .., 99. "linspace": from T - 1 to 0 in even steps, rounded:
+        999, 888, .., 0; a single step visits 0.
+
+        Raises:
+            TypeError: `steps` is not a whole number.
+            ValueError: `steps` is not in 1 .. T.
+        """
+        return spaced_times(self.num_timesteps, steps, self.spacing)
+
+    def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
+        times = _check_times(t, 0, self.num_timesteps - 1, whole=True)
+        alpha_squared = self.alpha_cumprod.to(times.device)[times]
+        return alpha_squared.sqrt(), (1.0 - alpha_squared).sqrt()
+
+
+@dataclass(frozen=True)
+class CosineSchedule(NoiseSchedule):
+    """The cosine schedule of Kamb & Ganguli (ICML 2025): beta = 1 - cos^2(pi t / (2 * 1.008)).
+
+    alpha = sqrt(1 - beta) = cos(pi t / 2.016) and sigma = sqrt(beta) = sin(pi t / 2.016), for t
+    in [0, 1]. alpha stays above 0.012, so that t = 1 is not quite pure noise.
+
+    Attributes:
+        spacing: Which times a run visits: "leading", "trailing" or "linspace", see `timesteps`.
+
+    Raises:
+        ValueError: `spacing` is none of these.
+    """
+
+    spacing: str = "leading"
+
+    def __post_init__(self) -> None:
+        """Check the field."""
+        check_choice(self.spacing, "spacing", SPACINGS)
+
+    def timesteps(self, steps: int) -> Tensor:
+        """Times from noise to data: float64 [steps].
+
+        "leading": i / (steps + 1) for i = steps .. 1. A published run of 20 steps visits the 19
+        times 0.95, 0.90, .., 0.05: `steps` 19 here. "trailing": i / steps for i = steps .. 1, from
+        1 on. "linspace": from 1 to 1 / (steps + 1) in even steps.
+
+        Raises:
+            TypeError: `steps` is not a whole number.
+            ValueError: `steps` is below 1.
+        """
+        steps = check_rounds(steps, "steps")
+        if self.spacing == "linspace":
+            last = 1 / (steps + 1)
+            return torch.linspace(1.0, last, steps, dtype=torch.float64, device="cpu")
+        parts = steps if self.spacing == "trailing" else steps + 1
+        return torch.arange(steps, 0, -1, dtype=torch.float64, device="cpu") / parts
+
+    def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
+        angle = _check_times(t, 0.0, 1.0) * (math.pi / (2 * 1.008))
+        return angle.cos(), angle.sin()
+
+
+@dataclass(frozen=True)
+class KarrasSchedule(NoiseSchedule):
+    """The variance-exploding schedule of EDM (Karras et al. 2022): alpha = 1, sigma = t.
+
+    Attributes:
+        sigma_min: Last noise level that a sampler visits, above 0.
+        sigma_max: First noise level, above `sigma_min`; also the standard deviation of the
+            starting noise.
+        rho: Bend of the noise levels, above 0: 1 spaces them evenly, more puts more of them at
+            small noise.
+
+    Any time in [0, infinity) has its (alpha, sigma), also outside [sigma_min, sigma_max].
+
+    Raises:
+        TypeError: A field is not a number.
+        ValueError: A field is out of range.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        low, high, rho = (
+            check_positive(getattr(self, name), name) for name in ("sigma_min", "sigma_max", "rho")
+        )
+        if not low < high:
+            raise ValueError(
+                f"`sigma_max` must be above `sigma_min` {low!r}, got {describe(self.sigma_max)}"
+            )
+        # The roots of the ends must be two numbers that float64 can hold.
+        ends = [math.log(level) / rho for level in (low, high)]
+        if max(map(abs, ends)) > 700 or ends[1] - ends[0] < 1e-12:
+            raise ValueError(
+                "`rho` must leave `sigma_min` and `sigma_max` apart as powers of 1 / rho, got "
+                f"{describe(self.rho)}"
+            )
+        _keep(self, sigma_min=low, sigma_max=high, rho=rho)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the starting noise: `sigma_max`."""
+        return float(self.sigma_max)
+
+    def timesteps(self, steps: int) -> Tensor:
+        """Noise levels evenly spaced in sigma^(1/rho): float64 [steps].
+
+        sigma_i = (sigma_max^(1/rho) + i / (steps - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho
+        for i = 0 .. steps - 1 (equation 5 of the paper); a single step visits `sigma_max`.
+
+        Raises:
+            TypeError: `steps` is not a whole number.
+            ValueError: `steps` is below 1.
+        """
+        steps = check_rounds(steps, "steps")
+        ends = float(self.sigma_max), float(self.sigma_min)
+        high, low = (level ** (1 / float(self.rho)) for level in ends)
+        roots = torch.linspace(high, low, steps, dtype=torch.float64, device="cpu")
+        levels = roots ** float(self.rho)
+        # The power of the root is off by a rounding error; the ends are known.
+        levels[-1], levels[0] = ends[1], ends[0]
+        return levels
+
+    def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
+        sigma = _check_times(t, 0.0, _LARGEST).clone()
+        return torch.ones_like(sigma), sigma
+
+
+@dataclass(frozen=True)
+class FlowSchedule(NoiseSchedule):
+    """The straight path of flow matching (Lipman et al. 2023): alpha = t, sigma = 1 - t.
+
+    Time runs from noise at t = 0 to data at t = 1. At t = 0 alpha is 0 and no denoiser has an
+    answer, so sampling starts at `t_min`.
+
+    Attributes:
+        t_min: First time that a sampler visits, in (0, 1).
+
+    Raises:
+        TypeError: `t_min` is not a number.
+        ValueError: `t_min` is not in (0, 1).
+    """
+
+    t_min: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Check the field, and keep it as a plain number."""
+        t_min = check_real(self.t_min, "t_min", low=0.0, high=1.0, above=True, below=True)
+        _keep(self, t_min=t_min)
+
+    def timesteps(self, steps: int) -> Tensor:
+        """Times t_min + i (1 - t_min) / steps for i = 0 .. steps - 1: float64 [steps].
+
+        Raises:
+            TypeError: `steps` is not a whole number.
+            ValueError: `steps` is below 1.
+        """
+        steps = check_rounds(steps, "steps")
+        times = torch.linspace(float(self.t_min), 1.0, steps + 1, dtype=torch.float64, device="cpu")
+        return times[:-1]
+
+    def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
+        alpha = _check_times(t, 0.0, 1.0).clone()
+        return alpha, 1.0 - alpha
+
+
+def x0_from_noise(x: Tensor, noise: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
+    """The clean image of a noise prediction: x0 = (x - sigma noise) / alpha.
+
+    Args:
+        x: Noisy images [B, ...].
+        noise: Predicted noise [B, ...].
+        alpha: Signal coefficient above 0, a number or [B].
+        sigma: Noise coefficient of at least 0, a number or [B].
+
+    Returns:
+        x0 [B, ...].
+
+    Raises:
+        TypeError: An image is not a floating-point tensor, or a coefficient not a real number.
+        ValueError: The shapes differ, or a coefficient is out of range.
+    """
+    alpha, sigma = _coefficients(x, noise, "noise", alpha, sigma, clean=True)
+    return (x - sigma * noise) / alpha
+
+
+def x0_from_v(x: Tensor, v: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
+    """The clean image of a velocity prediction: x0 = (alpha x - sigma v) / (alpha^2 + sigma^2).
+
+    The velocity is v = alpha noise - sigma x0 (Salimans & Ho 2022). The denominator is 1 for
+    variance-preserving schedules and makes the conversion right for all others.
+
+    Args:
+        x: Noisy images [B, ...].
+        v: Predicted velocity [B, ...].
+        alpha: Signal coefficient above 0, a number or [B].
+        sigma: Noise coefficient of at least 0, a number or [B].
+
+    Returns:
+        x0 [B, ...].
+
+    Raises:
+        TypeError: An image is not a floating-point tensor, or a coefficient not a real number.
+        ValueError: The shapes differ, or a coefficient is out of range.
+    """
+    alpha, sigma = _coefficients(x, v, "v", alpha, sigma, clean=True)
+    return (alpha * x - sigma * v) / (alpha**2 + sigma**2)
+
+
+def noise_from_x0(x: Tensor, x0: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
+    """The noise that a clean image implies: noise = (x - alpha x0) / sigma.
+
+    Args:
+        x: Noisy images [B, ...].
+        x0: Clean images [B, ...].
+        alpha: Signal coefficient above 0, a number or [B].
+        sigma: Noise coefficient above 0, a number or [B].
+
+    Returns:
+        The noise [B, ...].
+
+    Raises:
+        TypeError: An image is not a floating-point tensor, or a coefficient not a real number.
+        ValueError: The shapes differ, or a coefficient is out of range.
+    """
+    alpha, sigma = _coefficients(x, x0, "x0", alpha, sigma)
+    return (x - alpha * x0) / sigma
+
+
+def v_from_x0(x: Tensor, x0: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
+    """The velocity that a clean image implies: v = alpha noise - sigma x0.
+
+    With noise = (x - alpha x0) / sigma; the inverse of `x0_from_v`.
+
+    Args:
+        x: Noisy images [B, ...].
+        x0: Clean images [B, ...].
+        alpha: Signal coefficient above 0, a number or [B].
+        sigma: Noise coefficient above 0, a number or [B].
+
+    Returns:
+        The velocity [B, ...].
+
+    Raises:
+        TypeError: An image is not a floating-point tensor, or a coefficient not a real number.
+        ValueError: The shapes differ, or a coefficient is out of range.
+    """
+    alpha, sigma = _coefficients(x, x0, "x0", alpha, sigma)
+    return alpha * ((x - alpha * x0) / sigma) - sigma * x0
+
+
+def score_from_x0(x: Tensor, x0: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
+    """The score that a posterior mean implies: (alpha x0 - x) / sigma^2 (Tweedie's formula).
+
+    With x0 = E[x0 | x] it is the gradient in x of the log-density of the noisy images.
+
+    Args:
+        x: Noisy images [B, ...].
+        x0: Posterior mean [B, ...].
+        alpha: Signal coefficient above 0, a number or [B].
+        sigma: Noise coefficient above 0, a number or [B].
+
+    Returns:
+        The score [B, ...].
+
+    Raises:
+        TypeError: An image is not a floating-point tensor, or a coefficient not a real number.
+        ValueError: The shapes differ, or a coefficient is out of range.
+    """
+    alpha, sigma = _coefficients(x, x0, "x0", alpha, sigma)
+    # Two divisions: the square of a small sigma leaves the range of half precision.
+    return (alpha * x0 - x) / sigma / sigma
+
+
+def _keep(schedule: object, **fields: float) -> None:
+    """Set fields of a frozen dataclass."""
+    for name, value in fields.items():
+        object.__setattr__(schedule, name, value)
+
+
+def _check_times(
+    t: float | Tensor, low: float, high: float, *, whole: bool = False, name: str = "t"
+) -> Tensor:
+    """Times as a float64 tensor (int64 where they are whole), all finite and in [low, high]."""
+    kind = "whole number" if whole else "real number"
+    is_tensor = isinstance(t, Tensor)
+    if is_tensor and check_tensor(t, name).dtype not in REAL_DTYPES:
+        raise TypeError(f"`{name}` must be a {kind} or a tensor of them, got {describe(t)}")
+    if isinstance(t, bool) or not (is_tensor or isinstance(t, numbers.Real)):
+        raise TypeError(f"`{name}` must be a {kind} or a tensor of them, got {describe(t)}")
+    if whole and (t.is_floating_point() if is_tensor else not isinstance(t, numbers.Integral)):
+        raise TypeError(f"`{name}` must be a {kind} or a tensor of them, got {describe(t)}")
+    dtype = torch.int64 if whole else torch.float64
+    # A number is compared before it becomes a tensor, which could not hold the largest.
+    times = t.to(dtype) if is_tensor else t
+    inside = ((times >= low) & (times <= high)).all() if is_tensor else low <= times <= high
+    if not inside:
+        bounds = f"[{low}, infinity)" if high == _LARGEST else f"[{low}, {high}]"
+        raise ValueError(f"`{name}` must lie in {bounds}, got {describe(t)}")
+    number = int if whole else float
+    return times if is_tensor else torch.tensor(number(times), dtype=dtype, device="cpu")
+
+
+def _coefficients(
+    x: Tensor,
+    prediction: Tensor,
+    name: str,
+    alpha: float | Tensor,
+    sigma: float | Tensor,
+    *,
+    clean: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Check a conversion; (alpha, sigma) in x's dtype, shaped [B, 1, ..] to multiply images.
+
+    The images' values are not inspected: conversions run inside networks and under transforms.
+    """
+    for image, label in ((x, "x"), (prediction, name)):
+        check_float_tensor(image, label, finite=False)
+    if prediction.device != x.device:
+        raise ValueError(f"`{name}` must be on {x.device} like `x`, got {describe(prediction)}")
+    if x.ndim == 0 or prediction.shape != x.shape:
+        raise ValueError(
+            f"`{name}` must have the shape [B, ...] of `x`, {list(x.shape)}, "
+            f"got {describe(prediction)}"
+        )
+    batch = x.shape[0]
+    column = (batch,) + (1,) * (x.ndim - 1)
+    alpha = check_level(alpha, batch, x.device, "alpha", allow_zero=False)
+    sigma = check_level(sigma, batch, x.device, "sigma", allow_zero=clean)
+    return alpha.to(x.dtype).reshape(column), sigma.to(x.dtype).reshape(column)

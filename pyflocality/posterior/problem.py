@@ -1,0 +1,244 @@
+"""What the posterior operations share: checked arguments in canonical form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from pyflocality._support.budget import check_least, images_per_chunk, memory_budget_bytes
+from pyflocality._support.checks import (
+    FLOAT_DTYPES,
+    check_batch,
+    check_choice,
+    check_compute_dtype,
+    check_count,
+    check_finite,
+    check_float_dtype,
+    check_level,
+    check_magnitude,
+    check_positive,
+    check_tensor,
+    describe,
+)
+from pyflocality._support.precision import PRECISIONS, Precision
+from pyflocality.autograd.transforms import is_differentiated
+from pyflocality.backends.selection import Call
+from pyflocality.posterior.ranks import Ranks, plain, ranks_of
+from pyflocality.posterior.state import PosteriorState
+from pyflocality.storage.augmentation import (
+    Augmentation,
+    check_augmentation,
+    copies_of,
+    enlarged_blocks,
+)
+from pyflocality.storage.mapped import exceeds_budget, mapped_file, read_checked
+
+
+class PosteriorOptions(TypedDict, total=False):
+    """Options of every posterior operation, all of them keywords that may be left out.
+
+    Attributes:
+        temperature: Divides the logits of the posterior, positive; 1 by default.
+        dtype: float32 or float64 to compute in; by default x's own (half precision computes in
+            float32).
+        memory_budget: Working memory beyond the images and the result, bytes or a string such as
+            "2GB"; by default the environment variable PYFLOCALITY_MEMORY_BUDGET, else 1 GB. The
+            reference backend refuses a call that needs more, and names the least; up to 16 MB are
+            always allowed.
+        chunk_size: Training images at a time; by default what fits the budget. The result does
+            not depend on it beyond rounding.
+        augmentation: Copies of the images that are searched too, as `TrainingSet.augmentation`
+            tells them; by default the images alone.
+        precision: "exact", the default, is as accurate as `dtype`. "auto" permits coarser
+            arithmetic where it is expected to move no answer in [-1, 1] by more than 1e-3 (an
+            estimate that held on CIFAR-10, no proven bound). Only `triton` has any:
+            `masked_posterior_mean` and `equivariant_posterior_mean` then keep noisy images in one
+            float16 number a value instead of two, for half of the products. That is decided for
+            each noisy image alone, from its noise level: at much noise, where the posterior
+            spans many images. Other backends and operations, derivatives and log-sum-exps
+            included, are exact either way.
+    """
+
+    temperature: float
+    dtype: torch.dtype | None
+    memory_budget: int | str | None
+    chunk_size: int | None
+    augmentation: Augmentation | None
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class PosteriorProblem:
+    """A batch of queries against a set of training images.
+
+    Attributes:
+        x: Noisy images in the dtype of the computation, [B, C, H, W].
+        images: Training images as stored, uint8 or float, [N, C, H, W].
+        alpha: Signal coefficients, float64 [B].
+        scale: Factors 1 / (2 sigma^2 temperature) of the squared distances, float64 [B];
+            infinite at sigma = 0.
+        memory_budget: Working memory, as `memory_budget_bytes` takes it.
+        chunk_size: Training images at a time; None derives it from the budget.
+        augmentation: Copies of the images that are searched too, or None.
+        ranks: The ranks that hold the set together; `images` are those of this one. None for a
+            set that is not sharded.
+        precision: "exact", or "auto" where a backend may trade accuracy for time.
+    """
+
+    x: Tensor
+    images: Tensor
+    alpha: Tensor
+    scale: Tensor
+    memory_budget: int | str | None = None
+    chunk_size: int | None = None
+    augmentation: Augmentation | None = None
+    ranks: Ranks | None = None
+    precision: Precision = "exact"
+
+    @property
+    def count(self) -> int:
+        """Images that are searched, copies included."""
+        return len(self.images) * copies_of(self.augmentation)
+
+    def call(self, **facts: object) -> Call:
+        """The call as a backend's predicate sees it, with further facts of the operation."""
+        facts |= {
+            "images_dtype": self.images.dtype,
+            "image_shape": tuple(self.images.shape[1:]),
+            "augmented": self.augmentation is not None,
+            "ranks": self.ranks,
+            "file": mapped_file(self.images),
+        }
+        differentiated = is_differentiated(self.x, self.images, self.alpha, self.scale)
+        return Call(self.x.device, self.x.dtype, differentiated, facts)
+
+    def merged(self, state: PosteriorState, scale: Tensor) -> PosteriorState:
+        """The state after the images of all ranks, for operations that scan twice."""
+        if self.ranks is None:
+            return state
+        merged = self.ranks.merged(state, scale)
+        return PosteriorState(*(part.to(state.minimum.dtype) for part in merged))
+
+    def summed(self, sums: Tensor) -> Tensor:
+        """Sums over the images of all ranks, from those over this rank's."""
+        return sums if self.ranks is None else self.ranks.summed(sums)
+
+    def images_at_a_time(self, bytes_per_image: int, fixed: int = 0) -> int:
+        """Images of a chunk: as asked for, or as many as fit the budget with their temporaries.
+
+        Args:
+            bytes_per_image: Working memory for each of them.
+            fixed: Working memory that does not depend on their number.
+
+        Raises:
+            ValueError: Not even one image fits, and it takes more than any call may.
+        """
+        per_image = bytes_per_image + self.buffer_bytes(1)
+        check_least(self.memory_budget, fixed + per_image)
+        budget = memory_budget_bytes(self.memory_budget)
+        # Of what is always allowed: small budgets are not spent on one image at a time.
+        rest = max(budget - fixed, budget // 4, 1)
+        return self.chunk_size or images_per_chunk(rest, per_image, self.count)
+
+    def buffer_bytes(self, size: int) -> int:
+        """Memory into which `size` images at a time are read; 0 where they lie in memory."""
+        beyond = exceeds_budget(self.images, self.memory_budget)
+        return min(size, len(self.images)) * self.images[0].nbytes if beyond else 0
+
+    def chunks(self, chunk_size: int) -> Iterator[Tensor]:
+        """The training values in [-1, 1], `chunk_size` images at a time: [n, C, H, W].
+
+        Whoever loops over them lets go of one chunk, and of all that was made of it, before the
+        next one is made: the budget holds one.
+        """
+        for images in self.blocks(chunk_size):
+            yield training_values(images, self.x.dtype)
+
+    def blocks(self, size: int) -> Iterator[Tensor]:
+        """The images as stored, copy by copy, `size` at a time: [n, C, H, W]."""
+        return enlarged_blocks(self.images, self.augmentation, size, self.memory_budget)
+
+
+def training_values(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Stored images as values in [-1, 1]: 8-bit u means u / 127.5 - 1."""
+    values = images.to(dtype)
+    # In place: a chunk is not held twice.
+    return values.div_(127.5).sub_(1.0) if images.dtype == torch.uint8 else values
+
+
+def float32_limits(call: Call) -> str | None:
+    """Reason why a float32 kernel without derivatives cannot serve a call, or None if it can."""
+    if call.dtype != torch.float32:
+        return f"it computes in float32, {call.dtype} was asked for"
+    if call.requires_grad:
+        return "it has no derivative, and one may be asked of this call"
+    stored = call.facts.get("images_dtype", torch.uint8)
+    if stored not in (torch.uint8, torch.float32):
+        return f"it reads uint8 or float32 images, these are {stored}"
+    return None
+
+
+def stored_images_limits(call: Call) -> str | None:
+    """Reason why a kernel that reads the images as they are stored cannot serve a call, or None."""
+    if call.facts.get("augmented", False):
+        return "it reads images as they are stored, this set has mirrored or shifted copies"
+    return None
+
+
+def check_images(images: object) -> Tensor:
+    """A non-empty set of finite images [N, C, H, W], uint8 or float in [-1, 1]."""
+    images = check_tensor(images, "images", "a torch.Tensor [N, C, H, W]")
+    if images.dtype != torch.uint8 and images.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"`images` must be uint8 or floating point, got {describe(images)}")
+    if images.ndim != 4 or images.numel() == 0:
+        raise ValueError(
+            f"`images` must be a non-empty tensor [N, C, H, W], got {describe(images)}"
+        )
+    if images.is_floating_point():
+        read_checked(plain(images), check_finite, plain(images), "images")
+    return images
+
+
+def posterior_problem(
+    x: Tensor,
+    images: Tensor,
+    sigma: float | Tensor,
+    alpha: float | Tensor,
+    *,
+    temperature: float = 1.0,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
+    precision: Precision = "exact",
+) -> PosteriorProblem:
+    """Check the arguments that every posterior operation takes; see `PosteriorOptions`."""
+    # What is cheap to see comes before what takes a pass over the values.
+    if chunk_size is not None:
+        chunk_size = check_count(chunk_size, "chunk_size")
+    memory_budget_bytes(memory_budget)
+    temperature = check_positive(temperature, "temperature")
+    check_choice(precision, "precision", PRECISIONS)
+    check_float_dtype(dtype)
+    images = check_images(images)
+    augmentation = check_augmentation(augmentation, images.shape[1:])
+    x = check_batch(x, images.shape[1:], images.device, "x")
+    sigma = check_level(sigma, len(x), x.device, "sigma", allow_zero=True)
+    alpha = check_level(alpha, len(x), x.device, "alpha", allow_zero=False)
+    check_magnitude(x, alpha, "x")
+    compute = check_compute_dtype(dtype, x)
+    return PosteriorProblem(
+        x.to(compute),
+        plain(images),
+        alpha,
+        1.0 / (2.0 * sigma.square() * temperature),
+        memory_budget,
+        chunk_size,
+        augmentation,
+        ranks_of(images),
+        precision,
+    )

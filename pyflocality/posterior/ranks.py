@@ -1,0 +1,324 @@
+"""Sets whose images are split over the ranks of a torch.distributed job.
+
+`pyflocality.distributed.shard` gives every rank a part of the set, whose images are
+`ShardedImages`: a tensor that tells its shape and place and refuses all else. The posterior
+operations know it: they scan the images of their own rank, and the choice of their backend
+(`pyflocality.backends.selection.select`) hands out a function that joins what the ranks found.
+Code that would take one rank's images for the whole set fails, with a message, instead of
+answering wrongly.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pyflocality.posterior.state import PosteriorState, finite_factor, merge_tangents, rescaled
+from pyflocality.weights import QueryWeights
+
+# Operations whose implementations answer a PosteriorState, on every backend.
+STATE_OPERATIONS = frozenset(
+    f"{name}_posterior{suffix}"
+    for name in ("global", "window", "equivariant", "masked")
+    for suffix in ("", "_jvp")
+)
+# Operations with two scans, whose implementations for these backends join the ranks in between.
+TWO_SCANS = frozenset(
+    {
+        "patch_set",
+        "window_posterior_vjp",
+        "equivariant_posterior_vjp",
+        "masked_posterior_vjp",
+        "filtered_posterior",
+        "filtered_posterior_jvp",
+        "filtered_posterior_vjp",
+    }
+)
+# Bytes of the integers that stand for exact distances: whatever levels and images, they are enough.
+_KEY_BYTES = 512
+_TWO_SCANS_BACKENDS = ("cpu", "reference")
+
+
+class RankLostError(RuntimeError):
+    """Another rank of the job ended, or did not answer in time."""
+
+
+class Ranks:
+    """The ranks that hold a set together, and what they do with one another's results.
+
+    Args:
+        group: Their process group; None for all ranks of the job.
+
+    Attributes:
+        rank: Number of this rank.
+        count: How many ranks there are.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+
+    def merged(self, state: PosteriorState, scale: Tensor) -> PosteriorState:
+        """The state after the images of all ranks, float64, the same bits on every rank.
+
+        Args:
+            state: The state after this rank's images.
+            scale: Factor of its distances in the exponent, [B].
+        """
+        state = PosteriorState(*(part.detach().double() for part in state))
+        lowest = state.minimum.clone()
+        self._reduce(lowest, dist.ReduceOp.MIN)
+        state = rescaled(state, lowest, finite_factor(scale, torch.float64))
+        sums = torch.cat([state.total.flatten(), state.weighted.flatten()])
+        self._reduce(sums, dist.ReduceOp.SUM)
+        total, weighted = sums.split([state.total.numel(), state.weighted.numel()])
+        return PosteriorState(
+            lowest, total.reshape(state.total.shape), weighted.reshape(state.weighted.shape)
+        )
+
+    def merged_tangents(self, state: PosteriorState, scale: Tensor, values: int) -> PosteriorState:
+        """As `merged`, of a state with tangents whose queries answer `values` values."""
+        state = PosteriorState(*(part.detach().double() for part in state))
+        every = []
+        for part in state:
+            like = part.new_empty(self.count, *part.shape)
+            every.append(self.gathered(part[None], slice(self.rank, self.rank + 1), like))
+        scale = finite_factor(scale, torch.float64)
+        parts = [PosteriorState(*part) for part in zip(*every, strict=True)]
+        return functools.reduce(lambda a, b: merge_tangents(a, b, scale, values), parts)
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks, the same bits on every rank."""
+        total = tensor.detach().clone().contiguous()
+        self._reduce(total, dist.ReduceOp.SUM)
+        return total
+
+    def part(self, count: int) -> slice:
+        """Which of `count` things in a row are this rank's; the parts differ by one at most."""
+        start, stop = (count * (self.rank + i) // self.count for i in (0, 1))
+        return slice(start, stop)
+
+    def gathered(self, own: Tensor | None, rows: slice, like: Tensor) -> Tensor:
+        """A tensor of which every rank has some rows, bit for bit the same on every rank.
+
+        Args:
+            own: The rows of this rank, or None where it has none.
+            rows: Which they are; every row is some rank's, and no row two ranks'.
+            like: Any tensor of the result's shape, dtype and device.
+        """
+        whole = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+        if own is not None:
+            whole[rows] = own
+        # Sums of bytes with zeros: those of numbers would lose the sign of a zero.
+        return self.summed(whole.view(torch.uint8)).view(like.dtype)
+
+    def of_first(self, tensor: Tensor | None, like: Tensor) -> Tensor | None:
+        """What rank 0 has, a tensor of the form of `like` or None, on every rank."""
+        there = self.summed(torch.tensor(int(tensor is not None), device=like.device))
+        return self.gathered(tensor, slice(None), like) if int(there) else None
+
+    def nearest(
+        self, indices: Tensor, distances: Tensor, keys: Sequence[Sequence[int]], count: int
+    ) -> tuple[Tensor, Tensor]:
+        """The nearest images of the whole set from those of the parts.
+
+        Args:
+            indices: Positions in this rank's part, image i of copy j at j `count` + i, [B, k].
+            distances: Their distances, ascending, [B, k].
+            keys: Integers in the order of the exact distances on all ranks, [B, k].
+            count: Images of this rank's part, copies not included.
+
+        Returns:
+            Positions in the whole set, image i of copy j at j N + i, and distances, [B, k].
+        """
+        here = slice(self.rank, self.rank + 1)
+        counts = indices.new_zeros(self.count)
+        counts = self.gathered(counts.new_tensor(count), here, counts)
+        whole, start = int(counts.sum()), int(counts[: self.rank].sum())
+        indices = indices // count * whole + indices % count + start
+        if indices.numel() == 0:
+            return indices, distances
+        content = [key.to_bytes(_KEY_BYTES, "big", signed=True) for row in keys for key in row]
+        written = torch.frombuffer(bytearray(b"".join(content)), dtype=torch.uint8)
+        written = written.reshape(*indices.shape, _KEY_BYTES).to(indices.device)
+        found = []
+        for own in (indices, distances, written):
+            every = own.new_empty(self.count, *own.shape)
+            found.append(torch.cat(list(self.gathered(own, here, every)), 1))
+        orders = []
+        for places, row in zip(found[0].tolist(), found[2].cpu().numpy(), strict=True):
+            read = [int.from_bytes(key.tobytes(), "big", signed=True) for key in row]
+            pairs = list(zip(read, places, strict=True))
+            # Among equal distances the earlier image comes first.
+            orders.append(sorted(range(len(pairs)), key=pairs.__getitem__)[: indices.shape[1]])
+        order = indices.new_tensor(orders).reshape(indices.shape)
+        return found[0].gather(1, order), found[1].gather(1, order)
+
+    def agree(self, what: str, *tensors: Tensor) -> None:
+        """Raise unless all ranks come here with the same words and the same tensors.
+
+        Raises:
+            ValueError: They do not.
+            RankLostError: A rank is gone.
+        """
+        digest = zlib.crc32(what.encode())
+        for tensor in tensors:
+            digest = zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), digest)
+            content = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+            digest = zlib.crc32(content.numpy(), digest)
+        # The smallest and, negated, the largest.
+        device = tensors[0].device if tensors else None
+        bounds = torch.tensor([digest, -digest], dtype=torch.int64, device=device)
+        self._reduce(bounds, dist.ReduceOp.MIN)
+        if int(bounds[0]) != -int(bounds[1]):
+            raise ValueError(
+                f"{what}: the ranks were called with different arguments (noisy images, noise "
+                "levels or operations); every rank must make the same calls in the same order: "
+                "seed each rank's generator alike"
+            )
+
+    def _reduce(self, tensor: Tensor, op: dist.ReduceOp) -> None:
+        try:
+            dist.all_reduce(tensor, op, group=self.group)
+        # torch has no type of its own for gloo's errors.
+        except RuntimeError as error:
+            # Its first sentence, without the place in torch's own sources.
+            cause = re.sub(r"\[\S+:\d+\] ", "", " ".join(str(error).split())).split(". ")[0][:200]
+            raise RankLostError(
+                f"rank {self.rank} of {self.count} cannot reach the others: one of them has ended "
+                f"or did not answer in time ({cause})"
+            ) from error
+
+
+class ShardedImages(Tensor):
+    """The images of one rank, which answer what they look like and nothing else.
+
+    Attributes:
+        ranks: The ranks that hold the set together.
+        own: The same images as an ordinary tensor. It is one object for as long as these are: what
+            kernels derive from images they find again by the tensor.
+    """
+
+    ranks: Ranks
+    own: Tensor
+
+    @staticmethod
+    def of(images: Tensor, ranks: Ranks) -> ShardedImages:
+        """Images [n, C, H, W] as those of one rank, sharing their memory."""
+        found = images.as_subclass(ShardedImages)
+        found.ranks, found.own = ranks, images
+        return found
+
+    def __repr__(self) -> str:
+        """Shape and part."""
+        part = f"part {self.ranks.rank + 1} of {self.ranks.count}"
+        return f"ShardedImages({tuple(self.shape)}, {self.dtype}, {part})"
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Let through what describes the images or moves them, and refuse the rest."""
+        if func is Tensor.to:
+            return ShardedImages.of(plain(args[0]).to(*args[1:], **(kwargs or {})), args[0].ranks)
+        if func not in _DESCRIBING:
+            _refuse(func)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+# Getters of attributes, and methods.
+_DESCRIBING = frozenset(
+    getattr(Tensor, name).__get__
+    for name in (
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "is_meta",
+        "is_cuda",
+        "nbytes",
+        "itemsize",
+        "layout",
+        "is_nested",
+        "is_quantized",
+    )
+) | {
+    Tensor.__len__,
+    Tensor.dim,
+    Tensor.size,
+    Tensor.numel,
+    Tensor.element_size,
+    Tensor.is_floating_point,
+    Tensor.is_contiguous,
+    Tensor.is_neg,
+}
+
+
+def _refuse(func: Callable[..., Any]) -> NoReturn:
+    name = getattr(func, "__name__", str(func))
+    raise NotImplementedError(
+        f"the images of a sharded set are split over ranks, this one holds a part: {name}() would "
+        "take it for the whole set. Posterior operations, the denoisers made of them and `Moments` "
+        "join the ranks; do anything else with the whole set, before pyflocality.distributed.shard"
+    )
+
+
+def plain(images: Tensor) -> Tensor:
+    """The images of this rank alone, where they are those of a sharded set."""
+    return images.own if isinstance(images, ShardedImages) else images
+
+
+def ranks_of(images: Tensor) -> Ranks | None:
+    """The ranks that hold the set together, or None for an ordinary one."""
+    return images.ranks if isinstance(images, ShardedImages) else None
+
+
+def sharded_reason(op: str, backend: str, requires_grad: bool) -> str | None:
+    """Why an operation cannot join the ranks of a sharded set, or None if it can."""
+    joins = op in STATE_OPERATIONS or op == "nearest"
+    if not joins and not (op in TWO_SCANS and backend in _TWO_SCANS_BACKENDS):
+        return "it cannot join the parts of a sharded set"
+    if requires_grad:
+        return (
+            "torch cannot differentiate through the join of a sharded set: take first derivatives "
+            "by `x` alone, outside of other derivatives"
+        )
+    return None
+
+
+def _tensors_of(argument: Any) -> list[Tensor]:  # noqa: ANN401
+    if isinstance(argument, QueryWeights):
+        is_mask = argument.is_mask
+        return [torch.from_numpy(argument.bits) if is_mask else argument.dense(torch.float64)]
+    return [argument] if isinstance(argument, Tensor) else []
+
+
+def over_ranks(op: str, run: Callable[..., Any], ranks: Ranks) -> Callable[..., Any]:
+    """An implementation of an operation that answers for the images of all ranks."""
+
+    def joined(problem: Any, *arguments: Any) -> Any:  # noqa: ANN401
+        numbers = [argument for argument in arguments if isinstance(argument, int)]
+        tensors = [part for argument in arguments for part in _tensors_of(argument)]
+        ranks.agree(f"{op} {numbers}", problem.x, problem.alpha, problem.scale, *tensors)
+        result = run(problem, *arguments)
+        if op not in STATE_OPERATIONS:
+            return result
+        if not op.endswith("_jvp"):
+            return ranks.merged(result, problem.scale)
+        count = len(arguments[0])
+        values = (result.weighted.shape[-1] - count) // (1 + count)
+        return ranks.merged_tangents(result, problem.scale, values)
+
+    return joined
