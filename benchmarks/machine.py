@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 import pyflocality
-from pyflocality.backends.selection import machine_reason, native_module
+from pyflocality._support.native import native_module
+from pyflocality.backends.selection import machine_reason
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 # Of the rates: side of the matrices, bytes of the copy (far above the caches), runs.

@@ -21,12 +21,12 @@ from pyflocality.backends.report import configuration
 from pyflocality.backends.selection import (
     OPERATIONS,
     UNPROVEN,
-    Call,
     Implementation,
     reason,
     requested_backend,
     select,
 )
+from pyflocality.posterior.call import Call
 from pyflocality.posterior.ranks import ShardedImages
 
 CPU = Call(torch.device("cpu"))

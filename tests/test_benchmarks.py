@@ -19,12 +19,13 @@ from benchmarks.sets import BenchmarkSet, natural_images
 from benchmarks.summary import summarise, table
 from benchmarks.workload import Yardstick
 from benchmarks.workloads import make_workload
-from pyflocality.backends.selection import OPERATIONS, Call, Implementation, machine_reason, select
+from pyflocality.backends.selection import OPERATIONS, Implementation, machine_reason, select
 from pyflocality.ops import (
     global_posterior_mean,
     masked_posterior_mean,
     window_posterior_mean,
 )
+from pyflocality.posterior.call import Call
 from pyflocality.posterior.problem import training_values
 from pyflocality.weights import QueryWeights
 

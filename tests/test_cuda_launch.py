@@ -14,13 +14,14 @@ from cuda_simulator import CompileException, need_compiler, simulated_cupy
 
 from pyflocality import ops
 from pyflocality.backends import selection as _backends
-from pyflocality.backends.selection import OPERATIONS, BackendUnavailableError, Call, machine_reason
+from pyflocality.backends.selection import OPERATIONS, BackendUnavailableError, machine_reason
 from pyflocality.cuda.arrays import as_tensor
 from pyflocality.kernels.cuda import launch
 from pyflocality.kernels.cuda.launch import CudaKernelError, Launch, run
 from pyflocality.kernels.cuda.limits import window_adjoint_limits, window_posterior_limits
 from pyflocality.kernels.cuda.sources import compile_options, kernel_source
 from pyflocality.kernels.cuda.stored import grid_parts
+from pyflocality.posterior.call import Call
 
 CPU = torch.device("cpu")
 GPU = {"triton", "cuda"}

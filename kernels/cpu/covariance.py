@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyflocality.backends.selection import native_module
+from pyflocality._support.native import native_module
 
 
 def accumulate_covariance(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyflocality.backends.selection import native_module
+from pyflocality._support.native import native_module
 from pyflocality.kernels.cpu.posterior import (
     Scan,
     difference_tree,

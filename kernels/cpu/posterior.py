@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pyflocality._support.budget import memory_budget_bytes
-from pyflocality.backends.selection import native_module
+from pyflocality._support.native import native_module
 from pyflocality.posterior.problem import PosteriorProblem
 from pyflocality.posterior.state import PosteriorState, merge
 from pyflocality.weights import QueryWeights

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyflocality.backends.selection import native_module
+from pyflocality._support.native import native_module
 from pyflocality.kernels.cpu.posterior import (
     merged_stored,
     scan_stored,

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from pyflocality.backends.selection import Call
 from pyflocality.kernels.cuda.geometry import WindowPlan, WindowShape, plan_adjoint, plan_window
 from pyflocality.kernels.triton.limits import device_limits
+from pyflocality.posterior.call import Call
 from pyflocality.posterior.problem import float32_limits, stored_images_limits
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pyflocality.backends.selection import Call
+from pyflocality.posterior.call import Call
 from pyflocality.posterior.problem import float32_limits, stored_images_limits
 
 # The first whose tensor cores form the products that the kernels ask for.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pyflocality.backends.selection import Call
 from pyflocality.kernels.triton.limits import uint8_limits
+from pyflocality.posterior.call import Call
 
 # Values of a patch in one row of pixels, which a step of the kernel holds for a tile of patches.
 LONGEST_RUN = 128

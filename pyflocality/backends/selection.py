@@ -18,16 +18,18 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, field
-from types import ModuleType, TracebackType
+from dataclasses import dataclass
+from types import TracebackType
 
 import torch
 
 from pyflocality._support.checks import check_choice
+from pyflocality._support.native import native_module
 from pyflocality.autograd.transforms import in_full_precision
+from pyflocality.posterior.call import Call
 from pyflocality.posterior.ranks import over_ranks, sharded_reason
 from pyflocality.storage.mapped import checked_around
 
@@ -60,23 +62,6 @@ class BackendUnavailableError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Call:
-    """What a predicate needs to know of a call.
-
-    Attributes:
-        device: Device of the tensors.
-        dtype: Dtype of the computation.
-        requires_grad: Whether a derivative may be asked of the result.
-        facts: Further facts of the one operation, by name.
-    """
-
-    device: torch.device
-    dtype: torch.dtype = torch.float32
-    requires_grad: bool = False
-    facts: Mapping[str, object] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Implementation:
     """One backend's way to run an operation.
 
@@ -104,11 +89,6 @@ OPERATIONS: dict[str, dict[str, Implementation]] = {}
 def register(op: str, implementations: dict[str, Implementation]) -> None:
     """Enter the table of an operation: implementations by backend, in order of preference."""
     OPERATIONS[op] = implementations
-
-
-def native_module() -> ModuleType:
-    """The compiled extension; raises ImportError with the cause if it is not there."""
-    return importlib.import_module("pyflocality._C")
 
 
 def machine_reason(backend: str) -> str | None:

@@ -26,7 +26,7 @@ from pyflocality._support.checks import (
 )
 from pyflocality._support.precision import PRECISIONS, Precision
 from pyflocality.autograd.transforms import is_differentiated
-from pyflocality.backends.selection import Call
+from pyflocality.posterior.call import Call
 from pyflocality.posterior.ranks import Ranks, plain, ranks_of
 from pyflocality.posterior.state import PosteriorState
 from pyflocality.storage.augmentation import (

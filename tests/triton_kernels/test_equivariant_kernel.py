@@ -11,7 +11,6 @@ import torch
 from triton_gates import compile_ahead
 from truth import random_images
 
-from pyflocality.backends.selection import Call
 from pyflocality.kernels.triton import equivariant_posterior as kernels
 from pyflocality.kernels.triton._launch import Launch
 from pyflocality.kernels.triton._patches import Geometry
@@ -22,6 +21,7 @@ from pyflocality.kernels.triton.equivariant_posterior import (
     query_parts,
 )
 from pyflocality.kernels.triton.limits_equivariant import LONGEST_RUN, patch_limits
+from pyflocality.posterior.call import Call
 from pyflocality.posterior.problem import PosteriorProblem, posterior_problem
 from pyflocality.posterior.state import PosteriorState, finalize, log_sum_exp
 from pyflocality.reference import equivariant_posterior as reference
