@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from pyflocality.cli._options import parse_device
+from pyflocality._support.devices import parse_device
 
 from . import gpu_suite
 from .machine import machine_facts

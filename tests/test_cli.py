@@ -18,11 +18,12 @@ from PIL import Image
 
 import pyflocality as pf
 from pyflocality import cli, denoisers, pictures
+from pyflocality._support.devices import parse_device
+from pyflocality._support.outputs import Outputs
 from pyflocality.backends.report import configuration
 from pyflocality.cli._denoisers import DENOISERS
-from pyflocality.cli._files import Outputs
 from pyflocality.cli._generate import generate
-from pyflocality.cli._options import parse_device, parse_window
+from pyflocality.cli._options import parse_window
 
 # The sets of these tests have fewer images than values.
 pytestmark = pytest.mark.filterwarnings("ignore:.* images are too few for:UserWarning")

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pyflocality import cli
-from pyflocality.cli import _signals
+from pyflocality._support import signals as _signals
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 

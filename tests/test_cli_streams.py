@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pyflocality import cli
-from pyflocality.cli import _streams
+from pyflocality._support import streams as _streams
 
 FILES = ["run.json", "samples.npy", "samples.png", "trajectory.png"]
 POSIX = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")

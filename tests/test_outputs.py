@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import pyflocality as pf
+from pyflocality._support import journal as _journal
 from pyflocality._support import locks as _locks
-from pyflocality.cli import _files, _journal
-from pyflocality.cli._files import Outputs
-from pyflocality.cli._journal import BegunRun, Journal
+from pyflocality._support import outputs as _files
+from pyflocality._support.journal import BegunRun, Journal
+from pyflocality._support.outputs import Outputs
 
 pytestmark = pytest.mark.skipif(_locks.fcntl is None, reason="this system has no locks")
 

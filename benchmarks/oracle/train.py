@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 
 import pyflocality as pf
+from pyflocality._support.devices import parse_device
 from pyflocality._support.progress import progress_bar
-from pyflocality.cli._options import parse_device
 
 from ..machine import machine_facts
 from ..options import path_option

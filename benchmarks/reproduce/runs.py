@@ -27,8 +27,8 @@ from torch import Tensor
 
 import pyflocality as pf
 from pyflocality._support.locks import locked
+from pyflocality._support.record import peak_memory_bytes
 from pyflocality.backends.selection import requested_backend
-from pyflocality.cli._record import peak_memory_bytes
 
 from ..machine import machine_facts
 from . import methods, networks

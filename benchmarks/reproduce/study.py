@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import pyflocality as pf
-from pyflocality.cli._options import parse_device
+from pyflocality._support.devices import parse_device
 
 from ..gpu_machine import gpu_facts
 from ..machine import machine_facts

@@ -15,9 +15,9 @@ import torch
 
 import pyflocality as pf
 from pyflocality._support.checks import check_count
-from pyflocality.cli._files import Outputs
-from pyflocality.cli._options import parse_device
-from pyflocality.cli._record import Stages
+from pyflocality._support.devices import parse_device
+from pyflocality._support.outputs import Outputs
+from pyflocality._support.record import Stages
 from pyflocality.masks import check_threshold
 from pyflocality.ops import nearest_images
 

@@ -18,6 +18,13 @@ from typing import Annotated
 
 import typer
 
+from pyflocality._support.signals import ended_by_signals, nothing_to_end
+from pyflocality._support.streams import (
+    answer,
+    forgiving_streams,
+    occupy_standard_descriptors,
+    tell,
+)
 from pyflocality._support.waiting import has_abandoned_calls
 from pyflocality.cli._analysis import memorize, sensitivity, spectrum
 from pyflocality.cli._bench import bench
@@ -30,13 +37,6 @@ from pyflocality.cli._pack import pack
 from pyflocality.cli._plan import plan
 from pyflocality.cli._ranks import in_job, one_voice
 from pyflocality.cli._reproduce import reproduce
-from pyflocality.cli._signals import ended_by_signals, nothing_to_end
-from pyflocality.cli._streams import (
-    answer,
-    forgiving_streams,
-    occupy_standard_descriptors,
-    tell,
-)
 
 # What typer raises for words that it cannot read, whichever click it goes by.
 _Mistake = typer.BadParameter.__mro__[2]

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyflocality._support.outputs import Outputs
 from pyflocality._support.paths import checked_path
+from pyflocality._support.record import Stages, peak_memory_bytes, software
+from pyflocality._support.streams import answer, listed
 from pyflocality.cli import _generate_options as options
 from pyflocality.cli import _options as common
 from pyflocality.cli._denoisers import DenoiserOptions
 from pyflocality.cli._errors import reported
-from pyflocality.cli._files import Outputs
 from pyflocality.cli._generate_options import Sampling
 from pyflocality.cli._models import complete_moments, given_options
 from pyflocality.cli._options import MODEL, SourceOptions, given_path
-from pyflocality.cli._record import Stages, peak_memory_bytes, software
-from pyflocality.cli._streams import answer, listed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
+from pyflocality._support.outputs import Outputs
+from pyflocality._support.streams import answer, listed
 from pyflocality.cli import _options as common
 from pyflocality.cli._errors import reported
-from pyflocality.cli._files import Outputs
 from pyflocality.cli._options import given_path
-from pyflocality.cli._streams import answer, listed
 
 
 @reported()

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyflocality._support.outputs import Outputs
 from pyflocality._support.paths import checked_path
+from pyflocality._support.record import Stages, software
+from pyflocality._support.streams import answer, listed
 from pyflocality.cli import _generate_options as options
 from pyflocality.cli import _options as common
 from pyflocality.cli._denoisers import DENOISERS, DenoiserOptions, split_options
 from pyflocality.cli._errors import reported
-from pyflocality.cli._files import Outputs
 from pyflocality.cli._generate_options import Sampling
 from pyflocality.cli._models import (
     backends_record,
@@ -28,8 +30,7 @@ from pyflocality.cli._models import (
     sampling_record,
 )
 from pyflocality.cli._options import SourceOptions, given_path
-from pyflocality.cli._record import ObservedDenoiser, Stages, software
-from pyflocality.cli._streams import answer, listed
+from pyflocality.cli._record import ObservedDenoiser
 
 if TYPE_CHECKING:
     from torch import Tensor

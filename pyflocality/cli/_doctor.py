@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from pyflocality._support.streams import answer
 from pyflocality.cli._errors import reported
-from pyflocality.cli._streams import answer
 
 
 @reported()

@@ -15,8 +15,8 @@ from typing import ParamSpec
 
 import typer
 
-from pyflocality.cli._signals import last_word
-from pyflocality.cli._streams import tell
+from pyflocality._support.signals import last_word
+from pyflocality._support.streams import tell
 
 P = ParamSpec("P")
 

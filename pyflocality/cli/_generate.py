@@ -7,13 +7,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyflocality._support.devices import parse_device
+from pyflocality._support.outputs import Outputs
 from pyflocality._support.paths import checked_path
+from pyflocality._support.record import Stages, software
+from pyflocality._support.streams import answer, listed
 from pyflocality.cli import _generate_options as options
 from pyflocality.cli import _options as common
 from pyflocality.cli._checkpoint import KeptAnswers
 from pyflocality.cli._denoisers import DenoiserOptions, SubsetOptions
 from pyflocality.cli._errors import reported
-from pyflocality.cli._files import Outputs
 from pyflocality.cli._generate_options import Sampling
 from pyflocality.cli._models import (
     backends_record,
@@ -28,10 +31,9 @@ from pyflocality.cli._models import (
     sampling_record,
     with_eigenvectors,
 )
-from pyflocality.cli._options import SourceOptions, given_path, parse_device
+from pyflocality.cli._options import SourceOptions, given_path
 from pyflocality.cli._ranks import joined, split_in_force
-from pyflocality.cli._record import ObservedDenoiser, Stages, software
-from pyflocality.cli._streams import answer, listed
+from pyflocality.cli._record import ObservedDenoiser
 
 if TYPE_CHECKING:
     from pyflocality import Moments, SampleResult, TrainingSet

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from pyflocality._support.record import Stages
 from pyflocality.cli._options import parse_window
-from pyflocality.cli._record import ObservedDenoiser, Stages
+from pyflocality.cli._record import ObservedDenoiser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,7 +163,7 @@ def finished(record: dict[str, Any], start: float) -> str:
     """The record as JSON text, with total time and memory."""
     import json
 
-    from pyflocality.cli._record import peak_memory_bytes
+    from pyflocality._support.record import peak_memory_bytes
 
     record["seconds"]["total"] = round(time.perf_counter() - start, 4)
     record["peak_memory_bytes"] = peak_memory_bytes()

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyflocality._support.outputs import Outputs
 from pyflocality._support.paths import checked_path
+from pyflocality._support.record import Stages, peak_memory_bytes, software
+from pyflocality._support.streams import answer, listed
 from pyflocality.cli._errors import reported
-from pyflocality.cli._files import Outputs
 from pyflocality.cli._options import (
     Channels,
     Force,
@@ -25,8 +27,6 @@ from pyflocality.cli._options import (
     Split,
     given_path,
 )
-from pyflocality.cli._record import Stages, peak_memory_bytes, software
-from pyflocality.cli._streams import answer, listed
 
 if TYPE_CHECKING:
     from PIL import Image

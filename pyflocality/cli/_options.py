@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pyflocality._support.devices import parse_device
 from pyflocality._support.paths import checked_path
 from pyflocality.sources.layout import check_layout
 
 if TYPE_CHECKING:
-    import torch
-
     from pyflocality import TrainingSet
 
 # Headings of the options in the help.
@@ -148,22 +147,6 @@ def parse_resolution(text: str | None) -> int | tuple[int, int] | None:
     if match is None:
         raise ValueError(f"`resolution` must be a size such as 32 or 32x48, got {text!r}")
     return int(match[1]) if match[2] is None else (int(match[1]), int(match[2]))
-
-
-def parse_device(text: str) -> torch.device:
-    """A device that torch knows and this machine has."""
-    import torch
-
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise ValueError(f"`device` must be cpu or cuda[:number], got {text!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"`device` must be cpu or cuda[:number], got {text!r}")
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= available:
-        raise ValueError(f"`device` must be one of {available} CUDA devices, got {text!r}")
-    return device
 
 
 def parse_window(text: str) -> int | tuple[tuple[float, int], ...]:

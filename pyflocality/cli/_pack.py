@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
+from pyflocality._support.streams import answer, listed
 from pyflocality.cli import _options as common
 from pyflocality.cli._errors import reported
 from pyflocality.cli._options import parse_resolution
-from pyflocality.cli._streams import answer, listed
 
 
 @reported()

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from pyflocality._support.streams import answer
 from pyflocality.cli import _generate_options as options
 from pyflocality.cli import _options as common
 from pyflocality.cli._errors import reported
-from pyflocality.cli._streams import answer
 
 
 @reported()

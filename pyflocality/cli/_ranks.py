@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from pyflocality.cli._streams import tell
+from pyflocality._support.streams import tell
 
 if TYPE_CHECKING:
     from pyflocality.posterior.ranks import Ranks

@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 
 from pyflocality._support.paths import checked_path
+from pyflocality._support.streams import answer, listed
 from pyflocality.cli import _generate_options as options
 from pyflocality.cli import _options as common
 from pyflocality.cli._errors import reported
 from pyflocality.cli._options import MODEL
-from pyflocality.cli._streams import answer, listed
 
 
 @reported()

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pyflocality._support.journal import BegunRun, Journal
 from pyflocality._support.locks import HeldError, locked
 from pyflocality._support.paths import check_result
-from pyflocality.cli._journal import BegunRun, Journal
-from pyflocality.cli._signals import uninterrupted
+from pyflocality._support.signals import uninterrupted
 
 # No space left, quota exceeded, file too large.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

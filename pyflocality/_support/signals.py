@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from pyflocality.cli._streams import tell
+from pyflocality._support.streams import tell
 
 # What a signal has to be answered by for us to answer it: an inherited SIG_IGN, as under nohup,
 # and the handlers of a program that calls us, stay.
