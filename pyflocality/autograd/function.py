@@ -20,9 +20,9 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
+from pyflocality._support.transforms import in_full_precision, is_traced
 from pyflocality.autograd.forward_mode import asked_by_forward_mode, derivative_along
 from pyflocality.autograd.operators import FUNCTIONS, LIBRARY, denoiser_of
-from pyflocality.autograd.transforms import in_full_precision, is_traced
 from pyflocality.backends.selection import requested_backend, use_backend
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from pyflocality.autograd.transforms import in_full_precision, without_forward_mode
+from pyflocality._support.transforms import in_full_precision, without_forward_mode
 
 if TYPE_CHECKING:
     from pyflocality.denoisers.base import Denoiser

@@ -28,7 +28,7 @@ import torch
 
 from pyflocality._support.checks import check_choice
 from pyflocality._support.native import native_module
-from pyflocality.autograd.transforms import in_full_precision
+from pyflocality._support.transforms import in_full_precision
 from pyflocality.posterior.call import Call
 from pyflocality.posterior.ranks import over_ranks, sharded_reason
 from pyflocality.storage.mapped import checked_around

@@ -26,6 +26,13 @@ from pyflocality._support.checks import (
     describe,
 )
 from pyflocality._support.precision import PRECISIONS, Precision
+from pyflocality._support.transforms import (
+    in_full_precision,
+    is_differentiated,
+    is_traced,
+    outside_transforms,
+    without_derivatives,
+)
 from pyflocality.autograd.function import (
     directional,
     estimate,
@@ -35,13 +42,6 @@ from pyflocality.autograd.function import (
     vjp_by_torch,
 )
 from pyflocality.autograd.operators import new_handle
-from pyflocality.autograd.transforms import (
-    in_full_precision,
-    is_differentiated,
-    is_traced,
-    outside_transforms,
-    without_derivatives,
-)
 from pyflocality.backends.selection import BACKENDS
 from pyflocality.data import TrainingSet
 from pyflocality.posterior.tangents import check_directions, check_noise

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyflocality._support.budget import memory_budget_bytes
 from pyflocality._support.checks import check_one_level, check_real, describe
 from pyflocality._support.threads import Lock
-from pyflocality.autograd.transforms import is_differentiated
+from pyflocality._support.transforms import is_differentiated
 from pyflocality.denoisers.base import Denoiser
 from pyflocality.denoisers.bounds import ComponentIndex, build_index
 from pyflocality.denoisers.certificate import (

@@ -21,7 +21,7 @@ from pyflocality._support.checks import (
     describe,
 )
 from pyflocality._support.threads import Lock
-from pyflocality.autograd.transforms import without_derivatives
+from pyflocality._support.transforms import without_derivatives
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, PosteriorDenoiser
 from pyflocality.denoisers.equivariant import EquivariantDenoiser

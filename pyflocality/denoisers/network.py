@@ -18,9 +18,9 @@ from pyflocality._support.checks import (
     check_sequence,
     describe,
 )
+from pyflocality._support.transforms import is_differentiated
 from pyflocality.autograd.forward_mode import Derivative, in_forward_mode
 from pyflocality.autograd.function import vjp_by_torch
-from pyflocality.autograd.transforms import is_differentiated
 from pyflocality.denoisers.base import Denoiser
 from pyflocality.noise import NoiseSchedule
 from pyflocality.noise.times import check_invertible, time_at

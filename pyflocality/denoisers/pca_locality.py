@@ -15,7 +15,7 @@ from pyflocality._support.budget import memory_budget_bytes
 from pyflocality._support.checks import check_choice, check_count, check_one_level, describe
 from pyflocality._support.precision import Precision
 from pyflocality._support.threads import Lock
-from pyflocality.autograd.transforms import is_differentiated, outside_transforms
+from pyflocality._support.transforms import is_differentiated, outside_transforms
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Members, join_levels, split_levels
 from pyflocality.denoisers.queries import QueryDenoiser

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyflocality._support.checks import check_sequence, describe
 from pyflocality._support.precision import Precision
-from pyflocality.autograd.transforms import outside_transforms
+from pyflocality._support.transforms import outside_transforms
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import (
     Members,

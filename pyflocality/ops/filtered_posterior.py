@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyflocality.autograd.transforms import outside_transforms
+from pyflocality._support.transforms import outside_transforms
 from pyflocality.backends.selection import Implementation, register, select
 from pyflocality.ops.masked_posterior import mask_limits
 from pyflocality.posterior.problem import PosteriorOptions, posterior_problem

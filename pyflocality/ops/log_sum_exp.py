@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyflocality._support.checks import describe
-from pyflocality.autograd.transforms import has_readable_values
+from pyflocality._support.transforms import has_readable_values
 from pyflocality.backends.selection import select
 from pyflocality.ops.masked_posterior import square_weights
 from pyflocality.ops.window_posterior import check_window

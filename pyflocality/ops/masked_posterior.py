@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyflocality.autograd.transforms import outside_transforms
+from pyflocality._support.transforms import outside_transforms
 from pyflocality.backends.selection import UNPROVEN, Implementation, register, select
 from pyflocality.kernels.triton.limits import uint8_limits
 from pyflocality.posterior.call import Call

@@ -25,7 +25,7 @@ from pyflocality._support.checks import (
     describe,
 )
 from pyflocality._support.precision import PRECISIONS, Precision
-from pyflocality.autograd.transforms import is_differentiated
+from pyflocality._support.transforms import is_differentiated
 from pyflocality.posterior.call import Call
 from pyflocality.posterior.ranks import Ranks, plain, ranks_of
 from pyflocality.posterior.state import PosteriorState

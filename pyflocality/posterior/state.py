@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyflocality.autograd.transforms import is_differentiated
+from pyflocality._support.transforms import is_differentiated
 
 
 class PosteriorState(NamedTuple):

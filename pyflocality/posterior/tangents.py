@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyflocality._support.checks import check_float_tensor, check_level, describe
-from pyflocality.autograd.transforms import has_readable_values, is_differentiated
+from pyflocality._support.transforms import has_readable_values, is_differentiated
 from pyflocality.posterior.call import Call
 from pyflocality.posterior.problem import PosteriorProblem
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyflocality._support.checks.describing import describe
 from pyflocality._support.checks.numeric import check_real
 from pyflocality._support.checks.tensors import FLOAT_DTYPES, check_tensor
-from pyflocality.autograd.transforms import has_readable_values, is_traced
+from pyflocality._support.transforms import has_readable_values, is_traced
 
 # Values whose squares, summed over an image, stay far from the end of float32.
 LARGEST = 1e12

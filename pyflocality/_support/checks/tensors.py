@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 
 from pyflocality._support.checks.describing import describe
 from pyflocality._support.checks.objects import check_float_dtype
-from pyflocality.autograd.transforms import has_readable_values, is_traced
+from pyflocality._support.transforms import has_readable_values, is_traced
 
 # What torch computes with everywhere; float8 and float4 are for storage alone.
 FLOAT_DTYPES = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
