@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import pyflocality as pf
 
-from .runner import assert_backend, check_workload, torch_threads
-from .workloads import make_workload
+from .kernels.runner import assert_backend, check_workload, torch_threads
+from .kernels.workloads import make_workload
 
 
 def test_case(case, data, benchmark):

@@ -22,12 +22,12 @@ from typing import Any
 
 from pyflocality._support.progress import progress_bar
 
+from .kernels.registry import FULL, QUICK, Case, Plan, cases
+from .kernels.runner import run_case
+from .kernels.sets import BenchmarkSet
 from .machine import machine_facts, machine_rates
 from .options import path_option
-from .registry import FULL, QUICK, Case, Plan, cases
-from .runner import run_case
-from .sets import BenchmarkSet
-from .summary import summarise, table
+from .publish.summary import summarise, table
 
 SCHEMA = 1
 
@@ -164,7 +164,7 @@ def _draw(path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("no picture: matplotlib is not installed")
         return
-    from .plots import draw
+    from .publish.plots import draw
 
     picture = draw(path)
     if picture is not None:

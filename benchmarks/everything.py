@@ -35,8 +35,8 @@ from pyflocality._support.devices import parse_device
 from . import gpu_suite
 from .machine import machine_facts
 from .options import path_option
+from .publish.results_files import FOLDER
 from .reproduce.networks import check_networks
-from .results_files import FOLDER
 
 # Sets, and the published thresholds of PCA locality for them.
 SETS = {"mnist": 0.005, "cifar10": 0.05}

@@ -26,12 +26,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .gpu_checks import run_sanitizers, run_tests
-from .gpu_kernels import find_checkout_packages
+from .kernels.gpu_checks import run_sanitizers, run_tests
+from .kernels.gpu_kernels import find_checkout_packages
 from .options import path_option
 
 if TYPE_CHECKING:
-    from .gpu_cases import GpuCase
+    from .kernels.gpu_cases import GpuCase
 
 SCHEMA = 1
 # Exit code of a whole run in which a case or a test failed; an error ends with others.
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def missing_cases(options: argparse.Namespace, report: dict[str, Any]) -> list[GpuCase]:
     """The cases that the options ask for and the report does not hold."""
-    from .gpu_cases import gpu_cases
+    from .kernels.gpu_cases import gpu_cases
 
     done = {record["id"] for record in report["results"]}
     return [
@@ -110,7 +110,7 @@ class Suite:
         self.before = self.report.get("seconds", 0.0)
 
     def _begun(self) -> dict[str, Any]:
-        from .gpu_machine import gpu_state
+        from .kernels.gpu_machine import gpu_state
         from .machine import machine_facts
 
         report: dict[str, Any] = {
@@ -148,7 +148,7 @@ class Suite:
 
     def run(self) -> dict[str, Any]:
         """Run the cases, then the tests, then first calls, which matter least."""
-        from .gpu_machine import gpu_state
+        from .kernels.gpu_machine import gpu_state
 
         self._write()
         self._run_cases()
@@ -213,7 +213,7 @@ class Suite:
         names = ("quick", "dry_run", "case", "cifar10", "mnist")
         words = {name: getattr(self.options, name) for name in names}
         words |= {"out": str(self.options.out), "seconds": self._left() - self._reserve()}
-        return [sys.executable, "-m", f"{__package__}.gpu_worker", json.dumps(words)]
+        return [sys.executable, "-m", f"{__package__}.kernels.gpu_worker", json.dumps(words)]
 
     def _add(self, name: str, status: str, why: str) -> None:
         """Record a case of which nothing was measured."""
@@ -223,7 +223,7 @@ class Suite:
         print(line_of(record), flush=True)
 
     def _start_times(self) -> dict[str, Any]:
-        from .gpu_start import OPERATIONS, start_times
+        from .kernels.gpu_start import OPERATIONS, start_times
 
         return start_times(list(OPERATIONS)[: 1 if self.options.dry_run else None], self._left)
 

@@ -35,9 +35,9 @@ import pyflocality as pf
 from pyflocality._support.progress import progress_bar
 
 from .machine import machine_facts
-from .multiscale_plot import draw
 from .options import path_option
-from .published_networks import published
+from .studies.multiscale_plot import draw
+from .studies.published_networks import published
 
 WINDOWS = (3, 5, 9, 13, 23, 43)
 PSNR_IN = (3.0, 7.0, 10.0, 15.0, 20.0, 25.0, 30.0)

@@ -18,11 +18,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import quality_tables
 from .options import path_option
-from .plots import draw
-from .readme_sections import rewritten
-from .report_figures import (
+from .publish import quality_tables
+from .publish.plots import draw
+from .publish.readme_sections import rewritten
+from .publish.report_figures import (
     BASELINES,
     CAPTIONS,
     Record,
@@ -32,7 +32,7 @@ from .report_figures import (
     draw_speedups,
     missing_of,
 )
-from .results_files import (
+from .publish.results_files import (
     BESIDE_NETWORKS,
     FOLDER,
     NOT_MEASURED,
@@ -41,7 +41,7 @@ from .results_files import (
     latest,
     read_results,
 )
-from .summary import size_of
+from .publish.summary import size_of
 
 _TABLES = {
     "sweeps": (quality_tables.sweeps, quality_tables.diagnosis, quality_tables.masks),

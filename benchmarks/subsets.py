@@ -30,10 +30,10 @@ from pyflocality._support.progress import progress_bar
 from pyflocality.denoisers import CertifiedSubset
 
 from .cpu_suite import write_json
+from .kernels.runner import spread, time_in_turns
 from .machine import machine_facts
 from .options import path_option
-from .runner import spread, time_in_turns
-from .subset_shares import (
+from .studies.subset_shares import (
     TOLERANCE,
     Setting,
     exact_distances,

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import baselines, cpu_suite, libraries, machine, runner
-from benchmarks.registry import QUICK, Case
-from benchmarks.sets import BenchmarkSet
-from benchmarks.summary import table, times_faster
+from benchmarks import cpu_suite, machine
+from benchmarks.kernels import baselines, libraries, runner
+from benchmarks.kernels.registry import QUICK, Case
+from benchmarks.kernels.sets import BenchmarkSet
+from benchmarks.publish.summary import table, times_faster
 from pyflocality import cli
 from pyflocality.backends.selection import machine_reason
 from pyflocality.posterior.problem import training_values

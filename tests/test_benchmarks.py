@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import pyflocality as pf
-from benchmarks import baselines, cpu_suite, runner
-from benchmarks.plots import curves, draw
-from benchmarks.registry import DDIM_STEPS, FULL, QUICK, Case, cases
-from benchmarks.sets import BenchmarkSet, natural_images
-from benchmarks.summary import summarise, table
-from benchmarks.workload import Yardstick
-from benchmarks.workloads import make_workload
+from benchmarks import cpu_suite
+from benchmarks.kernels import baselines, runner
+from benchmarks.kernels.registry import DDIM_STEPS, FULL, QUICK, Case, cases
+from benchmarks.kernels.sets import BenchmarkSet, natural_images
+from benchmarks.kernels.workload import Yardstick
+from benchmarks.kernels.workloads import make_workload
+from benchmarks.publish.plots import curves, draw
+from benchmarks.publish.summary import summarise, table
 from pyflocality.backends.selection import OPERATIONS, Implementation, machine_reason, select
 from pyflocality.ops import (
     global_posterior_mean,

@@ -16,8 +16,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu_checks, gpu_machine, gpu_start, gpu_suite, gpu_worker
-from benchmarks.gpu_cases import gpu_cases
+from benchmarks import gpu_suite
+from benchmarks.kernels import gpu_checks, gpu_machine, gpu_start, gpu_worker
+from benchmarks.kernels.gpu_cases import gpu_cases
 from pyflocality.backends.selection import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,7 +9,7 @@ import torch
 
 import pyflocality as pf
 from benchmarks import multiscale
-from benchmarks.published_networks import Multiscale, published
+from benchmarks.studies.published_networks import Multiscale, published
 
 
 def test_drops_and_verdict():

@@ -213,7 +213,7 @@ def test_sdist_holds_what_a_build_needs(built):
         "csrc/cpu/covariance.cpp",
         "pyflocality/moments/moments.py",
         "tests/conftest.py",
-        "benchmarks/registry.py",
+        "benchmarks/kernels/registry.py",
     ):
         assert path in names
     committed = {

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.readme_sections import rewritten
-from benchmarks.results_files import FOLDER, read_results
+from benchmarks.publish.readme_sections import rewritten
+from benchmarks.publish.results_files import FOLDER, read_results
 from pyflocality import cli, denoisers
 from pyflocality.backends.selection import OPERATIONS
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
-from benchmarks.readme_sections import rewritten
-from benchmarks.report_figures import BASELINES, baselines_of, compared, intensity
-from benchmarks.results_files import FOLDER, cpu_results, latest, read_results
+from benchmarks.publish.readme_sections import rewritten
+from benchmarks.publish.report_figures import BASELINES, baselines_of, compared, intensity
+from benchmarks.publish.results_files import FOLDER, cpu_results, latest, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,7 +13,7 @@ import torch
 import pyflocality as pf
 from pyflocality._support.devices import parse_device
 
-from ..gpu_machine import gpu_facts
+from ..kernels.gpu_machine import gpu_facts
 from ..machine import machine_facts
 from ..options import path_option
 from . import methods, networks

@@ -47,9 +47,9 @@ def bench(
     attention, KeOps and faiss, those of them that are installed.
     """
     from pyflocality.benchmarks.cpu_suite import run_suite, unfinished_twin, write_json
-    from pyflocality.benchmarks.registry import FULL, QUICK, cases
-    from pyflocality.benchmarks.sets import BenchmarkSet
-    from pyflocality.benchmarks.summary import table
+    from pyflocality.benchmarks.kernels.registry import FULL, QUICK, cases
+    from pyflocality.benchmarks.kernels.sets import BenchmarkSet
+    from pyflocality.benchmarks.publish.summary import table
 
     file = given_path(out, "out")
     plan = QUICK if quick else FULL

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def pretend_gpu(stack: ExitStack) -> None:

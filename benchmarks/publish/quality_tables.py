@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .reproduce.scores import shown
+from ..reproduce.scores import shown
 
 Record = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """How long the first call of a kernel takes: compiled there and then, and from the disk's cache.
 
-    python -m benchmarks.gpu_start OPERATION
+    python -m benchmarks.kernels.gpu_start OPERATION
 
 runs one operation twice in a fresh process and prints the seconds of both calls as JSON.
 """

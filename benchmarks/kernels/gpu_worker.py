@@ -38,7 +38,7 @@ def main(words: Sequence[str]) -> int:
     options = argparse.Namespace(**json.loads(words[0]))
     options.out = Path(options.out)
     find_checkout_packages()
-    from .gpu_suite import missing_cases, read_report
+    from ..gpu_suite import missing_cases, read_report
 
     report = read_report(options.out)
     return Worker(options, report).run(missing_cases(options, report))
@@ -215,14 +215,14 @@ class Worker:
         return self.options.seconds - (time.perf_counter() - self.start)
 
     def _take(self, record: dict[str, Any]) -> None:
-        from .gpu_suite import line_of
+        from ..gpu_suite import line_of
 
         self.report["results"].append(record)
         print(line_of(record), flush=True)
         self._write()
 
     def _write(self) -> None:
-        from .cpu_suite import write_json
+        from ..cpu_suite import write_json
 
         self.report.setdefault("preparation_seconds", {}).update(
             {name: data.preparation for name, data in self.sets.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .registry import DDIM_STEPS
+from ..kernels.registry import DDIM_STEPS
 
 Record = dict[str, Any]
 

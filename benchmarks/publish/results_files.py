@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parent / "results"
+FOLDER = Path(__file__).resolve().parents[1] / "results"
 NOT_MEASURED = "not yet measured"
 
 # Studies beside trained networks, each a module of `benchmarks.reproduce`.
@@ -73,7 +73,7 @@ class Results:
         if "study" in self.report:
             if self.kind in BESIDE_NETWORKS:
                 return self._study_beside_networks(path)
-            study = importlib.import_module(f".studies.{self.kind}", __package__)
+            study = importlib.import_module(f"..studies.{self.kind}", __package__)
             words = [f"python -m benchmarks.studies {self.kind} --out {path}"]
             words += [f"--{name} ZIP" for name in study.NEEDS]
             return " ".join([*words, *self._networks()])
@@ -95,7 +95,7 @@ class Results:
 
     def _reproduce(self) -> str:
         """The command of `pyflocality reproduce`, with the methods unless they are all."""
-        from .reproduce.methods import METHODS
+        from ..reproduce.methods import METHODS
 
         settings = self.report["settings"]
         words = [f"pyflocality reproduce {self.report['data']['name']}", *self._networks()]

@@ -87,8 +87,8 @@ def _quality(of: str = "mnist", *, picture: bool = True) -> Section:
     """
 
     def section(results: list[Results]) -> str:
-        from .reproduce.scores import shown
-        from .reproduce.table import label_of
+        from ..reproduce.scores import shown
+        from ..reproduce.table import label_of
 
         found = _of(results, "reproduce", of)
         if found is None:
@@ -125,7 +125,7 @@ def _table(of: str = "mnist") -> Section:
     """A section with the whole table of models, as `pyflocality reproduce` writes it."""
 
     def section(results: list[Results]) -> str:
-        from .reproduce.table import markdown
+        from ..reproduce.table import markdown
 
         found = _of(results, "reproduce", of)
         if found is None:

@@ -1,6 +1,6 @@
 """Scaling curves of a results file.
 
-    python -m benchmarks.plots benchmarks/results/NAME.json
+    python -m benchmarks.publish.plots benchmarks/results/NAME.json
 
 writes NAME.png beside it: time against images, noisy images, values, windows and threads, a line
 per operation.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .options import path_option
+from ..options import path_option
 
 _TITLES = {
     "masked_posterior": "masked (PCA locality)",
@@ -128,7 +128,8 @@ def _draw_line(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw what the command line names; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.plots", description="Draw the scaling curves of a results file."
+        prog="python -m benchmarks.publish.plots",
+        description="Draw the scaling curves of a results file.",
     )
     parser.add_argument("results", type=path_option, help="JSON file of a suite")
     options = parser.parse_args(arguments)
