@@ -42,8 +42,9 @@ from pyflocality.sources.validation import (
     checked_names,
     checked_shape,
 )
-from pyflocality.storage.augmentation import Augmentation, check_augmentation, copies_of
-from pyflocality.storage.mapped import read_checked, remember
+from pyflocality.storage.augmentation import IDENTITY, Augmentation, check_augmentation
+from pyflocality.storage.mapped import remember
+from pyflocality.storage.reader import Reader, training_values
 
 
 class TrainingSet:
@@ -235,7 +236,7 @@ class TrainingSet:
     @property
     def copies(self) -> int:
         """How many variants of every image denoisers search, the image itself included."""
-        return copies_of(self.augmentation)
+        return (self.augmentation or IDENTITY).copies
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -283,14 +284,12 @@ class TrainingSet:
         for end, value in ends.items():
             ends[end] = check_count(value, end, minimum=-sys.maxsize)
         part = self.images[slice(ends["start"], ends.get("stop"))]
-        if part.dtype != torch.uint8:
-            return read_checked(part, lambda: part.to(dtype).contiguous())
-        return read_checked(part, lambda: part.to(dtype).div_(127.5).sub_(1.0).contiguous())
+        return Reader(part).checked(lambda: training_values(part, dtype).contiguous())
 
     def augmented(self, *, flip: bool = False, shifts: int = 0) -> TrainingSet:
         """The same images, of which denoisers and `Moments` take in changed copies, too.
 
-        Every result is that of the set enlarged by all copies, and no copy is kept: they are made
+        Every result is that of a set with all copies, and no copy is kept: they are made
         a few images at a time while a set is read. Both arguments together give every shift of
         every image and of its mirror image. An augmentation that the set has already is replaced.
 
@@ -336,7 +335,7 @@ class TrainingSet:
             mapped = None if self._mapped is None else self._mapped.part(start, stop)
         else:
             check_copy(self.images, len(positions), self.name)
-            images = read_checked(self.images, self.images.__getitem__, positions.to(self.device))
+            images = Reader(self.images).at(positions.to(self.device))
         labels = None if self.labels is None else self.labels[positions.to(self.device)]
         return self._of_valid(
             images, self.name, labels, self.label_names, mapped, self.augmentation
@@ -389,7 +388,7 @@ class TrainingSet:
             ValueError: `device` holds no values ("meta"), or this machine has none of it.
         """
         device = check_device(device)
-        images = read_checked(self.images, self.images.to, device)
+        images = Reader(self.images).checked(self.images.to, device)
         if images is self.images:
             return self
         labels = None if self.labels is None else self.labels.to(device)
@@ -405,7 +404,7 @@ class TrainingSet:
             ValueError: The images map a file that has been changed.
         """
         if self._content_key is None:
-            self._content_key = read_checked(self.images, _content_key, self.images)
+            self._content_key = Reader(self.images).checked(_content_key, self.images)
         if self.augmentation is None:
             return self._content_key
         key = f"{self._content_key} {self.augmentation}"

@@ -19,7 +19,7 @@ from benchmarks.kernels.sets import BenchmarkSet
 from benchmarks.publish.summary import table, times_faster
 from pyflocality import cli
 from pyflocality.backends.selection import machine_reason
-from pyflocality.posterior.problem import training_values
+from pyflocality.storage.reader import training_values
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -27,7 +27,7 @@ from pyflocality.ops import (
     window_posterior_mean,
 )
 from pyflocality.posterior.call import Call
-from pyflocality.posterior.problem import training_values
+from pyflocality.storage.reader import training_values
 from pyflocality.weights import QueryWeights
 
 ROOT = Path(__file__).resolve().parents[1]

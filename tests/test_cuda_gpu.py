@@ -9,7 +9,8 @@ from truth import random_images
 
 from pyflocality import ops, trace_backends
 from pyflocality.backends.selection import machine_reason
-from pyflocality.posterior.problem import posterior_problem, training_values
+from pyflocality.posterior.problem import posterior_problem
+from pyflocality.storage.reader import training_values
 
 pytestmark = [
     pytest.mark.gpu,

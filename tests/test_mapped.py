@@ -13,7 +13,8 @@ import torch
 from every_denoiser import ReadingSubset
 
 import pyflocality as pf
-from pyflocality.storage.mapped import _files, mapped_file, streamed
+from pyflocality.storage.mapped import _files, mapped_file
+from pyflocality.storage.reader import Reader
 
 BUDGET = 64 * 2**10
 
@@ -86,11 +87,13 @@ def test_scans_beyond_the_budget_leave_no_pages(path, rng, monkeypatch):
 
 def test_streamed_blocks_are_the_images(path):
     images = pf.TrainingSet.load(path).images
-    blocks = [block.clone() for block in streamed(images, 130, BUDGET)]
+    blocks = [block.clone() for block in Reader(images, memory_budget=BUDGET).blocks(130)]
     assert [len(block) for block in blocks] == [130] * 6 + [120]
     assert torch.equal(torch.cat(blocks), torch.from_numpy(np.load(path)))
     part = images[100:333]
-    assert torch.equal(torch.cat([b.clone() for b in streamed(part, 50, 1)]), part)
+    assert torch.equal(
+        torch.cat([b.clone() for b in Reader(part, memory_budget=1).blocks(50)]), part
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
@@ -115,7 +118,7 @@ def test_streamed_blocks_of_other_layouts(tmp_path, layout, dtype):
         (data.images[:, 1:, :, 2:6], expected[:, 1:, :, 2:6]),
         (data.images[::3], expected[::3]),
     ):
-        blocks = [block.clone() for block in streamed(images, 9, 1)]
+        blocks = [block.clone() for block in Reader(images, memory_budget=1).blocks(9)]
         assert [len(block) for block in blocks[:-1]] == [9] * (len(blocks) - 1)
         assert torch.equal(torch.cat(blocks), wanted)
 
@@ -124,14 +127,14 @@ def test_maps_that_hold_something_else_are_not_read_from_their_file(path):
     changed = np.load(path, mmap_mode="c")
     changed[:] = 7
     images = pf.TrainingSet(changed).images
-    assert all((block == 7).all() for block in streamed(images, 100, 1))
+    assert all((block == 7).all() for block in Reader(images, memory_budget=1).blocks(100))
 
     old = np.load(path, mmap_mode="r")
     other = path.with_name("other.npy")
     np.save(other, np.zeros((900, 2, 16, 16), np.uint8))
     os.replace(other, path)
     images = pf.TrainingSet(old).images
-    assert all((block != 0).any() for block in streamed(images, 100, 1))
+    assert all((block != 0).any() for block in Reader(images, memory_budget=1).blocks(100))
 
 
 @pytest.mark.parametrize("damage", ["replaced", "changed", "cut short"])
@@ -183,7 +186,7 @@ def test_a_change_during_a_scan_is_noticed(path, rng, monkeypatch):
 @pytest.mark.parametrize("left", [0, 100_000])
 def test_a_file_cut_short_between_two_blocks(path, left):
     images = pf.TrainingSet.load(path).images
-    blocks = streamed(images, 100, BUDGET)
+    blocks = Reader(images, memory_budget=BUDGET).blocks(100)
     next(blocks)
     os.truncate(path, left)
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}: .* has {left} bytes, and had"):
@@ -191,7 +194,7 @@ def test_a_file_cut_short_between_two_blocks(path, left):
     # Without a name, too.
     path.unlink()
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}: .* has {left} bytes, and had"):
-        list(streamed(images, 100, BUDGET))
+        list(Reader(images, memory_budget=BUDGET).blocks(100))
 
 
 SCANS = """

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 import pyflocality as pf
 from pyflocality.storage import mapped as _mapped
-from pyflocality.storage.augmentation import enlarged_at
-from pyflocality.storage.mapped import MappedFile, read_checked, streamed
+from pyflocality.storage.mapped import MappedFile
+from pyflocality.storage.reader import Reader
 from pyflocality.ops import accumulate_covariance, global_posterior_mean
 
 folder, count, left = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -63,15 +63,15 @@ READERS = {
     "values": lambda data: lambda: data.values(),
     "values in float64": lambda data: lambda: data.values(600, 700, dtype=torch.float64),
     "subset": lambda data: lambda: data.subset([3, 880, 700]),
-    "cast": lambda data: lambda: read_checked(data.images, data.images.double),
+    "cast": lambda data: lambda: Reader(data.images).checked(data.images.double),
     "content key": lambda data: data.content_key,
     "moments": lambda data: lambda: pf.Moments.from_data(data),
     "moments, update": lambda data: lambda: pf.Moments().update(data.images),
     "covariance": lambda data: lambda: accumulate_covariance(data.images.flatten(1), *tensors()),
     "covariance, reference": lambda data: lambda: accumulate_covariance(
         data.images.flatten(1), *tensors(), backend="reference"),
-    "blocks": lambda data: lambda: [block.sum() for block in streamed(data.images, 50)],
-    "indexing": lambda data: lambda: enlarged_at(data.images, None, torch.tensor([880, 3])),
+    "blocks": lambda data: lambda: [block.sum() for block in Reader(data.images).blocks(50)],
+    "indexing": lambda data: lambda: Reader(data.images).at(torch.tensor([880, 3])),
     "wiener": lambda data: lambda: pf.WienerDenoiser(data),
     "wiener of low rank": lambda data: lambda: pf.WienerDenoiser(data, rank=4),
     "nearest": prepared(pf.NearestDenoiser),
@@ -313,7 +313,7 @@ def test_a_file_that_is_cut_short_while_it_is_converted(tmp_path, monkeypatch):
 def test_the_cause_of_another_error_is_named(tmp_path):
     """A computation that stumbles over zeros is not what went wrong."""
     import pyflocality as pf
-    from pyflocality.storage.mapped import read_checked
+    from pyflocality.storage.reader import Reader
 
     path = tmp_path / "images.npy"
     np.save(path, np.full((COUNT, 2, 16, 16), 7, np.uint8))
@@ -325,14 +325,14 @@ def test_the_cause_of_another_error_is_named(tmp_path):
             raise ZeroDivisionError
 
     with pytest.raises(ValueError, match=re.escape(f"{path}: the file")) as caught:
-        read_checked(data.images, read)
+        Reader(data.images).checked(read)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
 def test_a_page_that_cannot_be_read_is_not_forgotten(tmp_path, monkeypatch):
     """Of a disk that fails the file looks as it did."""
     import pyflocality as pf
-    from pyflocality.storage import mapped as _mapped
+    from pyflocality.storage.reader import Reader
 
     path = tmp_path / "images.npy"
     np.save(path, np.full((COUNT, 2, 16, 16), 7, np.uint8))
@@ -346,6 +346,6 @@ def test_a_page_that_cannot_be_read_is_not_forgotten(tmp_path, monkeypatch):
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
         return found
 
-    for use in (lambda: _mapped.read_checked(data.images, read), data.values, data.content_key):
+    for use in (lambda: Reader(data.images).checked(read), data.values, data.content_key):
         with pytest.raises(ValueError, match=r"images\.npy: .* was not readable everywhere"):
             use()

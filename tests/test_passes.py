@@ -10,9 +10,7 @@ import torch
 from every_denoiser import near_masks, soft_weights
 
 import pyflocality as pf
-from pyflocality.kernels.cpu import posterior
-from pyflocality.posterior import problem as _problem
-from pyflocality.storage.mapped import MappedFile
+from pyflocality.storage.reader import trace_blocks
 
 COUNT, SHAPE = 1040, (2, 6, 6)
 BUDGET = 2**14
@@ -58,36 +56,6 @@ def filtered(data, weights, responses=False, **options):
     return pf.FilteredPosteriorDenoiser(data, weights, answers, **options)
 
 
-@pytest.fixture
-def reads(monkeypatch):
-    """How often each image was handed to a computation, and read from the file."""
-    found = {kind: collections.Counter() for kind in ("kernel", "blocks", "read")}
-    whole = posterior.image_blocks, _problem.enlarged_blocks, MappedFile.read
-
-    def note(kind, start, count):
-        found[kind].update(range(start, start + count))
-
-    def counted(blocks, kind):
-        def run(*arguments):
-            start = 0
-            for block in blocks(*arguments):
-                note(kind, start, len(block))
-                start += len(block)
-                yield block
-
-        return run
-
-    def read(file, part, buffer):
-        start = part.data_ptr() - file.address - 128
-        note("read", start // (part[0].nbytes), len(part))
-        return whole[2](file, part, buffer)
-
-    monkeypatch.setattr(posterior, "image_blocks", counted(whole[0], "kernel"))
-    monkeypatch.setattr(_problem, "enlarged_blocks", counted(whole[1], "blocks"))
-    monkeypatch.setattr(MappedFile, "read", read)
-    return found
-
-
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     found = tmp_path_factory.mktemp("passes") / "images.npy"
@@ -100,7 +68,7 @@ def path(tmp_path_factory):
     ("case", "backend"),
     [(case, "reference") for case in CASES] + [(case, "cpu") for case in CASES if CASES[case][2]],
 )
-def test_passes_of_a_batch(case, backend, where, path, rng, reads):
+def test_passes_of_a_batch(case, backend, where, path, rng):
     if backend == "cpu":
         pytest.importorskip("pyflocality._C")
     make, expected = CASES[case][0], CASES[case][1 + (backend == "cpu")]
@@ -115,14 +83,17 @@ def test_passes_of_a_batch(case, backend, where, path, rng, reads):
     if case == "pca":
         # Reads the set by itself.
         denoiser.moments  # noqa: B018
-    reads["read"].clear()
     x = torch.randn(len(SIGMA), *SHAPE, generator=rng)
-    found = denoiser(x, SIGMA, ALPHA)
-    kind = "blocks" if backend == "reference" else "kernel"
-    assert dict(reads[kind]) == dict.fromkeys(range(COUNT), expected)
+    with trace_blocks() as blocks:
+        found = denoiser(x, SIGMA, ALPHA)
+    assert {block.from_file for block in blocks} == {where == "streamed"}
+    passes = collections.Counter()
+    for block in blocks:
+        passes.update(range(block.first, block.first + block.count))
     # The kernel for masks takes a look at the first images to count from their mean.
-    last = COUNT - 1
-    assert reads["read"][last] == (expected if where == "streamed" else 0)
+    assert {passes[i] for i in range(1024, COUNT)} == {expected}
+    looks = {passes[i] - expected for i in range(1024)}
+    assert len(looks) == 1 and (looks == {0} or backend == "cpu")
     # Passes are shared, answers are not.
     for b in range(len(x)):
         alone = denoiser(x[b : b + 1], SIGMA[b : b + 1], ALPHA[b : b + 1])

@@ -13,7 +13,7 @@ from torch import Tensor
 import pyflocality as pf
 from pyflocality import ops
 from pyflocality.masks import pca_locality_weights
-from pyflocality.posterior.problem import training_values
+from pyflocality.storage.reader import training_values
 from pyflocality.weights import QueryWeights
 
 from . import baselines

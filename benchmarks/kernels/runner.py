@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import pyflocality as pf
-from pyflocality.posterior.problem import training_values
+from pyflocality.storage.reader import training_values
 
 from .libraries import UnavailableError
 from .registry import Case

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyflocality import ops
-from pyflocality.posterior.problem import training_values
+from pyflocality.storage.reader import training_values
 
 from . import baselines, libraries
 from .registry import Case

@@ -144,7 +144,7 @@ def stored_centre(problem: PosteriorProblem, values: int) -> np.ndarray:
 
     It is the same on all ranks of a sharded set, whose sums are counted from it.
     """
-    mean = next(problem.blocks(1024)).reshape(-1, values).float().mean(0)
+    mean = next(problem.reader.blocks(1024)).reshape(-1, values).float().mean(0)
     return (problem.summed(mean) / (problem.ranks.count if problem.ranks else 1)).numpy()
 
 
@@ -235,7 +235,9 @@ def scan_stored(
     noisy = noisy_in_stored_units(problem)
     factor = stored_factor(problem)
     threads = torch.get_num_threads()
-    budget = memory_budget_bytes(problem.memory_budget) - problem.buffer_bytes(_block(problem))
+    budget = memory_budget_bytes(problem.memory_budget) - problem.reader.buffer_bytes(
+        _block(problem)
+    )
     at_a_time = max(1, budget // (bytes_per_query * (threads + 1)))
     options = {"threads": threads, "isa": instruction_set or "", **geometry}
     split = [part.contiguous().split(at_a_time) for part in (noisy, factor, *per_query)]
@@ -275,7 +277,9 @@ def spread_stored(
     noisy = noisy_in_stored_units(problem)
     threads = torch.get_num_threads()
     sums = noisy.shape[1] * max(1, per_image[0].shape[1] if per_image else 1)
-    budget = memory_budget_bytes(problem.memory_budget) - problem.buffer_bytes(_block(problem))
+    budget = memory_budget_bytes(problem.memory_budget) - problem.reader.buffer_bytes(
+        _block(problem)
+    )
     # A sum takes up to 16 lanes of float32, and 3 numbers in double precision.
     at_a_time = max(1, budget // (sums * (64 + 24) * (threads + 1)))
     options = {"threads": threads, "isa": instruction_set or "", **geometry}
@@ -291,14 +295,8 @@ def spread_stored(
 
 def image_blocks(problem: PosteriorProblem) -> Iterator[np.ndarray]:
     """The images and their copies as stored, as a kernel takes them: [n, D] at a time."""
-    values = problem.images[0].numel()
-    images = problem.images
-    at_once = images.is_contiguous() and not problem.buffer_bytes(1)
-    if problem.chunk_size is None and problem.augmentation is None and at_once:
-        yield images.reshape(-1, values).numpy()
-        return
-    for part in problem.blocks(_block(problem)):
-        yield part.contiguous().reshape(-1, values).numpy()
+    for rows in problem.reader.rows(problem.chunk_size, _block(problem)):
+        yield rows.numpy()
 
 
 def _block(problem: PosteriorProblem) -> int:

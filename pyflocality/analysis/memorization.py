@@ -41,9 +41,8 @@ from pyflocality.denoisers.base import Denoiser, check_set
 from pyflocality.metrics import cosine_similarity
 from pyflocality.noise import DDPMSchedule, NoiseSchedule
 from pyflocality.ops import nearest_images
-from pyflocality.posterior.problem import training_values
 from pyflocality.sampling import sample
-from pyflocality.storage.augmentation import enlarged_at, enlarged_blocks
+from pyflocality.storage.reader import Reader, training_values
 
 # Values of the training set that are summed at a time.
 _BLOCK = 2**22
@@ -91,7 +90,7 @@ def memorization(samples: Tensor, data: TrainingSet, *, mean: Tensor | None = No
     k = min(2, len(data) * data.copies)
     found = nearest_images(samples, data.images, k=k, augmentation=data.augmentation)
     distances = found.distances.sqrt()
-    nearest = enlarged_at(data.images, data.augmentation, found.indices[:, 0])
+    nearest = Reader.of(data).at(found.indices[:, 0])
     mean = _mean_image(data) if mean is None else mean
     similarity = cosine_similarity(samples, training_values(nearest, samples.dtype), mean)
     first, second = distances[:, 0], distances[:, -1]
@@ -198,6 +197,6 @@ def _mean_image(data: TrainingSet) -> Tensor:
     """Mean of the images and their copies, float64 [C, H, W], without `Moments`' D^2 products."""
     size = max(1, _BLOCK // data.num_values)
     total = torch.zeros(data.image_shape, dtype=torch.float64, device=data.device)
-    for block in enlarged_blocks(data.images, data.augmentation, size):
-        total += training_values(block, torch.float64).sum(0)
+    for values in Reader.of(data).values(size, torch.float64):
+        total += values.sum(0)
     return total / (len(data) * data.copies)

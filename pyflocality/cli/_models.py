@@ -115,11 +115,10 @@ def neighbour_values(neighbours: Neighbours, data: TrainingSet) -> Tensor:
     """The nearest training images themselves, on the CPU: [n, C, H, W]."""
     import torch
 
-    from pyflocality.posterior.problem import training_values
-    from pyflocality.storage.augmentation import enlarged_at
+    from pyflocality.storage.reader import Reader, training_values
 
     positions = neighbours.indices[:, 0].to(data.device)
-    found = enlarged_at(data.images, data.augmentation, positions)
+    found = Reader.of(data).at(positions)
     return training_values(found, torch.float32).cpu()
 
 

@@ -39,8 +39,7 @@ from pyflocality._support.budget import images_per_chunk
 from pyflocality._support.precision import plain_products
 from pyflocality.data import TrainingSet
 from pyflocality.moments import Moments
-from pyflocality.posterior.problem import training_values
-from pyflocality.storage.mapped import streamed
+from pyflocality.storage.reader import Reader
 
 UNIT32, UNIT64 = 2.0**-24, 2.0**-53
 
@@ -161,10 +160,10 @@ def build_index(
     energies = torch.empty(count, dtype=torch.float64, device=data.device)
     lowest, highest = centre.new_full((values,), torch.inf), centre.new_full((values,), -torch.inf)
     chunk = images_per_chunk(memory_budget, 8 * (3 * values + 2 * components), min(count, 2048))
-    blocks_read = streamed(data.images, chunk, memory_budget)
-    for start, stored in zip(range(0, count, chunk), blocks_read, strict=True):
-        rows = slice(start, start + chunk)
-        images = training_values(stored, torch.float64).flatten(1)
+    reader = Reader(data.images, memory_budget=memory_budget)
+    read = reader.values(chunk, torch.float64)
+    for start, images in zip(range(0, count, chunk), read, strict=True):
+        rows, images = slice(start, start + chunk), images.flatten(1)
         lowest = torch.minimum(lowest, images.amin(0))
         highest = torch.maximum(highest, images.amax(0))
         images = images - centre

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyflocality._support.budget import memory_budget_bytes
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.bounds import UNIT64, ComponentIndex, DistanceBounds
+from pyflocality.storage.reader import Reader, training_values
 
 # Components of the stages: the D-th part.
 _STAGE_DIVISORS = (48, 12, 4)
@@ -290,6 +291,4 @@ class _Reader:
         return torch.exp(-(torch.cat(self._distances) - self.nearest) * self.factor)
 
     def _values(self, images: Tensor) -> Tensor:
-        stored = self._data.images.flatten(1).index_select(0, images)
-        values = stored.double()
-        return values.div_(127.5).sub_(1.0) if stored.dtype == torch.uint8 else values
+        return training_values(Reader(self._data.images).at(images), torch.float64).flatten(1)

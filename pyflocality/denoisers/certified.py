@@ -26,7 +26,7 @@ from pyflocality.denoisers.certificate import (
 from pyflocality.denoisers.golden import refuse_augmented
 from pyflocality.denoisers.optimal import OptimalDenoiser
 from pyflocality.moments import Moments, check_moments_fit
-from pyflocality.storage.mapped import read_checked
+from pyflocality.storage.reader import Reader
 
 # Plans kept: a schedule has fewer noise levels.
 _KEPT_PLANS = 1024
@@ -244,7 +244,7 @@ class CertifiedSubset(Denoiser):
             limit=limit,
             memory_budget=self.denoiser.memory_budget,
         )
-        return read_checked(self.denoiser.data.images, read)
+        return Reader(self.denoiser.data.images).checked(read)
 
     def _scale(self, sigma: float, alpha: float) -> float:
         """Factor of the squared distances of x / alpha in the exponent."""

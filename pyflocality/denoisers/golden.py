@@ -31,7 +31,7 @@ from pyflocality.denoisers.optimal import OptimalDenoiser
 from pyflocality.denoisers.patch_set import PatchSetDenoiser
 from pyflocality.denoisers.pca_locality import PCALocalityDenoiser
 from pyflocality.reference.nearest import nearest_of
-from pyflocality.storage.mapped import read_checked, streamed
+from pyflocality.storage.reader import Reader
 
 _WRAPPED = (
     OptimalDenoiser,
@@ -198,7 +198,7 @@ class GoldenSubset(Denoiser):
         alpha = check_one_level(alpha, "alpha", allow_zero=False)
         check_magnitude(x[None], torch.tensor([alpha], dtype=torch.float64, device=x.device), "x")
         images = self.denoiser.data.images
-        return read_checked(images, self._select, x, sigma, alpha)
+        return Reader(images).checked(self._select, x, sigma, alpha)
 
     def _select(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
         images = self.denoiser.data.images
@@ -228,7 +228,7 @@ class GoldenSubset(Denoiser):
         sure = sure.nonzero()[:, 0]
         positions = doubtful if pool is None else pool[doubtful]
         size = _at_a_time(images, self.denoiser.memory_budget)
-        blocks = (images.index_select(0, rows) for rows in positions.split(size))
+        blocks = Reader(images).blocks_at(positions, size)
         level = torch.tensor([alpha], dtype=torch.float64, device=x.device)
         found = nearest_of(x[None], level, blocks, k - len(sure))
         return torch.cat([sure, doubtful[found.indices[0]]])
@@ -290,7 +290,7 @@ class GoldenSubset(Denoiser):
             chosen = without_derivatives(self._select(x, sigma, alpha))
             return images.index_select(0, chosen) if len(chosen) < len(images) else images
 
-        chosen = read_checked(images, gather)
+        chosen = Reader(images).checked(gather)
         kept = 0 if self._pooled is None else self._pooled.nbytes
         if chosen is not images:
             twin.data = TrainingSet._of_valid(chosen, denoiser.data.name)
@@ -356,12 +356,8 @@ def _chunks(
     images: Tensor, chosen: Tensor | None, memory_budget: int | str | None
 ) -> Iterator[Tensor]:
     """All or some images in the units in which they are stored, new float32, a few at a time."""
-    size = _at_a_time(images, memory_budget)
-    if chosen is None:
-        parts = streamed(images, size, memory_budget)
-    else:
-        parts = (images.index_select(0, rows) for rows in chosen.split(size))
-    for stored in parts:
+    size, reader = _at_a_time(images, memory_budget), Reader(images, memory_budget=memory_budget)
+    for stored in reader.blocks(size) if chosen is None else reader.blocks_at(chosen, size):
         yield stored.to(torch.float32, copy=True)
 
 

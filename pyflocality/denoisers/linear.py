@@ -24,8 +24,7 @@ from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, check_set, device_after, join_levels, split_levels
 from pyflocality.denoisers.wiener import WienerDenoiser
 from pyflocality.moments import Moments
-from pyflocality.posterior.problem import training_values
-from pyflocality.storage.augmentation import copies_of, enlarged_blocks
+from pyflocality.storage.reader import Reader
 
 _BLOCK_BYTES = 64 * 2**20
 # Seeds the noise where no generator is given, so that a denoiser is always the same.
@@ -64,7 +63,7 @@ class LedoitWolfDenoiser(WienerDenoiser):
 
     def __init__(self, data: TrainingSet) -> None:
         super().__init__(check_set(data))
-        count = len(data) * copies_of(data.augmentation)
+        count = len(data) * data.copies
         fourth = 0.0
         for values in _centred_blocks(data, self.mean):
             fourth += float(values.square().sum(1).square().sum())
@@ -216,5 +215,5 @@ class NoiseTrainedDenoiser(Denoiser):
 def _centred_blocks(data: TrainingSet, mean: Tensor) -> Iterator[Tensor]:
     """Values of a set, its copies included, less their mean [D]: blocks float64 [n, D]."""
     size = images_per_chunk(_BLOCK_BYTES, 24 * data.num_values, len(data))
-    for block in enlarged_blocks(data.images, data.augmentation, size):
-        yield training_values(block, torch.float64).flatten(1) - mean
+    for values in Reader.of(data).values(size, torch.float64):
+        yield values.flatten(1) - mean

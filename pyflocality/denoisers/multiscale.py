@@ -31,8 +31,7 @@ from pyflocality.denoisers.pca_locality import PCALocalityDenoiser
 from pyflocality.denoisers.wiener import WienerDenoiser
 from pyflocality.masks import check_threshold
 from pyflocality.ops.window_posterior import check_window
-from pyflocality.posterior.problem import training_values
-from pyflocality.storage.augmentation import copies_of, enlarged_blocks
+from pyflocality.storage.reader import Reader
 from pyflocality.wavelets import analyse, check_sides, filters, synthesise
 
 _COARSE = {
@@ -339,7 +338,7 @@ def _training_bands(
     bandwidth, behind the details: [N, 4 C, h, w].
     """
     channels, height, width = data.image_shape
-    count = len(data) * copies_of(data.augmentation)
+    count = len(data) * data.copies
     dtype = torch.float64 if data.dtype == torch.float64 else torch.float32
     bands = range(1, levels + 1)
     shapes = [(count, 4 * channels, height >> level, width >> level) for level in bands]
@@ -350,14 +349,14 @@ def _training_bands(
     # The bands of a block in double precision, with their temporaries.
     at_once = min(_BLOCK_BYTES, memory_budget_bytes(memory_budget))
     size = images_per_chunk(at_once, 8 * 8 * data.num_values, len(data))
-    for block in enlarged_blocks(data.images, data.augmentation, size):
-        low, rows = training_values(block, torch.float64), slice(start, start + len(block))
+    for low in Reader.of(data).values(size, torch.float64):
+        rows = slice(start, start + len(low))
         for stack in tensors[:-1]:
             low, details = (0.5 * part for part in analyse(low, wavelet))
             stack[rows, : 3 * channels] = details.to(dtype)
             stack[rows, 3 * channels :] = (low / bandwidth).to(dtype)
         tensors[-1][rows] = low.to(dtype)
-        start += len(block)
+        start += len(low)
     # Their values may leave [-1, 1] a little, unlike those of images.
     *stacks, low_pass = (TrainingSet._of_valid(t, f"bands of {data.name}") for t in tensors)
     return low_pass, stacks

@@ -8,8 +8,7 @@ from torch import Tensor
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import PosteriorDenoiser
 from pyflocality.ops import nearest_images
-from pyflocality.posterior.problem import training_values
-from pyflocality.storage.augmentation import enlarged_at
+from pyflocality.storage.reader import Reader, training_values
 
 
 class NearestDenoiser(PosteriorDenoiser):
@@ -41,7 +40,7 @@ class NearestDenoiser(PosteriorDenoiser):
     def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
         images, augmentation = self.data.images, self.data.augmentation
         found = nearest_images(x, images, alpha, **self._options).indices[:, 0]
-        return training_values(enlarged_at(images, augmentation, found), x.dtype)
+        return training_values(Reader(images, augmentation).at(found), x.dtype)
 
     def _jvp(
         self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor

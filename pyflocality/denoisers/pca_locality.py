@@ -23,7 +23,7 @@ from pyflocality.masks import cached_pca_locality_weights, check_threshold
 from pyflocality.moments import Moments, check_moments_fit
 from pyflocality.moments.undetermined import warn_of_few_images, warn_of_missing_inputs
 from pyflocality.ops import masked_posterior_jvp, masked_posterior_mean, masked_posterior_vjp
-from pyflocality.storage.augmentation import enlarged_batches
+from pyflocality.storage.reader import Reader
 from pyflocality.weights import QueryWeights
 
 Parts = tuple[Tensor, ...]
@@ -237,10 +237,9 @@ class PCALocalityDenoiser(QueryDenoiser):
         options = self._posterior_options
         if self.aggregation == "exact":
             return run(self.data.images, weights, **options)
-        batches = enlarged_batches(self.data.images, self.data.augmentation, self.batch_size)
         options["augmentation"] = None
         sums, count = None, 0
-        for batch in batches:
+        for batch in Reader.of(self.data).batches(self.batch_size):
             found = run(batch, weights, **options)
             sums = found if sums is None else tuple(map(torch.add, sums, found))
             count += 1

@@ -27,8 +27,7 @@ from pyflocality._support.checks import (
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, device_after
 from pyflocality.moments import Moments
-from pyflocality.posterior.problem import training_values
-from pyflocality.storage.augmentation import copies_of, enlarged_blocks
+from pyflocality.storage.reader import Reader
 from pyflocality.wavelets import check_sides, decompose, filters, reconstruct
 
 _RULES = ("hard", "soft", "bayes")
@@ -219,10 +218,9 @@ def _power_of_images(data: TrainingSet) -> Tensor:
     total = torch.zeros(data.image_shape, dtype=torch.float64, device=data.device)
     # Values and their complex coefficients, in double precision.
     size = images_per_chunk(_BLOCK_BYTES, 40 * data.num_values, len(data))
-    for block in enlarged_blocks(data.images, data.augmentation, size):
-        values = training_values(block, torch.float64)
+    for values in Reader.of(data).values(size, torch.float64):
         total += torch.fft.fft2(values, norm="ortho").abs().square().sum(0)
-    return total / (len(data) * copies_of(data.augmentation))
+    return total / (len(data) * data.copies)
 
 
 def _power_of_moments(moments: Moments) -> Tensor:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -41,8 +40,7 @@ from pyflocality.backends.selection import BACKENDS, BackendUnavailableError
 from pyflocality.moments.files import checksum, read_moments, write_moments
 from pyflocality.moments.sums import BLOCK_BYTES, Blend, ByteSums, FloatSums, kind_of_sums
 from pyflocality.posterior.ranks import plain, ranks_of
-from pyflocality.storage.augmentation import copies_of, enlarged_blocks
-from pyflocality.storage.mapped import mapped_file, read_checked, streamed
+from pyflocality.storage.reader import Reader
 
 if TYPE_CHECKING:
     from pyflocality.data import TrainingSet
@@ -119,19 +117,18 @@ class Moments:
             check_choice(backend, "backend", BACKENDS)
         images = check_tensor(data, "data") if isinstance(data, Tensor) else data.images
         ranks, images = ranks_of(images), plain(images)
-        file = mapped_file(images)
-        if file is not None:
-            file.check()
-        _check_images(images, "data")
-        moments = cls()
-        augmentation = getattr(data, "augmentation", None)
-        size = _images_per_block(images)
-        blocks = enlarged_blocks(images, augmentation, size)
-        total = copies_of(augmentation) * -(-len(images) // size)
-        for block in progress_bar(blocks, description="moments", total=total, enabled=progress):
-            moments._take(block, backend)
-        if file is not None:
-            file.check()
+        moments, augmentation = cls(), getattr(data, "augmentation", None)
+        reader = Reader(images, augmentation)
+
+        def read() -> None:
+            _check_images(images, "data")
+            size = _images_per_block(images)
+            total = len(reader) // len(images) * -(-len(images) // size)
+            blocks = reader.blocks(size)
+            for block in progress_bar(blocks, description="moments", total=total, enabled=progress):
+                moments._take(block, backend)
+
+        reader.checked(read)
         if ranks is not None:
             sums = moments._whole()
             ranks.agree(f"Moments of {sums.kind} {moments._image_shape} {augmentation}")
@@ -387,7 +384,7 @@ class Moments:
         # Whatever stops the loop midway leaves some images counted.
         self._interrupted = not fresh
         try:
-            for block in _blocks(batch):
+            for block in Reader(batch).blocks(_images_per_block(batch)):
                 sums.add(block.reshape(len(block), -1), backend)
         except BackendUnavailableError:
             # Refused before any work: what was counted before still holds.
@@ -436,7 +433,7 @@ def check_moments_fit(
     # The covariance, its copy for the solver, what that works in, and the eigenvectors.
     least = 5 * square
     if moments is None:
-        block = min(BLOCK_BYTES, len(data) * copies_of(data.augmentation) * values)
+        block = min(BLOCK_BYTES, len(data) * data.copies * values)
         if data.dtype != torch.uint8:
             # As float64, its differences from the mean, and their products.
             block = 2 * min(BLOCK_BYTES, 8 * block) + square
@@ -462,15 +459,10 @@ def _check_images(images: object, name: str) -> None:
     if images.numel() == 0:
         raise ValueError(f"`{name}` holds no images: {describe(images)}")
     if images.is_floating_point():
-        read_checked(images, check_finite, images, name)
+        Reader(images).checked(check_finite, images, name)
 
 
 def _images_per_block(images: Tensor) -> int:
     """Images of a block of bounded size also where it is cast to float64."""
     per_value = 1 if images.dtype == torch.uint8 else 8
     return max(1, BLOCK_BYTES // (per_value * images[0].numel()))
-
-
-def _blocks(images: Tensor) -> Iterator[Tensor]:
-    """Views of a few images each."""
-    return streamed(images, _images_per_block(images))

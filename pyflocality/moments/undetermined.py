@@ -11,7 +11,7 @@ from pyflocality.data import TrainingSet
 from pyflocality.moments.moments import Moments
 from pyflocality.moments.sums import Blend
 from pyflocality.posterior.ranks import plain
-from pyflocality.storage.mapped import streamed
+from pyflocality.storage.reader import Reader
 
 
 def warn_of_few_images(moments: Moments, what: str, rank: int | None = None) -> None:
@@ -70,7 +70,7 @@ def warn_of_blind_values(without: Tensor, data: TrainingSet, place: str) -> None
     """The same for values of a set whose moments are not known; reads the set where need be."""
     if without.any():
         first, varying = None, torch.zeros_like(without)
-        for block in streamed(plain(data.images), 1024):
+        for block in Reader(plain(data.images)).blocks(1024):
             values = block.flatten(1)
             first = values[0] if first is None else first
             varying |= (values != first).any(0).to(without.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypedDict
 
 import torch
@@ -29,13 +30,9 @@ from pyflocality._support.transforms import is_differentiated
 from pyflocality.posterior.call import Call
 from pyflocality.posterior.ranks import Ranks, plain, ranks_of
 from pyflocality.posterior.state import PosteriorState
-from pyflocality.storage.augmentation import (
-    Augmentation,
-    check_augmentation,
-    copies_of,
-    enlarged_blocks,
-)
-from pyflocality.storage.mapped import exceeds_budget, mapped_file, read_checked
+from pyflocality.storage.augmentation import Augmentation, check_augmentation
+from pyflocality.storage.mapped import mapped_file
+from pyflocality.storage.reader import Reader
 
 
 class PosteriorOptions(TypedDict, total=False):
@@ -99,10 +96,15 @@ class PosteriorProblem:
     ranks: Ranks | None = None
     precision: Precision = "exact"
 
+    @cached_property
+    def reader(self) -> Reader:
+        """The images and their copies, a few at a time."""
+        return Reader(self.images, self.augmentation, self.memory_budget)
+
     @property
     def count(self) -> int:
         """Images that are searched, copies included."""
-        return len(self.images) * copies_of(self.augmentation)
+        return len(self.reader)
 
     def call(self, **facts: object) -> Call:
         """The call as a backend's predicate sees it, with further facts of the operation."""
@@ -137,37 +139,16 @@ class PosteriorProblem:
         Raises:
             ValueError: Not even one image fits, and it takes more than any call may.
         """
-        per_image = bytes_per_image + self.buffer_bytes(1)
+        per_image = bytes_per_image + self.reader.buffer_bytes(1)
         check_least(self.memory_budget, fixed + per_image)
         budget = memory_budget_bytes(self.memory_budget)
         # Of what is always allowed: small budgets are not spent on one image at a time.
         rest = max(budget - fixed, budget // 4, 1)
         return self.chunk_size or images_per_chunk(rest, per_image, self.count)
 
-    def buffer_bytes(self, size: int) -> int:
-        """Memory into which `size` images at a time are read; 0 where they lie in memory."""
-        beyond = exceeds_budget(self.images, self.memory_budget)
-        return min(size, len(self.images)) * self.images[0].nbytes if beyond else 0
-
     def chunks(self, chunk_size: int) -> Iterator[Tensor]:
-        """The training values in [-1, 1], `chunk_size` images at a time: [n, C, H, W].
-
-        Whoever loops over them lets go of one chunk, and of all that was made of it, before the
-        next one is made: the budget holds one.
-        """
-        for images in self.blocks(chunk_size):
-            yield training_values(images, self.x.dtype)
-
-    def blocks(self, size: int) -> Iterator[Tensor]:
-        """The images as stored, copy by copy, `size` at a time: [n, C, H, W]."""
-        return enlarged_blocks(self.images, self.augmentation, size, self.memory_budget)
-
-
-def training_values(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Stored images as values in [-1, 1]: 8-bit u means u / 127.5 - 1."""
-    values = images.to(dtype)
-    # In place: a chunk is not held twice.
-    return values.div_(127.5).sub_(1.0) if images.dtype == torch.uint8 else values
+        """The training values in [-1, 1], `chunk_size` images at a time: [n, C, H, W]."""
+        return self.reader.values(chunk_size, self.x.dtype)
 
 
 def float32_limits(call: Call) -> str | None:
@@ -199,7 +180,7 @@ def check_images(images: object) -> Tensor:
             f"`images` must be a non-empty tensor [N, C, H, W], got {describe(images)}"
         )
     if images.is_floating_point():
-        read_checked(plain(images), check_finite, plain(images), "images")
+        Reader(plain(images)).checked(check_finite, plain(images), "images")
     return images
 
 

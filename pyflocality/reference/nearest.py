@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from pyflocality._support.precision import plain_products
-from pyflocality.posterior.problem import PosteriorProblem, training_values
+from pyflocality.posterior.problem import PosteriorProblem
+from pyflocality.storage.reader import training_values
 
 # Bits of integers that float64 holds, and the smallest exponent of two that its numbers have.
 _EXACT_BITS, _LOWEST = 53, -1074
@@ -37,7 +38,7 @@ def nearest_images(problem: PosteriorProblem, k: int) -> tuple[Tensor, Tensor]:
     # A chunk as values and half as much again, bounds for all queries; some images in float64.
     per_image = (2 * values + 4 * len(x)) * x.element_size()
     chunk = problem.images_at_a_time(per_image, 6 * 8 * max(_VALUES, values))
-    found = nearest_of(x, problem.alpha, problem.blocks(chunk), k)
+    found = nearest_of(x, problem.alpha, problem.reader.blocks(chunk), k)
     if problem.ranks is None:
         return found.indices, found.distances
     return problem.ranks.nearest(*found, len(problem.images))

@@ -18,7 +18,8 @@ from pyflocality.sources.npy import map_array
 from pyflocality.sources.pixels import convert_array
 from pyflocality.sources.validation import as_image_tensor, check_values, checked_shape
 from pyflocality.sources.zip_directory import check_zip
-from pyflocality.storage.mapped import remember, streamed
+from pyflocality.storage.mapped import remember
+from pyflocality.storage.reader import Reader
 
 _IMAGE_KEYS = ("images", "x", "X", "data", "image", "imgs", "samples", "arr_0")
 _LABEL_KEYS = ("labels", "y", "label", "targets", "target")
@@ -140,7 +141,7 @@ def convert(loaded: Loaded, request: Request) -> Loaded:
         raise type(error)(f"{loaded.name}: {error}") from error
 
     def converted() -> Iterator[np.ndarray]:
-        for block in streamed(stored, _CONVERTED_AT_A_TIME):
+        for block in Reader(stored).blocks(_CONVERTED_AT_A_TIME):
             for image in block.numpy():
                 yield convert_array(image, resolution, channels)
 

@@ -19,7 +19,8 @@ from pyflocality._support.budget import memory_budget_bytes
 from pyflocality._support.caller import caller_level
 from pyflocality._support.checks import check_sequence, check_tensor, describe, tensors
 from pyflocality.sources.layout import find_layout
-from pyflocality.storage.mapped import mapped_file, remember, streamed
+from pyflocality.storage.mapped import mapped_file, remember
+from pyflocality.storage.reader import Reader
 
 # Large sets are checked and hashed in pieces of this many bytes.
 _BLOCK_BYTES = 64 * 2**20
@@ -135,7 +136,7 @@ def checked_shape(images: Tensor, layout: str | None = None) -> Tensor:
 def blocks(images: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Pieces of a set that are small beside memory, with the number of their first image."""
     step = max(1, _BLOCK_BYTES // (images[0].numel() * images.element_size()))
-    yield from zip(range(0, len(images), step), streamed(images, step), strict=True)
+    yield from zip(range(0, len(images), step), Reader(images).blocks(step), strict=True)
 
 
 def check_values(images: Tensor, name: str, *, warn: bool = True) -> None:

@@ -1,13 +1,13 @@
 """Copies of training images that are searched too: mirrored, shifted, never all in memory.
 
-A set of N images with an augmentation counts as an enlarged set of c N images: copy 0 are the
-images as they are, image i of copy k has position k N + i. A copy is made a block at a time, when
-the block is read.
+A set of N images with an augmentation counts as a set of c N images: copy 0 are the images as they
+are, image i of copy k has position k N + i. A copy is made a block at a time, when the block is
+read (`pyflocality.storage.reader`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from pyflocality._support.checks import check_count, check_flag, describe
-from pyflocality.storage.mapped import read_checked, streamed
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,13 @@ class Augmentation:
             for right in moves
         )
 
+    @property
+    def copies(self) -> int:
+        """How many variants of an image there are, the image itself included."""
+        return len(self.transforms)
 
-_NONE = Augmentation()
+
+IDENTITY = Augmentation()
 
 
 def check_augmentation(augmentation: object, image_shape: Sequence[int]) -> Augmentation | None:
@@ -114,50 +118,3 @@ def check_augmentation(augmentation: object, image_shape: Sequence[int]) -> Augm
             f"pixels, got {augmentation.shifts}"
         )
     return augmentation if augmentation.flip or augmentation.shifts else None
-
-
-def copies_of(augmentation: Augmentation | None) -> int:
-    """How many variants of an image are searched, the image itself included."""
-    return len((augmentation or _NONE).transforms)
-
-
-def enlarged_blocks(
-    images: Tensor,
-    augmentation: Augmentation | None,
-    size: int,
-    memory_budget: int | str | None = None,
-) -> Iterator[Tensor]:
-    """The enlarged set copy by copy, at most `size` images at a time: [n, C, H, W] as stored.
-
-    A block of a memory-mapped set beyond the memory budget is of use until the next one is asked
-    for.
-    """
-    for transform in (augmentation or _NONE).transforms:
-        yield from map(transform, streamed(images, size, memory_budget))
-
-
-def enlarged_at(images: Tensor, augmentation: Augmentation | None, positions: Tensor) -> Tensor:
-    """Images at some positions [n] of the enlarged set: [n, C, H, W] as stored."""
-    transforms = (augmentation or _NONE).transforms
-    chosen = read_checked(images, images.__getitem__, positions % len(images))
-    number = positions // len(images)
-    for copy in number.unique().tolist():
-        if copy == 0:
-            continue
-        members = number == copy
-        chosen[members] = transforms[copy](chosen[members])
-    return chosen
-
-
-def enlarged_batches(
-    images: Tensor, augmentation: Augmentation | None, size: int
-) -> Iterator[Tensor]:
-    """The enlarged set in batches of `size` images but for the last one, across copies."""
-    if augmentation is None:
-        yield from images.split(size)
-        return
-    total = len(images) * copies_of(augmentation)
-    for start in range(0, total, size):
-        stop = min(start + size, total)
-        positions = torch.arange(start, stop, device=images.device)
-        yield enlarged_at(images, augmentation, positions)

@@ -24,15 +24,13 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from pyflocality._support.budget import memory_budget_bytes
 
 # By the address of the mapped memory.
 _files: dict[int, MappedFile] = {}
@@ -314,43 +312,3 @@ def checked_around(file: MappedFile, run: Callable[..., Any]) -> Callable[..., A
             return run(*arguments)
 
     return checked
-
-
-def read_checked(images: Tensor, read: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401
-    """What a function reads of images, once the file that they may map is known to be the same."""
-    file = mapped_file(images)
-    return (read if file is None else checked_around(file, read))(*arguments)
-
-
-def exceeds_budget(images: Tensor, memory_budget: int | str | None) -> bool:
-    """Whether images are mapped and larger than the memory budget."""
-    return images.nbytes > memory_budget_bytes(memory_budget) and mapped_file(images) is not None
-
-
-def streamed(images: Tensor, size: int, memory_budget: int | str | None = None) -> Iterator[Tensor]:
-    """Images, `size` at a time: [n, ...], each of use until the next one is asked for.
-
-    Args:
-        images: The images, [N, ...].
-        size: Images at a time.
-        memory_budget: Mapped images that are larger are read into one buffer, block by block.
-    """
-    file = mapped_file(images)
-    if file is None:
-        yield from images.split(size)
-    elif exceeds_budget(images, memory_budget):
-        yield from _read_blocks(file, images, size)
-    else:
-        with file.guarded() as guard:
-            for block in images.split(size):
-                yield block
-                if guard.lost:
-                    return
-
-
-def _read_blocks(file: MappedFile, images: Tensor, size: int) -> Iterator[Tensor]:
-    buffer = images.new_empty(images[:size].numel())
-    for start in range(0, len(images), size):
-        block = file.read(images[start : start + size], buffer)
-        file.fetch(images[start + size : start + 2 * size])
-        yield block
