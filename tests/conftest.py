@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+TESTS = Path(__file__).resolve().parent
+# What tests of several rooms share.
+sys.path.insert(0, str(TESTS / "helpers"))
 # Where the tests find `benchmarks`; behind everything else, so that an installed pyflocality wins
 # over the one of the checkout.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(TESTS.parent))
 
 # Where there is no GPU, Triton kernels run in Triton's interpreter. It must be chosen before
 # Triton is imported, for its own functions too, and some libraries import it with themselves.
@@ -27,7 +30,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     _WORKERS = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = TESTS.parents[1] / "shared"
 
 
 def _shared_file(*parts: str) -> Path:

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo here"
 )
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
+WORKER = Path(__file__).with_name("helpers") / "distributed_worker.py"
 
 
 def run_ranks(mode: str, count: int, out: Path) -> list[subprocess.Popen[str]]:

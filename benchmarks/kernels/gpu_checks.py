@@ -21,7 +21,7 @@ _CHOSEN = ("-k", "not compiled and not compiles")
 # A failure must not hide the rest, but a broken context fails all that follows.
 _MOST_FAILURES = "--maxfail=20"
 # Few of the CUDA kernels' tests, one for each kernel: a sanitizer is slow.
-_SANITIZED = ("tests/test_cuda_gpu.py", "-k", "same_bits or jvp or vjp or patch_set")
+_SANITIZED = ("tests/kernels/cuda/test_cuda_gpu.py", "-k", "same_bits or jvp or vjp or patch_set")
 _TAIL = 15
 
 
@@ -35,7 +35,7 @@ def run_tests(left: Callable[[], float]) -> dict[str, Any]:
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]
     # The few of the CUDA kernels first.
-    chosen = {"marked": ["-m", "gpu", "tests"], "kernels": ["tests/triton_kernels"]}
+    chosen = {"marked": ["-m", "gpu", "tests"], "kernels": ["tests/kernels/triton"]}
     return _all_of({name: [*command, *words] for name, words in chosen.items()}, left)
 
 

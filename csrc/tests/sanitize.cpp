@@ -1,6 +1,6 @@
 // Runs every native kernel at awkward sizes and compares it with plain loops in double precision.
 //
-// tests/test_sanitizers.py builds it with AddressSanitizer and UndefinedBehaviorSanitizer, and
+// tests/kernels/cpu/test_sanitizers.py builds it with AddressSanitizer and UndefinedBehaviorSanitizer, and
 // with ThreadSanitizer. Inputs lie in memory of exactly their size, so that reading one element
 // too many is seen.
 //
