@@ -5,7 +5,7 @@ neighbourhood; streaming moments; samplers; and the analysis of why diffusion mo
 
 The model throughout: a noisy image is `x = alpha * x0 + sigma * noise`; images are NCHW in
 [-1, 1], and 8-bit images u mean `u / 127.5 - 1`. A denoiser is called as
-`denoiser(x, sigma, alpha)` and answers an estimate of `x0`.
+`denoiser(x, sigma, alpha)`, or `denoiser(x, schedule(t))`, and answers an estimate of `x0`.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from pyflocality.noise import (
     DDPMSchedule,
     FlowSchedule,
     KarrasSchedule,
+    NoiseLevel,
     NoiseSchedule,
 )
 from pyflocality.sampling import DDIM, Euler, Heun, Sampler, SampleResult, sample
@@ -81,6 +82,7 @@ __all__ = [
     "NearestDenoiser",
     "NetworkDenoiser",
     "NoiseTrainedDenoiser",
+    "NoiseLevel",
     "NoiseSchedule",
     "OptimalDenoiser",
     "PCALocalityDenoiser",

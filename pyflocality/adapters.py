@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pyflocality._support.checks import (
+    NoiseLevel,
     check_batch,
     check_callable,
     check_choice,
@@ -37,6 +38,7 @@ from pyflocality._support.checks import (
 )
 from pyflocality.denoisers.base import Denoiser, check_denoiser
 from pyflocality.denoisers.network import NetworkDenoiser
+from pyflocality.noise.conversions import noise_from_x0, v_from_x0
 from pyflocality.noise.schedulers import (
     has_continuous_times,
     option,
@@ -46,13 +48,7 @@ from pyflocality.noise.schedulers import (
     table_of,
     visited_ratio,
 )
-from pyflocality.noise.schedules import (
-    NO_SIGNAL,
-    NoiseSchedule,
-    _check_times,
-    noise_from_x0,
-    v_from_x0,
-)
+from pyflocality.noise.schedules import NO_SIGNAL, NoiseSchedule, _check_times
 from pyflocality.noise.spacing import SPACINGS, spaced_times
 
 _PREDICTIONS = {"epsilon": "noise", "sample": "x0", "v_prediction": "v"}
@@ -366,8 +362,8 @@ class DiffusersModel(nn.Module):
             answer = v_from_x0(sample, x0, torch.where(silent, NO_SIGNAL, alpha), sigma)
         return DiffusersOutput(answer) if return_dict else (answer,)
 
-    def levels(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha, sigma) of the images that the scheduler shows at its times, float64 as `times`.
+    def levels(self, times: Tensor) -> NoiseLevel[Tensor]:
+        """The levels of the images that the scheduler shows at its times, float64 as `times`.
 
         Raises:
             TypeError: `times` are no numbers.
@@ -380,7 +376,7 @@ class DiffusersModel(nn.Module):
             return self.schedule(times)
         ratio = torch.tensor(ratios, dtype=torch.float64, device=times.device).reshape(times.shape)
         alpha = (1.0 + ratio.square()).rsqrt()
-        return alpha, ratio * alpha
+        return NoiseLevel(alpha, ratio * alpha)
 
 
 @dataclass(frozen=True, eq=False)

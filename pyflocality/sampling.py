@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 
 from pyflocality._support.checks import (
+    NoiseLevel,
+    as_pair,
     check_batch,
     check_callable,
     check_choice,
@@ -49,7 +51,7 @@ from pyflocality._support.progress import progress_bar
 from pyflocality.noise import NO_SIGNAL, DDPMSchedule, NoiseSchedule
 
 DenoiserFunction = Callable[[Tensor, float, float], Tensor]
-Level = tuple[float, float]
+Level = NoiseLevel[float] | tuple[float, float]
 
 # Share of signal in the variance from which on a starting state is more than noise.
 _MOST_SIGNAL = 0.01
@@ -100,8 +102,8 @@ class Sampler(ABC):
         Args:
             denoiser: Function (x, sigma, alpha) -> x0.
             x: State [B, C, H, W] at `level`.
-            level: (alpha, sigma) of x, alpha above 0.
-            next_level: (alpha', sigma') to go to, with sigma' / alpha' at most sigma / alpha.
+            level: The level (alpha, sigma) of x, alpha above 0.
+            next_level: The level (alpha', sigma') to go to, sigma' / alpha' at most sigma / alpha.
             clip: Clip the denoiser's answers to [-1, 1] before they are used.
             noise: Standard normal noise [B, C, H, W]; needed where the sampler is `stochastic`.
 
@@ -109,7 +111,7 @@ class Sampler(ABC):
             The state at `next_level` [B, C, H, W], and the denoiser's answer at x as it came.
 
         Raises:
-            TypeError: The denoiser returned no tensor.
+            TypeError: The denoiser returned no tensor, or a level is (sigma, alpha).
             ValueError: The denoiser returned another shape than that of x.
         """
 
@@ -350,7 +352,8 @@ def _check_levels(schedule: NoiseSchedule, steps: int) -> tuple[Tensor, list[Lev
         alpha = torch.cat([alpha.new_tensor([NO_SIGNAL * sigma[0].item()]), alpha[1:]])
     if not (alpha > 0).all():
         raise ValueError(f"`schedule` must have alpha above 0 at its timesteps, got {alpha}")
-    return timesteps, [*zip(alpha.tolist(), sigma.tolist(), strict=True), schedule.final]
+    levels = map(NoiseLevel, alpha.tolist(), sigma.tolist())
+    return timesteps, [*levels, schedule.final]
 
 
 def _warn_of_signal(schedule: NoiseSchedule, timesteps: Tensor, level: Level) -> None:
@@ -426,6 +429,7 @@ def _check_step(
         alpha, sigma = check_sequence(pair, name, "a pair (alpha, sigma)", length=2)
         check_one_level(alpha, name, allow_zero=False)
         check_one_level(sigma, name, allow_zero=True)
+        as_pair(sigma, alpha)
     if noise is not None and check_float_tensor(noise, "noise", finite=False).shape != x.shape:
         raise ValueError(
             f"`noise` must have the shape of `x`, {list(x.shape)}, got {describe(noise)}"
@@ -436,7 +440,7 @@ def _check_step(
 def _predict(denoiser: DenoiserFunction, x: Tensor, level: Level) -> Tensor:
     """The denoiser's answer at x, of x's shape."""
     alpha, sigma = level
-    x0 = denoiser(x, sigma, alpha)
+    x0 = denoiser(x, *as_pair(sigma, alpha))
     if not isinstance(x0, Tensor):
         raise TypeError(f"`denoiser` must return a tensor, got {describe(x0)}")
     if x0.shape != x.shape:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyflocality._support.budget import memory_budget_bytes
-from pyflocality._support.checks import check_batch, check_level
+from pyflocality._support.checks import LevelLike, as_pair, check_batch, check_level
 from pyflocality.backends.selection import OPERATIONS, requested_backend
 from pyflocality.denoisers.base import Denoiser, PosteriorDenoiser, join_levels, split_levels
 from pyflocality.denoisers.pca_locality import PCALocalityDenoiser
@@ -19,10 +19,10 @@ def jacobian_row(
     denoiser: Denoiser,
     x: Tensor,
     pixel: tuple[int, int, int],
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor,
 ) -> Tensor:
-    """Derivatives of one output value by the inputs, [B, C, H, W].
+    """Derivatives of one output value with respect to the inputs, [B, C, H, W].
 
     An output whose posterior compares a set of inputs with weights 1 is one value of the optimal
     denoiser of these inputs alone, whose Jacobian is symmetric: its row is its product with one
@@ -30,6 +30,7 @@ def jacobian_row(
     transposed Jacobian.
     """
     x = check_batch(x, denoiser.image_shape, denoiser.device, "x")
+    sigma, alpha = as_pair(sigma, alpha)
     sigma = check_level(sigma, len(x), x.device, "sigma", allow_zero=False)
     alpha = check_level(alpha, len(x), x.device, "alpha", allow_zero=False)
     if len(x) > 0 and _has_rows_of_its_own(denoiser):

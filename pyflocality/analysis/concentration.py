@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyflocality._support.checks import describe
+from pyflocality._support.checks import LevelLike, as_pair, describe
 from pyflocality.denoisers.queries import QueryDenoiser
 
 # Relative step of the slope, and the weights of a central difference of sixth order at one, two
@@ -39,7 +39,7 @@ class Concentration(NamedTuple):
 
 
 def posterior_concentration(
-    denoiser: QueryDenoiser, x: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0
+    denoiser: QueryDenoiser, x: Tensor, sigma: LevelLike, alpha: float | Tensor = 1.0
 ) -> Concentration:
     """Effective sample size and entropy of a denoiser's posteriors.
 
@@ -50,7 +50,7 @@ def posterior_concentration(
             (Q = 1), `LocalDenoiser` (Q = H W) or `PCALocalityDenoiser` with exact aggregation
             (Q = C H W).
         x: Noisy images, [B, C, H, W].
-        sigma: Noise level, a number or [B], positive.
+        sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
 
     Raises:
@@ -62,6 +62,7 @@ def posterior_concentration(
             "`denoiser` must be an OptimalDenoiser, a LocalDenoiser or a PCALocalityDenoiser, got "
             f"{describe(denoiser)}"
         )
+    sigma, alpha = as_pair(sigma, alpha)
 
     def log_sum(factor: float) -> Tensor:
         temperature = denoiser.temperature / factor

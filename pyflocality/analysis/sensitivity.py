@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 
 from pyflocality._support.checks import (
+    LevelLike,
+    NoiseLevel,
+    as_pair,
     check_count,
     check_flag,
     check_float_tensor,
@@ -47,7 +50,7 @@ Pixel = tuple[int, int, int]
 def sensitivity(
     denoiser: Denoiser,
     x: Tensor,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor = 1.0,
     *,
     pixel: Pixel,
@@ -60,7 +63,7 @@ def sensitivity(
     Args:
         denoiser: Any denoiser of this library.
         x: Noisy images, [B, C, H, W].
-        sigma: Noise level, a number or [B], positive.
+        sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         pixel: Channel, row and column (c, h, w) of the output value; negative ones count from
             the end.
@@ -152,15 +155,20 @@ def sensitivity_along_run(
     fields = out.x_t.new_zeros(len(visited), len(chosen), *denoiser.image_shape)
     visits = list(enumerate(visited))
     for row, step in progress_bar(visits, description="sensitivity", enabled=progress):
-        level = (float(sigma[row]), float(alpha[row]))
+        level = NoiseLevel(float(alpha[row]), float(sigma[row]))
         for column, pixel in enumerate(chosen):
-            found = sensitivity(denoiser, out.x_t[step], *level, pixel=pixel)
+            found = sensitivity(denoiser, out.x_t[step], level, pixel=pixel)
             fields[row, column] = found.mean(0)
     return SensitivityRun(fields, times, alpha, sigma, tuple(chosen))
 
 
 def high_snr_projection(
-    moments: Moments, sigma: float, alpha: float = 1.0, *, pixel: Pixel, ratio: float = 1.0
+    moments: Moments,
+    sigma: float | NoiseLevel,
+    alpha: float = 1.0,
+    *,
+    pixel: Pixel,
+    ratio: float = 1.0,
 ) -> Tensor:
     r"""Absolute row of the projection on the principal components of high signal-to-noise ratio.
 
@@ -170,7 +178,7 @@ def high_snr_projection(
 
     Args:
         moments: Moments of the training set.
-        sigma: Noise level, positive.
+        sigma: Noise level, positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, positive.
         pixel: Output value (c, h, w).
         ratio: The smallest ratio c that counts as high, positive.
@@ -186,6 +194,7 @@ def high_snr_projection(
     shape = tuple(moments.image_shape)
     row = _flat(check_pixel(pixel, shape), shape)
     ratio = check_positive(ratio, "ratio")
+    sigma, alpha = as_pair(sigma, alpha)
     sigma = check_one_level(sigma, "sigma", allow_zero=False)
     alpha = check_one_level(alpha, "alpha", allow_zero=False)
     values, vectors = moments.eigh()
@@ -219,7 +228,7 @@ def pattern_variance(moments: Moments, pattern: Tensor) -> float:
 
 
 def snr_ruler(
-    moments: Moments, pattern: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0
+    moments: Moments, pattern: Tensor, sigma: LevelLike, alpha: float | Tensor = 1.0
 ) -> Tensor:
     r"""Signal-to-noise ratio :math:`\alpha^2 \lambda_W / \sigma^2` of a pattern, float64 [L].
 
@@ -229,7 +238,7 @@ def snr_ruler(
     Args:
         moments: Moments of the training set.
         pattern: W, [C, H, W].
-        sigma: Noise levels, a number or [L], positive.
+        sigma: Noise levels, a number or [L], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficients, a number or [L], positive.
 
     Raises:
@@ -237,6 +246,7 @@ def snr_ruler(
         ValueError: An argument has the wrong shape or range.
     """
     check_moments(moments)
+    sigma, alpha = as_pair(sigma, alpha)
     levels = 1
     for name, level in (("sigma", sigma), ("alpha", alpha)):
         if isinstance(level, Tensor) and check_tensor(level, name).ndim:

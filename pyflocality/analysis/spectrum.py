@@ -23,6 +23,9 @@ import torch
 from torch import Tensor
 
 from pyflocality._support.checks import (
+    LevelLike,
+    NoiseLevel,
+    as_pair,
     check_batch,
     check_count,
     check_flag,
@@ -88,7 +91,7 @@ class Trace(NamedTuple):
 def jacobian_spectrum(
     denoiser: Denoiser,
     x: Tensor,
-    sigma: float,
+    sigma: float | NoiseLevel,
     alpha: float = 1.0,
     k: int = 20,
     *,
@@ -100,7 +103,7 @@ def jacobian_spectrum(
     Args:
         denoiser: Any denoiser of this library.
         x: One noisy image, [C, H, W] or [1, C, H, W].
-        sigma: Noise level, positive.
+        sigma: Noise level, positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, positive.
         k: Number of eigenpairs, at most C H W - 2.
         symmetrized: Take :math:`(J + J^\top) / 2`, whose eigenvalues are real. The Jacobian of
@@ -153,7 +156,7 @@ def jacobian_spectrum(
 def jacobian_singular(
     denoiser: Denoiser,
     x: Tensor,
-    sigma: float,
+    sigma: float | NoiseLevel,
     alpha: float = 1.0,
     k: int = 20,
     *,
@@ -185,7 +188,7 @@ def jacobian_singular(
 def jacobian_trace(
     denoiser: Denoiser,
     x: Tensor,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor = 1.0,
     *,
     probes: int = 32,
@@ -200,7 +203,7 @@ def jacobian_trace(
     Args:
         denoiser: Any denoiser of this library.
         x: Noisy images, [B, C, H, W].
-        sigma: Noise level, a number or [B], positive.
+        sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         probes: Number of probes, at least 2; the standard error falls as its square root.
         generator: Source of randomness; by default a fixed seed.
@@ -226,7 +229,7 @@ def jacobian_trace(
 
 
 def local_linearity(
-    denoiser: Denoiser, x: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0
+    denoiser: Denoiser, x: Tensor, sigma: LevelLike, alpha: float | Tensor = 1.0
 ) -> Tensor:
     """How far a denoiser is from its own linearisation: |J x - f(x)| / |f(x)|, float64 [B].
 
@@ -236,7 +239,7 @@ def local_linearity(
     Args:
         denoiser: Any denoiser of this library.
         x: Noisy images, [B, C, H, W].
-        sigma: Noise level, a number or [B].
+        sigma: Noise level, a number or [B]; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B].
 
     Raises:
@@ -254,7 +257,7 @@ class _Jacobian:
     """The Jacobian at one noisy image as a linear operator on vectors of D values."""
 
     def __init__(
-        self, denoiser: Denoiser, x: Tensor, sigma: float | Tensor, alpha: float | Tensor
+        self, denoiser: Denoiser, x: Tensor, sigma: LevelLike, alpha: float | Tensor
     ) -> None:
         check_denoiser(denoiser)
         if check_tensor(x, "x").ndim == 3:
@@ -263,6 +266,7 @@ class _Jacobian:
             raise ValueError(
                 f"`x` must be one image {list(denoiser.image_shape)}, got {describe(x)}"
             )
+        sigma, alpha = as_pair(sigma, alpha)
         sigma = check_level(sigma, 1, x.device, "sigma", allow_zero=False)
         alpha = check_level(alpha, 1, x.device, "alpha", allow_zero=False)
         x = check_batch(x, denoiser.image_shape, denoiser.device, "x").detach()

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from pyflocality._support.budget import memory_budget_bytes
 from pyflocality._support.checks import (
+    LevelLike,
+    as_pair,
     check_batch,
     check_choice,
     check_device,
@@ -94,13 +96,13 @@ class Denoiser(nn.Module):
         """Device that inputs must be on."""
         raise AttributeError(f"{type(self).__name__} does not say which device it is on")
 
-    def forward(self, x: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0) -> Tensor:
+    def forward(self, x: Tensor, sigma: LevelLike, alpha: float | Tensor = 1.0) -> Tensor:
         """Estimate the clean images.
 
         Args:
             x: Noisy images x = alpha x0 + sigma noise, floating point, [B, C, H, W].
             sigma: Noise level, a number or a tensor [B], not negative; 0 is the limit of no
-                noise. Schedules answer (alpha, sigma), in the other order.
+                noise. Or a `NoiseLevel`, as schedules answer it, for both coefficients.
             alpha: Signal coefficient, a number or a tensor [B], positive.
 
         Returns:
@@ -116,7 +118,7 @@ class Denoiser(nn.Module):
         self,
         x: Tensor,
         tangents: Tensor,
-        sigma: float | Tensor,
+        sigma: LevelLike,
         alpha: float | Tensor = 1.0,
     ) -> tuple[Tensor, Tensor]:
         r"""The estimates and their derivatives J u along K tangents u of the noisy images.
@@ -127,7 +129,7 @@ class Denoiser(nn.Module):
         Args:
             x: Noisy images, [B, C, H, W].
             tangents: Directions u in the space of x, dtype of x, [K, B, C, H, W].
-            sigma: Noise level, a number or a tensor [B], positive.
+            sigma: Noise level, a number or a tensor [B], positive; or a `NoiseLevel` for both.
             alpha: Signal coefficient, a number or a tensor [B], positive.
 
         Returns:
@@ -154,7 +156,7 @@ class Denoiser(nn.Module):
         self,
         x: Tensor,
         cotangents: Tensor,
-        sigma: float | Tensor,
+        sigma: LevelLike,
         alpha: float | Tensor = 1.0,
     ) -> Tensor:
         r"""Transposed derivatives :math:`J^\top g` along K cotangents g of the estimates.
@@ -165,7 +167,7 @@ class Denoiser(nn.Module):
         Args:
             x: Noisy images, [B, C, H, W].
             cotangents: Directions g in the space of the estimates, dtype of x, [K, B, C, H, W].
-            sigma: Noise level, a number or a tensor [B], positive.
+            sigma: Noise level, a number or a tensor [B], positive; or a `NoiseLevel` for both.
             alpha: Signal coefficient, a number or a tensor [B], positive.
 
         Returns:
@@ -184,13 +186,14 @@ class Denoiser(nn.Module):
     def _checked(
         self,
         x: Tensor,
-        sigma: float | Tensor,
+        sigma: LevelLike,
         alpha: float | Tensor,
         *,
         derivatives: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments of a call in canonical form: levels are float64 [B]."""
         x = check_batch(x, self.image_shape, self.device, "x")
+        sigma, alpha = as_pair(sigma, alpha)
         level = check_level(sigma, len(x), x.device, "sigma", allow_zero=True)
         if derivatives:
             check_noise(level, sigma)

@@ -1,7 +1,15 @@
-"""Noise schedules, and conversions between what a denoiser may predict; see `schedules`."""
+"""Noise levels, their schedules, and conversions between what a network may predict."""
 
 from __future__ import annotations
 
+from pyflocality._support.checks import NoiseLevel
+from pyflocality.noise.conversions import (
+    noise_from_x0,
+    score_from_x0,
+    v_from_x0,
+    x0_from_noise,
+    x0_from_v,
+)
 from pyflocality.noise.schedules import (
     NO_SIGNAL,
     CosineSchedule,
@@ -9,11 +17,6 @@ from pyflocality.noise.schedules import (
     FlowSchedule,
     KarrasSchedule,
     NoiseSchedule,
-    noise_from_x0,
-    score_from_x0,
-    v_from_x0,
-    x0_from_noise,
-    x0_from_v,
 )
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "DDPMSchedule",
     "FlowSchedule",
     "KarrasSchedule",
+    "NoiseLevel",
     "NoiseSchedule",
     "noise_from_x0",
     "score_from_x0",

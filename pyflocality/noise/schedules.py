@@ -1,4 +1,4 @@
-"""Noise schedules, and conversions between what a denoiser may predict.
+"""Noise schedules.
 
 Every noisy image of the library is
 
@@ -13,10 +13,6 @@ a sampler visits on its way from noise to data:
 | `CosineSchedule` | [0, 1] | cos(pi t / 2.016) | sin(pi t / 2.016) |
 | `KarrasSchedule` | the noise level itself | 1 | t |
 | `FlowSchedule` | [0, 1], data at 1 | t | 1 - t |
-
-A network may predict the clean image x0, the noise, or the velocity v = alpha noise - sigma x0;
-the score of the noisy density at x is (alpha x0 - x) / sigma^2 with x0 the posterior mean. Each is
-an affine function of the others; the functions below convert them.
 """
 
 from __future__ import annotations
@@ -26,15 +22,15 @@ import numbers
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from pyflocality._support.checks import (
     REAL_DTYPES,
+    NoiseLevel,
     check_choice,
-    check_float_tensor,
-    check_level,
     check_positive,
     check_real,
     check_rounds,
@@ -55,18 +51,24 @@ class NoiseSchedule(ABC):
     Subclasses give `timesteps` and `_levels`; schedules are immutable and compare by value.
     """
 
-    def __call__(self, t: float | Tensor) -> tuple[float, float] | tuple[Tensor, Tensor]:
-        """Noise-schedule coefficients at time t.
+    @overload
+    def __call__(self, t: float) -> NoiseLevel[float]: ...
 
-        Denoisers take them the other way round and cannot tell which is which: call them as
-        `denoiser(x, sigma, alpha)` after `alpha, sigma = schedule(t)`, never with `*schedule(t)`.
+    @overload
+    def __call__(self, t: Tensor) -> NoiseLevel[Tensor]: ...
+
+    def __call__(self, t: float | Tensor) -> NoiseLevel[float] | NoiseLevel[Tensor]:
+        """The noise level at time t.
+
+        Denoisers take it whole, `denoiser(x, schedule(t))`, or its coefficients in the other
+        order.
 
         Args:
             t: A number, or a tensor of any shape [...] of times.
 
         Returns:
-            (alpha, sigma): Python floats for a number; for a tensor float64 tensors [...] on its
-            device.
+            The pair (alpha, sigma): Python floats for a number; for a tensor float64 tensors
+            [...] on its device.
 
         Raises:
             TypeError: `t` is not a real number or tensor (a whole one for `DDPMSchedule`).
@@ -74,13 +76,13 @@ class NoiseSchedule(ABC):
         """
         alpha, sigma = self._levels(t)
         if isinstance(t, Tensor):
-            return alpha, sigma
-        return alpha.item(), sigma.item()
+            return NoiseLevel(alpha, sigma)
+        return NoiseLevel(alpha.item(), sigma.item())
 
     @property
-    def final(self) -> tuple[float, float]:
-        """(alpha, sigma) of the clean end of every sampling run: (1.0, 0.0)."""
-        return 1.0, 0.0
+    def final(self) -> NoiseLevel[float]:
+        """The clean end of every sampling run: alpha 1, sigma 0."""
+        return NoiseLevel(1.0, 0.0)
 
     @property
     def init_noise_sigma(self) -> float:
@@ -325,114 +327,6 @@ class FlowSchedule(NoiseSchedule):
         return alpha, 1.0 - alpha
 
 
-def x0_from_noise(x: Tensor, noise: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
-    """The clean image of a noise prediction: x0 = (x - sigma noise) / alpha.
-
-    Args:
-        x: Noisy images [B, ...].
-        noise: Predicted noise [B, ...].
-        alpha: Signal coefficient above 0, a number or [B].
-        sigma: Noise coefficient of at least 0, a number or [B].
-
-    Returns:
-        x0 [B, ...].
-
-    Raises:
-        TypeError: An image is not a floating-point tensor, or a coefficient not a real number.
-        ValueError: The shapes differ, or a coefficient is out of range.
-    """
-    alpha, sigma = _coefficients(x, noise, "noise", alpha, sigma, clean=True)
-    return (x - sigma * noise) / alpha
-
-
-def x0_from_v(x: Tensor, v: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
-    """The clean image of a velocity prediction: x0 = (alpha x - sigma v) / (alpha^2 + sigma^2).
-
-    The velocity is v = alpha noise - sigma x0 (Salimans & Ho 2022). The denominator is 1 for
-    variance-preserving schedules and makes the conversion right for all others.
-
-    Args:
-        x: Noisy images [B, ...].
-        v: Predicted velocity [B, ...].
-        alpha: Signal coefficient above 0, a number or [B].
-        sigma: Noise coefficient of at least 0, a number or [B].
-
-    Returns:
-        x0 [B, ...].
-
-    Raises:
-        TypeError: An image is not a floating-point tensor, or a coefficient not a real number.
-        ValueError: The shapes differ, or a coefficient is out of range.
-    """
-    alpha, sigma = _coefficients(x, v, "v", alpha, sigma, clean=True)
-    return (alpha * x - sigma * v) / (alpha**2 + sigma**2)
-
-
-def noise_from_x0(x: Tensor, x0: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
-    """The noise that a clean image implies: noise = (x - alpha x0) / sigma.
-
-    Args:
-        x: Noisy images [B, ...].
-        x0: Clean images [B, ...].
-        alpha: Signal coefficient above 0, a number or [B].
-        sigma: Noise coefficient above 0, a number or [B].
-
-    Returns:
-        The noise [B, ...].
-
-    Raises:
-        TypeError: An image is not a floating-point tensor, or a coefficient not a real number.
-        ValueError: The shapes differ, or a coefficient is out of range.
-    """
-    alpha, sigma = _coefficients(x, x0, "x0", alpha, sigma)
-    return (x - alpha * x0) / sigma
-
-
-def v_from_x0(x: Tensor, x0: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
-    """The velocity that a clean image implies: v = alpha noise - sigma x0.
-
-    With noise = (x - alpha x0) / sigma; the inverse of `x0_from_v`.
-
-    Args:
-        x: Noisy images [B, ...].
-        x0: Clean images [B, ...].
-        alpha: Signal coefficient above 0, a number or [B].
-        sigma: Noise coefficient above 0, a number or [B].
-
-    Returns:
-        The velocity [B, ...].
-
-    Raises:
-        TypeError: An image is not a floating-point tensor, or a coefficient not a real number.
-        ValueError: The shapes differ, or a coefficient is out of range.
-    """
-    alpha, sigma = _coefficients(x, x0, "x0", alpha, sigma)
-    return alpha * ((x - alpha * x0) / sigma) - sigma * x0
-
-
-def score_from_x0(x: Tensor, x0: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
-    """The score that a posterior mean implies: (alpha x0 - x) / sigma^2 (Tweedie's formula).
-
-    With x0 = E[x0 | x] it is the gradient in x of the log-density of the noisy images.
-
-    Args:
-        x: Noisy images [B, ...].
-        x0: Posterior mean [B, ...].
-        alpha: Signal coefficient above 0, a number or [B].
-        sigma: Noise coefficient above 0, a number or [B].
-
-    Returns:
-        The score [B, ...].
-
-    Raises:
-        TypeError: An image is not a floating-point tensor, or a coefficient not a real number.
-        ValueError: The shapes differ, or a coefficient is out of range.
-    """
-    alpha, sigma = _coefficients(x, x0, "x0", alpha, sigma)
-    # Two divisions: the square of a small sigma leaves the range of half precision.
-    return (alpha * x0 - x) / sigma / sigma
-
-
 def _keep(schedule: object, **fields: float) -> None:
     """Set fields of a frozen dataclass."""
     for name, value in fields.items():
@@ -460,32 +354,3 @@ def _check_times(
         raise ValueError(f"`{name}` must lie in {bounds}, got {describe(t)}")
     number = int if whole else float
     return times if is_tensor else torch.tensor(number(times), dtype=dtype, device="cpu")
-
-
-def _coefficients(
-    x: Tensor,
-    prediction: Tensor,
-    name: str,
-    alpha: float | Tensor,
-    sigma: float | Tensor,
-    *,
-    clean: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Check a conversion; (alpha, sigma) in x's dtype, shaped [B, 1, ..] to multiply images.
-
-    The images' values are not inspected: conversions run inside networks and under transforms.
-    """
-    for image, label in ((x, "x"), (prediction, name)):
-        check_float_tensor(image, label, finite=False)
-    if prediction.device != x.device:
-        raise ValueError(f"`{name}` must be on {x.device} like `x`, got {describe(prediction)}")
-    if x.ndim == 0 or prediction.shape != x.shape:
-        raise ValueError(
-            f"`{name}` must have the shape [B, ...] of `x`, {list(x.shape)}, "
-            f"got {describe(prediction)}"
-        )
-    batch = x.shape[0]
-    column = (batch,) + (1,) * (x.ndim - 1)
-    alpha = check_level(alpha, batch, x.device, "alpha", allow_zero=False)
-    sigma = check_level(sigma, batch, x.device, "sigma", allow_zero=clean)
-    return alpha.to(x.dtype).reshape(column), sigma.to(x.dtype).reshape(column)

@@ -13,6 +13,8 @@ from torch import Tensor
 from pyflocality._support.budget import check_least, images_per_chunk, memory_budget_bytes
 from pyflocality._support.checks import (
     FLOAT_DTYPES,
+    LevelLike,
+    as_pair,
     check_batch,
     check_choice,
     check_compute_dtype,
@@ -187,7 +189,7 @@ def check_images(images: object) -> Tensor:
 def posterior_problem(
     x: Tensor,
     images: Tensor,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor,
     *,
     temperature: float = 1.0,
@@ -208,6 +210,7 @@ def posterior_problem(
     images = check_images(images)
     augmentation = check_augmentation(augmentation, images.shape[1:])
     x = check_batch(x, images.shape[1:], images.device, "x")
+    sigma, alpha = as_pair(sigma, alpha)
     sigma = check_level(sigma, len(x), x.device, "sigma", allow_zero=True)
     alpha = check_level(alpha, len(x), x.device, "alpha", allow_zero=False)
     check_magnitude(x, alpha, "x")

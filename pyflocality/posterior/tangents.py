@@ -7,7 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyflocality._support.checks import check_float_tensor, check_level, describe
+from pyflocality._support.checks import (
+    LevelLike,
+    as_pair,
+    check_float_tensor,
+    check_level,
+    describe,
+)
 from pyflocality._support.transforms import has_readable_values, is_differentiated
 from pyflocality.posterior.call import Call
 from pyflocality.posterior.problem import PosteriorProblem
@@ -16,7 +22,7 @@ from pyflocality.posterior.problem import PosteriorProblem
 def check_tangents(
     tangents: object,
     x: Tensor,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     problem: PosteriorProblem,
     name: str = "tangents",
 ) -> Tensor:
@@ -29,6 +35,7 @@ def check_tangents(
         problem: The problem made of them.
         name: Name of the argument in error messages.
     """
+    sigma, _ = as_pair(sigma)
     check_noise(check_level(sigma, len(x), x.device, "sigma", allow_zero=True), sigma)
     return check_directions(tangents, x, name).to(problem.x.dtype)
 

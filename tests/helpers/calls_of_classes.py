@@ -157,6 +157,12 @@ def classes() -> dict[str, Call]:
             {"sigma_min": real(0.0), "sigma_max": real(0.0), "rho": real(0.0)},
         ),
         "CosineSchedule": call(pf.CosineSchedule),
+        "NoiseLevel": call(
+            pf.NoiseLevel,
+            dict.fromkeys(("alpha", "sigma"), real(0.0, low_open=False, tensors=True, shapes=True)),
+            alpha=0.9,
+            sigma=0.5,
+        ),
         "FlowSchedule": call(pf.FlowSchedule, {"t_min": real(0.0, 1.0)}),
         "DDIM": call(pf.DDIM, {"eta": real(0.0, 1.0, low_open=False, high_open=False)}),
         "WindowTable": call(

@@ -14,11 +14,11 @@ from __future__ import annotations
 from pyflocality._support.checks.describing import describe
 from pyflocality._support.checks.levels import (
     LARGEST,
-    REAL_DTYPES,
     check_level,
     check_magnitude,
     check_one_level,
 )
+from pyflocality._support.checks.noise_level import LevelLike, NoiseLevel, as_pair
 from pyflocality._support.checks.numeric import (
     check_count,
     check_positive,
@@ -44,6 +44,7 @@ from pyflocality._support.checks.shapes import (
 )
 from pyflocality._support.checks.tensors import (
     FLOAT_DTYPES,
+    REAL_DTYPES,
     check_batch,
     check_compute_dtype,
     check_finite,
@@ -55,7 +56,10 @@ from pyflocality._support.checks.tensors import (
 __all__ = [
     "FLOAT_DTYPES",
     "LARGEST",
+    "NoiseLevel",
     "REAL_DTYPES",
+    "LevelLike",
+    "as_pair",
     "check_batch",
     "check_callable",
     "check_choice",

@@ -9,21 +9,11 @@ from torch import Tensor
 
 from pyflocality._support.checks.describing import describe
 from pyflocality._support.checks.numeric import check_real
-from pyflocality._support.checks.tensors import FLOAT_DTYPES, check_tensor
+from pyflocality._support.checks.tensors import REAL_DTYPES, check_tensor
 from pyflocality._support.transforms import has_readable_values, is_traced
 
 # Values whose squares, summed over an image, stay far from the end of float32.
 LARGEST = 1e12
-REAL_DTYPES = FLOAT_DTYPES | {
-    torch.uint8,
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-}
 
 
 def check_level(

@@ -15,6 +15,16 @@ from pyflocality._support.transforms import has_readable_values, is_traced
 
 # What torch computes with everywhere; float8 and float4 are for storage alone.
 FLOAT_DTYPES = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
+REAL_DTYPES = FLOAT_DTYPES | {
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+}
 
 
 def is_without_values(where: Tensor | torch.device) -> bool:
