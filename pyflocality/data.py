@@ -32,6 +32,7 @@ from pyflocality._support.text import printable, printable_errors
 from pyflocality.posterior.ranks import plain, ranks_of
 from pyflocality.sources.base import MappedImages, Request
 from pyflocality.sources.layout import check_layout
+from pyflocality.sources.registry import open_source
 from pyflocality.sources.validation import (
     as_image_tensor,
     as_labels,
@@ -196,9 +197,6 @@ class TrainingSet:
             UserWarning: The source holds what the set does not take: how many files, the first of
                 them, and why.
         """
-        # Sources make training sets themselves.
-        from pyflocality.sources.registry import open_source
-
         request = Request.checked(resolution, channels, split, cache_dir, progress, layout)
         with printable_errors():
             loaded = open_source(source, request)

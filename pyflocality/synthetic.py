@@ -34,10 +34,7 @@ from pyflocality._support.checks import (
 )
 from pyflocality.autograd.forward_mode import derivative_along
 from pyflocality.data import TrainingSet
-
-# Seeds the generator of a caller who passes none, so that a set is always the same.
-_SEED = 0
-_CHUNK = 512
+from pyflocality.sources import drawn
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,10 @@ class DiskParameters:
     foreground: Tensor
     background: Tensor
 
+    def stacked(self) -> Tensor:
+        """All coordinates in that order, [5, n]."""
+        return torch.stack([getattr(self, field.name) for field in fields(self)])
+
 
 def draw_disks(n: int, size: int, generator: torch.Generator) -> DiskParameters:
     """Draw disks that lie inside an image of `size` x `size` pixels.
@@ -67,14 +68,7 @@ def draw_disks(n: int, size: int, generator: torch.Generator) -> DiskParameters:
     """
     n, size = _check_sizes(n, size)
     check_instance(generator, "generator", torch.Generator)
-    uniform = torch.rand(5, n, generator=generator, dtype=torch.float64, device="cpu")
-    return DiskParameters(
-        x=size * (0.25 + 0.5 * uniform[0]),
-        y=size * (0.25 + 0.5 * uniform[1]),
-        radius=size * (0.1 + 0.15 * uniform[2]),
-        foreground=2.0 * uniform[3] - 1.0,
-        background=2.0 * uniform[4] - 1.0,
-    )
+    return DiskParameters(*drawn.disk_coordinates(n, size, generator))
 
 
 def render_disks(parameters: DiskParameters, size: int) -> Tensor:
@@ -85,44 +79,31 @@ def render_disks(parameters: DiskParameters, size: int) -> Tensor:
     """
     parameters = _check_parameters(parameters)
     _, size = _check_sizes(len(parameters.x), size)
-    return _rendered(parameters, size)
-
-
-def _rendered(parameters: DiskParameters, size: int) -> Tensor:
-    centres = torch.arange(size, dtype=torch.float64, device=parameters.x.device) + 0.5
-    across = centres[None, None, :] - parameters.x[:, None, None]
-    down = centres[None, :, None] - parameters.y[:, None, None]
-    distance = torch.hypot(across, down)
-    share = (parameters.radius[:, None, None] - distance + 0.5).clamp(0.0, 1.0)
-    background = parameters.background[:, None, None]
-    image = background + (parameters.foreground[:, None, None] - background) * share
-    return image[:, None]
+    return drawn.disks(parameters.stacked(), size)
 
 
 def disk_tangents(parameters: DiskParameters, size: int) -> Tensor:
-    """Tangent vectors of the manifold of disks: derivatives of the images by the parameters.
+    """Tangent vectors of the manifold of disks: derivatives of its images.
 
     Args:
         parameters: Coordinates of n disks.
         size: Height and width in pixels.
 
     Returns:
-        Derivatives by x, y, radius, foreground and background, float64 [n, 5, 1, size, size].
-        They are linearly independent where foreground and background differ and the disk lies
-        inside the image.
+        Derivatives with respect to x, y, radius, foreground and background, float64
+        [n, 5, 1, size, size]. They are linearly independent where foreground and background
+        differ and the disk lies inside the image.
     """
     parameters = _check_parameters(parameters)
     _, size = _check_sizes(len(parameters.x), size)
-    coordinates = torch.stack([getattr(parameters, f.name) for f in fields(parameters)])
-
-    def render(values: Tensor) -> Tensor:
-        return _rendered(DiskParameters(*values), size)
-
+    coordinates = parameters.stacked()
     rows = []
     for row in range(len(coordinates)):
         direction = torch.zeros_like(coordinates)
         direction[row] = 1.0
-        rows.append(derivative_along(render, coordinates, direction)[1])
+        rows.append(
+            derivative_along(lambda values: drawn.disks(values, size), coordinates, direction)[1]
+        )
     return torch.stack(rows, 1)
 
 
@@ -152,7 +133,8 @@ def disks(
     """
     n, size = _check_sizes(n, size)
     centred = check_flag(centred, "centred")
-    parameters = draw_disks(n, size, _generator(generator))
+    check_generator(generator)
+    parameters = draw_disks(n, size, drawn.seeded(generator))
     if centred:
         middle = torch.full_like(parameters.x, size / 2)
         parameters = replace(parameters, x=middle, y=middle)
@@ -186,15 +168,8 @@ def c_alpha(
     n, size = _check_sizes(n, size)
     # Beyond it every series is its first wave, to the last digit of float64.
     alpha = check_real(alpha, "alpha", low=0.0, high=100.0, above=True)
-    generator = _generator(generator)
-    images = torch.empty(n, 1, size, size, dtype=torch.float32, device="cpu")
-    middle = torch.arange(size, dtype=torch.float64, device="cpu") + 0.5
-    for start in range(0, n, _CHUNK):
-        part = images[start : start + _CHUNK]
-        contour = size * (0.5 + 0.25 * _regular((len(part), size), alpha + 0.5, generator))
-        share = (contour[:, None, :] - middle[None, :, None] + 0.5).clamp(0.0, 1.0)
-        above, below = (_background(len(part), size, alpha, generator) for _ in range(2))
-        part[:, 0] = below + (above - below) * share
+    check_generator(generator)
+    images = drawn.c_alpha(n, size, alpha, drawn.seeded(generator))
     return TrainingSet._of_valid(images, "c_alpha")
 
 
@@ -246,10 +221,11 @@ def inject_pattern(
             f"{describe(pattern)}"
         )
     gamma = check_real(gamma, "gamma", low=0.0, high=1.0, above=True)
-    source = _generator(generator)
+    check_generator(generator)
+    source = drawn.seeded(generator)
     images = torch.empty_like(data.images)
-    for start in range(0, len(data), _CHUNK):
-        part = images[start : start + _CHUNK]
+    for start in range(0, len(data), drawn.CHUNK):
+        part = images[start : start + drawn.CHUNK]
         colour = (
             2.0 * torch.rand(len(part), channels, 1, 1, generator=source, dtype=torch.float32) - 1.0
         )
@@ -261,26 +237,6 @@ def inject_pattern(
     return TrainingSet(
         images, data.labels, name=f"{data.name} with a pattern", label_names=data.label_names
     )
-
-
-def _background(n: int, size: int, alpha: float, generator: torch.Generator) -> Tensor:
-    uniform = torch.rand(n, 1, 1, generator=generator, dtype=torch.float64, device="cpu")
-    return 1.2 * uniform - 0.6 + 0.4 * _regular((n, size, size), alpha + 1.0, generator)
-
-
-def _regular(shape: tuple[int, ...], decay: float, generator: torch.Generator) -> Tensor:
-    """Random series with amplitudes |k|^-decay and largest absolute value 1, per image."""
-    axes = tuple(range(1, len(shape)))
-    double = [2 * length for length in shape[1:]]
-    kind = {"dtype": torch.float64, "device": "cpu"}
-    frequencies = [torch.fft.fftfreq(length, 1 / length, **kind) for length in double]
-    frequencies[-1] = torch.fft.rfftfreq(double[-1], 1 / double[-1], **kind)
-    squared = sum(k**2 for k in torch.meshgrid(*frequencies, indexing="ij"))
-    amplitude = torch.where(squared > 0, squared, torch.inf) ** (-0.5 * decay)
-    noise = torch.randn(shape[0], *double, generator=generator, **kind)
-    series = torch.fft.irfftn(torch.fft.rfftn(noise, dim=axes) * amplitude, dim=axes)
-    series = series[(slice(None), *(slice(length) for length in shape[1:]))]
-    return series / series.abs().amax(dim=axes, keepdim=True)
 
 
 def _check_sizes(n: object, size: object) -> tuple[int, int]:
@@ -303,8 +259,3 @@ def _check_parameters(parameters: object) -> DiskParameters:
                 f"{describe(value)}"
             )
     return parameters
-
-
-def _generator(generator: torch.Generator | None) -> torch.Generator:
-    check_generator(generator)
-    return torch.Generator("cpu").manual_seed(_SEED) if generator is None else generator

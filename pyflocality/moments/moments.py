@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,13 +37,11 @@ from pyflocality._support.progress import progress_bar
 from pyflocality._support.threads import Lock
 from pyflocality._support.waiting import interruptible
 from pyflocality.backends.selection import BACKENDS, BackendUnavailableError
+from pyflocality.data import TrainingSet
 from pyflocality.moments.files import checksum, read_moments, write_moments
 from pyflocality.moments.sums import BLOCK_BYTES, Blend, ByteSums, FloatSums, kind_of_sums
 from pyflocality.posterior.ranks import plain, ranks_of
 from pyflocality.storage.reader import Reader
-
-if TYPE_CHECKING:
-    from pyflocality.data import TrainingSet
 
 # Values from which on the eigenvectors of a covariance take a good part of a second.
 _LONG_EIGH = 512
@@ -107,9 +105,6 @@ class Moments:
             TypeError: `data` is neither.
             ValueError: There are no images, or they hold NaN or infinite values.
         """
-        # Training sets are made of moments elsewhere.
-        from pyflocality.data import TrainingSet
-
         if not isinstance(data, (TrainingSet, Tensor)):
             raise TypeError(f"`data` must be a TrainingSet or a torch.Tensor, got {describe(data)}")
         progress = check_flag(progress, "progress")

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
+from torch import Tensor
 
-from pyflocality import synthetic
+from pyflocality.sources import drawn
 from pyflocality.sources.arrays import convert
 from pyflocality.sources.base import Loaded, Request, refuse_split
 
@@ -65,15 +66,22 @@ def _grid_patches(photo: np.ndarray, stride: int) -> np.ndarray:
     return windows[::stride, ::stride].reshape(-1, 3, PATCH, PATCH)
 
 
-def _synthetic(name: str) -> Callable[[Request], Loaded]:
+def _drawn(name: str, draw: Callable[[int], Tensor]) -> Callable[[Request], Loaded]:
     def load(request: Request) -> Loaded:
-        # Rendered at the size asked for, where it is square: nothing is lost by resampling.
-        height, width = request.resolution or (SYNTHETIC_SIZE, SYNTHETIC_SIZE)
-        size = height if height == width else max(height, width)
-        data = getattr(synthetic, name)(SYNTHETIC_IMAGES, size)
-        return Loaded(data.images.numpy(), name)
+        # Drawn at the size asked for, where it is square: nothing is lost by resampling.
+        size = max(request.resolution or (SYNTHETIC_SIZE,))
+        return Loaded(draw(size).numpy(), name)
 
     return load
+
+
+def _disks(size: int) -> Tensor:
+    coordinates = drawn.disk_coordinates(SYNTHETIC_IMAGES, size, drawn.seeded(None))
+    return drawn.disks(coordinates, size).float()
+
+
+def _c_alpha(size: int) -> Tensor:
+    return drawn.c_alpha(SYNTHETIC_IMAGES, size, 2.0, drawn.seeded(None))
 
 
 def _sklearn_datasets(name: str) -> ModuleType:
@@ -90,6 +98,6 @@ def _sklearn_datasets(name: str) -> ModuleType:
 BUILTINS: dict[str, Callable[[Request], Loaded]] = {
     "digits": digits,
     "photos": photos,
-    "disks": _synthetic("disks"),
-    "c_alpha": _synthetic("c_alpha"),
+    "disks": _drawn("disks", _disks),
+    "c_alpha": _drawn("c_alpha", _c_alpha),
 }

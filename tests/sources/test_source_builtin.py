@@ -16,7 +16,7 @@ from source_files import (
 
 import pyflocality as pf
 from pyflocality import synthetic
-from pyflocality.sources import builtin
+from pyflocality.sources import builtin, drawn
 
 
 def test_digits():
@@ -149,7 +149,7 @@ def test_disks_have_the_value_and_the_area_of_their_parameters():
 def test_c_alpha_backgrounds_are_as_regular_as_asked(alpha):
     """Below 1, alpha is the exponent at which differences grow with their distance."""
     generator = torch.Generator().manual_seed(3)
-    field = synthetic._regular((30, 256, 256), alpha + 1.0, generator).numpy()
+    field = drawn._regular((30, 256, 256), alpha + 1.0, generator).numpy()
     near, far = (np.std(field[:, :, step:] - field[:, :, :-step]) for step in (4, 16))
     # Frequencies beyond the grid are missing, which makes short differences smaller.
     assert np.log(far / near) / np.log(4) == pytest.approx(alpha, abs=0.08)
