@@ -8,13 +8,20 @@ yardsticks are what `benchmarks.cpu_suite` is for.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pyflocality as pf
 
+from .kernels.registry import Case
 from .kernels.runner import assert_backend, check_workload, torch_threads
+from .kernels.sets import BenchmarkSet
 from .kernels.workloads import make_workload
 
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
-def test_case(case, data, benchmark):
+
+def test_case(case: Case, data: BenchmarkSet, benchmark: BenchmarkFixture) -> None:
     with torch_threads(case.threads):
         workload = make_workload(case, data)
         check_workload(workload)

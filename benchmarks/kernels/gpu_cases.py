@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .registry import DDIM_STEPS
 
@@ -151,7 +152,7 @@ def _triton(
     *,
     marks: tuple[str, ...] = (),
     seconds: float = 3,
-    **more,
+    **more: Any,
 ) -> GpuCase:
     return GpuCase(op, "triton", data, batch, timestep, yardsticks=marks, seconds=seconds, **more)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
@@ -18,7 +19,9 @@ def pretend_gpu(stack: ExitStack) -> None:
     for name in ("machine_reason", "_device_reason"):
         reason = getattr(_backends, name)
 
-        def answer(backend: str, *device, reason=reason) -> str | None:
+        def answer(
+            backend: str, *device: object, reason: Callable[..., str | None] = reason
+        ) -> str | None:
             return None if backend == "triton" else reason(backend, *device)
 
         stack.enter_context(mock.patch.object(_backends, name, answer))

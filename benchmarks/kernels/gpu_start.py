@@ -16,8 +16,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from .gpu_kernels import ROOT, find_checkout_packages, pretend_gpu
+
+if TYPE_CHECKING:
+    import torch
 
 # Backend by operation, a kernel of each kind: several small ones, one large one, and one that NVRTC
 # compiles.
@@ -93,7 +97,7 @@ def first_calls(op: str) -> dict[str, float]:
     return {"first_seconds": seconds[0], "second_seconds": seconds[1]}
 
 
-def _call(op: str, device) -> Callable:
+def _call(op: str, device: torch.device) -> Callable:
     import torch
 
     from pyflocality import ops
