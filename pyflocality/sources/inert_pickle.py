@@ -4,16 +4,18 @@ Python's own unpickler calls what a file names. Here a name is a word: an array,
 written as bytes are told by the few names that NumPy and Python write for them, everything else
 is refused. What comes out is None, bool, int, float, bytes, str, list, tuple, dict (with keys of
 text) and arrays of numbers over the file's own bytes. The file's size and a number of steps bound
-the time and the memory: a length is compared with what is there before anything is made.
+the time and the memory: `pickletools` takes what an instruction is followed by out of the file,
+and never more than is there.
 """
 
 from __future__ import annotations
 
 import codecs
+import io
 import re
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
+from pickletools import code2op
 from typing import Any, NoReturn
 
 import numpy as np
@@ -83,94 +85,73 @@ class _Reader:
     """The machine that pickles are programs of: a stack of values and a memo of numbered ones."""
 
     def __init__(self, content: bytes) -> None:
-        self._content = content
-        self.position = 0
+        self._file = io.BytesIO(content)
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         # Text turned into bytes is copied; no sound pickle does that to the same text twice.
         self._bytes_left = len(content)
 
+    @property
+    def position(self) -> int:
+        """How far the file has been read."""
+        return self._file.tell()
+
     def run(self) -> Any:  # noqa: ANN401
         for _ in range(_MAX_STEPS):
-            code = self._take(1)
-            if code == b".":
+            code = self._file.read(1)
+            if not code:
+                _refuse("it ends too early")
+            instruction = code2op.get(code.decode("latin-1"))
+            name = "" if instruction is None else instruction.name
+            if name == "STOP":
                 return _finished(self._stack.pop())
-            step = _STEPS.get(code)
-            if step is None:
+            # Names and quoted text are no ASCII here, as `pickletools` takes them for.
+            if name == "STRING":
+                self._stack.append(self._quoted())
+            elif name == "GLOBAL":
+                self._push_name(*(self._file.readline()[:-1].decode() for _ in range(2)))
+            elif instruction is None or name not in _INSTRUCTIONS:
                 _refuse(f"its instruction {code!r} is not allowed")
-            step(self)
+            else:
+                self._step(name, instruction.arg and instruction.arg.reader(self._file))
         _refuse(f"it takes more than {_MAX_STEPS} steps")
 
-    # What follows an instruction in the file.
+    def _step(self, name: str, argument: Any) -> None:  # noqa: ANN401
+        """One instruction, by its name in `pickletools`, and what follows it in the file."""
+        if name in _VALUES:
+            self._stack.append(_plain(argument))
+        elif name in _CONSTANTS:
+            self._stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            self._stack.append(_EMPTY[name]())
+        elif name in _STRINGS:
+            self._stack.append(argument.encode("latin-1"))
+        elif name in _PUTS:
+            self._put(len(self._memo) if argument is None else argument)
+        elif name in _GETS:
+            self._stack.append(self._memo[argument])
+        elif name in _TUPLES:
+            items = [self._pop() for _ in range(_TUPLES[name])]
+            self._stack.append(tuple(reversed(items)))
+        elif name in _OF_ITEMS:
+            self._stack.append(_OF_ITEMS[name](self._pop_to_mark()))
+        elif name not in _LAYOUT:
+            getattr(self, f"_{name.lower()}")(*() if argument is None else (argument,))
 
-    def _take(self, size: int) -> bytes:
-        end = self.position + size
-        if end > len(self._content):
-            _refuse("it ends too early")
-        found = self._content[self.position : end]
-        self.position = end
-        return found
-
-    def _line(self) -> bytes:
-        end = self._content.find(b"\n", self.position)
-        if end < 0:
-            _refuse("it ends too early")
-        found = self._content[self.position : end]
-        self.position = end + 1
-        return found
-
-    def number(self, form: str) -> int | float:
-        return struct.unpack(form, self._take(struct.calcsize(form)))[0]
-
-    def sized(self, form: str) -> bytes:
-        return self._take(self.number(form))
-
-    def plain_line(self) -> str:
-        return self._line().decode("utf-8")
-
-    def quoted(self) -> bytes:
+    def _quoted(self) -> bytes:
         """Bytes in quotes, as Python 2 wrote them in the oldest protocol."""
-        text = self._line().strip()
+        text = self._file.readline().strip()
         if len(text) < 2 or text[:1] != text[-1:] or text[:1] not in (b"'", b'"'):
             _refuse("it holds text without quotes")
         return codecs.escape_decode(text[1:-1])[0]
 
-    def whole(self) -> int | bool:
-        text = self._line()
-        if text in (b"00", b"01"):
-            return text == b"01"
-        return _bounded(int(text[:40].rstrip(b"L")))
-
-    def little(self, size: int) -> int:
-        return _bounded(int.from_bytes(self._take(min(size, 40)), "little", signed=True))
-
-    def decimal(self) -> float:
-        return float(self._line()[:40])
-
-    def escaped(self) -> str:
-        return self._line().decode("raw-unicode-escape")
-
-    def text(self, form: str) -> str:
-        return self.sized(form).decode("utf-8", "surrogatepass")
-
-    # What instructions do.
-
-    def push(self, value: Any) -> None:  # noqa: ANN401
-        self._stack.append(value)
-
-    def pop(self) -> Any:  # noqa: ANN401
+    def _pop(self) -> Any:  # noqa: ANN401
         value = self._stack.pop()
         if value is _MARK:
             _refuse("its values are out of order")
         return value
 
-    def drop(self) -> None:
-        self._stack.pop()
-
-    def double(self) -> None:
-        self.push(self._stack[-1])
-
-    def pop_to_mark(self) -> list[Any]:
+    def _pop_to_mark(self) -> list[Any]:
         # From the end: it lies right below the items.
         start = len(self._stack) - 1
         while self._stack[start] is not _MARK:
@@ -181,62 +162,72 @@ class _Reader:
         del self._stack[start:]
         return items
 
-    def remember(self, place: int) -> None:
+    def _put(self, place: int) -> None:
         if self._stack[-1] is _MARK:
             _refuse("its values are out of order")
         self._memo[place] = self._stack[-1]
 
-    def remember_next(self) -> None:
-        self.remember(len(self._memo))
+    # Instructions that have a method of their own, by their names.
 
-    def recall(self, place: int) -> None:
-        self.push(self._memo[place])
+    def _pop_mark(self) -> None:
+        self._pop_to_mark()
 
-    def tuple_of(self, count: int) -> None:
-        items = [self.pop() for _ in range(count)]
-        self.push(tuple(reversed(items)))
+    def _dup(self) -> None:
+        self._stack.append(self._stack[-1])
 
-    def extend(self, items: list[Any]) -> None:
+    def _append(self) -> None:
+        self._extend([self._pop()])
+
+    def _appends(self) -> None:
+        self._extend(self._pop_to_mark())
+
+    def _extend(self, items: list[Any]) -> None:
         target = self._stack[-1]
         if type(target) is not list:
             _refuse("it appends to what is no list")
         target.extend(items)
 
-    def update(self, items: list[Any]) -> None:
+    def _setitem(self) -> None:
+        self._update([self._pop(), self._pop()][::-1])
+
+    def _setitems(self) -> None:
+        self._update(self._pop_to_mark())
+
+    def _update(self, items: list[Any]) -> None:
         target = self._stack[-1]
-        if type(target) is not dict or len(items) % 2:
+        if type(target) is not dict:
             _refuse("it sets items of what is no dict")
         target.update(_dict_of(items))
 
-    def name(self, module: str, name: str) -> None:
+    def _push_name(self, module: str, name: str) -> None:
         if (module, name) not in _NAMES:
             _refuse(f"it asks for {module}.{name}, which is not allowed")
-        self.push(_Name(module, name))
+        self._stack.append(_Name(module, name))
 
-    def stack_name(self) -> None:
-        name, module = self.pop(), self.pop()
+    def _stack_global(self) -> None:
+        name, module = self._pop(), self._pop()
         if type(module) is not str or type(name) is not str:
             _refuse("it asks for what has no name")
-        self.name(module, name)
+        self._push_name(module, name)
 
-    def reduce(self) -> None:
-        arguments, function = self.pop(), self.pop()
+    def _reduce(self) -> None:
+        arguments, function = self._pop(), self._pop()
         if type(function) is not _Name or type(arguments) is not tuple:
             _refuse("it calls what is no function")
         if function.name == "_reconstruct":
-            self.push(_Array())
+            self._stack.append(_Array())
         elif function.name == "dtype":
-            self.push(_Type(_numeric(arguments[0])))
+            self._stack.append(_Type(_numeric(arguments[0])))
         elif function.name == "_frombuffer":
             content, kind, shape, order = arguments
             if order not in ("C", "F"):
                 _refuse("it holds an array of unknown order")
-            self.push(_Array(_array(content, kind, shape, order == "F")))
+            self._stack.append(_Array(_array(content, kind, shape, order == "F")))
         elif function.name == "encode":
-            self.push(self._encoded(*arguments))
+            self._stack.append(self._encoded(*arguments))
         elif function.name == "bytes" and not arguments:
             # How the oldest protocols spell empty ones.
-            self.push(b"")
+            self._stack.append(b"")
         else:
             _refuse(f"it calls {function.module}.{function.name}, which is not allowed")
 
@@ -248,8 +239,8 @@ class _Reader:
             _refuse("it makes more bytes than it has")
         return text.encode("latin-1")
 
-    def build(self) -> None:
-        state, target = self.pop(), self._stack[-1]
+    def _build(self) -> None:
+        state, target = self._pop(), self._stack[-1]
         if type(state) is not tuple:
             _refuse("it builds what is no array")
         if type(target) is _Type:
@@ -269,10 +260,11 @@ def _refuse(reason: str) -> NoReturn:
     raise RefusedPickleError(reason)
 
 
-def _bounded(value: int) -> int:
-    if not -(2**63) <= value < 2**64:
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    if type(value) is int and not -(2**63) <= value < 2**64:
         _refuse("it holds a number of more than 64 bits")
-    return value
+    # Nothing here writes to them.
+    return bytes(value) if type(value) is bytearray else value
 
 
 def _dict_of(items: list[Any]) -> dict[Any, Any]:
@@ -327,76 +319,24 @@ def _finished_item(value: Any) -> Any:  # noqa: ANN401
     return value
 
 
-def _pushing(read: Callable[[_Reader], Any]) -> Callable[[_Reader], None]:
-    return lambda machine: machine.push(read(machine))
-
-
-# Instructions by their names in `pickletools`, of protocols 0 to 5.
-_STEPS: dict[bytes, Callable[[_Reader], Any]] = {
-    # PROTO, FRAME: how the file is laid out.
-    b"\x80": lambda machine: machine.number("<B"),
-    b"\x95": lambda machine: machine.number("<Q"),
-    # NONE, NEWTRUE, NEWFALSE
-    b"N": lambda machine: machine.push(None),
-    b"\x88": lambda machine: machine.push(True),
-    b"\x89": lambda machine: machine.push(False),
-    # INT, BININT, BININT1, BININT2, LONG, LONG1, LONG4
-    b"I": _pushing(_Reader.whole),
-    b"J": _pushing(lambda machine: machine.number("<i")),
-    b"K": _pushing(lambda machine: machine.number("<B")),
-    b"M": _pushing(lambda machine: machine.number("<H")),
-    b"L": _pushing(_Reader.whole),
-    b"\x8a": _pushing(lambda machine: machine.little(machine.number("<B"))),
-    b"\x8b": _pushing(lambda machine: machine.little(machine.number("<I"))),
-    # FLOAT, BINFLOAT
-    b"F": _pushing(_Reader.decimal),
-    b"G": _pushing(lambda machine: machine.number(">d")),
-    # STRING, BINSTRING, SHORT_BINSTRING: what Python 2 called text is bytes.
-    b"S": _pushing(_Reader.quoted),
-    b"T": _pushing(lambda machine: machine.sized("<I")),
-    b"U": _pushing(lambda machine: machine.sized("<B")),
-    # BINBYTES, SHORT_BINBYTES, BINBYTES8, BYTEARRAY8: nothing here writes to them.
-    b"B": _pushing(lambda machine: machine.sized("<I")),
-    b"C": _pushing(lambda machine: machine.sized("<B")),
-    b"\x8e": _pushing(lambda machine: machine.sized("<Q")),
-    b"\x96": _pushing(lambda machine: machine.sized("<Q")),
-    # UNICODE, BINUNICODE, SHORT_BINUNICODE, BINUNICODE8
-    b"V": _pushing(_Reader.escaped),
-    b"X": _pushing(lambda machine: machine.text("<I")),
-    b"\x8c": _pushing(lambda machine: machine.text("<B")),
-    b"\x8d": _pushing(lambda machine: machine.text("<Q")),
-    # EMPTY_LIST, LIST, APPEND, APPENDS
-    b"]": lambda machine: machine.push([]),
-    b"l": _pushing(_Reader.pop_to_mark),
-    b"a": lambda machine: machine.extend([machine.pop()]),
-    b"e": lambda machine: machine.extend(machine.pop_to_mark()),
-    # EMPTY_TUPLE, TUPLE1, TUPLE2, TUPLE3, TUPLE
-    b")": lambda machine: machine.push(()),
-    b"\x85": lambda machine: machine.tuple_of(1),
-    b"\x86": lambda machine: machine.tuple_of(2),
-    b"\x87": lambda machine: machine.tuple_of(3),
-    b"t": _pushing(lambda machine: tuple(machine.pop_to_mark())),
-    # EMPTY_DICT, DICT, SETITEM, SETITEMS
-    b"}": lambda machine: machine.push({}),
-    b"d": _pushing(lambda machine: _dict_of(machine.pop_to_mark())),
-    b"s": lambda machine: machine.update([machine.pop(), machine.pop()][::-1]),
-    b"u": lambda machine: machine.update(machine.pop_to_mark()),
-    # MARK, POP, POP_MARK, DUP
-    b"(": lambda machine: machine.push(_MARK),
-    b"0": _Reader.drop,
-    b"1": _Reader.pop_to_mark,
-    b"2": _Reader.double,
-    # PUT, BINPUT, LONG_BINPUT, MEMOIZE; GET, BINGET, LONG_BINGET
-    b"p": lambda machine: machine.remember(machine.whole()),
-    b"q": lambda machine: machine.remember(machine.number("<B")),
-    b"r": lambda machine: machine.remember(machine.number("<I")),
-    b"\x94": _Reader.remember_next,
-    b"g": lambda machine: machine.recall(machine.whole()),
-    b"h": lambda machine: machine.recall(machine.number("<B")),
-    b"j": lambda machine: machine.recall(machine.number("<I")),
-    # GLOBAL, STACK_GLOBAL, REDUCE, BUILD
-    b"c": lambda machine: machine.name(machine.plain_line(), machine.plain_line()),
-    b"\x93": _Reader.stack_name,
-    b"R": _Reader.reduce,
-    b"b": _Reader.build,
-}
+# Instructions of protocols 0 to 5, by their names in `pickletools`. Those followed by their value:
+_VALUES = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT UNICODE BINUNICODE "
+    "SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
+)
+# What Python 2 called text is bytes.
+_STRINGS = frozenset(("BINSTRING", "SHORT_BINSTRING"))
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK}
+_EMPTY = {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_OF_ITEMS = {"LIST": list, "TUPLE": tuple, "DICT": _dict_of}
+_PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"))
+_GETS = frozenset(("GET", "BINGET", "LONG_BINGET"))
+# How the file is laid out.
+_LAYOUT = frozenset(("PROTO", "FRAME"))
+_METHODS = frozenset(
+    "POP POP_MARK DUP APPEND APPENDS SETITEM SETITEMS STACK_GLOBAL REDUCE BUILD".split()
+)
+_INSTRUCTIONS = frozenset().union(
+    _VALUES, _STRINGS, _CONSTANTS, _EMPTY, _TUPLES, _OF_ITEMS, _PUTS, _GETS, _LAYOUT, _METHODS
+)
