@@ -196,7 +196,7 @@ def judge(call: object, parameter: str, attempt: object, expected: object) -> tu
     if not call.infinite and not _is_finite(answer):
         return "not finite", _shown(answer)
     if attempt.verdict == "same" and not isinstance(expected, Exception):
-        if not _is_close(answer, expected):
+        if not is_close(answer, expected):
             return "different", _shown(answer)
     return "taken", ""
 
@@ -300,7 +300,7 @@ def _is_dense(leaf: torch.Tensor) -> bool:
     return leaf.layout == torch.strided and not is_odd
 
 
-def _is_close(answer: object, expected: object) -> bool:
+def is_close(answer: object, expected: object) -> bool:
     mine, theirs = list(_leaves(answer)), list(_leaves(expected))
     if len(mine) != len(theirs):
         return False
