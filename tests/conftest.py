@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,12 +34,55 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 SHARED = TESTS.parents[1] / "shared"
 
 
+REQUIRE_GOLDEN = os.environ.get("PYFLOCALITY_REQUIRE_GOLDEN") == "1"
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What whoever runs the tests may hand to them."""
+    parser.addoption(
+        "--built",
+        metavar="FOLDER",
+        type=Path,
+        help="the sdist and the wheel of this checkout, which the tests else build themselves",
+    )
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Count the tests that are left out; each worker of pytest-xdist leaves out the same."""
+    count = sum(item.get_closest_marker("slow") is not None for item in items)
+    if count:
+        stash = items[0].config.stash
+        stash[LEFT_OUT] = stash.get(LEFT_OUT, 0) + count
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the process that prints how many were left out here."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Hear it from a worker."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say what was left out, and how to run it."""
+    count = config.stash.get(LEFT_OUT, 0)
+    if count:
+        terminalreporter.write_line(f'{count} slow tests were left out: -m "" runs them too')
+
+
 def _shared_file(*parts: str) -> Path:
-    """A file of the shared folder beside the checkout; it must be there in CI."""
+    """A file of the shared folder beside the checkout."""
     path = SHARED.joinpath(*parts)
     if not path.is_file():
         message = f"{path} is missing: it lies beside the checkout where parity is tested"
-        if os.environ.get("CI") == "true":
+        if REQUIRE_GOLDEN:
             pytest.fail(message)
         pytest.skip(message)
     return path

@@ -1,4 +1,4 @@
-"""What README, CONTRIBUTING and the CI script say is so."""
+"""What README and CONTRIBUTING say is so."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import contextlib
 import inspect
 import io
 import json
-import os
 import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -96,25 +94,6 @@ def test_every_generate_command_runs(tmp_path, monkeypatch):
         assert cli.main([*command, *quick]) == 0, command
 
 
-def test_ci_runs_the_test_command_of_the_readme():
-    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
-    # The lines that read the README, run as the script runs them.
-    reading = re.search(r"^test_command=.*^tests=[^\n]*\n", script, re.DOTALL | re.MULTILINE)[0]
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", f'{reading}\nprintf "%s\\n" "$install" "$tests"'],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    install, tests = done.stdout.splitlines()
-    assert f"{install} && {tests}\n" in blocks("bash")
-    assert install.startswith("pip install ") and tests.split()[0] == "pytest"
-    after = script.split(reading)[1]
-    assert after.index('eval "$install"') < after.index('eval "$tests"')
-    assert os.access(ROOT / ".ci/run", os.X_OK)
-
-
 def test_tables_list_what_there_is():
     rows = table("denoiser")
     public = {name: getattr(denoisers, name) for name in denoisers.__all__}
@@ -131,7 +110,8 @@ def test_tables_list_what_there_is():
 
 def test_environment_variables_are_those_of_the_code():
     documented = set(re.findall(r"^\| `(PYFLOCALITY_[A-Z_]+)`", CONTRIBUTING, re.MULTILINE))
-    sources = [ROOT / "setup.py", *(ROOT / "pyflocality").rglob("*.py")]
+    sources = [ROOT / "setup.py", ROOT / "tests" / "conftest.py"]
+    sources += (ROOT / "pyflocality").rglob("*.py")
     used = set()
     for path in sources:
         text = path.read_text(encoding="utf-8")
@@ -176,10 +156,6 @@ def test_findings_are_those_of_the_results_files():
     for name in ("table", *studies):
         assert text.count(f"<!-- Begin of {name}: ") == 1
     assert rewritten(text, read_results(FOLDER)) == text
-    # What is written by hand has no figures of its own.
-    prose = re.sub(r"<!-- Begin of (\w+):.*?<!-- End of \1:[^\n]*", "", text, flags=re.DOTALL)
-    settings = re.findall(r"\d+\.\d+", re.sub(r"\]\([^)]*\)|`[^`]*`", "", prose))
-    assert settings == []
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
     assert len(pictures) >= 4
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
