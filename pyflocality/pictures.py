@@ -24,6 +24,7 @@ from pyflocality._support.checks import (
     check_text,
     describe,
 )
+from pyflocality.storage.reader import values_to_bytes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -51,7 +52,7 @@ def to_bytes(images: Tensor) -> Tensor:
         ValueError: A value is NaN or infinite.
     """
     images = check_float_tensor(images, "images").detach().cpu().double()
-    return ((images.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+    return values_to_bytes(images.clamp(-1.0, 1.0)).round().to(torch.uint8)
 
 
 def default_scale(height: int, width: int) -> int:

@@ -35,6 +35,7 @@ from pyflocality._support.checks import (
 from pyflocality.autograd.forward_mode import derivative_along
 from pyflocality.data import TrainingSet
 from pyflocality.sources import drawn
+from pyflocality.storage.reader import values_to_bytes
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ def inject_pattern(
         values = data.values(start, start + len(part), dtype=kind)
         mixed = (1 - gamma) * values + gamma * (colour * pattern).to(values.device)
         if images.dtype == torch.uint8:
-            mixed = ((mixed + 1.0) * 127.5).round()
+            mixed = values_to_bytes(mixed).round()
         part.copy_(mixed)
     return TrainingSet(
         images, data.labels, name=f"{data.name} with a pattern", label_names=data.label_names

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 import pyflocality as pf
 from pyflocality._support.devices import parse_device
 from pyflocality._support.progress import progress_bar
+from pyflocality.storage.reader import training_values
 
 from ..machine import machine_facts
 from ..options import path_option
@@ -89,7 +90,7 @@ class Training:
 
     def values(self, rows: Tensor) -> Tensor:
         """Images in [-1, 1]."""
-        return self.data.images[rows.to(self.data.device)].float() / 127.5 - 1
+        return training_values(self.data.images[rows.to(self.data.device)], torch.float32)
 
     def step(self) -> None:
         """One step of the optimizer and of the average."""

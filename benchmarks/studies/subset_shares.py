@@ -12,6 +12,7 @@ from torch import Tensor
 import pyflocality as pf
 from pyflocality.denoisers.bounds import ComponentIndex, DistanceBounds
 from pyflocality.kernels.cpu.posterior import difference_tree
+from pyflocality.storage.reader import training_values
 
 SCHEDULE = pf.DDPMSchedule()
 TOLERANCE = 1e-3
@@ -109,7 +110,8 @@ def local_shares(
     """Mean share that bounds leave to be read for a query that weighs the inputs of a mask [D]."""
     x, sigma, alpha = setting.noisy(step)
     chosen = mask.nonzero()[:, 0]
-    images = setting.data.images.flatten(1).index_select(1, chosen).float() / 127.5 - 1.0
+    stored = setting.data.images.flatten(1).index_select(1, chosen)
+    images = training_values(stored, torch.float32)
     centre = setting.moments.mean.flatten()[chosen].float()
     images -= centre
     covariance = setting.moments.covariance[chosen][:, chosen].float()

@@ -1,4 +1,4 @@
-"""Sizes of a launch of the window kernels, in plain Python.
+"""Sizes of a launch of the window kernels.
 
 A kernel is compiled for one plan: the macros of `WindowPlan.macros` are the constants of
 `csrc/include/pyflocality/window_traits.h`, which asserts that both count shared memory alike.
@@ -10,10 +10,13 @@ same order in every batch and on every machine.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from pyflocality.kernels.triton.limits import SHARED_BYTES
+import torch
+from torch import Tensor
+
+from pyflocality.kernels.devices import LARGEST_GRID, SHARED_BYTES
 
 # Of a multiprocessor, on GPUs made for data centres: what the blocks that run at once share.
 _SHARED_OF_ALL = 160 * 1024
@@ -64,6 +67,14 @@ class WindowShape:
     stored_bytes: bool
     vector: bool
     tangents: int = 0
+
+
+def window_shape(images: Tensor, window: int, tangents: int = 0) -> WindowShape:
+    """What a window kernel must be compiled for to read these images, [n, C, H, W]."""
+    channels, height, width = images.shape[1:]
+    vector = width % _QUAD == 0 and images.data_ptr() % (_QUAD * images.element_size()) == 0
+    stored_bytes = images.dtype == torch.uint8
+    return WindowShape(channels, height, width, window, stored_bytes, vector, tangents)
 
 
 @dataclass(frozen=True)
@@ -270,3 +281,9 @@ def plan_adjoint(shape: WindowShape) -> WindowPlan:
 def images_per_split(count: int) -> int:
     """Training images of a split, of `count` in all: the same for every batch and GPU."""
     return max(_IMAGES_PER_SPLIT, round_up(ceil_div(count, _SPLITS), _IMAGES[0]))
+
+
+def batch_slices(batch: int, at_a_time: int) -> Sequence[slice]:
+    """Slices of a batch that a grid can count; one, empty, of an empty batch."""
+    step = min(max(1, at_a_time), LARGEST_GRID)
+    return [slice(start, start + step) for start in range(0, max(1, batch), step)]

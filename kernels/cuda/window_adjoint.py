@@ -12,13 +12,15 @@ from torch import Tensor
 
 from pyflocality.kernels.cuda.geometry import (
     WindowPlan,
+    batch_slices,
     ceil_div,
     images_per_split,
     plan_adjoint,
+    window_shape,
 )
 from pyflocality.kernels.cuda.launch import Launch, run
-from pyflocality.kernels.cuda.stored import StoredProblem, batch_parts, stored_problem
 from pyflocality.kernels.cuda.window_posterior import merge_sums, scan, scan_bytes
+from pyflocality.kernels.stored import StoredProblem
 from pyflocality.posterior.problem import PosteriorProblem
 from pyflocality.reference.patch_set import windows_over
 
@@ -50,9 +52,9 @@ def patch_set_mean(problem: PosteriorProblem, window: int) -> Tensor:
             f"`window` must be at most {min(height, width)} to fit inside a {height}x{width} "
             f"image, got {window}"
         )
-    stored = stored_problem(problem)
-    parts = batch_parts(stored, problem.memory_budget, _bytes(stored, window))
-    sums = torch.cat([_patch_set_sums(stored.part(part), window) for part in parts])
+    stored = StoredProblem(problem)
+    slices = batch_slices(len(problem.x), stored.budget // _bytes(stored, window))
+    sums = torch.cat([_patch_set_sums(stored.part(rows), window) for rows in slices])
     means = sums / windows_over((height, width), window, sums)
     return (means * stored.step + stored.shift).float()
 
@@ -76,24 +78,25 @@ def window_posterior_vjp(problem: PosteriorProblem, cotangents: Tensor, window: 
         ValueError: An image too large for a block's memory.
         CudaKernelError: A kernel could not be compiled or launched.
     """
-    stored = stored_problem(problem)
+    stored = StoredProblem(problem)
     # New memory: the kernel may read four values at once, and a caller's may start anywhere.
     cotangents = cotangents.detach().float().clone(memory_format=torch.contiguous_format)
     pieces = []
-    for part in batch_parts(stored, problem.memory_budget, _bytes(stored, window)):
-        chosen = stored.part(part)
+    for rows in batch_slices(len(problem.x), stored.budget // _bytes(stored, window)):
+        chosen = stored.part(rows)
         merged = scan(chosen, window)
         mean = (merged[:, 2:] / merged[:, 1:2]).float().contiguous()
         slope = chosen.slope[:, None, None, None]
-        pieces.append(torch.empty_like(cotangents[:, part]))
+        pieces.append(torch.empty_like(cotangents[:, rows]))
         for g, result in zip(cotangents, pieces[-1], strict=True):
-            result.copy_(_adjoint(chosen, merged, window, g[part], mean) * slope)
+            result.copy_(_adjoint(chosen, merged, window, g[rows], mean) * slope)
     return torch.cat(pieces, 1)
 
 
 def _bytes(stored: StoredProblem, window: int) -> int:
-    splits = ceil_div(len(stored.images), images_per_split(len(stored.images)))
-    return scan_bytes(stored, window) + 4 * (splits + 2) * stored.images[0].numel()
+    images = stored.problem.images
+    splits = ceil_div(len(images), images_per_split(len(images)))
+    return scan_bytes(stored, window) + 4 * (splits + 2) * images[0].numel()
 
 
 def _patch_set_sums(stored: StoredProblem, window: int) -> Tensor:
@@ -114,7 +117,7 @@ def _adjoint(
     slopes = (stored.noisy, stored.noisy) if cotangents is None else (cotangents, mean)
     result: Tensor | None = None
     for images in stored.blocks():
-        plan = plan_adjoint(stored.shape(images, window))
+        plan = plan_adjoint(window_shape(images, window))
         launch = adjoint_launch(plan, len(stored.noisy), len(images), cotangents is not None)
         partial = stored.noisy.new_empty(launch.grid[1], *stored.noisy.shape)
         run(

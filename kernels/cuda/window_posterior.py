@@ -12,12 +12,14 @@ from torch import Tensor
 from pyflocality.kernels.cuda.geometry import (
     TANGENTS,
     WindowPlan,
+    batch_slices,
     ceil_div,
     images_per_split,
     plan_window,
+    window_shape,
 )
 from pyflocality.kernels.cuda.launch import Launch, run
-from pyflocality.kernels.cuda.stored import StoredProblem, batch_parts, stored_problem
+from pyflocality.kernels.stored import StoredProblem
 from pyflocality.posterior.problem import PosteriorProblem
 from pyflocality.posterior.state import PosteriorState, about_means, tangent_values, uncentred
 
@@ -35,14 +37,14 @@ def window_posterior_state(problem: PosteriorProblem, window: int) -> PosteriorS
         ValueError: Images of more than 256 rows or columns.
         CudaKernelError: A kernel could not be compiled or launched.
     """
-    stored = stored_problem(problem)
-    parts = batch_parts(stored, problem.memory_budget, scan_bytes(stored, window))
-    merged = torch.cat([scan(stored.part(part), window) for part in parts])
+    stored = StoredProblem(problem)
+    slices = batch_slices(len(problem.x), stored.budget // scan_bytes(stored, window))
+    merged = torch.cat([scan(stored.part(rows), window) for rows in slices])
     minimum, total, weighted = merged[:, 0], merged[:, 1], merged[:, 2:].transpose(1, 2)
     return PosteriorState(
-        (minimum * stored.unit.square()[:, None]).float(),
+        stored.distances(minimum).float(),
         total.float(),
-        (weighted * stored.step + total[..., None] * stored.shift).float(),
+        stored.values(weighted, total).float(),
     )
 
 
@@ -62,15 +64,15 @@ def window_posterior_jvp_state(
         ValueError: Images of more than 256 rows or columns.
         CudaKernelError: A kernel could not be compiled or launched.
     """
-    stored = stored_problem(problem)
+    stored = StoredProblem(problem)
     # [B, K, C, H, W], as the kernel reads them.
     directions = tangents.detach().to(torch.float32).transpose(0, 1)
     if len(tangents) == 0:
         # The kernel without tangents does not count values from their centres.
         directions = torch.zeros_like(problem.x)[:, None]
     at_once = min(TANGENTS, directions.shape[1])
-    parts = batch_parts(stored, problem.memory_budget, scan_bytes(stored, window, at_once))
-    states = [_jvp_state(stored.part(part), directions[part], window) for part in parts]
+    slices = batch_slices(len(problem.x), stored.budget // scan_bytes(stored, window, at_once))
+    states = [_jvp_state(stored.part(rows), directions[rows], window) for rows in slices]
     minimum, total, weighted = map(torch.cat, zip(*states, strict=True))
     sums = tangent_values(problem.images.shape[1], len(tangents))
     return PosteriorState(minimum, total, weighted[..., :sums])
@@ -96,22 +98,17 @@ def _jvp_state(stored: StoredProblem, tangents: Tensor, window: int) -> Posterio
     weighted = torch.cat(
         [values * step, *(c * step for c in inner), *(c * step**2 for c in cross)], 1
     )
-    origin = (centres(stored) * step + stored.shift).flatten(2).transpose(1, 2)
-    state = PosteriorState(minimum * stored.unit.square()[:, None], total, weighted.transpose(1, 2))
+    origin = (stored.centre.double() * step + stored.shift).flatten(2).transpose(1, 2)
+    state = PosteriorState(stored.distances(minimum), total, weighted.transpose(1, 2))
     return uncentred(about_means(state, channels), origin)
-
-
-def centres(stored: StoredProblem) -> Tensor:
-    """The values, float64, that the kernel takes values relative to where there are tangents."""
-    limits = (0.0, 255.0) if stored.images.dtype == torch.uint8 else (-1.0, 1.0)
-    return stored.noisy.clamp(*limits).double()
 
 
 def scan_bytes(stored: StoredProblem, window: int, tangents: int = 0) -> int:
     """Working memory of a scan per noisy image."""
-    plan = plan_window(stored.shape(stored.images[:1], window, tangents))
-    splits = ceil_div(len(stored.images), images_per_split(len(stored.images)))
-    height, width = stored.images.shape[2:]
+    images = stored.problem.images
+    plan = plan_window(window_shape(images[:1], window, tangents))
+    splits = ceil_div(len(images), images_per_split(len(images)))
+    height, width = images.shape[2:]
     # States in single precision, and the merged one in double.
     return plan.state_rows * height * width * 4 * (splits + 2)
 
@@ -120,7 +117,7 @@ def scan(stored: StoredProblem, window: int, tangents: Tensor | None = None) -> 
     """The merged state in stored units, float64 [B, 1 + sums, H W].
 
     Rows are the minimum, the total, the weighted values of the C channels; then for every tangent
-    the weighted products and those times the values, all values relative to `centres`.
+    the weighted products and those times the values, all values relative to `stored.centre`.
     """
     merged: Tensor | None = None
     for images in stored.blocks():
@@ -142,7 +139,7 @@ def _scan_block(
     stored: StoredProblem, images: Tensor, window: int, tangents: Tensor | None
 ) -> Tensor:
     count, device, batch = len(images), images.device, len(stored.noisy)
-    shape = stored.shape(images, window, 0 if tangents is None else tangents.shape[1])
+    shape = window_shape(images, window, 0 if tangents is None else tangents.shape[1])
     plan = plan_window(shape)
     per_split = images_per_split(count)
     launch = scan_launch(plan, batch, count)

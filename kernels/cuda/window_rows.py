@@ -13,10 +13,10 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from pyflocality.kernels.cuda.geometry import ceil_div
+from pyflocality.kernels.cuda.geometry import batch_slices, ceil_div
 from pyflocality.kernels.cuda.launch import Launch, run
-from pyflocality.kernels.cuda.stored import StoredProblem, batch_parts, stored_problem
-from pyflocality.kernels.cuda.window_posterior import centres, merge_sums
+from pyflocality.kernels.cuda.window_posterior import merge_sums
+from pyflocality.kernels.stored import StoredProblem
 from pyflocality.posterior.problem import PosteriorProblem
 
 _THREADS, _IMAGES_PER_BLOCK = 256, 32
@@ -55,12 +55,12 @@ def window_posterior_rows(
             raise ValueError(
                 f"`outputs` must be (channel, row, column) within {shape}, got {output}"
             )
-    stored = stored_problem(problem)
+    stored = StoredProblem(problem)
     # Distances and weights of all images, four times in double precision and twice in single; sums
     # of every split, and the merged ones twice.
-    bytes_each = 40 * len(stored.images) + 4 * (_SPLITS + 4) * stored.images[0].numel()
-    slices = batch_parts(stored, problem.memory_budget, bytes_each)
-    parts = [stored.part(part) for part in slices]
+    bytes_each = 40 * len(problem.images) + 4 * (_SPLITS + 4) * problem.images[0].numel()
+    slices = batch_slices(len(problem.x), stored.budget // bytes_each)
+    parts = [stored.part(chosen) for chosen in slices]
     rows = [
         torch.cat([_row_of_output(part, output, window) for part in parts]) for output in outputs
     ]
@@ -79,7 +79,7 @@ def _row_of_output(stored: StoredProblem, output: tuple[int, int, int], window: 
     excess = distance - distance.amin(1, keepdim=True)
     weight = torch.exp2(-excess * stored.factor.double()[:, None])
     weight /= weight.sum(1, keepdim=True)
-    value = stored.images[:, channel, row, column].double()
+    value = stored.problem.images[:, channel, row, column].double()
     weight *= value - (weight @ value)[:, None]
 
     result, first = torch.zeros_like(stored.noisy, dtype=torch.float64), 0
@@ -123,7 +123,7 @@ def _weighted_sums(
     grid = (ceil_div(values, _THREADS), len(where), splits)
     macros = _macros(images, window)
     launch = Launch("window_rows", "window_weighted_sums", grid, _THREADS, 0, macros)
-    base = centres(stored).float().contiguous()
+    base = stored.centre
     arguments = (images, len(images), per_split, base, where, weight, partial)
     run(launch, images.device, arguments)
     return merge_sums(partial)

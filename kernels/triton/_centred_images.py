@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyflocality.kernels.triton._kept import Kept, version_of
+from pyflocality.storage.reader import BYTES_PER_UNIT
 
 # Columns are padded to whole blocks of the widest kernel.
 COLUMN_MULTIPLE = 128
@@ -111,4 +112,4 @@ def _centre(images: Tensor) -> tuple[Kept, float]:
         squares += values.square().sum(0)
     centre = (total / count).round()
     spread = (squares - 2 * centre * total) / count + centre.square()
-    return Kept(centre.half()), float(spread.mean()) / 127.5**2
+    return Kept(centre.half()), float(spread.mean()) / BYTES_PER_UNIT**2

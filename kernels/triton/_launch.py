@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pyflocality.kernels.triton.limits import LARGE_SHARED_BYTES, shared_bytes_of
-
-# Factors of distances stay positive, normal float32 numbers: their product with a distance of
-# zero is zero, with an infinite one infinite (see `pyflocality.posterior.state`).
-SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-126, 2.0**120
+from pyflocality.kernels.devices import LARGE_SHARED_BYTES, shared_bytes_of
 
 
 @dataclass(frozen=True)
@@ -47,8 +42,3 @@ def generation(device: torch.device) -> int:
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Launch on a tensor's device, on torch's current stream there."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def finite_power(scale: Tensor) -> Tensor:
-    """Factor of a distance in the power of two, from that in the power of e; within float32."""
-    return (scale * math.log2(math.e)).clamp(SMALLEST_FACTOR, LARGEST_FACTOR)

@@ -14,6 +14,8 @@ import triton
 from torch import Tensor
 
 from pyflocality._support.budget import memory_budget_bytes
+from pyflocality.kernels.devices import LARGEST_GRID
+from pyflocality.kernels.stored import StoredProblem
 from pyflocality.kernels.triton import _masked_products as kernels
 from pyflocality.kernels.triton._centred_images import (
     COLUMN_MULTIPLE,
@@ -21,12 +23,12 @@ from pyflocality.kernels.triton._centred_images import (
     CentredImages,
 )
 from pyflocality.kernels.triton._kept import Kept
-from pyflocality.kernels.triton._launch import Launch, finite_power, on_device_of
+from pyflocality.kernels.triton._launch import Launch, on_device_of
 from pyflocality.kernels.triton._mask_plan import OUTPUTS, Level, MaskPlan, unpacked
-from pyflocality.kernels.triton.limits import LARGEST_GRID
 from pyflocality.kernels.triton.state import empty_state, merge_parts
 from pyflocality.posterior.problem import PosteriorProblem
 from pyflocality.posterior.state import PosteriorState
+from pyflocality.storage.reader import bytes_to_values
 
 # Elements of weights in float64 at a time.
 _ELEMENTS_AT_A_TIME = 2**22
@@ -78,7 +80,7 @@ def config_for(count: int, arch: int) -> Config:
 def centred_noisy(problem: PosteriorProblem, centre: Tensor) -> Tensor:
     """Noisy images minus alpha times the centre of the images, float64 [B, D]."""
     noisy = problem.x.detach().double().flatten(1)
-    return noisy - problem.alpha[:, None] * (centre.double() / 127.5 - 1.0)
+    return noisy - problem.alpha[:, None] * bytes_to_values(centre.double())
 
 
 def sums_over_weights(plan: MaskPlan, values: Tensor) -> Tensor:
@@ -129,15 +131,13 @@ class MaskedScan:
         # Noisy images of a group, and groups.
         self.members = config.batch // self.slots
         self.groups = triton.cdiv(self.count, self.members)
-        alpha, scale = problem.alpha[rows], problem.scale[rows]
         # A power of two that brings the largest value near 2^14: half precision then resolves
         # 2^-38 of it, and weights up to 2 and sums stay in range.
         exponent = 14 - torch.frexp(queries.abs().amax(2)).exponent
         self.unit = torch.ldexp(torch.ones_like(queries[..., 0]), exponent)
         self.queries = self.grouped(queries * self.unit[..., None], 0.0)
-        self.gain = self.grouped(255.0 / (alpha * self.unit[:, 0]), 0.0)
-        factor = scale * (alpha / 127.5).square()
-        self.factor = self.grouped(finite_power(factor), 1.0)
+        self.gain = self.grouped(255.0 / (problem.alpha[rows] * self.unit[:, 0]), 0.0)
+        self.factor = self.grouped(StoredProblem(problem).factor[rows], 1.0)
 
     def grouped(self, values: Tensor, fill: float) -> Tensor:
         """What belongs to noisy images [n, ...] by group, filled up: float32 [G, members, ...]."""

@@ -30,12 +30,8 @@ import triton
 from torch import Tensor
 
 from pyflocality._support.budget import memory_budget_bytes
-from pyflocality.kernels.triton._launch import (
-    LARGEST_FACTOR,
-    SMALLEST_FACTOR,
-    generation,
-    on_device_of,
-)
+from pyflocality.kernels.stored import LARGEST_FACTOR, power_factor
+from pyflocality.kernels.triton._launch import generation, on_device_of
 from pyflocality.kernels.triton._patch_scores import EquivariantConfig, default_config, scan_kernel
 from pyflocality.kernels.triton._patches import (
     DIGIT_BITS,
@@ -137,8 +133,7 @@ def _scan(
     unit = torch.exp2(largest.clamp(_SMALLEST_UNIT, _LARGEST_UNIT).log2().ceil())
     # A score counts distances in this unit.
     distance_unit = 2.0 * unit * (alpha / 255.0).square()
-    factor = problem.scale[members] * distance_unit * math.log2(math.e)
-    factor = factor.clamp(SMALLEST_FACTOR, LARGEST_FACTOR).float()
+    factor = power_factor(problem.scale[members] * distance_unit)
     windows = query_windows(x, geometry, circular)
     runs = F.pad(
         windows * (255.0 / alpha / unit)[:, None, None, None],

@@ -11,7 +11,6 @@ weight are not read again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyflocality._support.budget import images_per_chunk, memory_budget_bytes
+from pyflocality.kernels.stored import StoredProblem
 from pyflocality.kernels.triton._kept import Kept, version_of
-from pyflocality.kernels.triton._launch import Launch, finite_power, generation, on_device_of
+from pyflocality.kernels.triton._launch import Launch, generation, on_device_of
 from pyflocality.kernels.triton.state import empty_state, merge_parts
 from pyflocality.posterior.problem import PosteriorProblem
 from pyflocality.posterior.state import PosteriorState
@@ -34,6 +33,8 @@ DIGITS = 3
 LARGEST = 127 * 2**16
 # Products of two 8-bit numbers that an int32 is sure to hold, with room to spare.
 SEGMENT = 65536
+# Bytes are counted from here, so that they fit 8 bits with a sign.
+CENTRE = 128
 # Weights are multiplied by this before they are split in float16 halves: what is then too small
 # for half precision is below 2^-38 of the largest weight.
 WEIGHT_UNIT = 16384.0
@@ -211,27 +212,6 @@ def squared_norms(images: Tensor) -> Tensor:
     return kept.here()[0]
 
 
-def rows_of(problem: PosteriorProblem) -> Iterator[tuple[slice, Tensor]]:
-    """Images as [n, D], one after the other in memory, and which they are.
-
-    All together, or as many at a time as the problem asks for; views are copied, as many at a
-    time as fit half of the memory budget.
-    """
-    images, size = problem.images, problem.chunk_size or len(problem.images)
-    if problem.chunk_size is None and not images.is_contiguous():
-        budget = max(1, memory_budget_bytes(problem.memory_budget) // 2)
-        size = images_per_chunk(budget, images[0].nbytes, len(images))
-    for start in range(0, len(images), size):
-        chosen = slice(start, start + size)
-        yield chosen, images[chosen].flatten(1).contiguous()
-
-
-def budget_of(problem: PosteriorProblem) -> int:
-    """Working memory beside the copies of `rows_of`, bytes."""
-    budget = memory_budget_bytes(problem.memory_budget)
-    return budget if problem.images.is_contiguous() else budget // 2
-
-
 def fixed_point(noisy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rounds queries [B, D] (float64) to 24 bits of their largest value.
 
@@ -263,22 +243,21 @@ def global_posterior_state(
     """
     config = config or CONFIGS[generation(problem.x.device)]
     batch, dim = len(problem.x), problem.images[0].numel()
-    unit = problem.alpha / 127.5
-    noisy = problem.x.detach().double().reshape(batch, dim) / unit[:, None] - 0.5
-    factor = finite_power(problem.scale * unit.square()).float()
+    stored = StoredProblem(problem)
+    noisy, factor = stored.exact.reshape(batch, dim) - CENTRE, stored.factor
     # Distances to all images and one more sum per split, for some groups of queries at a time.
     splits, split_images = splits_of(len(problem.images), dim, config)
     per_group = QUERIES * (4 * len(problem.images) + 4 * (splits + 2) * dim)
-    groups = max(1, budget_of(problem) // per_group)
+    groups = max(1, stored.budget // per_group)
     together = max(1, min(groups * QUERIES, batch))
     parts = [
-        _scan(problem, queries, factors, split_images, config)
+        _scan(stored, queries, factors, split_images, config)
         for queries, factors in zip(noisy.split(together), factor.split(together), strict=True)
     ]
     minimum, total, weighted = (torch.cat(part).double() for part in zip(*parts, strict=True))
-    # v = u / 127.5 - 1 from u - 128.
-    weighted = weighted / 127.5 + (0.5 / 127.5) * total[:, None]
-    return PosteriorState((minimum * unit.square())[:, None], total[:, None], weighted[:, None, :])
+    weighted = weighted + CENTRE * total[:, None]
+    minimum, total, weighted = minimum[:, None], total[:, None], weighted[:, None]
+    return PosteriorState(stored.distances(minimum), total, stored.values(weighted, total))
 
 
 def splits_of(count: int, dim: int, config: Config) -> tuple[int, int]:
@@ -290,7 +269,7 @@ def splits_of(count: int, dim: int, config: Config) -> tuple[int, int]:
 
 
 def _scan(
-    problem: PosteriorProblem, noisy: Tensor, factor: Tensor, split: int, config: Config
+    stored: StoredProblem, noisy: Tensor, factor: Tensor, split: int, config: Config
 ) -> PosteriorState:
     """State of some queries in bytes: minimum [B], total [B], weighted u - 128 [B, D]."""
     batch, device = len(noisy), noisy.device
@@ -298,12 +277,14 @@ def _scan(
     padding = rows - batch
     noisy = torch.nn.functional.pad(noisy, (0, 0, 0, padding))
     factor = torch.nn.functional.pad(factor, (0, padding), value=1.0)
-    queries, norms = fixed_point(noisy), squared_norms(problem.images)
-    state = empty_state(rows, noisy.shape[1], device)
+    queries, norms = fixed_point(noisy), squared_norms(stored.problem.images)
+    state, first = empty_state(rows, noisy.shape[1], device), 0
     with on_device_of(noisy):
-        for chosen, images in rows_of(problem):
-            parts = _scan_chunk(images, norms[chosen], queries, factor, split, config)
-            state = merge_parts(state, parts, factor)
+        for images in stored.rows():
+            own_norms = norms[first : first + len(images)]
+            first += len(images)
+            partials = _scan_chunk(images, own_norms, queries, factor, split, config)
+            state = merge_parts(state, partials, factor)
     minimum, total, weighted = state
     return PosteriorState(minimum[:batch], total[:batch], weighted[:batch])
 

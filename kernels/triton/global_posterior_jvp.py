@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyflocality.kernels.triton._launch import Launch, finite_power, generation, on_device_of
+from pyflocality.kernels.stored import StoredProblem
+from pyflocality.kernels.triton._launch import Launch, generation, on_device_of
 from pyflocality.kernels.triton.global_posterior import (
+    CENTRE,
     CONFIGS,
     QUERIES,
     Config,
-    budget_of,
     distances_of,
     fixed_point,
-    rows_of,
     splits_of,
     squared_norms,
 )
@@ -35,6 +35,7 @@ from pyflocality.posterior.state import (
     tangent_values,
 )
 from pyflocality.posterior.tangents import centre_of
+from pyflocality.storage.reader import BYTES_PER_UNIT, values_to_bytes
 
 # Coefficients are multiplied by a power of two that brings the largest of a row near 2^14, before
 # they are split in float16 halves: what is then too small is below 2^-38 of it.
@@ -112,40 +113,38 @@ def global_posterior_jvp_state(
     # every split, for one noisy image.
     splits, _ = splits_of(count, dim, config)
     per_image = (1 + len(tangents)) * (40 * count + 4 * (splits + 4) * dim)
-    together = max(1, budget_of(problem) // per_image)
+    together = max(1, StoredProblem(problem).budget // per_image)
     parts = [
-        _scan(problem, rows, directions[rows], config)
+        _scan(StoredProblem(problem).part(rows), directions[rows], config)
         for rows in torch.arange(len(problem.x), device=problem.x.device).split(together)
     ]
     return PosteriorState(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _scan(
-    problem: PosteriorProblem, rows: Tensor, directions: Tensor, config: Config
-) -> PosteriorState:
+def _scan(stored: StoredProblem, directions: Tensor, config: Config) -> PosteriorState:
     """State of some noisy images: [b, 1], [b, 1] and [b, 1, D + K + K D], float64."""
-    alpha, scale = problem.alpha[rows], problem.scale[rows]
-    unit = alpha / 127.5
-    noisy = problem.x.detach()[rows].double().flatten(1) / unit[:, None] - 0.5
-    centre = centre_of(problem)[rows].double().flatten(1) * 127.5 - 0.5
-    factor = finite_power(scale * unit.square()).float()
-    factor64 = finite_factor(scale, torch.float64)
+    problem = stored.problem
+    noisy = stored.exact.flatten(1) - CENTRE
+    centre = values_to_bytes(centre_of(problem).double().flatten(1)) - CENTRE
+    factor64 = finite_factor(problem.scale, torch.float64)
     queries = fixed_point(_filled(noisy))
     # A squared distance is norm + common - 2 quantum product: c - c of the centre is that, too.
     digits, quantum, _ = fixed_point(_filled(directions.flatten(0, 1)))
     offsets = _filled((directions * centre[:, None]).sum(2).flatten()[:, None])[:, 0]
     inner_queries = (digits, -0.5 * quantum, -offsets)
-    norms, state = squared_norms(problem.images), None
+    norms, state, first = squared_norms(problem.images), None, 0
     with on_device_of(noisy):
-        for chosen, images in rows_of(problem):
-            distance = distances_of(images, norms[chosen], queries, config)
+        for images in stored.rows():
+            own_norms = norms[first : first + len(images)]
+            first += len(images)
+            distance = distances_of(images, own_norms, queries, config)
             none = norms.new_zeros(len(images))
             inner = distances_of(images, none, inner_queries, config)
             inner = inner[: directions.shape[:2].numel()].reshape(
                 *directions.shape[:2], len(images)
             )
-            found = _sums(images, distance[: len(rows)], inner, factor, config)
-            found = PosteriorState(found[0] * unit.square()[:, None], *found[1:])
+            found = _sums(stored, images, distance[: len(noisy)], inner, config)
+            found = PosteriorState(stored.distances(found.minimum), *found[1:])
             state = (
                 found if state is None else merge_tangents(state, found, factor64, images.shape[1])
             )
@@ -153,20 +152,19 @@ def _scan(
 
 
 def _sums(
-    images: Tensor, distance: Tensor, inner: Tensor, factor: Tensor, config: Config
+    stored: StoredProblem, images: Tensor, distance: Tensor, inner: Tensor, config: Config
 ) -> PosteriorState:
     """State of some images in bytes [n, D], from distances [b, n] and products [b, K, n]."""
     # One noisy image at a time, so that the bits do not depend on the batch.
-    rows = [_coefficients(*row) for row in zip(distance, inner, factor, strict=True)]
+    rows = [_coefficients(*row) for row in zip(distance, inner, stored.factor, strict=True)]
     minimum, total, mean, coefficients = (torch.stack(part) for part in zip(*rows, strict=True))
     sums = _weighted_images(images, coefficients.flatten(0, 1), config)
     sums = sums.unflatten(0, coefficients.shape[:2])
-    # v = u / 127.5 - 1 from u - 128, and c in the same units.
-    values = (sums[:, 0] + 0.5 * total[:, None]) / 127.5
+    values = stored.values(sums[:, 0] + CENTRE * total[:, None], total)
     # The coefficients add up to 0 but for their rounding: this counts the values from their mean.
     left = coefficients[:, 1:].sum(2, dtype=torch.float64)[..., None]
-    cross = (sums[:, 1:] - left * (sums[:, 0] / total[:, None])[:, None]) / 127.5**2
-    inner = mean * total[:, None] / 127.5
+    cross = (sums[:, 1:] - left * (sums[:, 0] / total[:, None])[:, None]) / BYTES_PER_UNIT**2
+    inner = mean * total[:, None] / BYTES_PER_UNIT
     weighted = torch.cat([values, inner, cross.flatten(1)], 1)
     return PosteriorState(minimum.double()[:, None], total[:, None], weighted[:, None])
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyflocality._support.precision import TOLERANCE
+from pyflocality.kernels.stored import StoredProblem
 from pyflocality.kernels.triton._centred_images import centred_images
 from pyflocality.kernels.triton._launch import generation
 from pyflocality.kernels.triton._mask_plan import mask_plan
@@ -69,10 +70,11 @@ def masked_posterior_state(
     # What the scan leaves out: the common term, and the centre of the images.
     minimum, total, weighted = sums
     centre = images.centre.double()
-    minimum *= (problem.alpha / 127.5).square()[:, None]
+    stored = StoredProblem(problem)
+    minimum = stored.distances(minimum)
     minimum += sums_over_weights(plan, centred_noisy(problem, centre).square())
-    origin = (centre / 127.5 - 1.0)[:, None]
-    return PosteriorState(minimum, total, weighted / 127.5 + total[..., None] * origin)
+    weighted += total[..., None] * centre[:, None]
+    return PosteriorState(minimum, total, stored.values(weighted, total))
 
 
 def rounding_error(problem: PosteriorProblem, variance: float, strongest: float) -> Tensor:

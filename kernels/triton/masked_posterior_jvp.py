@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyflocality.kernels.stored import StoredProblem
 from pyflocality.kernels.triton._centred_images import CentredImages, centred_images
 from pyflocality.kernels.triton._launch import generation
 from pyflocality.kernels.triton._mask_plan import MaskPlan, mask_plan
@@ -40,6 +41,7 @@ from pyflocality.posterior.state import (
     uncentred,
 )
 from pyflocality.posterior.tangents import centre_of
+from pyflocality.storage.reader import BYTES_PER_UNIT, values_to_bytes
 from pyflocality.weights import QueryWeights
 
 # Halves that queries are kept in.
@@ -192,7 +194,7 @@ def masked_posterior_jvp_state(
         share = (total / found[1])[..., None]
         inner.append(found[3] * share)
         cross.append(found[4] * share)
-    minimum = minimum * (problem.alpha / 127.5).square()[:, None]
+    minimum = StoredProblem(problem).distances(minimum)
     minimum += sums_over_weights(plan, centred_noisy(problem, images.centre).square())
     state = PosteriorState(minimum, total, torch.cat([means, *inner, *cross], -1))
     return uncentred(about_means(state, 1), centre_of(problem).flatten(1)[..., None])
@@ -238,7 +240,7 @@ class TangentScan(MaskedScan):
         super().__init__(problem, rows, images, plan, config, PARTS, tangents)
         self.sums = 2 * self.slots
         # In the units of the kernel: centred bytes, and products with scaled tangents.
-        centre = (centre_of(problem).double().flatten(1) + 1.0) * 127.5 - images.centre.double()
+        centre = values_to_bytes(centre_of(problem).double().flatten(1)) - images.centre.double()
         places, row_scale = plan.outputs.long(), plan.levels[0].row_scale
         self._centre = self.grouped(centre[:, places], 0.0).transpose(1, 2).contiguous()
         products = torch.cat([torch.zeros_like(tangents[:, :1]), tangents], 1) * centre[:, None]
@@ -281,7 +283,9 @@ class TangentScan(MaskedScan):
         minimum, total, sums = (part.double() for part in self.run())
         level = self.plan.levels[0]
         row_scale = level.row_scale.double()[level.places]
-        unit = row_scale[:, None] / self.unit[:, None, 1 : 1 + tangents] / 127.5
+        unit = row_scale[:, None] / self.unit[:, None, 1 : 1 + tangents] / BYTES_PER_UNIT
         plain, weighted = sums.unflatten(-1, (2, self.slots)).unbind(-2)
-        inner, cross = (part[..., 1 : 1 + tangents] * unit for part in (plain, weighted / 127.5))
-        return minimum, total, weighted[..., :1] / 127.5, inner, cross
+        inner, cross = (
+            part[..., 1 : 1 + tangents] * unit for part in (plain, weighted / BYTES_PER_UNIT)
+        )
+        return minimum, total, weighted[..., :1] / BYTES_PER_UNIT, inner, cross

@@ -31,7 +31,7 @@ from pyflocality.denoisers.optimal import OptimalDenoiser
 from pyflocality.denoisers.patch_set import PatchSetDenoiser
 from pyflocality.denoisers.pca_locality import PCALocalityDenoiser
 from pyflocality.reference.nearest import nearest_of
-from pyflocality.storage.reader import Reader
+from pyflocality.storage.reader import Reader, values_to_bytes
 
 _WRAPPED = (
     OptimalDenoiser,
@@ -207,7 +207,7 @@ class GoldenSubset(Denoiser):
             return torch.arange(len(images), device=self.device)
         y = x.double() / alpha
         if images.dtype == torch.uint8:
-            y = (y + 1.0) * 127.5
+            y = values_to_bytes(y)
         y = y.float()
         pool = self._pool(y, sizes.pool)
         if pool is not None and len(pool) == sizes.kept:

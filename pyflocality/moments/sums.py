@@ -10,6 +10,7 @@ from torch import Tensor
 from pyflocality.ops.covariance import accumulate_covariance
 from pyflocality.posterior.ranks import Ranks
 from pyflocality.reference.covariance import add_upper_product
+from pyflocality.storage.reader import BYTES_PER_UNIT
 
 # Working memory of one step of a stream or of a finalisation; several such arrays live at once.
 BLOCK_BYTES = 32 * 2**20
@@ -78,7 +79,7 @@ class ByteSums:
 
         # Divisors are tensors because CUDA multiplies by the reciprocal of a number, which rounds
         # differently.
-        divisors = total.new_tensor([count, (count - 1) * 127.5**2], dtype=torch.float64)
+        divisors = total.new_tensor([count, (count - 1) * BYTES_PER_UNIT**2], dtype=torch.float64)
 
         def band(rows: slice, columns: slice) -> Tensor:
             centred = self.gram[rows, columns] - shift[rows, None] * total[columns]

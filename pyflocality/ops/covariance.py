@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyflocality._support.checks import check_tensor, describe
 from pyflocality.backends.selection import UNPROVEN, Implementation, register, select
-from pyflocality.kernels.triton.limits import device_limits
+from pyflocality.kernels.limits import device_limits
 from pyflocality.posterior.call import Call
 from pyflocality.storage.mapped import mapped_file
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from pyflocality._support.checks import check_choice
 from pyflocality.backends.selection import UNPROVEN, Implementation, register, select
-from pyflocality.kernels.triton.limits_equivariant import patch_limits
+from pyflocality.kernels.limits import float32_limits, patch_limits
 from pyflocality.ops.window_posterior import check_window
-from pyflocality.posterior.problem import PosteriorOptions, float32_limits, posterior_problem
+from pyflocality.posterior.problem import PosteriorOptions, posterior_problem
 from pyflocality.posterior.state import finalize, finalize_jvp
 from pyflocality.posterior.tangents import check_tangents, jacobian_factor, tangent_call
 

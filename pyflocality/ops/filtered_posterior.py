@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyflocality._support.transforms import outside_transforms
 from pyflocality.backends.selection import Implementation, register, select
-from pyflocality.ops.masked_posterior import mask_limits
+from pyflocality.kernels.limits import mask_limits
 from pyflocality.posterior.problem import PosteriorOptions, posterior_problem
 from pyflocality.posterior.tangents import check_tangents, tangent_call
 from pyflocality.weights import QueryWeights

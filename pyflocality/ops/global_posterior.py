@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from pyflocality.backends.selection import UNPROVEN, Implementation, register, select
-from pyflocality.kernels.triton.limits import uint8_limits
-from pyflocality.posterior.problem import PosteriorOptions, float32_limits, posterior_problem
+from pyflocality.kernels.limits import float32_limits, uint8_limits
+from pyflocality.posterior.problem import PosteriorOptions, posterior_problem
 from pyflocality.posterior.state import finalize, finalize_jvp
 from pyflocality.posterior.tangents import check_tangents, jacobian_factor, tangent_call
 

@@ -8,22 +8,14 @@ from torch import Tensor
 
 from pyflocality._support.transforms import outside_transforms
 from pyflocality.backends.selection import UNPROVEN, Implementation, register, select
-from pyflocality.kernels.triton.limits import uint8_limits
-from pyflocality.posterior.call import Call
-from pyflocality.posterior.problem import PosteriorOptions, float32_limits, posterior_problem
+from pyflocality.kernels.limits import mask_limits, uint8_limits
+from pyflocality.posterior.problem import PosteriorOptions, posterior_problem
 from pyflocality.posterior.state import finalize, finalize_jvp
 from pyflocality.posterior.tangents import check_tangents, jacobian_factor, tangent_call
 from pyflocality.weights import QueryWeights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-def mask_limits(call: Call) -> str | None:
-    """Reason why a kernel for masks cannot serve a call, or None if it can."""
-    if not call.facts.get("is_mask", True):
-        return "it serves masks (weights of 0 and 1), these weights are not boolean"
-    return float32_limits(call)
 
 
 register(

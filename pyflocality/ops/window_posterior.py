@@ -8,8 +8,12 @@ from torch import Tensor
 
 from pyflocality._support.checks import check_count
 from pyflocality.backends.selection import UNPROVEN, Implementation, register, select
-from pyflocality.kernels.cuda.limits import window_adjoint_limits, window_posterior_limits
-from pyflocality.posterior.problem import PosteriorOptions, float32_limits, posterior_problem
+from pyflocality.kernels.limits import (
+    float32_limits,
+    window_adjoint_limits,
+    window_posterior_limits,
+)
+from pyflocality.posterior.problem import PosteriorOptions, posterior_problem
 from pyflocality.posterior.state import finalize, finalize_jvp
 from pyflocality.posterior.tangents import check_tangents, jacobian_factor, tangent_call
 

@@ -153,25 +153,6 @@ class PosteriorProblem:
         return self.reader.values(chunk_size, self.x.dtype)
 
 
-def float32_limits(call: Call) -> str | None:
-    """Reason why a float32 kernel without derivatives cannot serve a call, or None if it can."""
-    if call.dtype != torch.float32:
-        return f"it computes in float32, {call.dtype} was asked for"
-    if call.requires_grad:
-        return "it has no derivative, and one may be asked of this call"
-    stored = call.facts.get("images_dtype", torch.uint8)
-    if stored not in (torch.uint8, torch.float32):
-        return f"it reads uint8 or float32 images, these are {stored}"
-    return None
-
-
-def stored_images_limits(call: Call) -> str | None:
-    """Reason why a kernel that reads the images as they are stored cannot serve a call, or None."""
-    if call.facts.get("augmented", False):
-        return "it reads images as they are stored, this set has mirrored or shifted copies"
-    return None
-
-
 def check_images(images: object) -> Tensor:
     """A non-empty set of finite images [N, C, H, W], uint8 or float in [-1, 1]."""
     images = check_tensor(images, "images", "a torch.Tensor [N, C, H, W]")

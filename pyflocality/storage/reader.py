@@ -20,6 +20,9 @@ from pyflocality._support.budget import memory_budget_bytes
 from pyflocality.storage.augmentation import IDENTITY, Augmentation
 from pyflocality.storage.mapped import MappedFile, checked_around, mapped_file
 
+# Steps of 8-bit images in a value of 1.
+BYTES_PER_UNIT = 127.5
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -186,4 +189,14 @@ def training_values(images: Tensor, dtype: torch.dtype) -> Tensor:
     """
     values = images.to(dtype)
     # In place: a block is not held twice.
-    return values.div_(127.5).sub_(1.0) if images.dtype == torch.uint8 else values
+    return values.div_(BYTES_PER_UNIT).sub_(1.0) if images.dtype == torch.uint8 else values
+
+
+def bytes_to_values(stored: Tensor) -> Tensor:
+    """Values of what is counted in the units of 8-bit images, floating point."""
+    return stored / BYTES_PER_UNIT - 1.0
+
+
+def values_to_bytes(values: Tensor) -> Tensor:
+    """Values in the units of 8-bit images, not rounded."""
+    return (values + 1.0) * BYTES_PER_UNIT

@@ -27,7 +27,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyflocality.kernels.triton.limits import LARGE_SHARED_BYTES, SHARED_BYTES
+from pyflocality.kernels.devices import LARGE_SHARED_BYTES, SHARED_BYTES
 
 # Shared memory a block may have, bytes: the older tables serve every GPU that the backend takes.
 SHARED_LIMIT = {80: SHARED_BYTES, 90: LARGE_SHARED_BYTES}

@@ -94,7 +94,7 @@ def test_functions_answer_in_the_kind_of_x_without_a_copy(name, gpu, given, monk
         launch.run(launched, device, arguments)
 
     for module in ("window_posterior", "window_adjoint"):
-        monkeypatch.setattr(f"pyflocality.cuda.{module}.run", run)
+        monkeypatch.setattr(f"pyflocality.kernels.cuda.{module}.run", run)
     for kind, answered in ((CupyArray, CupyArray), (Producer, Tensor), (Tensor, Tensor)):
         read.clear()
         wrapped = [tensor if kind is Tensor else kind(tensor) for tensor in given]

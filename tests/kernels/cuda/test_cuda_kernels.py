@@ -17,10 +17,10 @@ from truth import filtered_posterior_mean, random_images, softmax, values_of, wi
 import pyflocality as pf
 from pyflocality import ops
 from pyflocality.backends import selection as _backends
+from pyflocality.kernels import stored
 from pyflocality.kernels.cuda import (
     geometry,
     launch,
-    stored,
     window_adjoint,
     window_posterior,
     window_rows,
@@ -413,7 +413,7 @@ def test_rows_of_many_noisy_images_fit_the_budget(strided, rng, monkeypatch):
     images = problem.images
     if strided:
         images = images.repeat_interleave(2, 3)[..., ::2]
-        monkeypatch.setattr(stored, "_COPIED_BYTES", 15 * 48)
+        monkeypatch.setattr(stored, "_BLOCK_BYTES", 15 * 48)
     # One noisy image's distances, weights and sums, and half of another's.
     some = posterior_problem(problem.x, images, sigma, alpha, memory_budget=22_000)
     found = window_posterior_rows(some, [(0, 2, 3)], 3)

@@ -17,10 +17,10 @@ from pyflocality.backends import selection as _backends
 from pyflocality.backends.selection import OPERATIONS, BackendUnavailableError, machine_reason
 from pyflocality.cuda.arrays import as_tensor
 from pyflocality.kernels.cuda import launch
+from pyflocality.kernels.cuda.geometry import batch_slices
 from pyflocality.kernels.cuda.launch import CudaKernelError, Launch, run
-from pyflocality.kernels.cuda.limits import window_adjoint_limits, window_posterior_limits
 from pyflocality.kernels.cuda.sources import compile_options, kernel_source
-from pyflocality.kernels.cuda.stored import grid_parts
+from pyflocality.kernels.limits import window_adjoint_limits, window_posterior_limits
 from pyflocality.posterior.call import Call
 
 CPU = torch.device("cpu")
@@ -39,9 +39,9 @@ def cupy(monkeypatch):
 
 
 def test_nothing_imports_cupy():
-    modules = "launch, limits, geometry, sources, stored, window_posterior, "
-    modules += "window_adjoint, window_rows"
+    modules = "launch, geometry, sources, window_posterior, window_adjoint, window_rows"
     code = "import sys; sys.modules['cupy'] = None\n"
+    code += "from pyflocality.kernels import limits, stored\n"
     code += f"from pyflocality.kernels.cuda import {modules}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -198,7 +198,7 @@ def test_operations_tell_the_limits_their_window(monkeypatch):
 @pytest.mark.parametrize("batch", [0, 1, 65535, 65536, 200_000])
 def test_parts_of_a_batch_fit_a_grid(batch):
     for at_a_time in (1000, 65535, 10**9):
-        parts = grid_parts(batch, at_a_time)
+        parts = batch_slices(batch, at_a_time)
         assert [i for part in parts for i in range(batch)[part]] == list(range(batch))
         assert all(part.stop - part.start <= min(at_a_time, 65535) for part in parts)
 

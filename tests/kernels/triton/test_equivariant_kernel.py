@@ -11,6 +11,7 @@ import torch
 from triton_gates import compile_ahead
 from truth import random_images
 
+from pyflocality.kernels.limits import LONGEST_RUN, patch_limits
 from pyflocality.kernels.triton import equivariant_posterior as kernels
 from pyflocality.kernels.triton._launch import Launch
 from pyflocality.kernels.triton._patches import Geometry
@@ -20,7 +21,6 @@ from pyflocality.kernels.triton.equivariant_posterior import (
     equivariant_posterior_state,
     query_parts,
 )
-from pyflocality.kernels.triton.limits_equivariant import LONGEST_RUN, patch_limits
 from pyflocality.posterior.call import Call
 from pyflocality.posterior.problem import PosteriorProblem, posterior_problem
 from pyflocality.posterior.state import PosteriorState, finalize, log_sum_exp

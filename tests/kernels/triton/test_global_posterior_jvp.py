@@ -153,7 +153,7 @@ def test_views_are_copied_in_parts_that_fit_the_budget(device, rng, launches):
     stored = images.cpu().contiguous()
     x = noisy_batch(stored, 1, 0.5, 0.9, rng)
     directions = directions_like(x, 2, rng)
-    budget = 2 * 130 * VALUES
+    budget = 4 * 130 * VALUES
     found = answer(device, x, directions, images, 0.5, 0.9, memory_budget=budget)
     # Distances, then products, of 130 images and of the other 70.
     assert [grid[0] for grid, _ in launches.of("distances_kernel")] == [3, 3, 2, 2]

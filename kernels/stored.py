@@ -1,0 +1,132 @@
+"""A problem in the units in which its images are stored, as the kernels take it.
+
+For bytes u the noisy image becomes 127.5 (x / alpha + 1) and its squared distances to u are
+(127.5 / alpha)^2 times those of x to alpha v; for floats they are (1 / alpha)^2 times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pyflocality._support.budget import memory_budget_bytes
+from pyflocality.posterior.problem import PosteriorProblem
+from pyflocality.posterior.tangents import jacobian_factor
+from pyflocality.storage.reader import BYTES_PER_UNIT, values_to_bytes
+
+# Factors of distances in the power of two stay positive, normal float32 numbers: their product
+# with a distance of zero is zero, with an infinite one infinite, as `posterior.state` wants it.
+SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-126, 2.0**120
+# Images at a time where they are read from a file that exceeds the memory budget, or are copied:
+# where their memory is not contiguous or holds no such copy of them.
+_BLOCK_BYTES = 32 * 2**20
+
+
+def power_factor(scale: Tensor) -> Tensor:
+    """Factor of a distance in the power of two, float32, from that in the power of e."""
+    return (scale * math.log2(math.e)).clamp(SMALLEST_FACTOR, LARGEST_FACTOR).float()
+
+
+@dataclass(frozen=True)
+class StoredProblem:
+    """Noisy images, factors and training images in stored units.
+
+    Attributes:
+        problem: The problem in the units of the formulas.
+    """
+
+    problem: PosteriorProblem
+
+    @property
+    def exact(self) -> Tensor:
+        """Noisy images over alpha, float64 [B, C, H, W]."""
+        noisy = self.problem.x.detach().double() / self.problem.alpha[:, None, None, None]
+        return values_to_bytes(noisy) if self.has_bytes else noisy
+
+    @cached_property
+    def noisy(self) -> Tensor:
+        """The same as the kernels read them, float32, contiguous."""
+        return self.exact.float().contiguous()
+
+    @property
+    def centre(self) -> Tensor:
+        """The noisy images cut to the range of stored values, float32 [B, C, H, W]."""
+        return self.noisy.clamp(0.0, 255.0) if self.has_bytes else self.noisy.clamp(-1.0, 1.0)
+
+    @property
+    def has_bytes(self) -> bool:
+        """Whether the training images are stored as bytes."""
+        return self.problem.images.dtype == torch.uint8
+
+    @property
+    def step(self) -> float:
+        """What a stored value of 1 is in the units of the formulas."""
+        return 1.0 / BYTES_PER_UNIT if self.has_bytes else 1.0
+
+    @property
+    def shift(self) -> float:
+        """What a stored value of 0 is in the units of the formulas."""
+        return -1.0 if self.has_bytes else 0.0
+
+    @property
+    def unit(self) -> Tensor:
+        """A distance of the formulas is unit^2 times the stored one, float64 [B]."""
+        return self.problem.alpha / BYTES_PER_UNIT if self.has_bytes else self.problem.alpha
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """Weights are 2^(-factor distance) with stored distances, float32 [B]."""
+        return power_factor(self.problem.scale * self.unit.square())
+
+    @property
+    def scale(self) -> Tensor:
+        """Weights are exp(-scale distance) with the same factor: what joins states, float64 [B]."""
+        return self.factor.double() * math.log(2.0)
+
+    @property
+    def slope(self) -> Tensor:
+        """Factor from covariances of stored values to derivatives of the mean, float64 [B]."""
+        return jacobian_factor(self.problem) * self.step**2
+
+    def part(self, rows: slice | Tensor) -> StoredProblem:
+        """The problem of some of the noisy images."""
+        problem = self.problem
+        x, alpha, scale = problem.x[rows], problem.alpha[rows], problem.scale[rows]
+        return StoredProblem(replace(problem, x=x, alpha=alpha, scale=scale))
+
+    def distances(self, minimum: Tensor) -> Tensor:
+        """Distances of the formulas from stored ones [B, Q]."""
+        return minimum * self.unit.square()[:, None]
+
+    def values(self, weighted: Tensor, total: Tensor) -> Tensor:
+        """Sums of the formulas' values [B, Q, V] from those of stored ones and weights [B, Q]."""
+        return weighted / BYTES_PER_UNIT - total[..., None] if self.has_bytes else weighted
+
+    @property
+    def budget(self) -> int:
+        """Working memory beside the block that images are read or copied into, bytes."""
+        images, size = self.problem.images, self.problem.chunk_size or self._copied
+        block = self.problem.reader.buffer_bytes(size)
+        if not images.is_contiguous():
+            block = min(size, len(images)) * images[0].nbytes
+        return memory_budget_bytes(self.problem.memory_budget) - block
+
+    def rows(self) -> Iterator[Tensor]:
+        """The images and their copies as stored, [n, C H W] at a time, contiguous."""
+        return self.problem.reader.rows(self.problem.chunk_size, self._copied)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The same as [n, C, H, W]."""
+        for rows in self.rows():
+            yield rows.unflatten(1, self.problem.images.shape[1:])
+
+    @property
+    def _copied(self) -> int:
+        """Images of a block that is read or copied."""
+        most = min(_BLOCK_BYTES, memory_budget_bytes(self.problem.memory_budget) // 4)
+        return max(1, most // self.problem.images[0].nbytes)
