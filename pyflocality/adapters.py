@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from types import SimpleNamespace
 
 import torch
@@ -30,10 +29,7 @@ from pyflocality._support.checks import (
     check_flag,
     check_instance,
     check_level,
-    check_real,
-    check_sequence,
     check_tensor,
-    check_text,
     describe,
 )
 from pyflocality.denoisers.base import Denoiser, check_denoiser
@@ -43,98 +39,12 @@ from pyflocality.noise.schedulers import (
     has_continuous_times,
     option,
     refuse_as_sampler,
-    spacing_of,
-    table_fault,
-    table_of,
     visited_ratio,
 )
-from pyflocality.noise.schedules import NO_SIGNAL, NoiseSchedule, _check_times
-from pyflocality.noise.spacing import SPACINGS, spaced_times
+from pyflocality.noise.schedules import NO_SIGNAL, check_times
+from pyflocality.noise.tables import TableSchedule
 
 _PREDICTIONS = {"epsilon": "noise", "sample": "x0", "v_prediction": "v"}
-
-
-@dataclass(frozen=True)
-class TableSchedule(NoiseSchedule):
-    """A variance-preserving schedule given by its table of alpha^2, as diffusers keeps them.
-
-    At whole times alpha_t^2 is the table's entry and sigma_t^2 = 1 - alpha_t^2. Between them
-    sigma / alpha is linear in t, as in diffusers' schedulers that visit such times.
-
-    Attributes:
-        values: alpha^2 at the times 0 .. T - 1, falling, in [0, 1). The last may be 0 (zero
-            terminal SNR), or 2^-24 in its place, as some schedulers have it, whatever the entry
-            before it is.
-        spacing: Which times a run of few steps visits, as for `DDPMSchedule`.
-
-    Raises:
-        TypeError: `values` is not a sequence of numbers.
-        ValueError: There is no value, or they do not fall within [0, 1); or `spacing` is unknown.
-    """
-
-    values: tuple[float, ...]
-    spacing: str = "leading"
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        given = check_sequence(self.values, "values", "a sequence of numbers")
-        object.__setattr__(self, "values", tuple(check_real(v, "values") for v in given))
-        check_choice(self.spacing, "spacing", SPACINGS)
-        fault = table_fault(self.alpha_cumprod)
-        if fault is not None:
-            raise ValueError(
-                f"`values` must fall within [0, 1), got {describe(self.values)}: {fault}"
-            )
-
-    @classmethod
-    def of(cls, scheduler: object, name: str = "scheduler") -> TableSchedule:
-        """The schedule of a diffusers scheduler, or of a schedule of whole times of ours.
-
-        Args:
-            scheduler: Anything with the table as `alphas_cumprod` (diffusers) or `alpha_cumprod`;
-                the spacing is its `config.timestep_spacing`, or `spacing`.
-            name: Name of the argument in error messages.
-
-        Raises:
-            TypeError: It has neither.
-            ValueError: The table does not fall within [0, 1), or its noise is not that of the
-                table (`use_flow_sigmas`).
-        """
-        values = table_of(scheduler, check_text(name, "name"))
-        fault = table_fault(torch.tensor(values, dtype=torch.float64, device="cpu"))
-        if fault is not None:
-            raise ValueError(
-                f"`{name}` must have a table of alpha^2 that falls within [0, 1), that of this "
-                f"{type(scheduler).__name__} does not: {fault}"
-            )
-        return cls(values, spacing_of(scheduler))
-
-    @cached_property
-    def alpha_cumprod(self) -> Tensor:
-        """alpha^2 at every time: float64 [T]."""
-        return torch.tensor(self.values, dtype=torch.float64, device="cpu")
-
-    def timesteps(self, steps: int) -> Tensor:
-        """Times with this spacing, as for `DDPMSchedule`: int64 [steps].
-
-        Raises:
-            TypeError: `steps` is not a whole number.
-            ValueError: `steps` is not in 1 .. T.
-        """
-        return spaced_times(len(self.values), steps, self.spacing)
-
-    def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
-        times = _check_times(t, 0.0, float(len(self.values) - 1))
-        table = self.alpha_cumprod.to(times.device)
-        before = times.floor().long()
-        alpha_squared = table[before]
-        between = times != before
-        if between.any():
-            after = (before + 1).clamp(max=len(table) - 1)
-            ratios = (1.0 / table - 1.0).sqrt()
-            ratio = torch.lerp(ratios[before], ratios[after], times - before)
-            alpha_squared = torch.where(between, 1.0 / (1.0 + ratio.square()), alpha_squared)
-        return alpha_squared.sqrt(), (1.0 - alpha_squared).sqrt()
 
 
 def from_diffusers(
@@ -340,7 +250,7 @@ class DiffusersModel(nn.Module):
         return_dict = check_flag(return_dict, "return_dict")
         last = float(len(self.schedule.values) - 1)
         # Times that schedulers keep on the CPU are moved with the images.
-        times = _check_times(timestep, 0.0, last, name="timestep").to(sample.device)
+        times = check_times(timestep, 0.0, last, name="timestep").to(sample.device)
         if times.ndim > 1 or (times.ndim == 1 and len(times) != len(sample)):
             raise ValueError(
                 f"`timestep` must be a number or a tensor [{len(sample)}], got {describe(timestep)}"
@@ -370,7 +280,7 @@ class DiffusersModel(nn.Module):
             ValueError: The time is none of the schedule's.
         """
         last = float(len(self.schedule.values) - 1)
-        times = _check_times(times, 0.0, last, name="times")
+        times = check_times(times, 0.0, last, name="times")
         ratios = [visited_ratio(self._scheduler, time) for time in times.reshape(-1)]
         if None in ratios:
             return self.schedule(times)

@@ -23,7 +23,7 @@ from pyflocality.autograd.forward_mode import Derivative, in_forward_mode
 from pyflocality.autograd.function import vjp_by_torch
 from pyflocality.denoisers.base import Denoiser
 from pyflocality.noise import NoiseSchedule
-from pyflocality.noise.times import check_invertible, time_at
+from pyflocality.noise.schedules import check_invertible, time_at
 
 _PREDICTIONS = ("x0", "noise", "residual", "v")
 # Tangents that go through the network together.

@@ -13,11 +13,11 @@ from pyflocality.noise.conversions import (
 from pyflocality.noise.schedules import (
     NO_SIGNAL,
     CosineSchedule,
-    DDPMSchedule,
     FlowSchedule,
     KarrasSchedule,
     NoiseSchedule,
 )
+from pyflocality.noise.tables import DDPMSchedule
 
 __all__ = [
     "NO_SIGNAL",

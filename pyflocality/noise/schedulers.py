@@ -11,10 +11,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from pyflocality._support.checks import check_tensor, describe
-from pyflocality.noise.spacing import SPACINGS
-
-# The last entry of a table without signal at its end, as some schedulers keep it.
-CLAMPED = 2.0**-24
 
 # Schedulers that show their model images of another noise level than that of the time.
 _OTHER_LEVELS = {
@@ -28,8 +24,8 @@ def option(scheduler: object, name: str, default: object = None) -> object:
     return getattr(getattr(scheduler, "config", None), name, default)
 
 
-def table_of(scheduler: object, name: str) -> tuple[float, ...]:
-    """alpha^2 at the whole times of a scheduler of diffusers, or of a schedule of ours.
+def table_of(scheduler: object, name: str) -> Tensor:
+    """alpha^2 at the whole times of a scheduler of diffusers, or of a schedule of ours, float64.
 
     Args:
         scheduler: Anything with the table as `alphas_cumprod` (diffusers) or `alpha_cumprod`.
@@ -53,41 +49,13 @@ def table_of(scheduler: object, name: str) -> tuple[float, ...]:
             f"`{name}` must be without `use_flow_sigmas`: the noise of that {kind} is not that "
             "of its `alphas_cumprod`"
         )
-    return tuple(check_tensor(table, name).double().tolist())
-
-
-def table_fault(values: Tensor) -> str | None:
-    """What is wrong with a table of alpha^2, float64 [T], or None.
-
-    The entries fall. The last, where there is no signal, may be clamped to 2^-24, which is more
-    than the entries before it may be.
-    """
-    if values.ndim != 1 or len(values) == 0:
-        return "it has no entries"
-    if not (values[0] < 1 and values[-1] >= 0):
-        return f"it goes from {values[0].item():g} to {values[-1].item():g}"
-    falling = values.diff() < 0
-    if len(falling) > 0 and values[-1] == CLAMPED:
-        falling[-1] = True
-    if not falling.all():
-        at = int((~falling).nonzero()[0])
-        return (
-            f"it does not fall from entry {at} to {at + 1}, which are {values[at].item():g} and "
-            f"{values[at + 1].item():g}"
-        )
-    return None
+    return check_tensor(table, name).double().cpu()
 
 
 def has_continuous_times(scheduler: object) -> bool:
     """Whether the times that a model gets are logarithms of the noise, not those of the table."""
     continuous = option(scheduler, "timestep_type") == "continuous"
     return continuous and option(scheduler, "prediction_type") == "v_prediction"
-
-
-def spacing_of(scheduler: object) -> str:
-    """How the times of a few steps are chosen, as far as a table's schedule has it."""
-    spacing = getattr(scheduler, "spacing", option(scheduler, "timestep_spacing"))
-    return spacing if spacing in SPACINGS else "leading"
 
 
 def refuse_as_sampler(scheduler: object, name: str) -> None:

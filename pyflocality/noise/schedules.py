@@ -21,7 +21,6 @@ import math
 import numbers
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 from typing import overload
 
 import torch
@@ -37,8 +36,9 @@ from pyflocality._support.checks import (
     check_tensor,
     describe,
 )
-from pyflocality.noise.spacing import SPACINGS, spaced_times
 
+# Which times a run of few steps visits, as diffusers has it.
+SPACINGS = ("leading", "trailing", "linspace")
 _LARGEST = torch.finfo(torch.float64).max
 # alpha that stands for none, as at the end of schedules of zero terminal SNR: beside noise of
 # standard deviation 1 it is below the rounding of float32.
@@ -48,7 +48,8 @@ NO_SIGNAL = 2.0**-24
 class NoiseSchedule(ABC):
     """A map from time to (alpha, sigma), and the times a sampler visits.
 
-    Subclasses give `timesteps` and `_levels`; schedules are immutable and compare by value.
+    Subclasses give `timesteps` and `_levels`, and `_time_at`, its inverse, where networks that
+    are told such times are to be denoisers; schedules are immutable and compare by value.
     """
 
     @overload
@@ -110,71 +111,9 @@ class NoiseSchedule(ABC):
     def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """Check t; (alpha, sigma) as float64 tensors of its shape."""
 
-
-@dataclass(frozen=True)
-class DDPMSchedule(NoiseSchedule):
-    """Variance-preserving schedule with linear beta (Ho, Jain & Abbeel 2020).
-
-    `beta_t` rises linearly from `beta_start` to `beta_end` over t = 0 .. T - 1, and
-    alpha_t = sqrt(prod_{s<=t} (1 - beta_s)), sigma_t = sqrt(1 - alpha_t^2), in float64 (public
-    codes take the product in float32 and differ by about 1e-6).
-
-    Attributes:
-        num_timesteps: T, the number of times; t is a whole number in 0 .. T - 1.
-        beta_start: First beta, in (0, 1).
-        beta_end: Last beta, in [beta_start, 1).
-        spacing: Which times a run of few steps visits: "leading", "trailing" or "linspace", see
-            `timesteps`.
-
-    Raises:
-        TypeError: A field has the wrong type.
-        ValueError: A field is out of range.
-    """
-
-    num_timesteps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    spacing: str = "leading"
-
-    def __post_init__(self) -> None:
-        """Check the fields, and keep them as plain numbers."""
-        check_choice(self.spacing, "spacing", SPACINGS)
-        count = check_rounds(self.num_timesteps, "num_timesteps")
-        start = check_positive(self.beta_start, "beta_start")
-        end = check_positive(self.beta_end, "beta_end")
-        if not start <= end < 1:
-            raise ValueError(
-                "`beta_end` must lie in [beta_start, 1), "
-                f"got {describe(self.beta_end)} with `beta_start` {describe(self.beta_start)}"
-            )
-        _keep(self, num_timesteps=count, beta_start=start, beta_end=end)
-
-    @cached_property
-    def alpha_cumprod(self) -> Tensor:
-        """alpha^2 at every time: float64 [T]."""
-        ends, count = (self.beta_start, self.beta_end), self.num_timesteps
-        betas = torch.linspace(*ends, count, dtype=torch.float64, device="cpu")
-        return torch.cumprod(1.0 - betas, dim=0)
-
-    def timesteps(self, steps: int) -> Tensor:
-        """Times of diffusers' DDIM scheduler with the `spacing` of this schedule: int64 [steps].
-
-        "leading": i * (T // steps) for i = steps - 1 .. 0, so that ten steps of T = 1000 visit
-        900, 800, .., 0. The first time is far from noise where T // steps is much less than
-        T / steps: 501 steps start at 500. "trailing": T - i T / steps for i = 0 .. steps - 1,
-        rounded, less 1: 999, 899, .., 99. "linspace": from T - 1 to 0 in even steps, rounded:
-        999, 888, .., 0; a single step visits 0.
-
-        Raises:
-            TypeError: `steps` is not a whole number.
-            ValueError: `steps` is not in 1 .. T.
-        """
-        return spaced_times(self.num_timesteps, steps, self.spacing)
-
-    def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
-        times = _check_times(t, 0, self.num_timesteps - 1, whole=True)
-        alpha_squared = self.alpha_cumprod.to(times.device)[times]
-        return alpha_squared.sqrt(), (1.0 - alpha_squared).sqrt()
+    def _time_at(self, ratio: Tensor) -> Tensor:
+        """The time whose sigma / alpha is the given one; see `time_at`."""
+        raise AttributeError(f"{type(self).__name__} does not define _time_at")
 
 
 @dataclass(frozen=True)
@@ -216,8 +155,11 @@ class CosineSchedule(NoiseSchedule):
         return torch.arange(steps, 0, -1, dtype=torch.float64, device="cpu") / parts
 
     def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
-        angle = _check_times(t, 0.0, 1.0) * (math.pi / (2 * 1.008))
+        angle = check_times(t, 0.0, 1.0) * (math.pi / (2 * 1.008))
         return angle.cos(), angle.sin()
+
+    def _time_at(self, ratio: Tensor) -> Tensor:
+        return (ratio.atan() * (2 * 1.008 / math.pi)).clamp(max=1.0)
 
 
 @dataclass(frozen=True)
@@ -258,7 +200,7 @@ class KarrasSchedule(NoiseSchedule):
                 "`rho` must leave `sigma_min` and `sigma_max` apart as powers of 1 / rho, got "
                 f"{describe(self.rho)}"
             )
-        _keep(self, sigma_min=low, sigma_max=high, rho=rho)
+        keep(self, sigma_min=low, sigma_max=high, rho=rho)
 
     @property
     def init_noise_sigma(self) -> float:
@@ -285,8 +227,11 @@ class KarrasSchedule(NoiseSchedule):
         return levels
 
     def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
-        sigma = _check_times(t, 0.0, _LARGEST).clone()
+        sigma = check_times(t, 0.0, _LARGEST).clone()
         return torch.ones_like(sigma), sigma
+
+    def _time_at(self, ratio: Tensor) -> Tensor:
+        return ratio
 
 
 @dataclass(frozen=True)
@@ -309,7 +254,7 @@ class FlowSchedule(NoiseSchedule):
     def __post_init__(self) -> None:
         """Check the field, and keep it as a plain number."""
         t_min = check_real(self.t_min, "t_min", low=0.0, high=1.0, above=True, below=True)
-        _keep(self, t_min=t_min)
+        keep(self, t_min=t_min)
 
     def timesteps(self, steps: int) -> Tensor:
         """Times t_min + i (1 - t_min) / steps for i = 0 .. steps - 1: float64 [steps].
@@ -323,17 +268,59 @@ class FlowSchedule(NoiseSchedule):
         return times[:-1]
 
     def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
-        alpha = _check_times(t, 0.0, 1.0).clone()
+        alpha = check_times(t, 0.0, 1.0).clone()
         return alpha, 1.0 - alpha
 
+    def _time_at(self, ratio: Tensor) -> Tensor:
+        return 1.0 / (1.0 + ratio)
 
-def _keep(schedule: object, **fields: float) -> None:
+
+def time_at(schedule: NoiseSchedule, ratio: Tensor) -> Tensor:
+    """The time at which a schedule has a given noise level: its inverse.
+
+    Args:
+        schedule: A schedule that `check_invertible` lets pass.
+        ratio: Noise levels sigma / alpha, at least 0, float64 [B].
+
+    Returns:
+        Times [B]: float64; for a table int64, the time with the nearest level in
+        log(sigma / alpha), the first or the noisiest where the level lies outside the table; an
+        end without signal (alpha 0) counts as one more step beyond the last level. The cosine
+        schedule's last time is 1: noisier levels get that, too.
+    """
+    alpha_squared = getattr(schedule, "alpha_cumprod", None)
+    if alpha_squared is None:
+        return schedule._time_at(ratio)
+    # A clamped end may be less noisy than the times before it.
+    alpha_squared = alpha_squared.to(ratio.device)
+    table, times = ((1.0 - alpha_squared) / alpha_squared).sqrt().sort()
+    # Halfway between two levels in their logarithm.
+    halfway = (table[1:] * table[:-1]).sqrt()
+    if len(table) > 2:
+        last = table[-2] * (table[-2] / table[-3]).sqrt()
+        halfway[-1] = torch.where(table[-1].isinf(), last, halfway[-1])
+    return times[torch.searchsorted(halfway, ratio.contiguous())]
+
+
+def check_invertible(schedule: object, name: str) -> NoiseSchedule:
+    """A schedule that `time_at` knows."""
+    if isinstance(schedule, NoiseSchedule) and (
+        hasattr(schedule, "alpha_cumprod") or type(schedule)._time_at is not NoiseSchedule._time_at
+    ):
+        return schedule
+    raise TypeError(
+        f"`{name}` must be a schedule of this library or one with a table `alpha_cumprod`, got "
+        f"{describe(schedule)}"
+    )
+
+
+def keep(schedule: object, **fields: float) -> None:
     """Set fields of a frozen dataclass."""
     for name, value in fields.items():
         object.__setattr__(schedule, name, value)
 
 
-def _check_times(
+def check_times(
     t: float | Tensor, low: float, high: float, *, whole: bool = False, name: str = "t"
 ) -> Tensor:
     """Times as a float64 tensor (int64 where they are whole), all finite and in [low, high]."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import pyflocality as pf
 from pyflocality import adapters
 from pyflocality.adapters import TableSchedule
-from pyflocality.noise.times import time_at
+from pyflocality.noise.schedules import time_at
 
 diffusers = pytest.importorskip("diffusers", reason="the extra `diffusers` is not installed")
 
