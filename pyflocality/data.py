@@ -30,7 +30,7 @@ from pyflocality._support.checks import (
 )
 from pyflocality._support.text import printable, printable_errors
 from pyflocality.posterior.ranks import plain, ranks_of
-from pyflocality.sources.base import MappedImages, Request
+from pyflocality.sources.base import Request
 from pyflocality.sources.layout import check_layout
 from pyflocality.sources.registry import open_source
 from pyflocality.sources.validation import (
@@ -44,7 +44,7 @@ from pyflocality.sources.validation import (
     checked_shape,
 )
 from pyflocality.storage.augmentation import IDENTITY, Augmentation, check_augmentation
-from pyflocality.storage.mapped import remember
+from pyflocality.storage.mapped import MappedView, mapped_file
 from pyflocality.storage.reader import Reader, training_values
 
 
@@ -113,8 +113,8 @@ class TrainingSet:
         name: str,
         labels: Tensor | None = None,
         label_names: tuple[str, ...] | None = None,
-        mapped: MappedImages | None = None,
         augmentation: Augmentation | None = None,
+        mapped: bool = False,
     ) -> None:
         self.images, self.labels = images, labels
         self.name, self.label_names = name, label_names
@@ -200,7 +200,6 @@ class TrainingSet:
         request = Request.checked(resolution, channels, split, cache_dir, progress, layout)
         with printable_errors():
             loaded = open_source(source, request)
-            remember(loaded.images)
             try:
                 data = cls(
                     loaded.images,
@@ -211,7 +210,7 @@ class TrainingSet:
                 )
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{os.fspath(source)}: {error}") from error
-        data._mapped = loaded.mapped
+        data._mapped = mapped_file(data.images) is not None
         return data
 
     def __len__(self) -> int:
@@ -327,16 +326,15 @@ class TrainingSet:
         positions = as_positions(indices, len(self))
         start, stop = int(positions[0]), int(positions[-1]) + 1
         row = len(positions) == stop - start and bool((positions.diff() == 1).all())
-        mapped = None
         if row:
             images = self.images[start:stop]
-            mapped = None if self._mapped is None else self._mapped.part(start, stop)
         else:
             check_copy(self.images, len(positions), self.name)
             images = Reader(self.images).at(positions.to(self.device))
         labels = None if self.labels is None else self.labels[positions.to(self.device)]
+        mapped = row and self._mapped
         return self._of_valid(
-            images, self.name, labels, self.label_names, mapped, self.augmentation
+            images, self.name, labels, self.label_names, self.augmentation, mapped
         )
 
     def with_label(self, label: int | str) -> TrainingSet:
@@ -390,7 +388,7 @@ class TrainingSet:
         if images is self.images:
             return self
         labels = None if self.labels is None else self.labels.to(device)
-        return self._of_valid(images, self.name, labels, self.label_names, None, self.augmentation)
+        return self._of_valid(images, self.name, labels, self.label_names, self.augmentation)
 
     def content_key(self) -> str:
         """SHA-256 of the shape, the dtype and the bytes of the images, in hexadecimal.
@@ -430,9 +428,11 @@ class TrainingSet:
                 "cannot be pickled: pickle the whole set and shard it where it is used"
             )
         state = dict(self.__dict__)
-        if self._mapped is not None:
+        file = mapped_file(self.images) if self._mapped else None
+        if file is not None:
+            state["images"] = file.view(self.images)
             # The file may be another one by then, of the same size.
-            del state["images"], state["_content_key"]
+            del state["_content_key"]
         elif self.images.untyped_storage().nbytes() > self.images.nbytes:
             # A tensor is pickled with all of the memory that it is a view of.
             state["images"] = self.images.clone()
@@ -441,10 +441,9 @@ class TrainingSet:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled set; raises ValueError if the file it maps is not the same any more."""
         self.__dict__.update({"_content_key": None, "augmentation": None} | state)
-        if self._mapped is not None:
-            array = self._mapped.open()
-            layout = "NHW" if array.ndim == 3 else "NCHW"
-            self.images = checked_shape(as_image_tensor(array), layout)
+        if isinstance(self.images, MappedView):
+            self.images = self.images.open()
+        self._mapped = self._mapped and mapped_file(self.images) is not None
 
 
 def _content_key(images: Tensor) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 
 from pyflocality._support.checks import check_flag
 from pyflocality._support.json import sealed
-from pyflocality._support.locks import HeldError, locked
+from pyflocality._support.locks import HeldError, locked, remove_abandoned, replacing, twins_of
 from pyflocality._support.paths import checked_path, no_link, regular_file
 from pyflocality._support.progress import progress_bar
 from pyflocality._support.text import printable_errors
@@ -278,6 +278,7 @@ def _read_journal(target: Path) -> tuple[dict[str, Any], list[int]] | None:
 
 def _write(files: LabelledFiles, request: Request, target: Path, key: int, colour: bool) -> None:
     """Decode what is missing, then write labels and manifest."""
+    remove_abandoned(twin for name in (LABELS, MANIFEST) for twin in twins_of(target / name))
     begun = _read_journal(target)
     if os.path.lexists(target / IMAGES) and not _is_own(target / IMAGES):
         begun = None
@@ -287,14 +288,16 @@ def _write(files: LabelledFiles, request: Request, target: Path, key: int, colou
         (target / IMAGES).unlink(missing_ok=True)
         header = {"key": key, "shape": list(job.shape), "images_per_block": per_block}
         begun = header, []
-        with _durable(target / JOURNAL) as journal:
+        (target / JOURNAL).unlink(missing_ok=True)
+        with open(target / JOURNAL, "xb") as journal:
             journal.write((sealed(header) + "\n").encode())
+            _flush(journal)
     header, finished = begun
     _decode(files, request, target, header, finished)
     _check_values(target / IMAGES, files.name)
     labels_crc = None
     if files.labels is not None:
-        with _replacing(target / LABELS) as file:
+        with replacing(target / LABELS, 0o666) as file:
             np.save(file, files.labels)
         labels_crc = zlib.crc32((target / LABELS).read_bytes())
     manifest = {
@@ -311,7 +314,7 @@ def _write(files: LabelledFiles, request: Request, target: Path, key: int, colou
         "images_per_block": header["images_per_block"],
         "blocks_crc32": finished,
     }
-    with _replacing(target / MANIFEST) as file:
+    with replacing(target / MANIFEST, 0o666) as file:
         file.write(sealed(manifest).encode())
     (target / JOURNAL).unlink()
 
@@ -421,24 +424,3 @@ def _check_space(target: Path, needed: int) -> None:
 def _flush(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-@contextmanager
-def _durable(path: Path) -> Iterator[IO[bytes]]:
-    """A new file whose contents are on the disk after the block."""
-    path.unlink(missing_ok=True)
-    with open(path, "xb") as file:
-        yield file
-        _flush(file)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with _durable(temporary) as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -271,12 +271,14 @@ def test_a_disk_that_is_full_from_the_start(folder, pixels, tmp_path, monkeypatc
     """Nothing is finished but an empty journal, or the beginning of one: it is begun anew."""
     out = tmp_path / "out"
 
-    def full(path):
-        path.write_text(written)
+    def full(file):
+        file.seek(0)
+        file.truncate()
+        file.write(written.encode())
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "_durable", full)
+        patch.setattr(packing, "_flush", full)
         with pytest.raises(OSError, match="No space left"):
             pack(folder, out, progress=False)
     assert [path.name for path in out.iterdir()] == ["packing.jsonl"]
@@ -386,7 +388,7 @@ def test_an_array_with_another_header_is_not_gone_on_with(
     change, folder, tmp_path, few_a_block, monkeypatch
 ):
     out = tmp_path / "out"
-    monkeypatch.setattr(packing, "_replacing", lambda path: (_ for _ in ()).throw(OSError("stop")))
+    monkeypatch.setattr(packing, "replacing", lambda *_: (_ for _ in ()).throw(OSError("stop")))
     with pytest.raises(OSError, match="stop"):
         pack(folder, out, progress=False)
     monkeypatch.undo()
@@ -438,7 +440,7 @@ def test_labels_that_do_not_fit_are_named(labels, folder, tmp_path):
 
 def test_finished_blocks_that_changed_are_found(folder, tmp_path, few_a_block, monkeypatch):
     out = tmp_path / "out"
-    monkeypatch.setattr(packing, "_replacing", lambda path: (_ for _ in ()).throw(OSError("stop")))
+    monkeypatch.setattr(packing, "replacing", lambda *_: (_ for _ in ()).throw(OSError("stop")))
     with pytest.raises(OSError, match="stop"):
         pack(folder, out, progress=False)
     monkeypatch.undo()
@@ -499,7 +501,7 @@ def test_links_are_replaced_and_nothing_is_written_through_them(
         monkeypatch.setattr(packing, "_flush", flushed)
         assert sorted(os.listdir(out)) == ["images.npy", "packing.jsonl"]
 
-    for name in ("images.npy", "packing.jsonl", "labels.tmp", "manifest.tmp", "labels.npy"):
+    for name in ("images.npy", "packing.jsonl", "labels.npy"):
         for link in (os.symlink, os.link):
             begin()
             precious = tmp_path / "precious"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from typing import Any, TextIO, TypeVar
+from typing import TypeVar
 
+from pyflocality._support.streams import Forgiving
 from pyflocality._support.text import printable
 
 T = TypeVar("T")
@@ -38,26 +38,5 @@ def progress_bar(
         desc=printable(description),
         total=total,
         delay=_DELAY_SECONDS,
-        file=_Forgiving(sys.stderr),
+        file=Forgiving(sys.stderr),
     )
-
-
-class _Forgiving:
-    """A stream for a bar, which is not worth ending a job for."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> None:
-        """Write what can be written."""
-        with suppress(OSError, ValueError):
-            self._stream.write(text)
-
-    def flush(self) -> None:
-        """Show it."""
-        with suppress(OSError, ValueError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        """Everything else is the stream's."""
-        return getattr(self._stream, name)

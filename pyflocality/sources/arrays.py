@@ -11,7 +11,7 @@ import numpy as np
 
 from pyflocality._support.text import printable
 from pyflocality.sources import cache
-from pyflocality.sources.base import DecodeJob, Loaded, MappedImages, Request, refuse_split
+from pyflocality.sources.base import DecodeJob, Loaded, Request, refuse_split
 from pyflocality.sources.layout import find_layout
 from pyflocality.sources.left_out import LeftOut
 from pyflocality.sources.npy import map_array
@@ -42,11 +42,8 @@ def load_npy(path: Path, request: Request) -> Loaded:
     if len(array) >= cache.MIN_IMAGES:
         stat = [status.st_size, status.st_mtime_ns]
         fingerprint = {"npy": str(path.resolve()), "stat": stat, "layout": layout}
-    mapped = None
-    if array.dtype.isnative:
-        mapped = MappedImages.of(array, channels_last=layout == "NHWC")
     images = array.transpose(0, 3, 1, 2) if layout == "NHWC" else array
-    return convert(Loaded(images, path.name, mapped=mapped, fingerprint=fingerprint), request)
+    return convert(Loaded(images, path.name, fingerprint=fingerprint), request)
 
 
 def load_npz(path: Path, request: Request) -> Loaded:

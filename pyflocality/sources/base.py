@@ -14,8 +14,6 @@ from pyflocality._support.checks import check_count, check_flag, check_size, des
 from pyflocality._support.paths import checked_path
 from pyflocality._support.text import printable
 from pyflocality.sources.layout import check_layout
-from pyflocality.storage.cache import open_entry
-from pyflocality.storage.mapped import remember
 
 
 @dataclass(frozen=True)
@@ -92,94 +90,6 @@ def refuse_split(split: str | None, where: str) -> None:
 
 
 @dataclass(frozen=True)
-class MappedImages:
-    """How to open memory-mapped images again, in another process for example.
-
-    Attributes:
-        path: The file.
-        file_size: Its size in bytes; another size means another file.
-        modified: When it was written, in nanoseconds; another time means another file, too.
-        dtype: NumPy's name of the dtype stored.
-        shape: Shape stored.
-        offset: Bytes in front of the values.
-        fortran: Whether the values are stored in Fortran order.
-        channels_last: Whether the shape stored is [N, H, W, C].
-        cached: Whether the file is a cache entry: whoever replaces it does so by an equal one.
-        start: First image of the set.
-        stop: One past its last image; None for all.
-    """
-
-    path: str
-    file_size: int
-    modified: int
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    fortran: bool
-    channels_last: bool
-    cached: bool = False
-    start: int = 0
-    stop: int | None = None
-
-    @classmethod
-    def of(
-        cls, array: np.memmap, *, channels_last: bool = False, cached: bool = False
-    ) -> MappedImages:
-        """Describe an array that maps a whole file."""
-        fortran = array.flags.f_contiguous and not array.flags.c_contiguous
-        path = os.path.abspath(array.filename)
-        return cls(
-            path,
-            *_size_and_time(os.stat(path)),
-            array.dtype.str,
-            array.shape,
-            array.offset,
-            fortran,
-            channels_last,
-            cached,
-        )
-
-    def open(self) -> np.ndarray:
-        """Map the images: [N, C, H, W] or [N, H, W], copied only where they are written to.
-
-        Raises:
-            ValueError: The file is missing, or is not the one that was described.
-        """
-        try:
-            with open_entry(Path(self.path)) if self.cached else open(self.path, "rb") as file:
-                self._check(os.fstat(file.fileno()))
-                order = "F" if self.fortran else "C"
-                array = np.memmap(file, self.dtype, "c", self.offset, self.shape, order)
-                remember(array, file.fileno(), by_name=not self.cached)
-        except FileNotFoundError as error:
-            raise ValueError(self._useless("is missing")) from error
-        except OSError as error:
-            what = f"cannot be opened ({error.strerror or error})"
-            raise ValueError(self._useless(what)) from error
-        array = array[self.start : self.stop]
-        return array.transpose(0, 3, 1, 2) if self.channels_last else array
-
-    def _check(self, status: os.stat_result) -> None:
-        size, modified = _size_and_time(status)
-        if size != self.file_size:
-            raise ValueError(self._useless(f"has {size} bytes, expected {self.file_size} bytes"))
-        # A cache entry's name is that of its content.
-        if modified != self.modified and not self.cached:
-            raise ValueError(self._useless("was written to since the set was loaded"))
-
-    def _useless(self, what: str) -> str:
-        return f"{self.path}: the file of a memory-mapped training set {what}: load the set again"
-
-    def part(self, start: int, stop: int) -> MappedImages:
-        """The images start..stop-1 of these."""
-        return replace(self, start=self.start + start, stop=self.start + stop)
-
-
-def _size_and_time(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
-
-
-@dataclass(frozen=True)
 class Loaded:
     """What a source holds.
 
@@ -188,7 +98,6 @@ class Loaded:
         name: Name of the set, made fit for messages.
         labels: Class of each image [N], if known.
         label_names: Name of each class, if known.
-        mapped: How to map the images again, if they are memory-mapped.
         fingerprint: What identifies the content of the source, cheaply, for the cache; None
             for a source that is not worth caching.
     """
@@ -197,7 +106,6 @@ class Loaded:
     name: str
     labels: np.ndarray | None = None
     label_names: tuple[str, ...] | None = None
-    mapped: MappedImages | None = None
     fingerprint: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:

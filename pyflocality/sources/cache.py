@@ -39,7 +39,7 @@ from pyflocality._support.json import (
 )
 from pyflocality._support.locks import locked, remove_abandoned, replacing
 from pyflocality._support.progress import progress_bar
-from pyflocality.sources.base import DecodeJob, Loaded, MappedImages, Request
+from pyflocality.sources.base import DecodeJob, Loaded, Request
 from pyflocality.sources.npy import map_array
 from pyflocality.storage.cache import (
     cache_folder,
@@ -190,8 +190,7 @@ def _read(source: Loaded, place: Path) -> Loaded:
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{len(labels)} labels of {len(images)} images")
     names = None if entry["label_names"] is None else tuple(entry["label_names"])
-    mapped = MappedImages.of(images, cached=True)
-    return Loaded(images, source.name, labels, names, mapped)
+    return Loaded(images, source.name, labels, names)
 
 
 def _cached(job: DecodeJob, source: Loaded, request: Request, place: Path) -> Loaded:

@@ -17,8 +17,9 @@ import numpy as np
 
 from pyflocality._support.paths import regular_file
 from pyflocality.sources.arrays import convert
-from pyflocality.sources.base import Loaded, MappedImages, Request, refuse_split
+from pyflocality.sources.base import Loaded, Request, refuse_split
 from pyflocality.sources.splits import choose_split
+from pyflocality.storage.mapped import remember
 
 _IMAGE_FILE = re.compile(r"(.*?)-?images[-.]idx3-ubyte(\.gz)?")
 # What DEFLATE can make of a byte at the most.
@@ -67,8 +68,7 @@ def _load(path: Path, name: str, request: Request) -> Loaded:
                 f"{labels_path}: expected {len(images)} labels, one for each image of "
                 f"{path.name}, got {len(labels)}"
             )
-    mapped = MappedImages.of(images) if isinstance(images, np.memmap) else None
-    return convert(Loaded(images, name, labels, mapped=mapped), request)
+    return convert(Loaded(images, name, labels), request)
 
 
 def _labels_path(path: Path) -> Path | None:
@@ -98,7 +98,9 @@ def _read(path: Path, dimensions: int) -> np.ndarray:
                 return _read_values(file, path, shape, start)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
-    return np.memmap(path, np.uint8, "c", start, shape)
+    images = np.memmap(path, np.uint8, "c", start, shape)
+    remember(images)
+    return images
 
 
 def _read_header(file: IO[bytes], path: Path, dimensions: int) -> tuple[int, ...]:

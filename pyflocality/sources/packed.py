@@ -37,7 +37,7 @@ from pyflocality._support.json import (
 from pyflocality._support.paths import regular_file
 from pyflocality.sources import cache
 from pyflocality.sources.arrays import convert
-from pyflocality.sources.base import Loaded, MappedImages, Request, refuse_split
+from pyflocality.sources.base import Loaded, Request, refuse_split
 from pyflocality.sources.npy import map_array
 from pyflocality.storage.mapped import remember
 
@@ -129,7 +129,6 @@ def load_packed(folder: Path, request: Request) -> Loaded:
         folder.resolve().name,
         labels,
         None if names is None else tuple(names),
-        MappedImages.of(images),
         fingerprint,
     )
     return convert(loaded, request)

@@ -21,13 +21,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pyflocality._support.read_at import read_at
 from pyflocality._support.text import printable
 from pyflocality.sources import dataset_json
 from pyflocality.sources.archive_names import resolve_links
 from pyflocality.sources.base import Request
 from pyflocality.sources.images import ImageFiles, LabelledFiles
 from pyflocality.sources.left_out import LeftOut
-from pyflocality.sources.read_at import read_at
 from pyflocality.sources.selection import (
     COMPRESSED_TARS,
     SUFFIXES,

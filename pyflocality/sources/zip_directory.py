@@ -20,13 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pyflocality._support.paths import regular_file
+from pyflocality._support.read_at import read_at
 from pyflocality._support.text import printable
 from pyflocality.sources.archive_names import (
     backslash_separates,
     refuse_repeats,
     tidy_name,
 )
-from pyflocality.sources.read_at import read_at
 
 _END = struct.Struct("<4s4H2LH")
 _END_64 = struct.Struct("<4sQ2H2L4Q")

@@ -22,9 +22,10 @@ import functools
 import importlib
 import mmap
 import os
-import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
@@ -32,12 +33,71 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyflocality._support.read_at import read_into
+from pyflocality.storage.cache import open_entry
+
 # By the address of the mapped memory.
 _files: dict[int, MappedFile] = {}
-# Where files are read by moving their position, one at a time does.
-_moving = threading.Lock()
 # Where the native extension is missing.
 _NO_GUARD = SimpleNamespace(lost=False, release=lambda: None)
+
+
+@dataclass(frozen=True)
+class MappedView:
+    """How to map a tensor again that lies in a file, in another process for example.
+
+    Attributes:
+        path: The file.
+        file_size: Its size in bytes; another size means another file.
+        modified: When it was written, in nanoseconds; another time means another file, too.
+        by_name: Whether another file in its place is a change of the set; whoever replaces an
+            entry of the cache does so by an equal one.
+        start: Where the first value lies in the file.
+        dtype: Dtype of the values.
+        shape: Shape of the tensor.
+        strides: Its steps in memory, in values.
+    """
+
+    path: str
+    file_size: int
+    modified: int
+    by_name: bool
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def open(self) -> Tensor:
+        """Map the tensor, copied only where it is written to.
+
+        Raises:
+            ValueError: The file is missing, or is not the one that was described.
+        """
+        steps = zip(self.shape, self.strides, strict=True)
+        values = 1 + sum((length - 1) * stride for length, stride in steps)
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        try:
+            with open(self.path, "rb") if self.by_name else open_entry(Path(self.path)) as file:
+                self._check(os.fstat(file.fileno()))
+                array = np.memmap(file, dtype, "c", self.start, (values,))
+                remember(array, file.fileno(), by_name=self.by_name)
+        except FileNotFoundError as error:
+            raise ValueError(self._useless("is missing")) from error
+        except OSError as error:
+            what = f"cannot be opened ({error.strerror or error})"
+            raise ValueError(self._useless(what)) from error
+        return torch.from_numpy(array).as_strided(self.shape, self.strides)
+
+    def _check(self, status: os.stat_result) -> None:
+        if status.st_size != self.file_size:
+            what = f"has {status.st_size} bytes, expected {self.file_size} bytes"
+            raise ValueError(self._useless(what))
+        # The name of a cache entry is that of its content.
+        if self.by_name and status.st_mtime_ns != self.modified:
+            raise ValueError(self._useless("was written to since the set was loaded"))
+
+    def _useless(self, what: str) -> str:
+        return f"{self.path}: the file of a memory-mapped training set {what}: load the set again"
 
 
 class MappedFile:
@@ -98,6 +158,12 @@ class MappedFile:
         if self.lost:
             raise ValueError(_useless(self.path, "not readable everywhere (did its disk fail?)"))
 
+    def view(self, part: Tensor) -> MappedView:
+        """How to map some of it again."""
+        start = self._start + part.data_ptr() - self.address
+        geometry = part.dtype, tuple(part.shape), part.stride()
+        return MappedView(self.path, *self._identity[2:], self._by_name, start, *geometry)
+
     def guarded(self) -> Guarded:
         """A `with` block that reads the map: see `Guarded`."""
         return Guarded(self)
@@ -143,7 +209,7 @@ class MappedFile:
         filled = 0
         while filled < len(content):
             try:
-                got = _read_at(self._descriptor, content[filled:], position + filled)
+                got = read_into(self._descriptor, content[filled:], position + filled)
             except OSError as error:
                 raise OSError(error.errno, error.strerror, self.path) from error
             if got == 0:
@@ -223,17 +289,6 @@ def _useless(path: str, what: str) -> str:
         f"{path}: the file of a memory-mapped training set was {what} while it was in use: "
         "results of it are of no use; load the set again"
     )
-
-
-def _read_at(descriptor: int, content: memoryview, position: int) -> int:
-    """Read into memory from a position on; how many bytes there were."""
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, [content], position)
-    with _moving:
-        os.lseek(descriptor, position, os.SEEK_SET)
-        found = os.read(descriptor, len(content))
-    content[: len(found)] = found
-    return len(found)
 
 
 def _identity_of(path: str) -> tuple[int, ...] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
+# Where files are read by moving their position, one at a time does.
 _moving = threading.Lock()
 
 
@@ -15,3 +16,12 @@ def read_at(descriptor: int, size: int, position: int) -> bytes:
     with _moving:
         os.lseek(descriptor, position, os.SEEK_SET)
         return os.read(descriptor, size)
+
+
+def read_into(descriptor: int, content: memoryview, position: int) -> int:
+    """Read into memory from a position on; how many bytes there were."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [content], position)
+    found = read_at(descriptor, len(content), position)
+    content[: len(found)] = found
+    return len(found)
