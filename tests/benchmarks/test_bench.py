@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import pyflocality as pf
 from benchmarks import cpu_suite, machine
 from benchmarks.kernels import baselines, libraries, runner
 from benchmarks.kernels.registry import QUICK, Case
 from benchmarks.kernels.sets import BenchmarkSet
 from benchmarks.publish.summary import table, times_faster
 from pyflocality import cli
-from pyflocality.backends.selection import machine_reason
-from pyflocality.storage.reader import training_values
+from pyflocality.backends import machine_reason
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +38,7 @@ def data() -> BenchmarkSet:
 
 def optimal(data) -> tuple[torch.Tensor, torch.Tensor, tuple[float, float], torch.Tensor]:
     """Noisy images, values, level, and the optimal denoiser in float64."""
-    values = training_values(data.images[:60], torch.float32)
+    values = pf.TrainingSet(data.images[:60]).values()
     x, (alpha, sigma) = data.queries(400, 3), data.level(400)
     squares = (x.double()[:, None] - alpha * values.double()).square().flatten(2).sum(2)
     weights = torch.softmax(-squares / (2 * sigma**2), 1)

@@ -19,7 +19,7 @@ import torch
 from benchmarks import gpu_suite
 from benchmarks.kernels import gpu_checks, gpu_machine, gpu_start, gpu_worker
 from benchmarks.kernels.gpu_cases import gpu_cases
-from pyflocality.backends.selection import OPERATIONS
+from pyflocality.backends import configuration
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU_BACKENDS = ("triton", "cuda")
@@ -140,9 +140,8 @@ def test_first_calls_are_timed_in_new_processes(dry_run):
 
 
 def test_every_kernel_for_gpus_has_a_case():
-    kernels = {
-        (op, name) for op, table in OPERATIONS.items() for name in table if name in GPU_BACKENDS
-    }
+    served = configuration()["operations"].items()
+    kernels = {(op, name) for op, names in served for name in names if name in GPU_BACKENDS}
     assert {(case.op, case.backend) for case in gpu_cases()} == kernels | {("ddim", "triton")}
 
 

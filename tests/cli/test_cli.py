@@ -20,7 +20,7 @@ import pyflocality as pf
 from pyflocality import cli, denoisers, pictures
 from pyflocality._support.devices import parse_device
 from pyflocality._support.outputs import Outputs
-from pyflocality.backends.report import configuration
+from pyflocality.backends import configuration
 from pyflocality.cli._denoisers import DENOISERS
 from pyflocality.cli._generate import generate
 from pyflocality.cli._options import parse_window

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyflocality.backends.selection import machine_reason
+from pyflocality.backends import machine_reason
 from pyflocality.cli import main
 from pyflocality.cli._record import ObservedDenoiser
 

@@ -10,7 +10,7 @@ import torch
 from every_denoiser import near_masks, soft_weights
 
 import pyflocality as pf
-from pyflocality.storage.reader import trace_blocks
+from pyflocality.backends import trace_blocks
 
 COUNT, SHAPE = 1040, (2, 6, 6)
 BUDGET = 2**14

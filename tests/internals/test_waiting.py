@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pyflocality as pf
-from pyflocality import moments
+from pyflocality.moments import moments
 from pyflocality._support import waiting as _waiting
 from pyflocality._support.waiting import interruptible
 

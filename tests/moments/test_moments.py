@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+import pyflocality as pf
 from pyflocality._support import locks as _locks
-from pyflocality.backends import selection as _backends
+from pyflocality.backends import machine_reason, trace_blocks
 from pyflocality.moments import Moments
 from pyflocality.moments import files as _moment_files
 from pyflocality.moments import moments as moments_module
 from pyflocality.moments import sums as _moment_sums
-from pyflocality.storage.reader import trace_blocks
 
 EPS = np.finfo(np.float64).eps
 SHAPE = (2, 3, 5)
@@ -140,12 +140,12 @@ def test_merging_with_no_images_copies(make):
 
 
 def test_backends_agree_to_the_bit():
-    if (reason := _backends.machine_reason("cpu")) is not None:
+    if (reason := machine_reason("cpu")) is not None:
         pytest.skip(reason)
     images = byte_images(333)
     results = []
     for backend in ("cpu", "reference"):
-        with _backends.trace_backends() as calls:
+        with pf.trace_backends() as calls:
             results.append(Moments.from_data(images, backend=backend))
         assert calls == [("covariance", backend)]
     assert_same_bits(*results)
@@ -595,7 +595,7 @@ def test_an_interrupted_update_is_never_read(monkeypatch):
 def test_a_refused_backend_changes_nothing():
     images = byte_images(10)
     moments = Moments.from_data(images)
-    with pytest.raises(_backends.BackendUnavailableError):
+    with pytest.raises(pf.BackendUnavailableError):
         moments.update(images, backend="triton")
     assert_same_bits(moments, Moments.from_data(images))
 

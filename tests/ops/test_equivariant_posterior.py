@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from native_cpu import ISAS
-from truth import patch_posterior_mean, random_images
+from patch_problems import ALPHA, SIGMA, boundaries, problem
+from truth import patch_posterior_mean
 
 import pyflocality as pf
-from pyflocality.backends.selection import OPERATIONS, machine_reason
+from pyflocality.backends import configuration, machine_reason
 from pyflocality.ops import equivariant_posterior_mean, global_posterior_mean
-from pyflocality.posterior.problem import posterior_problem
-from pyflocality.posterior.state import finalize
 
 BACKENDS = [
     pytest.param(
@@ -23,16 +21,6 @@ BACKENDS = [
     )
     for name in ("reference", "cpu")
 ]
-boundaries = pytest.mark.parametrize("boundary", ["circular", "broken"])
-SIGMA, ALPHA = torch.tensor([0.1, 0.8]), torch.tensor([1.0, 0.6])
-
-
-def problem(rng, shape=(2, 5, 6), count=9, dtype=torch.uint8):
-    images = random_images(rng, count, shape, dtype)
-    x = pf.TrainingSet(images[:1]).values(dtype=torch.float64).repeat(2, 1, 1, 1)
-    x = ALPHA[:, None, None, None] * x
-    x = x + SIGMA[:, None, None, None] * torch.randn(x.shape, generator=rng)
-    return x, images
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -54,23 +42,6 @@ def test_equals_truth(backend, boundary, window, dtype, rng):
     assert calls == [("equivariant_posterior", backend)]
     # float32: distances of up to 50 terms near 1, rounded to 1e-7, times 1 / (2 sigma^2) = 50.
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-11 if exact else 5e-5)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@boundaries
-@pytest.mark.parametrize("shape", [(1, 5, 5), (3, 4, 7), (2, 7, 4)])
-@pytest.mark.parametrize("count", [1, 130])
-def test_every_instruction_set_and_size(isa, boundary, shape, count, rng):
-    from pyflocality.kernels.cpu.posterior import equivariant_posterior_state
-
-    x, images = problem(rng, shape, count)
-    given = posterior_problem(x.float(), images, SIGMA, ALPHA)
-    state = equivariant_posterior_state(given, 3, boundary == "circular", instruction_set=isa)
-    found = finalize(state).transpose(1, 2).reshape(x.shape)
-    exact = equivariant_posterior_mean(
-        x, images, 3, SIGMA, ALPHA, boundary=boundary, backend="reference"
-    )
-    torch.testing.assert_close(found.double(), exact, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -163,4 +134,4 @@ def test_wrong_arguments(case, rng):
 
 
 def test_both_backends_are_registered():
-    assert list(OPERATIONS["equivariant_posterior"]) == ["triton", "cpu", "reference"]
+    assert configuration()["operations"]["equivariant_posterior"] == ["triton", "cpu", "reference"]

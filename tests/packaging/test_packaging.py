@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from pyflocality.backends import selection as _backends
+from pyflocality.backends import machine_reason
 
 ROOT = Path(__file__).resolve().parents[2]
-NATIVE_MISSING = _backends.machine_reason("cpu")
+NATIVE_MISSING = machine_reason("cpu")
 
 pytestmark = [
     pytest.mark.skipif(
@@ -162,7 +162,7 @@ def test_installed_extension_computes(installed):
     output = python(
         installed,
         "import torch\n"
-        "from pyflocality.backends.selection import trace_backends\n"
+        "from pyflocality.backends import trace_backends\n"
         "from pyflocality.moments import Moments\n"
         "images = torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1)\n"
         "with trace_backends() as calls:\n"
@@ -243,7 +243,7 @@ def test_without_a_compiler_the_install_works_and_says_why(tmp_path):
     output = python(
         install(wheel, tmp_path / "site"),
         "import torch\n"
-        "from pyflocality.backends.selection import machine_reason, trace_backends\n"
+        "from pyflocality.backends import machine_reason, trace_backends\n"
         "from pyflocality.moments import Moments\n"
         "print(machine_reason('cpu'))\n"
         "images = torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1)\n"

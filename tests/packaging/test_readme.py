@@ -16,7 +16,7 @@ from PIL import Image
 from benchmarks.publish.readme_sections import rewritten
 from benchmarks.publish.results_files import FOLDER, read_results
 from pyflocality import cli, denoisers
-from pyflocality.backends.selection import OPERATIONS
+from pyflocality.backends import configuration
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,9 +102,9 @@ def test_tables_list_what_there_is():
     assert {name for row in rows for name in code(row[0])} == models - {"Denoiser"}
     assert all(len(row) == 3 for row in rows)
     listed = {code(name)[0]: set(code(operations)) for name, _, operations in table("backend")}
-    backends = {name for implementations in OPERATIONS.values() for name in implementations}
-    for backend in backends | set(listed):
-        expected = {name for name, table in OPERATIONS.items() if backend in table}
+    operations = configuration()["operations"]
+    for backend in {name for served in operations.values() for name in served} | set(listed):
+        expected = {name for name, served in operations.items() if backend in served}
         assert listed.get(backend) == expected, backend
 
 

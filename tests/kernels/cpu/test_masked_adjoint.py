@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from native_cpu import ISAS, needs_cpu
+from instruction_sets import ISAS
+from native_cpu import needs_cpu
 from torch import Tensor
 from truth import noisy_batch, random_images
 

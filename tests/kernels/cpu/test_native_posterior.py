@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from native_cpu import ISAS
+from instruction_sets import ISAS
 from torch import Tensor
 from truth import random_images
 
