@@ -188,15 +188,15 @@ def _check_target(target: Path, key: int) -> None:
     if not _names_in(target):
         return
     if (target / MANIFEST).is_file():
-        found = read_manifest(target)["key"]
+        there = read_manifest(target)["key"]
     else:
         begun = _read_journal(target)
         if begun is None and _is_barely_begun(target):
             return
         if begun is None:
             raise FileExistsError(f"{target} is not empty: pack into a folder of its own")
-        found = begun[0]["key"]
-    if found != key:
+        there = begun[0]["key"]
+    if there != key:
         raise FileExistsError(
             f"{target} holds a set of another source or of other options: remove it first"
         )
@@ -377,13 +377,13 @@ def _begin_array(array: IO[bytes], shape: list[int]) -> int:
         _flush(array)
     array.seek(0)
     try:
-        found = read_header(array)
+        header = read_header(array)
     except ValueError as error:
-        found = error
+        header = error
     expected = tuple(shape), False, np.dtype(np.uint8)
-    if found != expected:
+    if header != expected:
         raise ValueError(
-            f"{array.name}: damaged: its header says {found}, expected {expected}: remove "
+            f"{array.name}: damaged: its header says {header}, expected {expected}: remove "
             "the folder and pack again"
         )
     return array.tell()

@@ -22,6 +22,6 @@ def read_into(descriptor: int, content: memoryview, position: int) -> int:
     """Read into memory from a position on; how many bytes there were."""
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [content], position)
-    found = read_at(descriptor, len(content), position)
-    content[: len(found)] = found
-    return len(found)
+    piece = read_at(descriptor, len(content), position)
+    content[: len(piece)] = piece
+    return len(piece)

@@ -41,8 +41,8 @@ def interruptible(call: Callable[[], T]) -> T:
         finally:
             done.set()
 
-    threading.Thread(target=work, daemon=True).start()
     try:
+        threading.Thread(target=work, daemon=True).start()
         # Not `join`: interrupted, Python 3.11 takes the thread for stopped.
         while not done.wait(_PAUSE_SECONDS):
             pass

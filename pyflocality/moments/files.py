@@ -139,9 +139,9 @@ def _checked_header(
         name: (dtype, [values] * dimensions)
         for name, (dtype, dimensions) in layouts[header["kind"]].items()
     }
-    found = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}
-    if found != expected:
-        raise ValueError(f"it holds the tensors {found}, expected {expected}")
+    layout = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}
+    if layout != expected:
+        raise ValueError(f"it holds the tensors {layout}, expected {expected}")
     return header
 
 

@@ -86,7 +86,7 @@ class Moments:
         self._covariance: Tensor | None = None
         self._eigen: Eigen | None = None
         # Of both: a batch of threads computes them once.
-        self._keeping = Lock()
+        self._caching = Lock()
 
     @classmethod
     def from_data(
@@ -153,7 +153,7 @@ class Moments:
         It is kept until the next `update`: do not change it in place.
         """
         sums = self._whole()
-        with self._keeping:
+        with self._caching:
             if self._covariance is None:
                 self._covariance = sums.covariance()
             return self._covariance
@@ -171,7 +171,7 @@ class Moments:
         Returns:
             `values` [D] descending and `vectors` [D, D] in columns, float64.
         """
-        with self._keeping:
+        with self._caching:
             if self._eigen is None:
                 values, vectors = _eigh(self.covariance)
                 values, vectors = values.flip(0), vectors.flip(1)

@@ -116,7 +116,7 @@ def resolve_links(
         ValueError: A wanted link leads to no file of the archive, or a link leads to a folder
             of it, whose files would count under two names.
     """
-    found: dict[str, str] = {}
+    result: dict[str, str] = {}
     names = [*files, *links] if links else []
     folders = {folder for name in names for folder in _folders(name)}
     for link in links:
@@ -133,13 +133,13 @@ def resolve_links(
                     f"{where}: '{printable(link)}' is a link to {shown}, which is no file of the "
                     "archive: archive the files that links lead to"
                 )
-            found[link] = str(target)
+            result[link] = str(target)
         elif target in folders:
             raise ValueError(
                 f"{where}: '{printable(link)}' is a link to the folder '{printable(str(target))}': "
                 "archive the files that links lead to"
             )
-    return found
+    return result
 
 
 def _folders(name: str) -> Iterable[str]:

@@ -89,11 +89,11 @@ class _TwoArraysError(Exception):
 
 def _key_of(keys: list[str], wanted: Sequence[str], what: str) -> str | None:
     """The one of the usual names that is there, or None."""
-    found = [key for key in wanted if key in keys]
-    if len(found) > 1:
-        listed = " and ".join(f"`{key}`" for key in found)
+    result = [key for key in wanted if key in keys]
+    if len(result) > 1:
+        listed = " and ".join(f"`{key}`" for key in result)
         raise _TwoArraysError(f"holds {listed}, each of which may be the {what}: keep one of them")
-    return found[0] if found else None
+    return result[0] if result else None
 
 
 def _layout_of(array: np.ndarray, path: Path, request: Request) -> str | None:

@@ -46,9 +46,9 @@ def photos(request: Request) -> Loaded:
     patches, labels = [], []
     for label, photo in enumerate(bunch.images):
         for factor, stride in PHOTO_SCALES:
-            found = _grid_patches(_area_average(photo, factor), stride)
-            patches.append(found)
-            labels.append(np.full(len(found), label))
+            grid = _grid_patches(_area_average(photo, factor), stride)
+            patches.append(grid)
+            labels.append(np.full(len(grid), label))
     names = tuple(path.rsplit("/", 1)[-1].split(".")[0] for path in bunch.filenames)
     return Loaded(np.concatenate(patches), "photos", np.concatenate(labels), names)
 

@@ -87,7 +87,7 @@ def find(loaded: Loaded, request: Request) -> Loaded | None:
     if place is None:
         return None
     try:
-        found = _read(loaded, place)
+        result = _read(loaded, place)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -99,7 +99,7 @@ def find(loaded: Loaded, request: Request) -> Loaded | None:
         return None
     # Of a process that was killed when all was done.
     remove_abandoned([_lock_of(place)])
-    return found
+    return result
 
 
 def run_job(job: DecodeJob, source: Loaded, request: Request) -> Loaded:
@@ -113,9 +113,9 @@ def run_job(job: DecodeJob, source: Loaded, request: Request) -> Loaded:
             return _cached(job, source, request, place)
         except OSError as error:
             # Where there are no locks somebody else may have been faster.
-            found = _found_meanwhile(source, place)
-            if found is not None:
-                return found
+            result = _cached_meanwhile(source, place)
+            if result is not None:
+                return result
             tell_unwritable(place.parent, error)
     images = np.empty(job.shape, job.dtype)
     with closing(job.images()) as decoded:
@@ -199,14 +199,14 @@ def _cached(job: DecodeJob, source: Loaded, request: Request, place: Path) -> Lo
     with locked(_lock_of(place), waiting_for=f"decodes {source.name}"):
         # Also of those that this one has waited for.
         remove_leftovers(place.parent)
-        found = _found_meanwhile(source, place)
-        if found is None:
+        result = _cached_meanwhile(source, place)
+        if result is None:
             _write(job, source, request, place)
-            found = _read(source, place)
-    return found
+            result = _read(source, place)
+    return result
 
 
-def _found_meanwhile(source: Loaded, place: Path) -> Loaded | None:
+def _cached_meanwhile(source: Loaded, place: Path) -> Loaded | None:
     try:
         return _read(source, place)
     except (OSError, ValueError):

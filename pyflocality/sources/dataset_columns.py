@@ -36,9 +36,9 @@ def _images(features: Mapping[str, Any], where: str, asked: str | None) -> str:
             _refuse(asked, "image_column", features, "one encoded image a row", where)
         return asked
     for wanted in ("Image", "encoded", "bytes"):
-        found = [name for name, kind in kinds.items() if kind == wanted]
-        if found:
-            return _only(found, "image_column", "images", where)
+        result = [name for name, kind in kinds.items() if kind == wanted]
+        if result:
+            return _only(result, "image_column", "images", where)
     lists = [name for name, kind in kinds.items() if kind == "lists"]
     if lists:
         _refuse(lists[0], "image_column", features, "one image a row", where)
@@ -71,13 +71,13 @@ def _classes(features: Mapping[str, Any], where: str, asked: str | None) -> str 
         if _asked(kinds, asked, "label_column", where) is None:
             _refuse(asked, "label_column", features, "ClassLabel or whole numbers", where)
         return asked
-    found = [name for name, kind in kinds.items() if kind == "ClassLabel"]
-    if not found:
+    result = [name for name, kind in kinds.items() if kind == "ClassLabel"]
+    if not result:
         numbers = [name for name, kind in kinds.items() if kind == "numbers"]
-        found = [name for name in numbers if name.lower() in _LABELS]
-    if not found:
+        result = [name for name in numbers if name.lower() in _LABELS]
+    if not result:
         _warn_of_text([name for name in kinds if name.lower() in _LABELS], features, where)
-    return _only(found, "label_column", "classes", where) if found else None
+    return _only(result, "label_column", "classes", where) if result else None
 
 
 def _warn_of_text(names: Sequence[str], features: Mapping[str, Any], where: str) -> None:
@@ -108,21 +108,21 @@ def _asked(kinds: Mapping[str, str | None], asked: str, argument: str, where: st
     return kinds[asked]
 
 
-def _only(found: Sequence[str], argument: str, what: str, where: str) -> str:
-    if len(found) > 1:
-        listed = printable(", ".join(map(repr, found)))
+def _only(result: Sequence[str], argument: str, what: str, where: str) -> str:
+    if len(result) > 1:
+        listed = printable(", ".join(map(repr, result)))
         raise ValueError(
             f"`{argument}` must be given: {where} has several columns of {what}, {listed}"
         )
-    return found[0]
+    return result[0]
 
 
 def _refuse(
     name: str, argument: str, features: Mapping[str, Any], expected: str, where: str
 ) -> NoReturn:
-    found = "lists" if _is_list(features[name]) else repr(features[name])
+    holds = "lists" if _is_list(features[name]) else repr(features[name])
     raise ValueError(
-        f"{where}: column '{printable(name)}' holds {printable(found)[:200]}, expected {expected} "
+        f"{where}: column '{printable(name)}' holds {printable(holds)[:200]}, expected {expected} "
         f"(`{argument}` chooses another)"
     )
 

@@ -43,7 +43,7 @@ def is_dataset(path: Path) -> bool:
 
 def _parquet_files(path: Path) -> list[Path]:
     """The parquet files of a dataset; none where image files lie beside one of them."""
-    found: list[Path] = []
+    files: list[Path] = []
     folders = [path]
     for level in range(_LEVELS + 1):
         below: list[Path] = []
@@ -52,11 +52,11 @@ def _parquet_files(path: Path) -> list[Path]:
             tables = [entry for entry in entries if entry.name.lower().endswith(".parquet")]
             if tables and any(is_image(entry.name) for entry in entries):
                 return []
-            found += [Path(entry.path) for entry in tables if entry.name != _TABLE_OF_IMAGES]
+            files += [Path(entry.path) for entry in tables if entry.name != _TABLE_OF_IMAGES]
             if level < _LEVELS:
                 below += [Path(entry.path) for entry in entries if entry.is_dir()]
         folders = below
-    return sorted(found)
+    return sorted(files)
 
 
 @contextmanager
@@ -100,11 +100,11 @@ def _open_table(path: Path, split: str | None) -> Any:  # noqa: ANN401
     if "::" in str(path) or "://" in str(path):
         raise ValueError(f"{where}: `datasets` takes a path with '::' or '://' for an address")
     if any((path / mark).is_file() for mark in _MARKS):
-        found = _opened(where, lambda: datasets.load_from_disk(str(path)))
-        if isinstance(found, datasets.DatasetDict):
-            return found[choose_split(split, list(found), where)]
+        dataset = _opened(where, lambda: datasets.load_from_disk(str(path)))
+        if isinstance(dataset, datasets.DatasetDict):
+            return dataset[choose_split(split, list(dataset), where)]
         _refuse_split(split, where)
-        return found
+        return dataset
     files = _files_of_split(path, split, where)
     # Names of files are patterns there.
     data_files = {"train": [glob.escape(str(file)) for file in files]}
@@ -132,8 +132,8 @@ def _files_of_split(path: Path, split: str | None, where: str) -> list[Path]:
     origins: dict[str, str] = {}
     files = _parquet_files(path)
     places = [file.relative_to(path).parts[:-1] for file in files]
-    found = parts_of_files([(file.stem, at) for file, at in zip(files, places, strict=True)])
-    for file, folders, part in zip(files, places, found, strict=True):
+    told = parts_of_files([(file.stem, at) for file, at in zip(files, places, strict=True)])
+    for file, folders, part in zip(files, places, told, strict=True):
         parts.setdefault(part, []).append(file)
         config = "/".join(name for name in folders if name not in (part, "data"))
         origins.setdefault(config, file.relative_to(path).as_posix())

@@ -35,13 +35,13 @@ def is_idx_file(path: Path) -> bool:
 
 def find_splits(folder: Path) -> dict[str, Path]:
     """The image files of MNIST in a folder, by split; empty for any other folder."""
-    found: dict[str, Path] = {}
+    result: dict[str, Path] = {}
     # Reversed, so that a plain file takes precedence over its gzipped copy: only it is mapped.
     for path in sorted(folder.iterdir(), reverse=True):
         match = _IMAGE_FILE.fullmatch(path.name)
         if match is not None and match[1] in _PREFIXES:
-            found[_PREFIXES[match[1]]] = path
-    return found
+            result[_PREFIXES[match[1]]] = path
+    return result
 
 
 def load_idx_folder(folder: Path, request: Request) -> Loaded:
@@ -118,19 +118,19 @@ def _read_header(file: IO[bytes], path: Path, dimensions: int) -> tuple[int, ...
 def _read_values(file: IO[bytes], path: Path, shape: tuple[int, ...], start: int) -> np.ndarray:
     """Exactly the values that the header announces, and the end of the file behind them."""
     values = np.empty(shape, np.uint8)
-    rest, found = memoryview(values.reshape(-1)), 0
-    while found < len(rest) and (count := file.readinto(rest[found : found + _PIECE])):
-        found += count
+    rest, filled = memoryview(values.reshape(-1)), 0
+    while filled < len(rest) and (count := file.readinto(rest[filled : filled + _PIECE])):
+        filled += count
     # Reading the end also compares the checksum of a gzipped file.
     more = len(file.read(1))
-    if found < len(rest) or more:
-        has = f"it has {start + found + more}" + " at least" * more
+    if filled < len(rest) or more:
+        has = f"it has {start + filled + more}" + " at least" * more
         raise _wrong_size(path, shape, start + len(rest), has)
     return values
 
 
-def _wrong_size(path: Path, shape: tuple[int, ...], expected: int, found: str) -> ValueError:
+def _wrong_size(path: Path, shape: tuple[int, ...], expected: int, has: str) -> ValueError:
     return ValueError(
         f"{path}: its header announces {'x'.join(map(str, shape))} values, {expected} bytes in "
-        f"all, but {found}"
+        f"all, but {has}"
     )

@@ -62,19 +62,19 @@ def without_metadata(content: bytes) -> bytes | None:
 
 
 def _plain_jpeg(content: bytes) -> bytes:
-    kept, position, orientation = [content[:2]], 2, 1
+    segments, position, orientation = [content[:2]], 2, 1
     # Segments up to the start of the scan; what follows it is pixels.
     while content[position] == 0xFF and content[position + 1] not in (0xDA, 0xD9):
         (length,) = struct.unpack_from(">H", content, position + 2)
         segment = content[position : position + 2 + length]
         if segment[1] != 0xE1:
-            kept.append(segment)
+            segments.append(segment)
         elif segment[4:10] == b"Exif\x00\x00":
             orientation = _of_exif(segment[4:]) or orientation
         position += 2 + length
     exif = struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, _TAG, 3, 1, orientation, 0)
     start = struct.pack(">HH", 0xFFE1, 8 + len(exif)) + b"Exif\x00\x00" + exif
-    return b"".join([kept[0], start, *kept[1:], content[position:]])
+    return b"".join([segments[0], start, *segments[1:], content[position:]])
 
 
 def _plain_tiff(content: bytes) -> bytes:
@@ -82,8 +82,8 @@ def _plain_tiff(content: bytes) -> bytes:
     (start,) = struct.unpack_from(f"{order}I", content, 4)
     (count,) = struct.unpack_from(f"{order}H", content, start)
     entries = [content[start + 2 + 12 * row : start + 14 + 12 * row] for row in range(count)]
-    kept = [row for row in entries if struct.unpack_from(f"{order}H", row)[0] in _PIXEL_TAGS]
-    directory = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)
+    rows = [row for row in entries if struct.unpack_from(f"{order}H", row)[0] in _PIXEL_TAGS]
+    directory = struct.pack(f"{order}H", len(rows)) + b"".join(rows) + bytes(4)
     return content[:start] + directory + content[start + len(directory) :]
 
 
@@ -92,10 +92,10 @@ def _orientation(image: Image.Image) -> int:
     if tags is not None:
         # A TIFF file has no other EXIF; releases of Pillow that turn it while it is decoded have
         # taken the tag out by now.
-        found = _of_tiff(tags)
+        orientation = _of_tiff(tags)
     else:
-        found = _of_exif(_exif(image.info))
-    return _of_xmp(image.info) if found is None else found
+        orientation = _of_exif(_exif(image.info))
+    return _of_xmp(image.info) if orientation is None else orientation
 
 
 def _of_tiff(tags: object) -> int | None:

@@ -163,11 +163,11 @@ def select(tree: Tree, split: str | None) -> Selection:
     left_out = LeftOut(tree.where)
     # Folders of parts that are not asked for.
     passed: list[str] = []
-    level, found = _Level.of(names, ""), False
+    level, divided = _Level.of(names, ""), False
     while True:
-        parts = [] if found else _parts(level, tree, split)
+        parts = [] if divided else _parts(level, tree, split)
         if parts:
-            found = True
+            divided = True
             chosen = choose_split(split, parts, tree.where)
             if chosen not in level.folders:
                 raise ValueError(f"{tree.where}: the part '{printable(chosen)}' holds no images")
@@ -177,11 +177,11 @@ def select(tree: Tree, split: str | None) -> Selection:
         else:
             break
         level = level.inside(chosen)
-    parts = [] if found else _parts_of_classes(level)
+    parts = [] if divided else _parts_of_classes(level)
     if parts:
-        found, chosen = True, choose_split(split, parts, tree.where)
+        divided, chosen = True, choose_split(split, parts, tree.where)
         level = _part_of_classes(level, chosen, left_out, passed)
-    if split is not None and not found:
+    if split is not None and not divided:
         _refuse_request(split, level, tree.where)
     names = [*level.strays, *(name for images in level.folders.values() for name in images)]
     _refuse_mixture(names, level.root, tree.where)
@@ -196,20 +196,20 @@ def _parts(level: _Level, tree: Tree, split: str | None) -> list[str]:
     """The folders of a level that are parts of the set; none if they are something else."""
     folders = sorted(level.folders)
     # One part may hold no images at all, and is still none of the classes.
-    found = find_parts({*folders, *_empty_folders(level, tree)})
-    found = found if any(part in level.folders for part in found) else []
+    result = find_parts({*folders, *_empty_folders(level, tree)})
+    result = result if any(part in level.folders for part in result) else []
     asked = None if split is None else requested(split, folders)
     trains = [folder for folder in folders if is_train(folder)]
-    if not found and folders and are_parts(folders):
+    if not result and folders and are_parts(folders):
         if level.strays and not trains and asked is None:
             raise ValueError(
                 f"{tree.where}: the image '{printable(level.strays[0])}' lies beside the folder "
                 f"'{printable(folders[0])}': which images are to be used? Move those that are into "
                 f"a folder train, or pass split={folders[0]!r}"
             )
-        found = folders
-    if found or asked is not None:
-        return sorted({*found, *([] if asked is None else [asked])})
+        result = folders
+    if result or asked is not None:
+        return sorted({*result, *([] if asked is None else [asked])})
     divided = len(trains) == 1 and _is_divided(level.inside(trains[0]))
     others = (level.inside(folder) for folder in folders if folder not in trains)
     return trains if divided and all(not other.folders for other in others) else []
@@ -272,10 +272,10 @@ def _part_of_classes(level: _Level, chosen: str, left_out: LeftOut, passed: list
 
 
 def _refuse_request(split: str, level: _Level, where: str) -> None:
-    found = ", ".join(sorted(level.folders)[:8]) if not level.strays else "images"
+    holds = ", ".join(sorted(level.folders)[:8]) if not level.strays else "images"
     raise ValueError(
         f"`split` asks for {split!r}, but the top of {where} holds no folder of that name, nor "
-        f"folders named train, test or val; it holds {printable(found)}"
+        f"folders named train, test or val; it holds {printable(holds)}"
     )
 
 

@@ -153,9 +153,9 @@ def choose_split(split: str | None, available: Sequence[str], where: str) -> str
     Raises:
         ValueError: There is no such part, or there are several.
     """
-    found = _matching(split, available)
-    if len(found) == 1:
-        return found[0]
+    result = _matching(split, available)
+    if len(result) == 1:
+        return result[0]
     listed = printable(", ".join(repr(name) for name in available))
     raise ValueError(f"`split` must be one of {listed} for {where}, got {split!r}")
 
@@ -171,7 +171,7 @@ def _matching(split: str | None, available: Sequence[str]) -> list[str]:
     if alike or part is None or part.which:
         return alike
     kinds = ((name, _part(name)) for name in available)
-    same = [name for name, found in kinds if found is not None and found.kind == part.kind]
+    same = [name for name, of in kinds if of is not None and of.kind == part.kind]
     return [name for name in same if not part.of or _part(name).of == part.of]
 
 
@@ -186,5 +186,5 @@ def requested(split: str, names: Sequence[str]) -> str | None:
         part = _part(name)
         return name in parts or name.lower() == split.lower() or part is None or not part.of
 
-    found = _matching(split, [name for name in names if may_be_meant(name)])
-    return found[0] if len(found) == 1 else None
+    result = _matching(split, [name for name in names if may_be_meant(name)])
+    return result[0] if len(result) == 1 else None

@@ -66,7 +66,7 @@ def folder_tree(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Tree]:
     """
     where = printable(str(folder))
     try:
-        found = [
+        written = [
             Path(directory, name).relative_to(folder).as_posix()
             for directory, names in _directories(folder)
             for name in names
@@ -75,10 +75,10 @@ def folder_tree(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Tree]:
         path = printable(str(error.filename))
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     # Backslashes are left where an archive of Windows was unpacked by a tool that knows none.
-    backslash = backslash_separates(where, found, [False] * len(found))
-    tidied = [tidy_name(where, name, backslash) for name in found]
-    refuse_repeats(where, tidied, found)
-    paths = {name: folder / raw for name, raw in zip(tidied, found, strict=True)}
+    backslash = backslash_separates(where, written, [False] * len(written))
+    tidied = [tidy_name(where, name, backslash) for name in written]
+    refuse_repeats(where, tidied, written)
+    paths = {name: folder / raw for name, raw in zip(tidied, written, strict=True)}
     files: dict[str, tuple[int, int]] = {}
     for name in filter(wanted, tidied):
         status = regular_file(paths[name])

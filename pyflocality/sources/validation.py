@@ -120,17 +120,17 @@ def checked_shape(images: Tensor, layout: str | None = None) -> Tensor:
         _refuse_dtype(str(images.dtype).removeprefix("torch."), kind)
     if images.ndim in (3, 4) and images.numel() == 0:
         raise ValueError(f"`images` must hold at least one image, got {describe(images)}")
-    found = find_layout(images.shape, layout)
+    axes = find_layout(images.shape, layout)
     if tensors.is_without_values(images):
         raise ValueError(f"`images` must hold values, got {describe(images)}")
-    if found == "NHWC" and layout is None:
+    if axes == "NHWC" and layout is None:
         raise ValueError(
             f"`images` must have shape [N, C, H, W], got {describe(images)}, which looks like "
             "[N, H, W, C]: give layout='NHWC', or layout='NCHW' if it is not"
         )
-    if found == "NHWC":
+    if axes == "NHWC":
         return images.permute(0, 3, 1, 2)
-    return images[:, None] if found == "NHW" else images
+    return images[:, None] if axes == "NHW" else images
 
 
 def blocks(images: Tensor) -> Iterator[tuple[int, Tensor]]:

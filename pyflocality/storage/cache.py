@@ -36,14 +36,14 @@ def default_cache_dir() -> Path | None:
     try:
         import platformdirs
 
-        found = platformdirs.user_cache_path("pyflocality", appauthor=False)
+        result = platformdirs.user_cache_path("pyflocality", appauthor=False)
     except (ImportError, RuntimeError) as error:
         tell(f"nothing is cached, no cache folder is known ({error}): {_CURE}")
         return None
-    if not found.is_absolute():
-        tell(f"nothing is cached, the user's cache folder would be {str(found)!r}: {_CURE}")
+    if not result.is_absolute():
+        tell(f"nothing is cached, the user's cache folder would be {str(result)!r}: {_CURE}")
         return None
-    return found
+    return result
 
 
 def cache_folder(*parts: str, chosen: Path | None = None) -> Path | None:

@@ -133,9 +133,9 @@ class MappedFile:
         """Whether the file has all that is mapped, and first of all these bytes."""
         if os.fstat(self._descriptor).st_size < self._start + self.size:
             return False
-        found = np.empty_like(content)
-        self._fill(memoryview(found), self._start)
-        return bool((found == content).all())
+        result = np.empty_like(content)
+        self._fill(memoryview(result), self._start)
+        return bool((result == content).all())
 
     def check(self) -> None:
         """Raise unless the file is as it was when it was mapped.
@@ -355,8 +355,8 @@ def mapped_file(images: Tensor) -> MappedFile | None:
     if images.device.type != "cpu" or not _files:
         return None
     address = images.data_ptr()
-    found = (file for file in _files.values() if 0 <= address - file.address < file.size)
-    return next(found, None)
+    result = (file for file in _files.values() if 0 <= address - file.address < file.size)
+    return next(result, None)
 
 
 def checked_around(file: MappedFile, run: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import pyflocality as pf
-from pyflocality.moments import moments
 from pyflocality._support import waiting as _waiting
 from pyflocality._support.waiting import interruptible
+from pyflocality.moments import moments
 
 
 def test_results_and_errors_are_those_of_the_call():
