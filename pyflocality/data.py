@@ -29,7 +29,7 @@ from pyflocality._support.checks import (
     known_finite,
 )
 from pyflocality._support.text import printable, printable_errors
-from pyflocality.posterior.ranks import plain, ranks_of
+from pyflocality.posterior.sharded import plain, ranks_of
 from pyflocality.sources.base import Request
 from pyflocality.sources.layout import check_layout
 from pyflocality.sources.registry import open_source

@@ -45,7 +45,8 @@ from torch import Tensor
 
 from pyflocality._support.checks import check_callable, check_real, describe
 from pyflocality.data import TrainingSet
-from pyflocality.posterior.ranks import RankLostError, Ranks, ShardedImages, ranks_of
+from pyflocality.posterior.ranks import RankLostError, Ranks
+from pyflocality.posterior.sharded import ShardedImages, ranks_of
 
 __all__ = ["RankLostError", "ranks", "shard", "split_samples"]
 

@@ -24,7 +24,11 @@ from distributed_worker import (
 from truth import filtered_posterior_mean, values_of, window_weights
 
 import pyflocality as pf
-from pyflocality.posterior.ranks import Ranks, ShardedImages, sharded_reason
+from pyflocality.backends import selection
+from pyflocality.backends.selection import reason
+from pyflocality.posterior.call import Call
+from pyflocality.posterior.ranks import Ranks
+from pyflocality.posterior.sharded import ShardedImages
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo here"
@@ -140,10 +144,13 @@ def test_equally_near_images_come_in_the_order_of_the_set(results):
     assert (results[-1]["cpu"]["ties, distances"][:, :2] < 1e-5).all()
 
 
-def test_operations_that_cannot_join_are_refused():
-    assert sharded_reason("nearest", "reference", False) is None
-    reason = sharded_reason("patch_set", "triton", False)
-    assert reason == "it cannot join the parts of a sharded set"
+def test_operations_that_cannot_join_are_refused(monkeypatch):
+    call = Call(torch.device("cpu"), facts={"ranks": object()})
+    assert reason("nearest", "reference", call) is None
+    monkeypatch.setattr(selection, "machine_reason", lambda backend: None)
+    monkeypatch.setattr(selection, "_device_reason", lambda backend, device: None)
+    why_not = reason("patch_set", "cuda", call)
+    assert why_not == "it cannot join the parts of a sharded set"
 
 
 def test_what_would_take_a_part_for_the_whole_is_refused(results):

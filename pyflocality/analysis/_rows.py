@@ -12,7 +12,7 @@ from pyflocality.denoisers.base import Denoiser, PosteriorDenoiser, join_levels,
 from pyflocality.denoisers.pca_locality import PCALocalityDenoiser
 from pyflocality.denoisers.queries import QueryDenoiser
 from pyflocality.ops import global_posterior_jvp
-from pyflocality.posterior.ranks import ranks_of
+from pyflocality.posterior.sharded import ranks_of
 
 
 def jacobian_row(

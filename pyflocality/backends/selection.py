@@ -23,15 +23,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 
 from pyflocality._support.checks import check_choice
 from pyflocality._support.native import native_module
-from pyflocality._support.transforms import in_full_precision
 from pyflocality.posterior.call import Call
-from pyflocality.posterior.ranks import over_ranks, sharded_reason
-from pyflocality.storage.mapped import checked_around
 
 logger = logging.getLogger("pyflocality")
 
@@ -66,21 +64,35 @@ class Implementation:
     """One backend's way to run an operation.
 
     Attributes:
-        module: Module that holds it, imported at first use.
+        module: Module that holds it, imported at first use; or, if it has a file of its own, what
+            the name of that begins with.
         function: Its name there.
         limits: Reason why this implementation cannot serve a call, or None if it can. Only what
             is special to it: the machine and the device are checked for the whole backend.
         by_name_only: Reason why "auto" passes over it, or None where it does not.
+        joins_ranks: Whether what it answers can be joined over the ranks of a sharded set.
     """
 
     module: str
     function: str
     limits: Callable[[Call], str | None] = lambda call: None
     by_name_only: str | None = None
+    joins_ranks: bool = False
 
-    def load(self) -> Callable[..., object]:
+    def load(self) -> Callable[..., Any]:
         """The function itself."""
-        return getattr(importlib.import_module(self.module), self.function)
+        return getattr(importlib.import_module(self.file), self.function)
+
+    @property
+    def file(self) -> str:
+        """The module that has it: one with its name at the end where there is such a file."""
+        return _file_of(self.module, self.function)
+
+
+@functools.cache
+def _file_of(module: str, function: str) -> str:
+    own = f"{module}_{function}"
+    return module if importlib.util.find_spec(own) is None else own
 
 
 OPERATIONS: dict[str, dict[str, Implementation]] = {}
@@ -138,12 +150,22 @@ def reason(op: str, backend: str, call: Call) -> str | None:
         machine_reason(backend)
         or _device_reason(backend, call.device)
         or implementation.limits(call)
-        or (sharded_reason(op, backend, call.requires_grad) if _is_sharded(call) else None)
+        or _sharded_reason(implementation, call)
     )
 
 
-def _is_sharded(call: Call) -> bool:
-    return call.facts.get("ranks") is not None
+def _sharded_reason(implementation: Implementation, call: Call) -> str | None:
+    """Why an implementation cannot serve a call on a sharded set, or None."""
+    if call.facts.get("ranks") is None:
+        return None
+    if not implementation.joins_ranks:
+        return "it cannot join the parts of a sharded set"
+    if call.requires_grad:
+        return (
+            "torch cannot differentiate through the join of a sharded set: take first derivatives "
+            "by `x` alone, outside of other derivatives"
+        )
+    return None
 
 
 def requested_backend(argument: str | None) -> str:
@@ -158,7 +180,7 @@ def requested_backend(argument: str | None) -> str:
     )
 
 
-def select(op: str, call: Call, backend: str | None = None) -> Callable[..., object]:
+def select(op: str, call: Call, backend: str | None = None) -> Callable[..., Any]:
     """Choose and load the implementation that serves a call.
 
     Args:
@@ -181,34 +203,24 @@ def select(op: str, call: Call, backend: str | None = None) -> Callable[..., obj
                 or reason(op, name, call)
             )
             if why_not is None:
-                return _chosen(op, name, call)
+                return _chosen(op, name)
             logger.debug("%s: backend %s passed over: %s", op, name, why_not)
-        why = sharded_reason(op, "reference", call.requires_grad) if _is_sharded(call) else None
+        # The last is the reference, which serves all that can be served.
+        why = _sharded_reason(list(table.values())[-1], call)
         raise BackendUnavailableError("auto", op, why or "no backend can serve this call", ())
     why_not = reason(op, request, call)
     if why_not is not None:
         available = tuple(name for name in table if reason(op, name, call) is None)
         raise BackendUnavailableError(request, op, why_not, available)
-    return _chosen(op, request, call)
+    return _chosen(op, request)
 
 
-def _chosen(op: str, backend: str, call: Call) -> Callable[..., object]:
+def _chosen(op: str, backend: str) -> Callable[..., Any]:
     logger.debug("%s: backend %s", op, backend)
     calls = _trace.get()
     if calls is not None:
         calls.append((op, backend))
-    run, ranks = OPERATIONS[op][backend].load(), call.facts.get("ranks")
-    file = call.facts.get("file")
-    if file is not None:
-        run = checked_around(file, run)
-    run = run if ranks is None else over_ranks(op, run, ranks)
-
-    @functools.wraps(run)
-    def in_own_precision(*arguments: object, **options: object) -> object:
-        with in_full_precision(call.device):
-            return run(*arguments, **options)
-
-    return in_own_precision
+    return OPERATIONS[op][backend].load()
 
 
 class use_backend:  # noqa: N801  (reads as a function, like torch.no_grad)

@@ -46,7 +46,8 @@ from pyflocality.autograd.function import (
 from pyflocality.autograd.operators import new_handle
 from pyflocality.backends.selection import BACKENDS
 from pyflocality.data import TrainingSet
-from pyflocality.posterior.tangents import check_directions, check_noise
+from pyflocality.posterior.problem import check_noise
+from pyflocality.posterior.tangents import check_directions
 
 
 class Denoiser(nn.Module):

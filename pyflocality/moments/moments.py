@@ -40,7 +40,7 @@ from pyflocality.backends.selection import BACKENDS, BackendUnavailableError
 from pyflocality.data import TrainingSet
 from pyflocality.moments.files import checksum, read_moments, write_moments
 from pyflocality.moments.sums import BLOCK_BYTES, Blend, ByteSums, FloatSums, kind_of_sums
-from pyflocality.posterior.ranks import plain, ranks_of
+from pyflocality.posterior.sharded import plain, ranks_of
 from pyflocality.storage.reader import Reader
 
 # Values from which on the eigenvectors of a covariance take a good part of a second.

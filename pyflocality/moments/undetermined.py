@@ -10,7 +10,7 @@ from torch import Tensor
 from pyflocality.data import TrainingSet
 from pyflocality.moments.moments import Moments
 from pyflocality.moments.sums import Blend
-from pyflocality.posterior.ranks import plain
+from pyflocality.posterior.sharded import plain
 from pyflocality.storage.reader import Reader
 
 

@@ -6,23 +6,29 @@ import torch
 from torch import Tensor
 
 from pyflocality._support.checks import check_tensor, describe
-from pyflocality.backends.selection import UNPROVEN, Implementation, register, select
-from pyflocality.kernels.limits import device_limits
+from pyflocality.ops.operation import Operation, Served, Variant, declare, unproven
+from pyflocality.ops.path import chosen
 from pyflocality.posterior.call import Call
 from pyflocality.storage.mapped import mapped_file
 
-register(
-    "covariance",
-    {
-        "triton": Implementation(
-            "pyflocality.kernels.triton.covariance",
-            "accumulate_covariance",
-            device_limits,
-            by_name_only=UNPROVEN,
-        ),
-        "cpu": Implementation("pyflocality.kernels.cpu.covariance", "accumulate_covariance"),
-        "reference": Implementation("pyflocality.reference.covariance", "accumulate_covariance"),
-    },
+COVARIANCE = declare(
+    Operation(
+        "covariance",
+        {
+            "scan": Variant(
+                {
+                    "triton": unproven("device_limits"),
+                    "cpu": Served(),
+                    "reference": Served(),
+                },
+                # A product and a sum for every pair of values of an image, each pair once.
+                lambda s: s.images * s.values * (s.values + 1),
+            ),
+        },
+        answers_state=False,
+        # Sums in 64 bits, read and written.
+        beside=lambda s: 16 * (s.values**2 + s.values),
+    )
 )
 
 
@@ -73,8 +79,7 @@ def accumulate_covariance(
             raise ValueError(f"`{name}` must be contiguous, got strides {tensor.stride()}")
     facts = {"file": mapped_file(images)}
     call = Call(device=images.device, dtype=torch.uint8, facts=facts)
-    run = select("covariance", call, backend)
-    run(images, gram, total)
+    chosen("covariance", call, backend)(images, gram, total)
 
 
 def _check(value: object, name: str, dtype: torch.dtype) -> None:

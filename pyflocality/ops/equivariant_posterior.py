@@ -2,56 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from pyflocality._support.checks import check_choice
-from pyflocality.backends.selection import UNPROVEN, Implementation, register, select
-from pyflocality.kernels.limits import float32_limits, patch_limits
-from pyflocality.ops.window_posterior import check_window
-from pyflocality.posterior.problem import PosteriorOptions, posterior_problem
-from pyflocality.posterior.state import finalize, finalize_jvp
-from pyflocality.posterior.tangents import check_tangents, jacobian_factor, tangent_call
+from pyflocality.ops.costs import Size
+from pyflocality.ops.operation import Operation, Served, Variant, declare, per_pair, unproven
+from pyflocality.ops.path import Query
+from pyflocality.ops.window_posterior import (
+    check_window,
+    odd_window,
+    pair_flops,
+    pair_jvp_flops,
+    pair_vjp_flops,
+)
+from pyflocality.posterior.problem import PosteriorOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 BOUNDARIES = ("circular", "broken")
-
-register(
-    "equivariant_posterior",
-    {
-        "triton": Implementation(
-            "pyflocality.kernels.triton.equivariant_posterior",
-            "equivariant_posterior_state",
-            patch_limits,
-            by_name_only=UNPROVEN,
-        ),
-        "cpu": Implementation(
-            "pyflocality.kernels.cpu.posterior", "equivariant_posterior_state", float32_limits
-        ),
-        "reference": Implementation(
-            "pyflocality.reference.equivariant_posterior", "equivariant_posterior_state"
-        ),
-    },
-)
-register(
-    "equivariant_posterior_jvp",
-    {
-        "reference": Implementation(
-            "pyflocality.reference.equivariant_posterior", "equivariant_posterior_jvp_state"
-        ),
-    },
-)
-register(
-    "equivariant_posterior_vjp",
-    {
-        "reference": Implementation(
-            "pyflocality.reference.equivariant_posterior", "equivariant_posterior_vjp"
-        ),
-    },
-)
 
 
 def check_patch_window(window: object, height: int, width: int, boundary: str) -> int:
@@ -63,6 +35,46 @@ def check_patch_window(window: object, height: int, width: int, boundary: str) -
             f"{height}x{width} image, got {size}"
         )
     return size
+
+
+def _check(image_shape: Sequence[int], window: object, boundary: object) -> Query:
+    boundary = check_choice(boundary, "boundary", BOUNDARIES)
+    return check_patch_window(window, *image_shape[1:], boundary), boundary == "circular"
+
+
+def _at_all_places(flops: Callable[[Size], int]) -> Callable[[Size], float]:
+    """Operations of a window posterior, at all places of the windows inside a training image."""
+
+    def everywhere(size: Size) -> int:
+        height, width = (max(side - size.window + 1, 1) for side in size.shape[1:])
+        return height * width * flops(size)
+
+    return per_pair(everywhere)
+
+
+EQUIVARIANT_POSTERIOR = declare(
+    Operation(
+        "equivariant_posterior",
+        {
+            "scan": Variant(
+                {
+                    "triton": unproven("patch_limits"),
+                    "cpu": Served("float32_limits"),
+                    "reference": Served(),
+                },
+                _at_all_places(pair_flops),
+            ),
+            "jvp": Variant({"reference": Served()}, _at_all_places(pair_jvp_flops)),
+            "vjp": Variant({"reference": Served()}, _at_all_places(pair_vjp_flops), scans=2),
+        },
+        parameters=("window", "boundary"),
+        check=_check,
+        facts=lambda window, circular: {"window": window},
+        inputs=lambda pixel, shape, window, circular: None,
+        example=lambda size, generator: (*odd_window(size, generator), "circular"),
+        model="equivariant",
+    )
+)
 
 
 def equivariant_posterior_mean(
@@ -115,13 +127,7 @@ def equivariant_posterior_mean(
         Kamb and Ganguli, An analytic theory of creativity in convolutional diffusion models,
         2025 (the equivariant local score models, ELS and bbELS).
     """
-    problem = posterior_problem(x, images, sigma, alpha, **options)
-    boundary = check_choice(boundary, "boundary", BOUNDARIES)
-    window = check_patch_window(window, *x.shape[-2:], boundary)
-    run = select("equivariant_posterior", problem.call(window=window), backend)
-    state = run(problem, window, boundary == "circular")
-    # [B, H W, C] -> [B, C, H, W]
-    return finalize(state).transpose(1, 2).reshape(x.shape).to(x.dtype)
+    return EQUIVARIANT_POSTERIOR.mean(x, images, (window, boundary), sigma, alpha, backend, options)
 
 
 def equivariant_posterior_jvp(
@@ -161,17 +167,9 @@ def equivariant_posterior_jvp(
         ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(x, images, sigma, alpha, **options)
-    directions = check_tangents(tangents, x, sigma, problem)
-    boundary = check_choice(boundary, "boundary", BOUNDARIES)
-    window = check_patch_window(window, *x.shape[-2:], boundary)
-    run = select("equivariant_posterior_jvp", tangent_call(problem, directions), backend)
-    state = run(problem, directions, window, boundary == "circular")
-    mean, jv = finalize_jvp(state, x.shape[1], jacobian_factor(problem))
-
-    # [.., H W, C] -> [.., C, H, W]
-    mean, jv = mean.transpose(-1, -2), jv.transpose(-1, -2)
-    return mean.reshape(x.shape).to(x.dtype), jv.reshape(tangents.shape).to(x.dtype)
+    return EQUIVARIANT_POSTERIOR.jvp(
+        x, tangents, images, (window, boundary), sigma, alpha, backend, options
+    )
 
 
 def equivariant_posterior_vjp(
@@ -215,10 +213,6 @@ def equivariant_posterior_vjp(
         ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(x, images, sigma, alpha, **options)
-    directions = check_tangents(cotangents, x, sigma, problem, "cotangents")
-    boundary = check_choice(boundary, "boundary", BOUNDARIES)
-    window = check_patch_window(window, *x.shape[-2:], boundary)
-    run = select("equivariant_posterior_vjp", tangent_call(problem, directions), backend)
-    found = run(problem, directions, window, boundary == "circular")
-    return found.reshape(cotangents.shape).to(x.dtype)
+    return EQUIVARIANT_POSTERIOR.vjp(
+        x, cotangents, images, (window, boundary), sigma, alpha, backend, options
+    )

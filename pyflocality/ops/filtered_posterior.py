@@ -2,47 +2,74 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pyflocality._support.transforms import outside_transforms
-from pyflocality.backends.selection import Implementation, register, select
-from pyflocality.kernels.limits import mask_limits
-from pyflocality.posterior.problem import PosteriorOptions, posterior_problem
-from pyflocality.posterior.tangents import check_tangents, tangent_call
+from pyflocality.ops.masked_posterior import random_mask
+from pyflocality.ops.operation import Operation, Served, Variant, declare, per_pair
+from pyflocality.ops.path import Query
+from pyflocality.posterior.problem import PosteriorOptions
 from pyflocality.weights import QueryWeights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-register(
-    "filtered_posterior",
-    {
-        "cpu": Implementation(
-            "pyflocality.kernels.cpu.masked_adjoint", "filtered_posterior_mean", mask_limits
+
+def _check(
+    image_shape: Sequence[int],
+    weights: Tensor | QueryWeights,
+    responses: Tensor | QueryWeights,
+) -> Query:
+    with outside_transforms():
+        return check_pair(weights, responses, math.prod(image_shape))
+
+
+# For as many queries as values, and as many terms in the responses as in the weights.
+FILTERED_POSTERIOR = declare(
+    Operation(
+        "filtered_posterior",
+        {
+            # Two passes of differences and their squares, 2 D, a sum for every term, factor,
+            # exponential and sum or share of the weights, 3 D; shares summed over the queries of a
+            # value, a sum for every term, their products with the values and the sums, 2 D.
+            "scan": Variant(
+                {"cpu": Served("mask_limits"), "reference": Served()},
+                per_pair(lambda s: 12 * s.values + 3 * s.terms),
+                scans=2,
+            ),
+            # And for a tangent its products with the values and a sum for every term, twice, their
+            # weighted sum, what is left of it and its share, and the way back: 8 D and the terms.
+            "jvp": Variant(
+                {"reference": Served()},
+                per_pair(
+                    lambda s: (12 + 8 * s.directions) * s.values + 3 * (1 + s.directions) * s.terms
+                ),
+                scans=2,
+            ),
+            # The same without the shares themselves.
+            "vjp": Variant(
+                {"reference": Served()},
+                per_pair(
+                    lambda s: (10 + 8 * s.directions) * s.values + (2 + 3 * s.directions) * s.terms
+                ),
+                scans=2,
+            ),
+        },
+        answers_state=False,
+        parameters=("weights", "responses"),
+        check=_check,
+        facts=lambda weights, responses: {"is_mask": weights.is_mask and responses.is_mask},
+        inputs=lambda pixel, shape, weights, responses: None,
+        example=lambda size, generator: (
+            random_mask(size, generator),
+            random_mask(size, generator),
         ),
-        "reference": Implementation(
-            "pyflocality.reference.filtered_posterior", "filtered_posterior_mean"
-        ),
-    },
-)
-register(
-    "filtered_posterior_jvp",
-    {
-        "reference": Implementation(
-            "pyflocality.reference.filtered_posterior", "filtered_posterior_jvp"
-        ),
-    },
-)
-register(
-    "filtered_posterior_vjp",
-    {
-        "reference": Implementation(
-            "pyflocality.reference.filtered_posterior", "filtered_posterior_vjp"
-        ),
-    },
+    )
 )
 
 
@@ -91,12 +118,7 @@ def filtered_posterior_mean(
         model generalization, 2025 (patch set posterior composites), and its 2026 sequel
         (filtered posterior mean composites).
     """
-    problem = posterior_problem(x, images, sigma, alpha, **options)
-    with outside_transforms():
-        weights, responses = check_pair(weights, responses, problem.images[0].numel())
-    call = problem.call(is_mask=weights.is_mask and responses.is_mask)
-    run = select("filtered_posterior", call, backend)
-    return run(problem, weights, responses).reshape(x.shape).to(x.dtype)
+    return FILTERED_POSTERIOR.mean(x, images, (weights, responses), sigma, alpha, backend, options)
 
 
 def filtered_posterior_jvp(
@@ -137,13 +159,9 @@ def filtered_posterior_jvp(
         ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(x, images, sigma, alpha, **options)
-    directions = check_tangents(tangents, x, sigma, problem)
-    with outside_transforms():
-        weights, responses = check_pair(weights, responses, problem.images[0].numel())
-    run = select("filtered_posterior_jvp", tangent_call(problem, directions), backend)
-    mean, jv = run(problem, directions, weights, responses)
-    return mean.reshape(x.shape).to(x.dtype), jv.reshape(tangents.shape).to(x.dtype)
+    return FILTERED_POSTERIOR.jvp(
+        x, tangents, images, (weights, responses), sigma, alpha, backend, options
+    )
 
 
 def filtered_posterior_vjp(
@@ -184,12 +202,9 @@ def filtered_posterior_vjp(
         ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(x, images, sigma, alpha, **options)
-    directions = check_tangents(cotangents, x, sigma, problem, "cotangents")
-    with outside_transforms():
-        weights, responses = check_pair(weights, responses, problem.images[0].numel())
-    run = select("filtered_posterior_vjp", tangent_call(problem, directions), backend)
-    return run(problem, directions, weights, responses).reshape(cotangents.shape).to(x.dtype)
+    return FILTERED_POSTERIOR.vjp(
+        x, cotangents, images, (weights, responses), sigma, alpha, backend, options
+    )
 
 
 def check_pair(

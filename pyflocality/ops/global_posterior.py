@@ -6,48 +6,34 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyflocality.backends.selection import UNPROVEN, Implementation, register, select
-from pyflocality.kernels.limits import float32_limits, uint8_limits
-from pyflocality.posterior.problem import PosteriorOptions, posterior_problem
-from pyflocality.posterior.state import finalize, finalize_jvp
-from pyflocality.posterior.tangents import check_tangents, jacobian_factor, tangent_call
+from pyflocality.ops.operation import Operation, Served, Variant, declare, per_pair, unproven
+from pyflocality.posterior.problem import PosteriorOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-register(
-    "global_posterior",
-    {
-        "triton": Implementation(
-            "pyflocality.kernels.triton.global_posterior",
-            "global_posterior_state",
-            uint8_limits,
-            by_name_only=UNPROVEN,
-        ),
-        "cpu": Implementation(
-            "pyflocality.kernels.cpu.posterior", "global_posterior_state", float32_limits
-        ),
-        "reference": Implementation(
-            "pyflocality.reference.global_posterior", "global_posterior_state"
-        ),
-    },
-)
-register(
-    "global_posterior_jvp",
-    {
-        "triton": Implementation(
-            "pyflocality.kernels.triton.global_posterior_jvp",
-            "global_posterior_jvp_state",
-            uint8_limits,
-            by_name_only=UNPROVEN,
-        ),
-        "cpu": Implementation(
-            "pyflocality.kernels.cpu.jvp", "global_posterior_jvp_state", float32_limits
-        ),
-        "reference": Implementation(
-            "pyflocality.reference.global_posterior", "global_posterior_jvp_state"
-        ),
-    },
+
+_BACKENDS = {
+    "triton": unproven("uint8_limits"),
+    "cpu": Served("float32_limits"),
+    "reference": Served(),
+}
+GLOBAL_POSTERIOR = declare(
+    Operation(
+        "global_posterior",
+        {
+            # Differences, their squares and the sum of these, 3 D - 1; factor, exponential and sum
+            # of the weights, 3; weighted values and their sum, 2 D.
+            "scan": Variant(_BACKENDS, per_pair(lambda s: 5 * s.values + 2)),
+            # And for a tangent the inner product, 2 D - 1, its weighted sum, 2, and that of its
+            # products with the values, 2 D.
+            "jvp": Variant(
+                _BACKENDS,
+                per_pair(lambda s: 5 * s.values + 2 + s.directions * (4 * s.values + 1)),
+            ),
+        },
+        model="optimal",
+    )
 )
 
 
@@ -84,9 +70,7 @@ def global_posterior_mean(
         ValueError: An argument has the wrong shape, device or range.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(x, images, sigma, alpha, **options)
-    run = select("global_posterior", problem.call(), backend)
-    return finalize(run(problem)).reshape(x.shape).to(x.dtype)
+    return GLOBAL_POSTERIOR.mean(x, images, (), sigma, alpha, backend, options)
 
 
 def global_posterior_jvp(
@@ -122,10 +106,4 @@ def global_posterior_jvp(
         ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(x, images, sigma, alpha, **options)
-    directions = check_tangents(tangents, x, sigma, problem)
-    run = select("global_posterior_jvp", tangent_call(problem, directions), backend)
-    state = run(problem, directions)
-    mean, jv = finalize_jvp(state, problem.images[0].numel(), jacobian_factor(problem))
-
-    return mean.reshape(x.shape).to(x.dtype), jv.reshape(tangents.shape).to(x.dtype)
+    return GLOBAL_POSTERIOR.jvp(x, tangents, images, (), sigma, alpha, backend, options)

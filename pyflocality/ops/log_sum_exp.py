@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,11 +9,8 @@ from torch import Tensor
 
 from pyflocality._support.checks import describe
 from pyflocality._support.transforms import has_readable_values
-from pyflocality.backends.selection import select
-from pyflocality.ops.masked_posterior import square_weights
-from pyflocality.ops.window_posterior import check_window
+from pyflocality.ops.operation import OPERATIONS
 from pyflocality.posterior.problem import PosteriorOptions, posterior_problem
-from pyflocality.posterior.state import log_sum_exp
 from pyflocality.weights import QueryWeights
 
 if TYPE_CHECKING:
@@ -61,21 +57,16 @@ def posterior_log_sum_exp(
             `window` and `weights` are given.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    if window is not None and weights is not None:
+    asked = {"window": window, "weights": weights}
+    query = {name: value for name, value in asked.items() if value is not None}
+    if len(query) > 1:
         raise ValueError("give `window` or `weights`, not both")
-    # The tolerance of precision="auto" is for posterior means.
-    problem = replace(posterior_problem(x, images, sigma, alpha, **options), precision="exact")
+    problem = posterior_problem(x, images, sigma, alpha, **options)
     # Also where the square of a small one is no number above 0.
     if has_readable_values(problem.scale) and torch.isinf(problem.scale).any():
         raise ValueError(f"`sigma` must be positive, got {describe(sigma)}")
-    if window is not None:
-        window = check_window(window, *x.shape[-2:])
-        state = select("window_posterior", problem.call(window=window), backend)(problem, window)
-    elif weights is not None:
-        weights = square_weights(weights, problem.images[0].numel())
-        run = select("masked_posterior", problem.call(is_mask=weights.is_mask), backend)
-        state = run(problem, weights)
-    else:
-        state = select("global_posterior", problem.call(), backend)(problem)
-    exact = state._replace(minimum=state.minimum.double(), total=state.total.double())
-    return log_sum_exp(exact, problem.scale)
+    operation = next(
+        one for one in OPERATIONS.values() if one.answers_state and one.parameters == tuple(query)
+    )
+    checked = operation.check(problem.image_shape, *query.values())
+    return operation.log_sum_exp_of(problem, checked, backend)

@@ -2,67 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from pyflocality._support.checks import Pixel
 from pyflocality._support.transforms import outside_transforms
-from pyflocality.backends.selection import UNPROVEN, Implementation, register, select
-from pyflocality.kernels.limits import mask_limits, uint8_limits
-from pyflocality.posterior.problem import PosteriorOptions, posterior_problem
-from pyflocality.posterior.state import finalize, finalize_jvp
-from pyflocality.posterior.tangents import check_tangents, jacobian_factor, tangent_call
+from pyflocality.ops.costs import Size
+from pyflocality.ops.operation import Operation, Served, Variant, declare, per_pair, unproven
+from pyflocality.posterior.problem import PosteriorOptions
 from pyflocality.weights import QueryWeights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-register(
-    "masked_posterior",
-    {
-        "triton": Implementation(
-            "pyflocality.kernels.triton.masked_posterior",
-            "masked_posterior_state",
-            uint8_limits,
-            by_name_only=UNPROVEN,
-        ),
-        "cpu": Implementation(
-            "pyflocality.kernels.cpu.posterior", "masked_posterior_state", mask_limits
-        ),
-        "reference": Implementation(
-            "pyflocality.reference.masked_posterior", "masked_posterior_state"
-        ),
-    },
-)
-register(
-    "masked_posterior_vjp",
-    {
-        "cpu": Implementation(
-            "pyflocality.kernels.cpu.masked_adjoint", "masked_posterior_vjp", mask_limits
-        ),
-        "reference": Implementation(
-            "pyflocality.reference.masked_posterior", "masked_posterior_vjp"
-        ),
-    },
-)
-register(
-    "masked_posterior_jvp",
-    {
-        "triton": Implementation(
-            "pyflocality.kernels.triton.masked_posterior_jvp",
-            "masked_posterior_jvp_state",
-            uint8_limits,
-            by_name_only=UNPROVEN,
-        ),
-        "cpu": Implementation(
-            "pyflocality.kernels.cpu.jvp", "masked_posterior_jvp_state", mask_limits
-        ),
-        "reference": Implementation(
-            "pyflocality.reference.masked_posterior", "masked_posterior_jvp_state"
-        ),
-    },
-)
 
 
 def square_weights(weights: Tensor | QueryWeights, values: int) -> QueryWeights:
@@ -76,6 +31,58 @@ def square_weights(weights: Tensor | QueryWeights, values: int) -> QueryWeights:
             f"{list(weights.shape)}"
         )
     return weights
+
+
+def _inputs(pixel: Pixel, image_shape: Sequence[int], weights: QueryWeights) -> Tensor | None:
+    if not weights.is_mask:
+        return None
+    shape = tuple(image_shape)
+    place = torch.arange(math.prod(shape)).reshape(shape)[pixel]
+    return weights.row(int(place)).reshape(shape)
+
+
+def random_mask(size: Size, generator: torch.Generator) -> QueryWeights:
+    """Masks of all values, with about as many ones as the size has terms."""
+    random = torch.rand(size.values, size.values, generator=generator)
+    return QueryWeights(random < size.terms / size.values**2)
+
+
+_MASKS = {"cpu": Served("mask_limits"), "reference": Served()}
+_SCAN = {"triton": unproven("uint8_limits"), **_MASKS}
+MASKED_POSTERIOR = declare(
+    Operation(
+        "masked_posterior",
+        {
+            # Differences and their squares, 2 D; a sum for every term; factor, exponential and sum
+            # of the weights, 3 D; weighted values and their sum, 2 D.
+            "scan": Variant(_SCAN, per_pair(lambda s: 7 * s.values + s.terms)),
+            # And for a tangent its products with the values, D, a sum for every term, their
+            # weighted sums, 2 D, and those of their products with the values, 2 D.
+            "jvp": Variant(
+                _SCAN,
+                per_pair(
+                    lambda s: 7 * s.values + s.terms + s.directions * (5 * s.values + s.terms)
+                ),
+            ),
+            # Distances and weights twice; for a cotangent products with the values, twice, and
+            # their weighted sum, 4 D; what is left of the mean and its product with the weight,
+            # 2 D; a sum for every term; the product with the values and its sum, 2 D.
+            "vjp": Variant(
+                _MASKS,
+                per_pair(
+                    lambda s: (10 + 8 * s.directions) * s.values + (2 + s.directions) * s.terms
+                ),
+                scans=2,
+            ),
+        },
+        parameters=("weights",),
+        check=lambda shape, weights: (square_weights(weights, math.prod(shape)),),
+        facts=lambda weights: {"is_mask": weights.is_mask},
+        inputs=_inputs,
+        example=lambda size, generator: (random_mask(size, generator),),
+        model="pca-locality",
+    )
+)
 
 
 def masked_posterior_mean(
@@ -120,10 +127,7 @@ def masked_posterior_mean(
         Lukoianov, Yuan, Solomon and Sitzmann, Locality in image diffusion models emerges from
         data statistics, 2025, proposition A.7.
     """
-    problem = posterior_problem(x, images, sigma, alpha, **options)
-    weights = square_weights(weights, problem.images[0].numel())
-    run = select("masked_posterior", problem.call(is_mask=weights.is_mask), backend)
-    return finalize(run(problem, weights)).reshape(x.shape).to(x.dtype)
+    return MASKED_POSTERIOR.mean(x, images, (weights,), sigma, alpha, backend, options)
 
 
 def masked_posterior_jvp(
@@ -162,14 +166,7 @@ def masked_posterior_jvp(
         ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(x, images, sigma, alpha, **options)
-    directions = check_tangents(tangents, x, sigma, problem)
-    weights = square_weights(weights, problem.images[0].numel())
-    call = tangent_call(problem, directions, is_mask=weights.is_mask)
-    run = select("masked_posterior_jvp", call, backend)
-    mean, jv = finalize_jvp(run(problem, directions, weights), 1, jacobian_factor(problem))
-
-    return mean.reshape(x.shape).to(x.dtype), jv.reshape(tangents.shape).to(x.dtype)
+    return MASKED_POSTERIOR.jvp(x, tangents, images, (weights,), sigma, alpha, backend, options)
 
 
 def masked_posterior_vjp(
@@ -208,9 +205,4 @@ def masked_posterior_vjp(
         ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(x, images, sigma, alpha, **options)
-    directions = check_tangents(cotangents, x, sigma, problem, "cotangents")
-    weights = square_weights(weights, problem.images[0].numel())
-    call = tangent_call(problem, directions, is_mask=weights.is_mask)
-    run = select("masked_posterior_vjp", call, backend)
-    return run(problem, directions, weights).reshape(cotangents.shape).to(x.dtype)
+    return MASKED_POSTERIOR.vjp(x, cotangents, images, (weights,), sigma, alpha, backend, options)

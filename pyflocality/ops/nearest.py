@@ -8,13 +8,21 @@ import torch
 from torch import Tensor
 
 from pyflocality._support.checks import check_count
-from pyflocality.backends.selection import Implementation, register, select
+from pyflocality.ops.operation import Operation, Served, Variant, declare, per_pair
 from pyflocality.posterior.problem import posterior_problem
 from pyflocality.storage.augmentation import Augmentation
 
-register(
-    "nearest",
-    {"reference": Implementation("pyflocality.reference.nearest", "nearest_images")},
+NEAREST = declare(
+    Operation(
+        "nearest",
+        # Differences, their squares and the sum of these.
+        {"scan": Variant({"reference": Served()}, per_pair(lambda s: 3 * s.values - 1))},
+        answers_state=False,
+        parameters=("k",),
+        example=lambda size, generator: (1,),
+        # Noisy images in float32, and a position each.
+        beside=lambda s: s.batch * (4 * s.values + 8),
+    )
 )
 
 
@@ -82,5 +90,4 @@ def nearest_images(
     )
     if k > problem.count:
         raise ValueError(f"`k` must be at most the number of images {problem.count}, got {k}")
-    run = select("nearest", problem.call(), backend)
-    return Neighbours(*run(problem, k))
+    return Neighbours(*NEAREST.run("scan", problem, (k,), backend))

@@ -7,28 +7,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from pyflocality._support.checks import check_count
-from pyflocality.backends.selection import UNPROVEN, Implementation, register, select
-from pyflocality.kernels.limits import float32_limits, window_adjoint_limits
-from pyflocality.posterior.problem import PosteriorOptions, posterior_problem
+from pyflocality.ops.operation import Operation, Served, Variant, declare, per_pair, unproven
+from pyflocality.ops.window_posterior import odd_window
+from pyflocality.posterior.problem import PosteriorOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-register(
-    "patch_set",
-    {
-        "cuda": Implementation(
-            "pyflocality.kernels.cuda.window_adjoint",
-            "patch_set_mean",
-            window_adjoint_limits,
-            by_name_only=UNPROVEN,
-        ),
-        "cpu": Implementation(
-            "pyflocality.kernels.cpu.window_adjoint", "patch_set_mean", float32_limits
-        ),
-        "reference": Implementation("pyflocality.reference.patch_set", "patch_set_mean"),
-    },
-)
 
 
 def check_patch(window: object, height: int, width: int) -> int:
@@ -39,6 +23,36 @@ def check_patch(window: object, height: int, width: int) -> int:
             f"`window` must be at most {min(height, width)}, to fit inside the image, got {size}"
         )
     return size
+
+
+PATCH_SET = declare(
+    Operation(
+        "patch_set",
+        {
+            # Two passes of distances and weights, each 3 D - H W for differences, their squares and
+            # the sums of these over the channels, 4 H W over the windows, and 3 H W for factor,
+            # exponential and the sum of the weights or their share: the first has no values. The
+            # second spreads the shares over the windows, 4 H W, and adds up their products with the
+            # values, 2 D.
+            "scan": Variant(
+                {
+                    "cuda": unproven("window_adjoint_limits"),
+                    "cpu": Served("float32_limits"),
+                    "reference": Served(),
+                },
+                per_pair(lambda s: 8 * s.values + 16 * s.pixels),
+                scans=2,
+            ),
+        },
+        answers_state=False,
+        parameters=("window",),
+        check=lambda shape, window: (check_patch(window, *shape[1:]),),
+        facts=lambda window: {"window": window},
+        inputs=lambda pixel, shape, window: None,
+        example=odd_window,
+        model="patch-set",
+    )
+)
 
 
 def patch_set_mean(
@@ -83,7 +97,4 @@ def patch_set_mean(
         Niedoba, Zwartsenberg, Murphy and Wood, Towards a mechanistic explanation of diffusion
         model generalization, 2025 (patch set posterior composites).
     """
-    problem = posterior_problem(x, images, sigma, alpha, **options)
-    window = check_patch(window, *x.shape[-2:])
-    run = select("patch_set", problem.call(window=window), backend)
-    return run(problem, window).to(x.dtype)
+    return PATCH_SET.mean(x, images, (window,), sigma, alpha, backend, options)

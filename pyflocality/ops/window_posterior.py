@@ -2,75 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from pyflocality._support.checks import check_count
-from pyflocality.backends.selection import UNPROVEN, Implementation, register, select
-from pyflocality.kernels.limits import (
-    float32_limits,
-    window_adjoint_limits,
-    window_posterior_limits,
-)
-from pyflocality.posterior.problem import PosteriorOptions, posterior_problem
-from pyflocality.posterior.state import finalize, finalize_jvp
-from pyflocality.posterior.tangents import check_tangents, jacobian_factor, tangent_call
+from pyflocality._support.checks import Pixel, check_count
+from pyflocality.ops.costs import Size
+from pyflocality.ops.operation import Operation, Served, Variant, declare, per_pair, unproven
+from pyflocality.ops.path import Query
+from pyflocality.posterior.problem import PosteriorOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-register(
-    "window_posterior",
-    {
-        "cuda": Implementation(
-            "pyflocality.kernels.cuda.window_posterior",
-            "window_posterior_state",
-            window_posterior_limits,
-            by_name_only=UNPROVEN,
-        ),
-        "cpu": Implementation(
-            "pyflocality.kernels.cpu.posterior", "window_posterior_state", float32_limits
-        ),
-        "reference": Implementation(
-            "pyflocality.reference.window_posterior", "window_posterior_state"
-        ),
-    },
-)
-register(
-    "window_posterior_vjp",
-    {
-        "cuda": Implementation(
-            "pyflocality.kernels.cuda.window_adjoint",
-            "window_posterior_vjp",
-            window_adjoint_limits,
-            by_name_only=UNPROVEN,
-        ),
-        "cpu": Implementation(
-            "pyflocality.kernels.cpu.window_adjoint", "window_posterior_vjp", float32_limits
-        ),
-        "reference": Implementation(
-            "pyflocality.reference.window_posterior", "window_posterior_vjp"
-        ),
-    },
-)
-register(
-    "window_posterior_jvp",
-    {
-        "cuda": Implementation(
-            "pyflocality.kernels.cuda.window_posterior",
-            "window_posterior_jvp_state",
-            window_posterior_limits,
-            by_name_only=UNPROVEN,
-        ),
-        "cpu": Implementation(
-            "pyflocality.kernels.cpu.jvp", "window_posterior_jvp_state", float32_limits
-        ),
-        "reference": Implementation(
-            "pyflocality.reference.window_posterior", "window_posterior_jvp_state"
-        ),
-    },
-)
 
 
 def check_window(window: object, height: int, width: int, name: str = "window") -> int:
@@ -85,6 +30,79 @@ def check_window(window: object, height: int, width: int, name: str = "window") 
             f"every pixel, got {size}"
         )
     return size
+
+
+def inputs_of_window(pixel: Pixel, image_shape: Sequence[int], window: int) -> Tensor:
+    """Inputs inside the window around a pixel, bool [C, H, W]."""
+    inputs = torch.ones(tuple(image_shape), dtype=torch.bool)
+    for axis in (1, 2):
+        size = image_shape[axis]
+        far = (torch.arange(size) - pixel[axis] % size).abs() > window // 2
+        inputs.index_fill_(axis, far.nonzero()[:, 0], False)
+    return inputs
+
+
+def odd_window(size: Size, generator: torch.Generator) -> Query:
+    """The window of a size, or the largest odd one inside the image."""
+    return (min(size.window, *(side - (side + 1) % 2 for side in size.shape[1:])),)
+
+
+def pair_flops(size: Size) -> int:
+    """Operations of a pair of images: 5 D + 6 H W.
+
+    Differences, their squares and the sums of these over the channels, 3 D - H W, and over the
+    windows, 4 H W, whatever their side; factor, exponential and sum of the weights, 3 H W; weighted
+    values and their sum, 2 D.
+    """
+    return 5 * size.values + 6 * size.pixels
+
+
+def pair_jvp_flops(size: Size) -> int:
+    """As `pair_flops`, with K tangents.
+
+    Each has products with the values, and their sums over channels and windows, 2 D + 3 H W; the
+    weighted sum of these, 2 H W, and of their products with the values, 2 D.
+    """
+    return pair_flops(size) + size.directions * (4 * size.values + 5 * size.pixels)
+
+
+def pair_vjp_flops(size: Size) -> int:
+    """Operations of a pair of images for K cotangents, in two passes.
+
+    Distances and weights twice, 3 D + 6 H W each. For a cotangent the products with the values and
+    their sum over channels twice, 4 D - 2 H W, and their weighted sum, 2 H W; what is left of the
+    mean and its product with the weight, 2 H W; the sum over windows, 4 H W; and the product with
+    the values and its sum, 2 D.
+    """
+    passes = 6 * size.values + 12 * size.pixels
+    return passes + size.directions * (6 * size.values + 6 * size.pixels)
+
+
+_SCAN = {
+    "cuda": unproven("window_posterior_limits"),
+    "cpu": Served("float32_limits"),
+    "reference": Served(),
+}
+WINDOW_POSTERIOR = declare(
+    Operation(
+        "window_posterior",
+        {
+            "scan": Variant(_SCAN, per_pair(pair_flops)),
+            "jvp": Variant(_SCAN, per_pair(pair_jvp_flops)),
+            "vjp": Variant(
+                {**_SCAN, "cuda": unproven("window_adjoint_limits")},
+                per_pair(pair_vjp_flops),
+                scans=2,
+            ),
+        },
+        parameters=("window",),
+        check=lambda shape, window: (check_window(window, *shape[1:]),),
+        facts=lambda window: {"window": window},
+        inputs=inputs_of_window,
+        example=odd_window,
+        model="local",
+    )
+)
 
 
 def window_posterior_mean(
@@ -129,11 +147,7 @@ def window_posterior_mean(
         Kamb and Ganguli, An analytic theory of creativity in convolutional diffusion models,
         2025 (the local score model, LS).
     """
-    problem = posterior_problem(x, images, sigma, alpha, **options)
-    window = check_window(window, *x.shape[-2:])
-    run = select("window_posterior", problem.call(window=window), backend)
-    # [B, H W, C] -> [B, C, H, W]
-    return finalize(run(problem, window)).transpose(1, 2).reshape(x.shape).to(x.dtype)
+    return WINDOW_POSTERIOR.mean(x, images, (window,), sigma, alpha, backend, options)
 
 
 def window_posterior_jvp(
@@ -171,17 +185,7 @@ def window_posterior_jvp(
         ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(x, images, sigma, alpha, **options)
-    directions = check_tangents(tangents, x, sigma, problem)
-    window = check_window(window, *x.shape[-2:])
-    call = tangent_call(problem, directions, window=window)
-    run = select("window_posterior_jvp", call, backend)
-    state = run(problem, directions, window)
-    mean, jv = finalize_jvp(state, x.shape[1], jacobian_factor(problem))
-
-    # [.., H W, C] -> [.., C, H, W]
-    mean, jv = mean.transpose(-1, -2), jv.transpose(-1, -2)
-    return mean.reshape(x.shape).to(x.dtype), jv.reshape(tangents.shape).to(x.dtype)
+    return WINDOW_POSTERIOR.jvp(x, tangents, images, (window,), sigma, alpha, backend, options)
 
 
 def window_posterior_vjp(
@@ -219,9 +223,4 @@ def window_posterior_vjp(
         ValueError: An argument has the wrong shape, device or range; `sigma` is 0.
         BackendUnavailableError: The backend asked for cannot serve this call.
     """
-    problem = posterior_problem(x, images, sigma, alpha, **options)
-    directions = check_tangents(cotangents, x, sigma, problem, "cotangents")
-    window = check_window(window, *x.shape[-2:])
-    call = tangent_call(problem, directions, window=window)
-    run = select("window_posterior_vjp", call, backend)
-    return run(problem, directions, window).reshape(cotangents.shape).to(x.dtype)
+    return WINDOW_POSTERIOR.vjp(x, cotangents, images, (window,), sigma, alpha, backend, options)

@@ -28,9 +28,10 @@ from pyflocality._support.checks import (
     describe,
 )
 from pyflocality._support.precision import PRECISIONS, Precision
-from pyflocality._support.transforms import is_differentiated
+from pyflocality._support.transforms import has_readable_values, is_differentiated
 from pyflocality.posterior.call import Call
-from pyflocality.posterior.ranks import Ranks, plain, ranks_of
+from pyflocality.posterior.ranks import Ranks
+from pyflocality.posterior.sharded import plain, ranks_of
 from pyflocality.posterior.state import PosteriorState
 from pyflocality.storage.augmentation import Augmentation, check_augmentation
 from pyflocality.storage.mapped import mapped_file
@@ -86,6 +87,7 @@ class PosteriorProblem:
         ranks: The ranks that hold the set together; `images` are those of this one. None for a
             set that is not sharded.
         precision: "exact", or "auto" where a backend may trade accuracy for time.
+        dtype: Dtype of the answers: that of the noisy images as they were given.
     """
 
     x: Tensor
@@ -97,6 +99,13 @@ class PosteriorProblem:
     augmentation: Augmentation | None = None
     ranks: Ranks | None = None
     precision: Precision = "exact"
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width (C, H, W)."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
     @cached_property
     def reader(self) -> Reader:
@@ -108,16 +117,22 @@ class PosteriorProblem:
         """Images that are searched, copies included."""
         return len(self.reader)
 
-    def call(self, **facts: object) -> Call:
-        """The call as a backend's predicate sees it, with further facts of the operation."""
+    def call(self, *directions: Tensor, **facts: object) -> Call:
+        """The call as a backend's predicate sees it, with further facts of the operation.
+
+        Args:
+            directions: Tensors that the operation takes beside the problem.
+            facts: The facts.
+        """
         facts |= {
             "images_dtype": self.images.dtype,
-            "image_shape": tuple(self.images.shape[1:]),
+            "image_shape": self.image_shape,
             "augmented": self.augmentation is not None,
             "ranks": self.ranks,
             "file": mapped_file(self.images),
         }
-        differentiated = is_differentiated(self.x, self.images, self.alpha, self.scale)
+        tensors = (self.x, self.images, self.alpha, self.scale, *directions)
+        differentiated = is_differentiated(*tensors)
         return Call(self.x.device, self.x.dtype, differentiated, facts)
 
     def merged(self, state: PosteriorState, scale: Tensor) -> PosteriorState:
@@ -167,12 +182,27 @@ def check_images(images: object) -> Tensor:
     return images
 
 
+def check_noise(level: Tensor, sigma: float | Tensor) -> None:
+    """A noise level at which the posterior has derivatives.
+
+    Args:
+        level: The noise level, checked but for 0.
+        sigma: What the caller gave, for the error message.
+    """
+    if has_readable_values(level) and (level == 0).any():
+        raise ValueError(
+            "`sigma` must be positive for derivatives, which have no limit as it falls to 0, got "
+            f"{describe(sigma)}"
+        )
+
+
 def posterior_problem(
     x: Tensor,
     images: Tensor,
     sigma: LevelLike,
     alpha: float | Tensor,
     *,
+    derivatives: bool = False,
     temperature: float = 1.0,
     dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
@@ -180,7 +210,10 @@ def posterior_problem(
     augmentation: Augmentation | None = None,
     precision: Precision = "exact",
 ) -> PosteriorProblem:
-    """Check the arguments that every posterior operation takes; see `PosteriorOptions`."""
+    """Check the arguments that every posterior operation takes; see `PosteriorOptions`.
+
+    Derivatives take noise: with `derivatives`, sigma must not be 0.
+    """
     # What is cheap to see comes before what takes a pass over the values.
     if chunk_size is not None:
         chunk_size = check_count(chunk_size, "chunk_size")
@@ -192,18 +225,52 @@ def posterior_problem(
     augmentation = check_augmentation(augmentation, images.shape[1:])
     x = check_batch(x, images.shape[1:], images.device, "x")
     sigma, alpha = as_pair(sigma, alpha)
-    sigma = check_level(sigma, len(x), x.device, "sigma", allow_zero=True)
+    level = check_level(sigma, len(x), x.device, "sigma", allow_zero=True)
     alpha = check_level(alpha, len(x), x.device, "alpha", allow_zero=False)
     check_magnitude(x, alpha, "x")
-    compute = check_compute_dtype(dtype, x)
-    return PosteriorProblem(
-        x.to(compute),
-        plain(images),
+    if derivatives:
+        check_noise(level, sigma)
+    return trusted_problem(
+        x,
+        images,
+        level,
         alpha,
-        1.0 / (2.0 * sigma.square() * temperature),
+        temperature=temperature,
+        dtype=dtype,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+        augmentation=augmentation,
+        precision=precision,
+    )
+
+
+def trusted_problem(
+    x: Tensor,
+    images: Tensor,
+    sigma: float | Tensor,
+    alpha: float | Tensor,
+    *,
+    temperature: float = 1.0,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+    augmentation: Augmentation | None = None,
+    precision: Precision = "exact",
+) -> PosteriorProblem:
+    """The problem of arguments that were checked before; levels are numbers or float64 [B]."""
+    sigma, alpha = (
+        torch.as_tensor(level, dtype=torch.float64).expand(len(x)) for level in (sigma, alpha)
+    )
+    scale = 1.0 / (2.0 * sigma.square() * temperature)
+    return PosteriorProblem(
+        x.to(check_compute_dtype(dtype, x)),
+        plain(images),
+        alpha.to(x.device),
+        scale.to(x.device),
         memory_budget,
         chunk_size,
         augmentation,
         ranks_of(images),
         precision,
+        x.dtype,
     )

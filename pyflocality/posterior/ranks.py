@@ -1,11 +1,7 @@
-"""Sets whose images are split over the ranks of a torch.distributed job.
+"""The ranks of a torch.distributed job that hold a training set together: collectives.
 
-`pyflocality.distributed.shard` gives every rank a part of the set, whose images are
-`ShardedImages`: a tensor that tells its shape and place and refuses all else. The posterior
-operations know it: they scan the images of their own rank, and the choice of their backend
-(`pyflocality.backends.selection.select`) hands out a function that joins what the ranks found.
-Code that would take one rank's images for the whole set fails, with a message, instead of
-answering wrongly.
+Every rank scans its part of the set; what it found is joined with what the others did, to the same
+bits on every rank.
 """
 
 from __future__ import annotations
@@ -13,37 +9,16 @@ from __future__ import annotations
 import functools
 import re
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pyflocality.posterior.state import PosteriorState, finite_factor, merge_tangents, rescaled
-from pyflocality.weights import QueryWeights
 
-# Operations whose implementations answer a PosteriorState, on every backend.
-STATE_OPERATIONS = frozenset(
-    f"{name}_posterior{suffix}"
-    for name in ("global", "window", "equivariant", "masked")
-    for suffix in ("", "_jvp")
-)
-# Operations with two scans, whose implementations for these backends join the ranks in between.
-TWO_SCANS = frozenset(
-    {
-        "patch_set",
-        "window_posterior_vjp",
-        "equivariant_posterior_vjp",
-        "masked_posterior_vjp",
-        "filtered_posterior",
-        "filtered_posterior_jvp",
-        "filtered_posterior_vjp",
-    }
-)
 # Bytes of the integers that stand for exact distances: whatever levels and images, they are enough.
 _KEY_BYTES = 512
-_TWO_SCANS_BACKENDS = ("cpu", "reference")
 
 
 class RankLostError(RuntimeError):
@@ -195,130 +170,3 @@ class Ranks:
                 f"rank {self.rank} of {self.count} cannot reach the others: one of them has ended "
                 f"or did not answer in time ({cause})"
             ) from error
-
-
-class ShardedImages(Tensor):
-    """The images of one rank, which answer what they look like and nothing else.
-
-    Attributes:
-        ranks: The ranks that hold the set together.
-        own: The same images as an ordinary tensor. It is one object for as long as these are: what
-            kernels derive from images they find again by the tensor.
-    """
-
-    ranks: Ranks
-    own: Tensor
-
-    @staticmethod
-    def of(images: Tensor, ranks: Ranks) -> ShardedImages:
-        """Images [n, C, H, W] as those of one rank, sharing their memory."""
-        found = images.as_subclass(ShardedImages)
-        found.ranks, found.own = ranks, images
-        return found
-
-    def __repr__(self) -> str:
-        """Shape and part."""
-        part = f"part {self.ranks.rank + 1} of {self.ranks.count}"
-        return f"ShardedImages({tuple(self.shape)}, {self.dtype}, {part})"
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,  # noqa: ANN401
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        """Let through what describes the images or moves them, and refuse the rest."""
-        if func is Tensor.to:
-            return ShardedImages.of(plain(args[0]).to(*args[1:], **(kwargs or {})), args[0].ranks)
-        if func not in _DESCRIBING:
-            _refuse(func)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-
-# Getters of attributes, and methods.
-_DESCRIBING = frozenset(
-    getattr(Tensor, name).__get__
-    for name in (
-        "shape",
-        "dtype",
-        "device",
-        "ndim",
-        "is_meta",
-        "is_cuda",
-        "nbytes",
-        "itemsize",
-        "layout",
-        "is_nested",
-        "is_quantized",
-    )
-) | {
-    Tensor.__len__,
-    Tensor.dim,
-    Tensor.size,
-    Tensor.numel,
-    Tensor.element_size,
-    Tensor.is_floating_point,
-    Tensor.is_contiguous,
-    Tensor.is_neg,
-}
-
-
-def _refuse(func: Callable[..., Any]) -> NoReturn:
-    name = getattr(func, "__name__", str(func))
-    raise NotImplementedError(
-        f"the images of a sharded set are split over ranks, this one holds a part: {name}() would "
-        "take it for the whole set. Posterior operations, the denoisers made of them and `Moments` "
-        "join the ranks; do anything else with the whole set, before pyflocality.distributed.shard"
-    )
-
-
-def plain(images: Tensor) -> Tensor:
-    """The images of this rank alone, where they are those of a sharded set."""
-    return images.own if isinstance(images, ShardedImages) else images
-
-
-def ranks_of(images: Tensor) -> Ranks | None:
-    """The ranks that hold the set together, or None for an ordinary one."""
-    return images.ranks if isinstance(images, ShardedImages) else None
-
-
-def sharded_reason(op: str, backend: str, requires_grad: bool) -> str | None:
-    """Why an operation cannot join the ranks of a sharded set, or None if it can."""
-    joins = op in STATE_OPERATIONS or op == "nearest"
-    if not joins and not (op in TWO_SCANS and backend in _TWO_SCANS_BACKENDS):
-        return "it cannot join the parts of a sharded set"
-    if requires_grad:
-        return (
-            "torch cannot differentiate through the join of a sharded set: take first derivatives "
-            "by `x` alone, outside of other derivatives"
-        )
-    return None
-
-
-def _tensors_of(argument: Any) -> list[Tensor]:  # noqa: ANN401
-    if isinstance(argument, QueryWeights):
-        is_mask = argument.is_mask
-        return [torch.from_numpy(argument.bits) if is_mask else argument.dense(torch.float64)]
-    return [argument] if isinstance(argument, Tensor) else []
-
-
-def over_ranks(op: str, run: Callable[..., Any], ranks: Ranks) -> Callable[..., Any]:
-    """An implementation of an operation that answers for the images of all ranks."""
-
-    def joined(problem: Any, *arguments: Any) -> Any:  # noqa: ANN401
-        numbers = [argument for argument in arguments if isinstance(argument, int)]
-        tensors = [part for argument in arguments for part in _tensors_of(argument)]
-        ranks.agree(f"{op} {numbers}", problem.x, problem.alpha, problem.scale, *tensors)
-        result = run(problem, *arguments)
-        if op not in STATE_OPERATIONS:
-            return result
-        if not op.endswith("_jvp"):
-            return ranks.merged(result, problem.scale)
-        count = len(arguments[0])
-        values = (result.weighted.shape[-1] - count) // (1 + count)
-        return ranks.merged_tangents(result, problem.scale, values)
-
-    return joined

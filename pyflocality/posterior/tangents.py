@@ -2,56 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from pyflocality._support.checks import (
-    LevelLike,
-    as_pair,
-    check_float_tensor,
-    check_level,
-    describe,
-)
-from pyflocality._support.transforms import has_readable_values, is_differentiated
-from pyflocality.posterior.call import Call
+from pyflocality._support.checks import check_float_tensor, describe
 from pyflocality.posterior.problem import PosteriorProblem
-
-
-def check_tangents(
-    tangents: object,
-    x: Tensor,
-    sigma: LevelLike,
-    problem: PosteriorProblem,
-    name: str = "tangents",
-) -> Tensor:
-    """Directions of a derivative of the problem, in the dtype of the computation: [K, B, C, H, W].
-
-    Args:
-        tangents: What the caller gave.
-        x: The noisy images as the caller gave them, checked.
-        sigma: The noise level as the caller gave it, checked but for 0.
-        problem: The problem made of them.
-        name: Name of the argument in error messages.
-    """
-    sigma, _ = as_pair(sigma)
-    check_noise(check_level(sigma, len(x), x.device, "sigma", allow_zero=True), sigma)
-    return check_directions(tangents, x, name).to(problem.x.dtype)
-
-
-def check_noise(level: Tensor, sigma: float | Tensor) -> None:
-    """A noise level at which the posterior has derivatives.
-
-    Args:
-        level: The noise level, checked but for 0.
-        sigma: What the caller gave, for the error message.
-    """
-    if has_readable_values(level) and (level == 0).any():
-        raise ValueError(
-            "`sigma` must be positive for derivatives, which have no limit as it falls to 0, got "
-            f"{describe(sigma)}"
-        )
 
 
 def check_directions(directions: object, x: Tensor, name: str) -> Tensor:
@@ -72,12 +27,6 @@ def check_directions(directions: object, x: Tensor, name: str) -> Tensor:
     if directions.dtype != x.dtype:
         raise TypeError(f"`{name}` must be {x.dtype} like `x`, got {describe(directions)}")
     return check_float_tensor(directions, name)
-
-
-def tangent_call(problem: PosteriorProblem, tangents: Tensor, **facts: object) -> Call:
-    """The call as a backend's predicate sees it."""
-    call = problem.call(**facts)
-    return replace(call, requires_grad=call.requires_grad or is_differentiated(tangents))
 
 
 def jacobian_factor(problem: PosteriorProblem) -> Tensor:

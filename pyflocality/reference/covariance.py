@@ -9,7 +9,7 @@ from torch import Tensor
 _BLOCK_BYTES = 64 * 2**20
 
 
-def accumulate_covariance(images: Tensor, gram: Tensor, total: Tensor) -> None:
+def scan(images: Tensor, gram: Tensor, total: Tensor) -> None:
     """Add centred sums to `gram` and `total`, as `pyflocality.ops.accumulate_covariance`.
 
     The products are taken in float64, where every partial sum is an integer below 2^53 and

@@ -39,9 +39,7 @@ class _View(NamedTuple):
         return planes.roll((-down, -right), (-2, -1))
 
 
-def equivariant_posterior_state(
-    problem: PosteriorProblem, window: int, circular: bool
-) -> PosteriorState:
+def scan(problem: PosteriorProblem, window: int, circular: bool) -> PosteriorState:
     """Scan of all patches with a query per pixel, Q = H W, that answers its C values.
 
     One displacement between query and patch at a time: the window sums of the squared
@@ -62,9 +60,7 @@ def equivariant_posterior_state(
     return state
 
 
-def equivariant_posterior_jvp_state(
-    problem: PosteriorProblem, tangents: Tensor, window: int, circular: bool
-) -> PosteriorState:
+def jvp(problem: PosteriorProblem, tangents: Tensor, window: int, circular: bool) -> PosteriorState:
     """The same scan with tangents [K, B, C, H, W]."""
     centre, directions = centre_of(problem), tangents.transpose(0, 1)
     batch, channels, height, width = centre.shape
@@ -88,9 +84,7 @@ def equivariant_posterior_jvp_state(
     return state
 
 
-def equivariant_posterior_vjp(
-    problem: PosteriorProblem, cotangents: Tensor, window: int, circular: bool
-) -> Tensor:
+def vjp(problem: PosteriorProblem, cotangents: Tensor, window: int, circular: bool) -> Tensor:
     """Transposed derivatives along cotangents [K, B, C, H, W], of the same shape."""
     centre = centre_of(problem)
     channels, height, width = centre.shape[1:]

@@ -15,9 +15,7 @@ from pyflocality.reference.masked_posterior import (
 from pyflocality.weights import QueryWeights
 
 
-def filtered_posterior_mean(
-    problem: PosteriorProblem, weights: QueryWeights, responses: QueryWeights
-) -> Tensor:
+def scan(problem: PosteriorProblem, weights: QueryWeights, responses: QueryWeights) -> Tensor:
     """Blend of Q posterior means under response weights, [B, D].
 
     Two scans of the images: the first finds each query's posterior, the second adds up how much
@@ -48,7 +46,7 @@ def filtered_posterior_mean(
     return problem.summed(blend) / answers.sum(0)
 
 
-def filtered_posterior_jvp(
+def jvp(
     problem: PosteriorProblem, tangents: Tensor, weights: QueryWeights, responses: QueryWeights
 ) -> tuple[Tensor, Tensor]:
     """The blend [B, C, H, W] and its derivatives along tangents [K, B, C, H, W]."""
@@ -59,7 +57,7 @@ def filtered_posterior_jvp(
     return found.blend, found.derivatives
 
 
-def filtered_posterior_vjp(
+def vjp(
     problem: PosteriorProblem, cotangents: Tensor, weights: QueryWeights, responses: QueryWeights
 ) -> Tensor:
     """Transposed derivatives along cotangents [K, B, C, H, W], of the same shape."""

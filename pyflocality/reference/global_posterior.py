@@ -13,7 +13,7 @@ from pyflocality.posterior.state import PosteriorState
 from pyflocality.posterior.tangents import centre_of
 
 
-def global_posterior_state(problem: PosteriorProblem) -> PosteriorState:
+def scan(problem: PosteriorProblem) -> PosteriorState:
     """Scan of all images with one query per batch element, Q = 1, that answers all D values."""
     values = problem.images[0].numel()
     scale = posterior.finite_factor(problem.scale, problem.x.dtype)
@@ -29,7 +29,7 @@ def global_posterior_state(problem: PosteriorProblem) -> PosteriorState:
     return state
 
 
-def global_posterior_jvp_state(problem: PosteriorProblem, tangents: Tensor) -> PosteriorState:
+def jvp(problem: PosteriorProblem, tangents: Tensor) -> PosteriorState:
     """The same scan with tangents [K, B, C, H, W]."""
     centre = centre_of(problem).flatten(1)
     directions = tangents.flatten(2).transpose(0, 1)

@@ -15,7 +15,7 @@ from pyflocality.reference.two_passes import Piece, TwoPasses, two_passes
 from pyflocality.weights import QueryWeights
 
 
-def masked_posterior_state(problem: PosteriorProblem, weights: QueryWeights) -> PosteriorState:
+def scan(problem: PosteriorProblem, weights: QueryWeights) -> PosteriorState:
     """Scan of all images with a query per output value, Q = D, that answers that one value."""
     by_input = weights.dense(problem.x.dtype, problem.x.device).T
     scale = posterior.finite_factor(problem.scale, problem.x.dtype)
@@ -31,9 +31,7 @@ def masked_posterior_state(problem: PosteriorProblem, weights: QueryWeights) -> 
     return state
 
 
-def masked_posterior_jvp_state(
-    problem: PosteriorProblem, tangents: Tensor, weights: QueryWeights
-) -> PosteriorState:
+def jvp(problem: PosteriorProblem, tangents: Tensor, weights: QueryWeights) -> PosteriorState:
     """The same scan with tangents [K, B, C, H, W]."""
     centre = centre_of(problem).flatten(1)
     directions = tangents.flatten(2).transpose(0, 1)
@@ -58,9 +56,7 @@ def masked_posterior_jvp_state(
     return state
 
 
-def masked_posterior_vjp(
-    problem: PosteriorProblem, cotangents: Tensor, weights: QueryWeights
-) -> Tensor:
+def vjp(problem: PosteriorProblem, cotangents: Tensor, weights: QueryWeights) -> Tensor:
     """Transposed derivatives along cotangents [K, B, C, H, W], of the same shape."""
     spread = weights.dense(problem.x.dtype, problem.x.device)
     return weighted_derivatives(problem, cotangents, spread, _itself, spread).derivatives

@@ -32,7 +32,7 @@ _VALUES = 2**16
 _FEW = 64
 
 
-def nearest_images(problem: PosteriorProblem, k: int) -> tuple[Tensor, Tensor]:
+def scan(problem: PosteriorProblem, k: int) -> tuple[Tensor, Tensor]:
     """Indices and squared distances of the k nearest images, [B, k] each."""
     x, values = problem.x.flatten(1), problem.images[0].numel()
     # A chunk as values and half as much again, bounds for all queries; some images in float64.

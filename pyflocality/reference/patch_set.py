@@ -12,7 +12,7 @@ from pyflocality.posterior import state as posterior
 from pyflocality.posterior.problem import PosteriorProblem
 
 
-def patch_set_mean(problem: PosteriorProblem, window: int) -> Tensor:
+def scan(problem: PosteriorProblem, window: int) -> Tensor:
     """Means of the windows that hold a value, over all these windows: [B, C, H, W].
 
     Two scans of the images: the first finds every window's posterior, the second adds up the
@@ -28,7 +28,7 @@ def patch_set_mean(problem: PosteriorProblem, window: int) -> Tensor:
     scale = posterior.finite_factor(problem.scale, x.dtype)
     inside = (height - window + 1, width - window + 1)
 
-    def scan() -> Iterator[tuple[Tensor, Tensor]]:
+    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
         for values in problem.chunks(chunk):
             squares = (x[:, None] - alpha * values).square().sum(2)
             distance = sums_inside(squares, window).flatten(2)
@@ -37,12 +37,12 @@ def patch_set_mean(problem: PosteriorProblem, window: int) -> Tensor:
             del values, distance
 
     state = posterior.init(batch, inside[0] * inside[1], 0, x)
-    for values, distance in scan():
+    for values, distance in pieces():
         state = posterior.update(state, distance, scale, _no_values)
         del values, distance
     state = problem.merged(state, scale)
     sums = torch.zeros_like(x)
-    for values, distance in scan():
+    for values, distance in pieces():
         weights = posterior.posterior_weights(distance, state, scale).unflatten(2, inside)
         share = spread_inside(weights, window)
         sums = sums + torch.stack([(share * values[:, c]).sum(1) for c in range(channels)], dim=1)

@@ -15,7 +15,7 @@ from pyflocality.posterior.tangents import centre_of
 from pyflocality.reference.two_passes import Piece, two_passes
 
 
-def window_posterior_state(problem: PosteriorProblem, window: int) -> PosteriorState:
+def scan(problem: PosteriorProblem, window: int) -> PosteriorState:
     """Scan of all images with a query per pixel, Q = H W, that answers its C values."""
     channels, height, width = problem.images.shape[1:]
     scale = posterior.finite_factor(problem.scale, problem.x.dtype)
@@ -32,9 +32,7 @@ def window_posterior_state(problem: PosteriorProblem, window: int) -> PosteriorS
     return state
 
 
-def window_posterior_jvp_state(
-    problem: PosteriorProblem, tangents: Tensor, window: int
-) -> PosteriorState:
+def jvp(problem: PosteriorProblem, tangents: Tensor, window: int) -> PosteriorState:
     """The same scan with tangents [K, B, C, H, W]."""
     centre = centre_of(problem)
     directions = tangents.transpose(0, 1)
@@ -59,7 +57,7 @@ def window_posterior_jvp_state(
     return state
 
 
-def window_posterior_vjp(problem: PosteriorProblem, cotangents: Tensor, window: int) -> Tensor:
+def vjp(problem: PosteriorProblem, cotangents: Tensor, window: int) -> Tensor:
     """Transposed derivatives along cotangents [K, B, C, H, W], of the same shape."""
     x, centre = problem.x, centre_of(problem)
     channels, height, width = x.shape[1:]

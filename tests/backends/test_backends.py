@@ -27,7 +27,7 @@ from pyflocality.backends.selection import (
     select,
 )
 from pyflocality.posterior.call import Call
-from pyflocality.posterior.ranks import ShardedImages
+from pyflocality.posterior.sharded import ShardedImages
 
 CPU = Call(torch.device("cpu"))
 

@@ -13,6 +13,6 @@ def test_reference_is_exact_in_bands_and_blocks(monkeypatch):
     gram, total = zeros(37)
     # Bands of 5 rows and blocks of 5 images, so neither divides its size.
     monkeypatch.setattr(reference, "_BLOCK_BYTES", 8 * 37 * 5)
-    reference.accumulate_covariance(images, gram, total)
+    reference.scan(images, gram, total)
     np.testing.assert_array_equal(gram.numpy(), truth(images)[0])
     np.testing.assert_array_equal(total.numpy(), truth(images)[1])

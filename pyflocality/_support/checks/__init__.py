@@ -37,6 +37,7 @@ from pyflocality._support.checks.objects import (
     check_text,
 )
 from pyflocality._support.checks.shapes import (
+    Pixel,
     check_device,
     check_image_shape,
     check_pixel,
@@ -57,6 +58,7 @@ __all__ = [
     "FLOAT_DTYPES",
     "LARGEST",
     "NoiseLevel",
+    "Pixel",
     "REAL_DTYPES",
     "LevelLike",
     "as_pair",

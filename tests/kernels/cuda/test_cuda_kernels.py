@@ -72,7 +72,7 @@ def mean_of(problem, window: int) -> Tensor:
 
 
 def plain_mean(x: Tensor, images: Tensor, window: int, sigma, alpha) -> Tensor:
-    state = reference.window_posterior_state(posterior_problem(x, images, sigma, alpha), window)
+    state = reference.scan(posterior_problem(x, images, sigma, alpha), window)
     return finalize(state).transpose(1, 2).reshape(x.shape)
 
 
@@ -131,7 +131,7 @@ def test_state_is_that_of_the_reference(rng):
     problem, sigma, alpha = noisy_problem((3, 6, 8), 77, 3, torch.uint8, rng)
     found = window_posterior_state(problem, 3)
     exact_problem = posterior_problem(problem.x.double(), problem.images, sigma, alpha)
-    exact = reference.window_posterior_state(exact_problem, 3)
+    exact = reference.scan(exact_problem, 3)
     assert {part.dtype for part in found} == {torch.float32}
     torch.testing.assert_close(found.minimum.double(), exact.minimum, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(

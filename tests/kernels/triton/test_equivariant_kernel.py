@@ -56,7 +56,7 @@ def truth_of(problem: PosteriorProblem, window: int, circular: bool, dtype: torc
     cpu = PosteriorProblem(
         problem.x.cpu().to(dtype), problem.images.cpu(), problem.alpha.cpu(), problem.scale.cpu()
     )
-    return reference.equivariant_posterior_state(cpu, window, circular)
+    return reference.scan(cpu, window, circular)
 
 
 def assert_like_float32(

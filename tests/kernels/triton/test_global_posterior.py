@@ -13,7 +13,7 @@ from pyflocality.kernels.triton import global_posterior as kernels
 from pyflocality.kernels.triton.global_posterior import CONFIGS, fixed_point, global_posterior_state
 from pyflocality.posterior.problem import posterior_problem
 from pyflocality.posterior.state import finalize, log_sum_exp, merge
-from pyflocality.reference.global_posterior import global_posterior_state as reference_state
+from pyflocality.reference.global_posterior import scan as reference_state
 
 KERNELS = ("distances_kernel", "weighted_sums_kernel")
 

@@ -15,7 +15,7 @@ from pyflocality.kernels.triton.global_posterior_jvp import LAUNCH, global_poste
 from pyflocality.posterior.problem import posterior_problem
 from pyflocality.posterior.state import finalize, finalize_jvp, log_sum_exp, merge_tangents
 from pyflocality.posterior.tangents import jacobian_factor
-from pyflocality.reference.global_posterior import global_posterior_jvp_state as reference_state
+from pyflocality.reference.global_posterior import jvp as reference_state
 
 SHAPE = (3, 6, 7)
 VALUES = 126

@@ -17,7 +17,7 @@ from pyflocality.kernels.triton._masked_scan import FEW_CONFIGS
 from pyflocality.kernels.triton.masked_posterior import CONFIGS, masked_posterior_state
 from pyflocality.posterior.problem import PosteriorProblem, posterior_problem
 from pyflocality.posterior.state import finalize, log_sum_exp, merge
-from pyflocality.reference.masked_posterior import masked_posterior_state as reference_state
+from pyflocality.reference.masked_posterior import scan as reference_state
 from pyflocality.weights import QueryWeights
 
 # Splits of two blocks, so that small sets have several.

@@ -21,7 +21,7 @@ from pyflocality.kernels.triton.masked_posterior_jvp import (
 from pyflocality.posterior.problem import posterior_problem
 from pyflocality.posterior.state import finalize, finalize_jvp, log_sum_exp, merge_tangents
 from pyflocality.posterior.tangents import jacobian_factor
-from pyflocality.reference.masked_posterior import masked_posterior_jvp_state as reference_state
+from pyflocality.reference.masked_posterior import jvp as reference_state
 from pyflocality.weights import QueryWeights
 
 # Splits of two blocks, so that small sets have several.

@@ -18,7 +18,7 @@ from pyflocality.kernels.triton._mask_plan import OUTPUTS, mask_plan
 from pyflocality.kernels.triton.global_posterior import global_posterior_state, squared_norms
 from pyflocality.kernels.triton.masked_posterior import CONFIGS, masked_posterior_state
 from pyflocality.posterior.problem import posterior_problem
-from pyflocality.posterior.ranks import ShardedImages
+from pyflocality.posterior.sharded import ShardedImages
 from pyflocality.weights import QueryWeights
 
 SHAPE, SIGMA, ALPHA = (2, 4, 5), 0.5, 0.9

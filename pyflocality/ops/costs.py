@@ -1,0 +1,63 @@
+"""What an operation costs: the sizes that formulas are about, and what they answer.
+
+One rule for all formulas: an addition, a multiplication and an exponential count as one each, a sum
+of n terms as n - 1, and a sum over a square window as 4, since a running sum takes in one value and
+lets go of another along either axis. Sums over all images count one for each image. What is done
+once for an image or a noisy image is left out beside what is done for their pairs, and so is what
+only keeps numbers in range: the smallest distance and its subtraction.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Size:
+    """What an operation runs on: N images [C, H, W], B noisy images.
+
+    Attributes:
+        images: N.
+        shape: C, H and W.
+        batch: B.
+        directions: Tangents or cotangents K of a derivative.
+        window: Side of the window, where there is one.
+        terms: Inputs that are added up for all outputs of a pair of images together, where
+            outputs have inputs of their own.
+        image_bytes: Bytes of a stored value.
+    """
+
+    images: int
+    shape: tuple[int, int, int]
+    batch: int
+    directions: int = 0
+    window: int = 1
+    terms: float = 0
+    image_bytes: int = 1
+
+    @property
+    def values(self) -> int:
+        """Values D of an image."""
+        return math.prod(self.shape)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of an image, H W."""
+        return self.shape[1] * self.shape[2]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one run of an operation takes.
+
+    Attributes:
+        flops: Operations.
+        bytes: Least memory traffic: the images as often as they are scanned, everything else that
+            is given or answered once.
+        scans: How often the images are read.
+    """
+
+    flops: float
+    bytes: float
+    scans: int

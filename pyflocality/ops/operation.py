@@ -1,0 +1,341 @@
+"""What an operation is: declared once, and everything else is derived from the declaration.
+
+That is the choice of a backend and its report, the path of a call with its join over the ranks of
+a sharded set, log-sum-exps, what a step costs and its plan, the README's table of backends, and
+what benchmarks and tests run on every operation.
+
+An implementation is found by its name: that of the variant `jvp` of `window_posterior` on the
+backend `cpu` is the function `jvp` of `pyflocality/kernels/cpu/window_posterior.py`, or of
+`window_posterior_jvp.py` where the variant has a file of its own; those of the backend `reference`
+are in `pyflocality/reference`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyflocality._support.checks import LevelLike, Pixel
+from pyflocality.backends.selection import UNPROVEN, Implementation, register
+from pyflocality.ops.costs import Size, Work
+from pyflocality.ops.path import Query, answered
+from pyflocality.posterior.call import Call
+from pyflocality.posterior.problem import PosteriorOptions, PosteriorProblem, posterior_problem
+from pyflocality.posterior.state import PosteriorState, finalize, finalize_jvp, log_sum_exp
+from pyflocality.posterior.tangents import check_directions, jacobian_factor
+
+Kind = Literal["scan", "jvp", "vjp"]
+# Backends whose implementations join the ranks of a sharded set between the scans that they make.
+_JOINING = ("cpu", "reference")
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Served:
+    """How a backend serves a variant of an operation.
+
+    Attributes:
+        limits: Name of the predicate in `pyflocality.kernels.limits` that tells what its kernel
+            cannot serve; None where it serves all that its machine and device do.
+        by_name_only: Reason why "auto" passes over it, or None where it does not.
+    """
+
+    limits: str | None = None
+    by_name_only: str | None = None
+
+    def why_not(self, call: Call) -> str | None:
+        """Reason why the kernel cannot serve a call, or None if it can."""
+        if self.limits is None:
+            return None
+        # Only where a kernel may run: whoever has none of them imports none of them.
+        limits = importlib.import_module("pyflocality.kernels.limits")
+        return getattr(limits, self.limits)(call)
+
+
+def unproven(limits: str) -> Served:
+    """As `Served`, of a kernel that no GPU has run yet."""
+    return Served(limits, UNPROVEN)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An operation itself, or its derivatives along directions.
+
+    Attributes:
+        backends: The backends that have it, in order of preference.
+        flops: Operations of one run, by the rule of `pyflocality.ops.costs`.
+        scans: How often the images are read.
+    """
+
+    backends: Mapping[str, Served]
+    flops: Callable[[Size], float]
+    scans: int = 1
+
+
+def per_pair(flops: Callable[[Size], float]) -> Callable[[Size], float]:
+    """Operations of all pairs of a noisy and a training image, from those of one."""
+    return lambda size: size.images * size.batch * flops(size)
+
+
+def _no_query(image_shape: Sequence[int]) -> Query:
+    return ()
+
+
+def _no_facts(*query: object) -> dict[str, object]:
+    return {}
+
+
+def _all_inputs(pixel: Pixel, image_shape: Sequence[int]) -> Tensor:
+    return torch.ones(tuple(image_shape), dtype=torch.bool)
+
+
+def _no_example(size: Size, generator: torch.Generator) -> Query:
+    return ()
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """An operation on a training set.
+
+    The query is what it takes beside a `PosteriorProblem`: what a posterior is over, such as the
+    side of a window. Methods whose names end in `_of` take a problem and a query that were checked
+    before, and check nothing.
+
+    Attributes:
+        name: Its name, which the files of its implementations have, too.
+        variants: The operation itself ("scan"), and its derivatives along directions in the space
+            of the noisy images ("jvp") and in that of the answers ("vjp").
+        answers_state: Whether the variants "scan" and "jvp" answer a `PosteriorState`, with one
+            posterior for each query, that answers D values between them; else they answer what
+            the operation does.
+        parameters: Names of the query's arguments.
+        check: Makes a query of the shape (C, H, W) of the images and what a caller gives, or raises
+            the error that is due.
+        facts: What predicates of backends are told of a query.
+        inputs: Inputs that the posterior of an output value compares, bool [C, H, W], from its
+            place, the shape of the images and the query; None where they count with different
+            weights.
+        example: What a caller may give for images of a size: random where it is large.
+        model: Name of the model, on the command line, whose step it is.
+        beside: Bytes that are read and written beside the images; None for noisy images,
+            directions and answers in float32.
+    """
+
+    name: str
+    variants: Mapping[Kind, Variant]
+    answers_state: bool = True
+    parameters: tuple[str, ...] = ()
+    check: Callable[..., Query] = _no_query
+    facts: Callable[..., dict[str, object]] = _no_facts
+    inputs: Callable[..., Tensor | None] = _all_inputs
+    example: Callable[[Size, torch.Generator], Query] = _no_example
+    model: str | None = None
+    beside: Callable[[Size], float] | None = None
+
+    def mean(
+        self,
+        x: Tensor,
+        images: Tensor,
+        given: Query,
+        sigma: LevelLike,
+        alpha: float | Tensor,
+        backend: str | None,
+        options: PosteriorOptions,
+    ) -> Tensor:
+        """The answers [B, C, H, W] in x's dtype; all arguments are as a caller gave them."""
+        problem = posterior_problem(x, images, sigma, alpha, **options)
+        return self.mean_of(problem, self.check(problem.image_shape, *given), backend)
+
+    def jvp(
+        self,
+        x: Tensor,
+        tangents: Tensor,
+        images: Tensor,
+        given: Query,
+        sigma: LevelLike,
+        alpha: float | Tensor,
+        backend: str | None,
+        options: PosteriorOptions,
+    ) -> tuple[Tensor, Tensor]:
+        """As `mean`, and the derivatives along tangents, [K, B, C, H, W]."""
+        problem = posterior_problem(x, images, sigma, alpha, derivatives=True, **options)
+        tangents = check_directions(tangents, x, "tangents")
+        return self.jvp_of(problem, tangents, self.check(problem.image_shape, *given), backend)
+
+    def vjp(
+        self,
+        x: Tensor,
+        cotangents: Tensor,
+        images: Tensor,
+        given: Query,
+        sigma: LevelLike,
+        alpha: float | Tensor,
+        backend: str | None,
+        options: PosteriorOptions,
+    ) -> Tensor:
+        """Transposed derivatives along cotangents, [K, B, C, H, W]."""
+        problem = posterior_problem(x, images, sigma, alpha, derivatives=True, **options)
+        cotangents = check_directions(cotangents, x, "cotangents")
+        return self.vjp_of(problem, cotangents, self.check(problem.image_shape, *given), backend)
+
+    def mean_of(
+        self, problem: PosteriorProblem, query: Query = (), backend: str | None = None
+    ) -> Tensor:
+        """The answers [B, C, H, W] in the dtype of the noisy images."""
+        result = self.run("scan", problem, query, backend)
+        if self.answers_state:
+            # [B, Q, V] -> [B, V, Q], in the order of the values of an image.
+            result = finalize(result).transpose(1, 2)
+        return result.reshape(problem.x.shape).to(problem.dtype)
+
+    def jvp_of(
+        self,
+        problem: PosteriorProblem,
+        tangents: Tensor,
+        query: Query = (),
+        backend: str | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `mean_of`, and the derivatives along tangents [K, B, C, H, W]."""
+        result = self.run("jvp", problem, query, backend, tangents)
+        if self.answers_state:
+            values = problem.images[0].numel() // result.total.shape[1]
+            factor = jacobian_factor(problem)
+            result = (part.transpose(-1, -2) for part in finalize_jvp(result, values, factor))
+        mean, product = result
+        shaped = mean.reshape(problem.x.shape), product.reshape(tangents.shape)
+        return shaped[0].to(problem.dtype), shaped[1].to(problem.dtype)
+
+    def vjp_of(
+        self,
+        problem: PosteriorProblem,
+        cotangents: Tensor,
+        query: Query = (),
+        backend: str | None = None,
+    ) -> Tensor:
+        """Transposed derivatives along cotangents, [K, B, C, H, W]."""
+        result = self.run("vjp", problem, query, backend, cotangents)
+        return result.reshape(cotangents.shape).to(problem.dtype)
+
+    def log_sum_exp_of(
+        self, problem: PosteriorProblem, query: Query = (), backend: str | None = None
+    ) -> Tensor:
+        """Log of the sum that normalises each posterior, float64 [B, Q]; of positive noise."""
+        # The tolerance of precision="auto" is for posterior means.
+        state: PosteriorState = self.run(
+            "scan", replace(problem, precision="exact"), query, backend
+        )
+        exact = state._replace(minimum=state.minimum.double(), total=state.total.double())
+        return log_sum_exp(exact, problem.scale)
+
+    def run(
+        self,
+        kind: Kind,
+        problem: PosteriorProblem,
+        query: Query,
+        backend: str | None,
+        *directions: Tensor,
+    ) -> Any:  # noqa: ANN401  (a state or finished results, as is declared)
+        """What the implementation of a variant answers, for the images of all ranks."""
+        directions = tuple(direction.to(problem.x.dtype) for direction in directions)
+        call = problem.call(*directions, **self.facts(*query))
+        state = self.answers_state and kind != "vjp"
+        return answered(self.variant_name(kind), call, backend, problem, directions, query, state)
+
+    def variant_name(self, kind: Kind) -> str:
+        """The name under which a variant is chosen, traced and reported."""
+        return self.name if kind == "scan" else f"{self.name}_{kind}"
+
+    def work(self, kind: Kind, size: Size) -> Work:
+        """What one run of a variant takes."""
+        variant, directions = self.variants[kind], 0 if kind == "scan" else size.directions
+        if self.beside is None:
+            answers = {"scan": 1, "jvp": 1 + directions, "vjp": directions}[kind]
+            batches = 1 + directions + answers
+            beside = float(_FLOAT_BYTES * batches * size.batch * size.values)
+        else:
+            beside = self.beside(size)
+        stored = variant.scans * size.images * size.values * size.image_bytes
+        return Work(variant.flops(size), stored + beside, variant.scans)
+
+
+# By name; every one of them is declared in a file of its name.
+OPERATIONS: dict[str, Operation] = {}
+
+
+def declare(operation: Operation) -> Operation:
+    """Enter an operation, and its variants into the tables from which backends are chosen."""
+    OPERATIONS[operation.name] = operation
+    for kind, variant in operation.variants.items():
+        states = operation.answers_state and kind != "vjp"
+        register(
+            operation.variant_name(kind),
+            {
+                backend: Implementation(
+                    *_place(backend, operation.name, kind),
+                    served.why_not,
+                    by_name_only=served.by_name_only,
+                    joins_ranks=states or backend in _JOINING,
+                )
+                for backend, served in variant.backends.items()
+            },
+        )
+    return operation
+
+
+# Where implementations are that do not have their place yet.
+_CPU, _CUDA, _TRITON = (f"pyflocality.kernels.{backend}" for backend in ("cpu", "cuda", "triton"))
+_ELSEWHERE = {
+    ("cpu", "global_posterior", "scan"): (f"{_CPU}.posterior", "global_posterior_state"),
+    ("cpu", "window_posterior", "scan"): (f"{_CPU}.posterior", "window_posterior_state"),
+    ("cpu", "equivariant_posterior", "scan"): (f"{_CPU}.posterior", "equivariant_posterior_state"),
+    ("cpu", "masked_posterior", "scan"): (f"{_CPU}.posterior", "masked_posterior_state"),
+    ("cpu", "global_posterior", "jvp"): (f"{_CPU}.jvp", "global_posterior_jvp_state"),
+    ("cpu", "window_posterior", "jvp"): (f"{_CPU}.jvp", "window_posterior_jvp_state"),
+    ("cpu", "masked_posterior", "jvp"): (f"{_CPU}.jvp", "masked_posterior_jvp_state"),
+    ("cpu", "window_posterior", "vjp"): (f"{_CPU}.window_adjoint", "window_posterior_vjp"),
+    ("cpu", "patch_set", "scan"): (f"{_CPU}.window_adjoint", "patch_set_mean"),
+    ("cpu", "masked_posterior", "vjp"): (f"{_CPU}.masked_adjoint", "masked_posterior_vjp"),
+    ("cpu", "filtered_posterior", "scan"): (f"{_CPU}.masked_adjoint", "filtered_posterior_mean"),
+    ("cpu", "covariance", "scan"): (f"{_CPU}.covariance", "accumulate_covariance"),
+    ("triton", "covariance", "scan"): (f"{_TRITON}.covariance", "accumulate_covariance"),
+    ("triton", "global_posterior", "scan"): (
+        f"{_TRITON}.global_posterior",
+        "global_posterior_state",
+    ),
+    ("triton", "global_posterior", "jvp"): (
+        f"{_TRITON}.global_posterior_jvp",
+        "global_posterior_jvp_state",
+    ),
+    ("triton", "masked_posterior", "scan"): (
+        f"{_TRITON}.masked_posterior",
+        "masked_posterior_state",
+    ),
+    ("triton", "masked_posterior", "jvp"): (
+        f"{_TRITON}.masked_posterior_jvp",
+        "masked_posterior_jvp_state",
+    ),
+    ("triton", "equivariant_posterior", "scan"): (
+        f"{_TRITON}.equivariant_posterior",
+        "equivariant_posterior_state",
+    ),
+    ("cuda", "window_posterior", "scan"): (f"{_CUDA}.window_posterior", "window_posterior_state"),
+    ("cuda", "window_posterior", "jvp"): (
+        f"{_CUDA}.window_posterior",
+        "window_posterior_jvp_state",
+    ),
+    ("cuda", "window_posterior", "vjp"): (f"{_CUDA}.window_adjoint", "window_posterior_vjp"),
+    ("cuda", "patch_set", "scan"): (f"{_CUDA}.window_adjoint", "patch_set_mean"),
+}
+
+
+def _place(backend: str, name: str, kind: Kind) -> tuple[str, str]:
+    """Module and function of an implementation."""
+    if (backend, name, kind) in _ELSEWHERE:
+        return _ELSEWHERE[backend, name, kind]
+    home = "reference" if backend == "reference" else f"kernels.{backend}"
+    return f"pyflocality.{home}.{name}", kind
