@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from .command import path_option
 from .kernels.registry import FULL, QUICK, Plan, cases
 from .kernels.sets import BenchmarkSet
-from .options import path_option
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

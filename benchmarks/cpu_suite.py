@@ -11,25 +11,28 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import os
 import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from pyflocality._support.progress import progress_bar
 
+from .command import (
+    SCHEMA,
+    Record,
+    check_results,
+    path_option,
+    read_json,
+    results_parser,
+    write_json,
+)
 from .kernels.registry import FULL, QUICK, Case, Plan, cases
 from .kernels.runner import run_case
 from .kernels.sets import BenchmarkSet
 from .machine import machine_facts, machine_rates
-from .options import path_option
 from .publish.summary import summarise, table
-
-SCHEMA = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,13 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(case.id for case in chosen))
         return 0
-    if options.out is None:
-        parser.error("--out is required")
-    if options.out.exists() and not options.force:
-        parser.error(f"{options.out} is there already; --force replaces it")
-    if not options.out.parent.is_dir():
-        parser.error(f"there is no folder {options.out.parent}")
-
+    check_results(parser, options)
     data = BenchmarkSet.build(plan.images, plan.shape, options.cifar10)
     report = run_suite(
         chosen, data, plan, quick=options.quick, unfinished=unfinished_twin(options.out)
@@ -69,7 +66,7 @@ def run_suite(
     quick: bool,
     unfinished: Path | None = None,
     progress: bool = True,
-) -> dict[str, Any]:
+) -> Record:
     """Run the cases and gather what the JSON holds.
 
     Args:
@@ -119,33 +116,19 @@ def unfinished_twin(out: Path) -> Path:
     return out.with_name(out.name + ".unfinished")
 
 
-def _done_before(report: dict[str, Any], unfinished: Path | None) -> dict[str, Any]:
+def _done_before(report: Record, unfinished: Path | None) -> Record:
     """What an interrupted run left, if it is of the same machine, software and data."""
     if unfinished is None or not unfinished.is_file():
         return {}
-    known = json.loads(unfinished.read_text(encoding="utf-8"))
+    known = read_json(unfinished)
     same = all(known.get(key) == value for key, value in report.items())
     told = "going on from there" if same else "of another run, left out"
     print(f"{unfinished}: {told}", file=sys.stderr)
     return known if same else {}
 
 
-def write_json(report: dict[str, Any], path: Path) -> None:
-    """Write a report, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    # What is there, of a run that was killed, may be a link.
-    part.unlink(missing_ok=True)
-    with open(part, "x", encoding="utf-8") as file:
-        file.write(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    os.replace(part, path)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cpu_suite", description="Run the CPU benchmarks."
-    )
-    parser.add_argument("--out", type=path_option, help="JSON file to write")
-    parser.add_argument("--force", action="store_true", help="replace --out where it exists")
+    parser = results_parser("cpu_suite", "Run the CPU benchmarks.")
     parser.add_argument(
         "--cifar10",
         type=path_option,

@@ -33,8 +33,8 @@ import torch
 from pyflocality._support.devices import parse_device
 
 from . import gpu_suite
+from .command import path_option
 from .machine import machine_facts
-from .options import path_option
 from .publish.results_files import FOLDER
 from .reproduce.networks import check_networks
 

@@ -23,17 +23,16 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+import torch
+
+from .command import SCHEMA, Record, check_results, read_json, results_parser, write_json
 from .kernels.gpu_checks import run_sanitizers, run_tests
-from .kernels.gpu_kernels import find_checkout_packages
-from .options import path_option
+from .kernels.gpu_machine import gpu_state
+from .kernels.gpu_start import OPERATIONS, start_times
+from .kernels.gpu_worker import line_of, missing_cases
+from .machine import machine_facts
 
-if TYPE_CHECKING:
-    from .kernels.gpu_cases import GpuCase
-
-SCHEMA = 1
 # Exit code of a whole run in which a case or a test failed; an error ends with others.
 FAILED = 3
 # Seconds that are left for the tests, and by which a case may overrun into them.
@@ -49,16 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suite as the command line asks; returns `FAILED` where something failed."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.out.exists() and not (options.force or options.resume):
-        parser.error(f"{options.out} is there already; --force replaces it, --resume goes on")
-    if not options.out.parent.is_dir():
-        parser.error(f"there is no folder {options.out.parent}")
+    check_results(parser, options)
     if options.dry_run:
-        # Before anything imports Triton; the processes of the cases inherit it.
+        # The processes of the cases inherit it.
         os.environ["TRITON_INTERPRET"] = "1"
-    find_checkout_packages()
-    import torch
-
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device: --dry-run runs without one")
     if not missing_cases(options, {"results": []}):
@@ -73,23 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = [record for record in report["results"] if record["status"] == "failed"]
     checks = (report["tests"], report["sanitizers"])
     return FAILED if failed or any(one.get("exit_code") for one in checks) else 0
-
-
-def missing_cases(options: argparse.Namespace, report: dict[str, Any]) -> list[GpuCase]:
-    """The cases that the options ask for and the report does not hold."""
-    from .kernels.gpu_cases import gpu_cases
-
-    done = {record["id"] for record in report["results"]}
-    return [
-        case
-        for case in gpu_cases(few=options.quick or options.dry_run)
-        if options.case in case.id and case.id not in done
-    ]
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """What a file of results holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 class Suite:
@@ -109,11 +85,8 @@ class Suite:
         # Seconds of earlier runs that this one goes on with.
         self.before = self.report.get("seconds", 0.0)
 
-    def _begun(self) -> dict[str, Any]:
-        from .kernels.gpu_machine import gpu_state
-        from .machine import machine_facts
-
-        report: dict[str, Any] = {
+    def _begun(self) -> Record:
+        report: Record = {
             "schema": SCHEMA,
             "suite": "gpu",
             "quick": self.options.quick,
@@ -130,7 +103,7 @@ class Suite:
             report["machine"]["commit"] = self.options.commit
         if not (self.options.resume and self.options.out.exists()):
             return report
-        found = read_report(self.options.out)
+        found = read_json(self.options.out)
         for key in ("schema", "suite", "quick", "dry_run"):
             if found.get(key) != report[key]:
                 raise ValueError(f"{key} of the file is {found.get(key)}, not {report[key]}")
@@ -146,10 +119,8 @@ class Suite:
         ]
         return found
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Record:
         """Run the cases, then the tests, then first calls, which matter least."""
-        from .kernels.gpu_machine import gpu_state
-
         self._write()
         self._run_cases()
         # What an earlier run has done need not be done again.
@@ -172,7 +143,7 @@ class Suite:
             if count == 0 or self._left() < self._reserve():
                 break
             status, why = self._work()
-            self.report = read_report(self.options.out)
+            self.report = read_json(self.options.out)
             if (running := self.report.pop("running", None)) is not None:
                 self._add(running, status, f"its process {why}")
             self._write()
@@ -222,9 +193,7 @@ class Suite:
         self.report["results"].append(record)
         print(line_of(record), flush=True)
 
-    def _start_times(self) -> dict[str, Any]:
-        from .kernels.gpu_start import OPERATIONS, start_times
-
+    def _start_times(self) -> Record:
         return start_times(list(OPERATIONS)[: 1 if self.options.dry_run else None], self._left)
 
     def _reserve(self) -> float:
@@ -235,32 +204,11 @@ class Suite:
         return self.options.budget - (time.perf_counter() - self.start)
 
     def _write(self) -> None:
-        from .cpu_suite import write_json
-
         self.report["seconds"] = self.before + time.perf_counter() - self.start
         write_json(self.report, self.options.out)
 
 
-def line_of(record: dict[str, Any]) -> str:
-    """A case in one line."""
-    head = f"{record['id']:<58} "
-    if record["status"] != "ok":
-        return f"{head}{record['status'].upper()}: {record['reason'][:200]}"
-    seconds, memory = record["seconds"], record["peak_extra_bytes"]
-    times = [seconds[key] for key in ("median", "p20", "p80")] + [record["busy"].get("seconds")]
-    told = " ".join(f"{'-':>8}" if one is None else f"{one * 1e3:8.3f}" for one in times)
-    beside = ", ".join(
-        f"{name} x{mark['ratio']['median']:.3g}"
-        if "ratio" in mark
-        else f"{name} {'FAILED' if 'failed' in mark else 'unavailable'}"
-        for name, mark in record["yardsticks"].items()
-    )
-    kept = record["peak_with_kept_bytes"]
-    room = "" if memory is None else f"{memory / 2**20:7.0f} ({kept / 2**20:.0f}) MiB  "
-    return f"{head}{told} ms  {room}{beside}"
-
-
-def table(report: dict[str, Any]) -> str:
+def table(report: Record) -> str:
     """Cases, the ten DDIM steps, the tests and first calls."""
     lines = ["", f"{'case':<58} {'median':>8} {'p20':>8} {'p80':>8} {'busy':>8}"]
     lines += [line_of(record) for record in report["results"]]
@@ -288,7 +236,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _step_lines(results: Sequence[dict[str, Any]], precision: str, ending: str) -> list[str]:
+def _step_lines(results: Sequence[Record], precision: str, ending: str) -> list[str]:
     """A run of ten DDIM steps, and the means of its noise levels one by one."""
     done = {one["id"]: one["seconds"]["median"] for one in results if one["status"] == "ok"}
     lines = []
@@ -307,11 +255,7 @@ def _step_lines(results: Sequence[dict[str, Any]], precision: str, ending: str) 
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_suite", description="Run the GPU tests and benchmarks."
-    )
-    parser.add_argument("--out", type=path_option, required=True, help="JSON file to write")
-    parser.add_argument("--force", action="store_true", help="replace --out where it exists")
+    parser = results_parser("gpu_suite", "Run the GPU tests and benchmarks.")
     parser.add_argument(
         "--resume", action="store_true", help="go on with --out: run what had no time"
     )

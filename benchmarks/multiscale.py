@@ -19,14 +19,10 @@ that equal footprints can be compared as well.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +30,7 @@ from torch import Tensor
 import pyflocality as pf
 from pyflocality._support.progress import progress_bar
 
-from .machine import machine_facts
-from .options import path_option
+from .command import Record, Run, check_results, path_option, results_parser, write_json
 from .studies.multiscale_plot import draw
 from .studies.published_networks import published
 
@@ -165,7 +160,7 @@ def drops(out: dict[str, list[float]]) -> dict[str, list[float]]:
     return {w: [top - own for top, own in zip(best, row, strict=True)] for w, row in out.items()}
 
 
-def verdict(record: dict[str, Any]) -> dict[str, Any]:
+def verdict(record: Record) -> Record:
     """For each window: at how many noise levels the wavelet domain drops less, and the means."""
     pixel, wavelet = drops(record["pixel"]), drops(record["wavelet"])
     result = {}
@@ -182,9 +177,9 @@ def verdict(record: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def run_case(case: Case, windows: Sequence[int], networks: Path | None) -> dict[str, Any]:
+def run_case(case: Case, windows: Sequence[int], networks: Path | None) -> Record:
     """All measurements of a set."""
-    record: dict[str, Any] = {
+    record: Record = {
         "name": case.name,
         "train": len(case.train),
         "test": len(case.clean),
@@ -207,7 +202,7 @@ def run_case(case: Case, windows: Sequence[int], networks: Path | None) -> dict[
     return record
 
 
-def table(record: dict[str, Any]) -> str:
+def table(record: Record) -> str:
     """The measurements of a set as text."""
     lines = [
         f"{record['name']}: {record['train']} training images, {record['test']} test images",
@@ -234,12 +229,7 @@ def table(record: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.multiscale", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument(
-        "--output", type=path_option, required=True, help="JSON file; a PNG goes beside it"
-    )
+    parser = results_parser("multiscale", (__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--mnist",
         type=path_option,
@@ -250,31 +240,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--networks", type=path_option, help="folder of the published networks")
     parser.add_argument("--quick", action="store_true", help="few images: the numbers mean nothing")
     options = parser.parse_args(arguments)
-    windows = (3, 5) if options.quick else WINDOWS
-    begun, date = time.perf_counter(), datetime.datetime.now(datetime.timezone.utc)
-    tests = 2 if options.quick else 24
+    check_results(parser, options)
+    windows, tests = ((3, 5), 2) if options.quick else (WINDOWS, 24)
+    begun, results = Run(), []
     cases = [photographs(64 if options.quick else 4, tests)]
     cases.append(disks(200 if options.quick else 10_000, tests))
     if options.mnist is not None:
         cases.append(mnist(200 if options.quick else 20_000, tests, options.mnist))
-    report: dict[str, Any] = {
-        "schema": 1,
-        "suite": "multiscale",
-        "quick": options.quick,
-        "date": date.isoformat(timespec="seconds"),
-        "machine": machine_facts(),
-        "psnr_in": list(PSNR_IN),
-        "sigma": [noise_level(level) for level in PSNR_IN],
-        "levels": LEVELS,
-        "coarse": COARSE,
-        "results": [],
-    }
     for case in cases:
-        report["results"].append(run_case(case, windows, options.networks))
-        print(table(report["results"][-1]), end="\n\n", flush=True)
-    report["seconds"] = time.perf_counter() - begun
-    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(options.output, draw(options.output))
+        results.append(run_case(case, windows, options.networks))
+        print(table(results[-1]), end="\n\n", flush=True)
+    report = begun.report(
+        results=results,
+        suite="multiscale",
+        quick=options.quick,
+        psnr_in=list(PSNR_IN),
+        sigma=[noise_level(level) for level in PSNR_IN],
+        levels=LEVELS,
+        coarse=COARSE,
+    )
+    write_json(report, options.out)
+    drawn = options.out.with_suffix(".png")
+    draw(report, drawn)
+    print(options.out, drawn)
     return 0
 
 

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from .options import path_option
+from .command import path_option
 from .publish import quality_tables
 from .publish.plots import draw
 from .publish.readme_sections import rewritten

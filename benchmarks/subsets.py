@@ -16,12 +16,10 @@ Writes one JSON, and a picture beside it where matplotlib is installed.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import math
 import time
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +27,9 @@ import pyflocality as pf
 from pyflocality._support.progress import progress_bar
 from pyflocality.denoisers import CertifiedSubset
 
-from .cpu_suite import write_json
+from .command import Record, Run, check_results, path_option, results_parser, write_json
 from .kernels.runner import spread, time_in_turns
-from .machine import machine_facts
-from .options import path_option
+from .plotting import origin, picture
 from .studies.subset_shares import (
     TOLERANCE,
     Setting,
@@ -43,7 +40,6 @@ from .studies.subset_shares import (
     windows_step,
 )
 
-SCHEMA = 1
 STEPS = tuple(range(900, -1, -100))
 # Published thresholds of the masks, by the option that names the set.
 THRESHOLDS = {"cifar10": 0.05, "mnist": 0.005}
@@ -52,11 +48,11 @@ _QUICK_IMAGES = 2000
 
 def golden_step(
     setting: Setting, step: int, models: dict[str, tuple[pf.Denoiser, pf.Denoiser]]
-) -> dict[str, Any]:
+) -> Record:
     """Time of golden subset and whole set, and how far apart their answers are."""
     x, sigma, alpha = setting.noisy(step)
     x = x[: max(1, len(x) // 2)]
-    record: dict[str, Any] = {"step": step, "batch": len(x)}
+    record: Record = {"step": step, "batch": len(x)}
     for name, (whole, golden) in models.items():
         # The first calls build masks and pooled images.
         difference = (golden(x, sigma, alpha) - whole(x, sigma, alpha)).double()
@@ -75,7 +71,7 @@ def golden_step(
     return record
 
 
-def certified_step(setting: Setting, step: int, certified: CertifiedSubset) -> dict[str, Any]:
+def certified_step(setting: Setting, step: int, certified: CertifiedSubset) -> Record:
     """Share read, bound and true error of the certified subset, and times."""
     x, sigma, alpha = setting.noisy(step)
     whole = certified.denoiser
@@ -109,7 +105,7 @@ def certified_step(setting: Setting, step: int, certified: CertifiedSubset) -> d
     }
 
 
-def measure(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
+def measure(setting: Setting) -> Iterator[tuple[str, Record]]:
     """All records of a set, one after the other: kind and record."""
     optimal = pf.OptimalDenoiser(setting.data)
     local = pf.PCALocalityDenoiser(setting.data, THRESHOLDS[setting.name], moments=setting.moments)
@@ -138,7 +134,7 @@ def measure(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def measure_set(
     name: str, train: Path, test: Path, *, quick: bool, batch: int, repetitions: int
-) -> dict[str, Any]:
+) -> Record:
     """Everything about one set."""
     data = pf.TrainingSet.load(train)
     count = min(len(data), _QUICK_IMAGES) if quick else len(data)
@@ -149,7 +145,7 @@ def measure_set(
     moments.eigh()
     eigen_seconds = time.perf_counter() - start
     setting = Setting(name, data, pf.TrainingSet.load(test), moments, batch, repetitions)
-    report: dict[str, Any] = {
+    report: Record = {
         "name": name,
         "images": len(data),
         "shape": list(data.image_shape),
@@ -166,7 +162,7 @@ def measure_set(
     return report
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: Record) -> str:
     """The main numbers of one set, for people."""
     lines = [
         f"{report['name']}: {report['images']} images, {report['batch']} noisy images a call, ms",
@@ -186,31 +182,25 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
+def draw(report: Record, path: Path) -> None:
     """Four panels a set: times and differences of golden, shares and errors of certified."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(17, 3.9 * len(report["sets"])), layout="constrained")
-    rows = figure.subplots(len(report["sets"]), 4, squeeze=False)
-    for panels, one in zip(rows, report["sets"], strict=True):
-        _draw_golden(panels[:2], one)
-        _draw_certified(panels[2:], one)
-        for panel in panels:
-            panel.invert_xaxis()
-            panel.grid(alpha=0.3)
-            panel.legend(frameon=False, fontsize=7)
-            panel.set_xlabel("t (noise falls to the right)")
-        panels[0].set_title(f"{one['name']}, N = {one['images']:,}, B = {one['batch']}", loc="left")
-    machine = report["machine"]
-    figure.suptitle(
-        f"{machine['cpu']}, {machine['cores']} cores; {report['date'][:10]}"
-        + ("; QUICK: the numbers mean nothing" if report["quick"] else ""),
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=110)
+    sets = report["sets"]
+    options: Record = {"figsize": (17, 3.9 * len(sets)), "layout": "constrained"}
+    with picture(path, len(sets), 4, dpi=110, **options) as (figure, rows):
+        for panels, one in zip(rows, sets, strict=True):
+            _draw_golden(panels[:2], one)
+            _draw_certified(panels[2:], one)
+            for panel in panels:
+                panel.invert_xaxis()
+                panel.grid(alpha=0.3)
+                panel.legend(frameon=False, fontsize=7)
+                panel.set_xlabel("t (noise falls to the right)")
+            title = f"{one['name']}, N = {one['images']:,}, B = {one['batch']}"
+            panels[0].set_title(title, loc="left")
+        figure.suptitle(origin(report), fontsize=10)
 
 
-def _draw_golden(panels: Sequence[Any], one: dict[str, Any]) -> None:
+def _draw_golden(panels: Sequence[Any], one: Record) -> None:
     steps = [record["step"] for record in one["golden"]]
     for number, name in enumerate(("optimal", "pca_locality")):
         records = [record[name] for record in one["golden"]]
@@ -225,7 +215,7 @@ def _draw_golden(panels: Sequence[Any], one: dict[str, Any]) -> None:
     panels[1].set_yscale("symlog", linthresh=1e-6)
 
 
-def _draw_certified(panels: Sequence[Any], one: dict[str, Any]) -> None:
+def _draw_certified(panels: Sequence[Any], one: Record) -> None:
     records = one["certified"]
     steps = [record["step"] for record in records]
     for name in records[0]["shares"]:
@@ -248,11 +238,7 @@ def _bound_shares(shares: dict[str, float]) -> list[float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.subsets", description="Golden and certified subsets."
-    )
-    parser.add_argument("--out", type=path_option, required=True, help="JSON file to write")
-    parser.add_argument("--force", action="store_true", help="replace --out where it exists")
+    parser = results_parser("subsets", "Golden and certified subsets.")
     for name in THRESHOLDS:
         parser.add_argument(f"--{name}", type=path_option, help="zip or folder of training images")
         parser.add_argument(f"--{name}-test", type=path_option, help="zip or folder of test images")
@@ -267,25 +253,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sources = {name: paths for name, paths in sources.items() if paths[0] is not None}
     if not sources:
         parser.error("give the training and test images of a set")
-    if options.out.exists() and not options.force:
-        parser.error(f"{options.out} is there already; --force replaces it")
-    if not options.out.parent.is_dir():
-        parser.error(f"there is no folder {options.out.parent}")
+    check_results(parser, options)
 
-    started, clock = datetime.now(timezone.utc), time.perf_counter()
-    size = {"batch": 2, "repetitions": 1} if options.quick else {"batch": 8, "repetitions": 2}
+    begun, (batch, repetitions) = Run(), (2, 1) if options.quick else (8, 2)
     sets = [
-        measure_set(name, *paths, quick=options.quick, **size) for name, paths in sources.items()
+        measure_set(name, *paths, quick=options.quick, batch=batch, repetitions=repetitions)
+        for name, paths in sources.items()
     ]
-    report = {
-        "schema": SCHEMA,
-        "suite": "subsets",
-        "quick": options.quick,
-        "date": started.isoformat(timespec="seconds"),
-        "seconds": time.perf_counter() - clock,
-        "machine": machine_facts(),
-        "sets": sets,
-    }
+    report = begun.report(suite="subsets", quick=options.quick, sets=sets)
     write_json(report, options.out)
     print("\n\n".join(table(one) for one in sets))
     print(f"\nwritten: {options.out}")

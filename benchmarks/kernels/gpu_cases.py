@@ -2,63 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .registry import DDIM_STEPS
+from .registry import DDIM_STEPS, MIDDLE, Case
 
-
-@dataclass(frozen=True)
-class GpuCase:
-    """One thing to run.
-
-    Attributes:
-        op: Operation, or "ddim" for a whole generation.
-        backend: Backend to ask for, and to assert.
-        data: Name of the set.
-        batch: Noisy images B.
-        timestep: Time of the noise level.
-        window: Side of the window.
-        boundary: Border rule of the equivariant posterior.
-        density: Share of inputs in a square mask around each output; None takes PCA masks.
-        tangents: Tangents K of a derivative.
-        precision: "exact", or "auto" to permit coarser arithmetic.
-        yardsticks: Names of what runs in turns with it.
-        seconds: Longest time to spend on timing.
-    """
-
-    op: str
-    backend: str
-    data: str
-    batch: int = 8
-    timestep: int = 400
-    window: int | None = None
-    boundary: str | None = None
-    density: float | None = None
-    tangents: int | None = None
-    precision: str = "exact"
-    yardsticks: tuple[str, ...] = ()
-    seconds: float = 6.0
-
-    @property
-    def kind(self) -> tuple[str, str]:
-        """Operation and backend: what one kernel serves."""
-        return self.op, self.backend
-
-    @property
-    def id(self) -> str:
-        """A name that stays the same."""
-        parts = [self.data]
-        if self.op != "covariance":
-            parts.append(f"B{self.batch}")
-        if self.op not in ("covariance", "ddim"):
-            parts.append(f"t{self.timestep}")
-        parts += [f"k{self.window}"] if self.window else []
-        parts += [self.boundary] if self.boundary else []
-        parts += [f"density{self.density:g}"] if self.density else []
-        parts += [f"K{self.tangents}"] if self.tangents else []
-        parts += [self.precision] if self.precision != "exact" else []
-        return f"{self.op}/{self.backend}/{'-'.join(parts)}"
+# Operations that a case has no noise level for.
+_WITHOUT_LEVEL = ("covariance", "ddim")
 
 
 @dataclass(frozen=True)
@@ -66,32 +17,49 @@ class GpuPlan:
     """Sizes of a run.
 
     Attributes:
-        small: N and (C, H, W) of the set named "cifar".
-        large: The same of the set named "64x64".
-        digits: The same of the set named "mnist".
+        sets: N and (C, H, W) of each set.
         eager_images: Images that eager yardsticks run on.
         check_images: Images that results are checked on.
         covariance_images: Images that exact sums are checked on.
+        interpreted: Whether kernels run in Triton's interpreter, on two noisy images at most.
     """
 
-    small: tuple[int, tuple[int, int, int]]
-    large: tuple[int, tuple[int, int, int]]
-    digits: tuple[int, tuple[int, int, int]]
+    sets: dict[str, tuple[int, tuple[int, int, int]]]
     eager_images: int
     check_images: int
     covariance_images: int
+    interpreted: bool = False
+
+    def sized(self, case: Case) -> Case:
+        """A case with the sizes of this plan."""
+        count = self.covariance_images if case.op == "covariance" else self.check_images
+        case = replace(case, eager_images=self.eager_images, check_images=count)
+        if not self.interpreted:
+            return case
+        # The images are smaller than some windows.
+        side = min(self.sets[case.data or ""][1][1:])
+        window = case.window and min(case.window, side - 1 + side % 2)
+        return replace(case, batch=min(case.batch, 2), window=window)
 
 
-FULL = GpuPlan((50_000, (3, 32, 32)), (15_000, (3, 64, 64)), (60_000, (1, 28, 28)), 512, 131, 5_000)
-QUICK = GpuPlan((4_096, (3, 32, 32)), (1_024, (3, 64, 64)), (4_096, (1, 28, 28)), 256, 67, 1_000)
-DRY = GpuPlan((19, (3, 6, 5)), (11, (1, 7, 8)), (17, (1, 5, 5)), 8, 19, 19)
+def _sets(cifar: Any, large: Any, mnist: Any) -> dict[str, tuple[int, tuple[int, int, int]]]:
+    return {"cifar": cifar, "64x64": large, "mnist": mnist}
 
 
-def gpu_cases(few: bool = False) -> list[GpuCase]:
+FULL = GpuPlan(
+    _sets((50_000, (3, 32, 32)), (15_000, (3, 64, 64)), (60_000, (1, 28, 28))), 512, 131, 5_000
+)
+QUICK = GpuPlan(
+    _sets((4_096, (3, 32, 32)), (1_024, (3, 64, 64)), (4_096, (1, 28, 28))), 256, 67, 1_000
+)
+DRY = GpuPlan(_sets((19, (3, 6, 5)), (11, (1, 7, 8)), (17, (1, 5, 5))), 8, 19, 19, interpreted=True)
+
+
+def gpu_cases(few: bool = False) -> list[Case]:
     """All cases, one of each kind first; some of each kind where `few`."""
     masked, uniform, batch_64 = _masked(few)
     whole = [
-        _triton("global_posterior", data, batch, marks=("copy", *marks), seconds=2)
+        _case("global_posterior", data, ("copy", *marks), batch=batch, seconds=2)
         for data, batch, marks in (
             ("cifar", 8, ("eager", "compiled", "keops")),
             ("cifar", 1, ("eager",)),
@@ -100,35 +68,23 @@ def gpu_cases(few: bool = False) -> list[GpuCase]:
             ("64x64", 8, ("eager",)),
         )[:: 2 if few else 1]
     ]
-    sums = [
-        _triton("covariance", data, marks=("full_matmul",), seconds=4)
-        for data in ("cifar", "64x64")
-    ]
+    sums = [_case("covariance", data, ("full_matmul",), seconds=4) for data in ("cifar", "64x64")]
     patches = _patches()[:: 3 if few else 1]
     windows = [
-        GpuCase(
-            *("window_posterior", "cuda", "cifar"),
-            window=k,
-            yardsticks=("copy", "eager", "compiled") if k == 7 else ("copy", "eager"),
-            seconds=3,
-        )
+        _cuda("window_posterior", ("copy", "eager", *(("compiled",) if k == 7 else ())), window=k)
         for k in (7, 3, 15)
     ]
-    patch_set = GpuCase(
-        "patch_set", "cuda", "cifar", window=7, yardsticks=("local_score",), seconds=2
-    )
-    ddim = _triton("ddim", "cifar", seconds=8)
+    patch_set = _cuda("patch_set", ("local_score",), window=7, seconds=2)
+    ddim = _case("ddim", "cifar", seconds=8)
+    early = 2 * len(uniform) // 3
     by_importance = [
         *masked,
         ddim,
         *_coarser([*masked, ddim]),
-        *sums[:1],
-        *whole[:1],
-        *patches[:1],
-        *windows[:1],
+        *(sums[0], whole[0], patches[0], windows[0]),
         *_derivatives(),
         *_digits(),
-        *uniform[: 2 * len(uniform) // 3],
+        *uniform[:early],
         *patches[1:4],
         *windows[1:],
         patch_set,
@@ -137,101 +93,92 @@ def gpu_cases(few: bool = False) -> list[GpuCase]:
         *batch_64,
         *_coarser(patches[:2]),
         *patches[4:],
-        *uniform[2 * len(uniform) // 3 :],
+        *uniform[early:],
     ]
     # A run that is cut off has seen every kernel.
     first = {case.kind: case for case in reversed(by_importance)}
     return sorted(by_importance, key=lambda case: first[case.kind] is not case)
 
 
-def _triton(
-    op: str,
-    data: str,
-    batch: int = 8,
-    timestep: int = 400,
-    *,
-    marks: tuple[str, ...] = (),
-    seconds: float = 3,
-    **more: Any,
-) -> GpuCase:
-    return GpuCase(op, "triton", data, batch, timestep, yardsticks=marks, seconds=seconds, **more)
+def _case(
+    op: str, data: str, marks: Sequence[str] = (), *, seconds: float = 3, **more: Any
+) -> Case:
+    """A case of the Triton kernels, unless another backend is named, in the middle of the noise."""
+    timestep = None if op in _WITHOUT_LEVEL else MIDDLE
+    options = {"backend": "triton", "timestep": timestep} | more
+    return Case("", op, data=data, yardsticks=tuple(marks), seconds=seconds, **options)
 
 
-def _coarser(cases: list[GpuCase]) -> list[GpuCase]:
+def _cuda(op: str, marks: Sequence[str], data: str = "cifar", **more: Any) -> Case:
+    return _case(op, data, marks, backend="cuda", **more)
+
+
+def _coarser(cases: Sequence[Case]) -> list[Case]:
     """The same with precision="auto", which takes half of the arithmetic at much noise."""
     return [replace(case, precision="auto", yardsticks=case.yardsticks[:1]) for case in cases]
 
 
-def _masked(few: bool) -> tuple[list[GpuCase], list[GpuCase], list[GpuCase]]:
+def _masked(few: bool) -> tuple[list[Case], list[Case], list[Case]]:
     """PCA masks of the DDIM steps at B = 8, uniform densities, and the steps at B = 64."""
-    steps = DDIM_STEPS[::4] if few else DDIM_STEPS
-    eager = ("matmul", "eager", "compiled")
+    steps, op = DDIM_STEPS[::4] if few else DDIM_STEPS, "masked_posterior"
     by_step = [
-        _triton("masked_posterior", "cifar", 8, t, marks=eager if t == 500 else ("matmul",))
+        _case(op, "cifar", ("matmul", *(("eager", "compiled") if t == 500 else ())), timestep=t)
         for t in steps
     ]
     uniform = [
-        _triton("masked_posterior", data, batch, density=d, marks=("matmul",))
+        _case(op, data, ("matmul",), batch=batch, density=density)
         for data, batch in (("cifar", 8), ("64x64", 8), ("cifar", 64))
-        for d in ((0.33,) if few else (1.0, 0.33, 0.15))
+        for density in ((0.33,) if few else (1.0, 0.33, 0.15))
     ]
     batch_64 = [
-        _triton("masked_posterior", "cifar", 64, t, marks=("matmul",))
+        _case(op, "cifar", ("matmul",), batch=64, timestep=t)
         for t in (steps[1:2] if few else steps)
     ]
     return by_step, uniform, batch_64
 
 
-def _patches() -> list[GpuCase]:
+def _patches() -> list[Case]:
     """The equivariant posterior: noise levels, borders, windows."""
     return [
-        _triton(
-            "equivariant_posterior",
-            "cifar",
-            8,
-            t,
+        _case(
+            *("equivariant_posterior", "cifar", ("matmul", *eager)),
+            timestep=t,
             window=k,
             boundary=border,
-            marks=marks,
             seconds=5,
         )
-        for t, k, border, marks in (
-            (400, 7, "circular", ("matmul", "eager")),
-            (900, 7, "circular", ("matmul",)),
-            (0, 7, "circular", ("matmul",)),
-            (400, 7, "broken", ("matmul",)),
-            (400, 3, "circular", ("matmul",)),
-            (400, 5, "circular", ("matmul",)),
-            (400, 15, "circular", ("matmul",)),
+        for t, k, border, eager in (
+            (400, 7, "circular", ("eager",)),
+            (900, 7, "circular", ()),
+            (0, 7, "circular", ()),
+            (400, 7, "broken", ()),
+            (400, 3, "circular", ()),
+            (400, 5, "circular", ()),
+            (400, 15, "circular", ()),
         )
     ]
 
 
-def _derivatives() -> list[GpuCase]:
+def _derivatives() -> list[Case]:
     """Tangents, beside the same without them; and transposed products."""
     plain = ("without_tangents",)
     return [
-        *(_triton("masked_posterior_jvp", "cifar", tangents=k, marks=plain) for k in (8, 1)),
-        *(_triton("global_posterior_jvp", "cifar", tangents=k, marks=plain) for k in (8, 1)),
         *(
-            GpuCase(op, "cuda", "cifar", window=7, tangents=k, yardsticks=plain, seconds=3)
-            for op, k in (("window_posterior_jvp", 8), ("window_posterior_vjp", 1))
+            _case(f"{op}_posterior_jvp", "cifar", plain, tangents=k)
+            for op in ("masked", "global")
+            for k in (8, 1)
         ),
+        _cuda("window_posterior_jvp", plain, window=7, tangents=8),
+        _cuda("window_posterior_vjp", plain, window=7, tangents=1),
     ]
 
 
-def _digits() -> list[GpuCase]:
+def _digits() -> list[Case]:
     """MNIST, with the published threshold of its masks."""
     return [
-        *(_triton("masked_posterior", "mnist", 8, t, marks=("matmul",)) for t in (500, 100)),
-        _triton("masked_posterior_jvp", "mnist", tangents=3, marks=("without_tangents",)),
-        _triton("global_posterior", "mnist", marks=("copy", "eager"), seconds=2),
-        _triton(
-            *("equivariant_posterior", "mnist"),
-            *(8, 400),
-            window=5,
-            boundary="circular",
-            marks=("matmul",),
-        ),
-        GpuCase("window_posterior", "cuda", "mnist", window=5, yardsticks=("copy",), seconds=2),
+        *(_case("masked_posterior", "mnist", ("matmul",), timestep=t) for t in (500, 100)),
+        _case("masked_posterior_jvp", "mnist", ("without_tangents",), tangents=3),
+        _case("global_posterior", "mnist", ("copy", "eager"), seconds=2),
+        _case("equivariant_posterior", "mnist", ("matmul",), window=5),
+        _cuda("window_posterior", ("copy",), "mnist", window=5, seconds=2),
     ]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import subprocess
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
+from pyflocality.backends import selection
+
+from .runner import seconds_of
+
 # Larger than the L2 cache of any GPU so far.
 _FLUSH_BYTES = 256 * 2**20
-_MOST_ROUNDS = 30
 _LONGEST_KERNELS = 3
 
 
@@ -28,32 +32,18 @@ class Timer:
         self._flush = torch.empty(_FLUSH_BYTES if self._cuda else 1, dtype=torch.int8)
         self._flush = self._flush.to(device)
 
-    def in_turns(
-        self, functions: dict[str, Callable[[], object]], budget: float
-    ) -> dict[str, list[float]]:
-        """Seconds of each function, A B A B .., until the budget is spent; one round at least."""
-        seconds: dict[str, list[float]] = {name: [] for name in functions}
-        start = time.perf_counter()
-        for _ in range(_MOST_ROUNDS):
-            for name, function in functions.items():
-                seconds[name].append(self._time(function))
-            if not self._cuda or time.perf_counter() - start > budget:
-                break
-        return seconds
-
-    def _time(self, function: Callable[[], object]) -> float:
+    def seconds(self, function: Callable[[], object]) -> float:
+        """Seconds of one run."""
         self._flush.zero_()
         if not self._cuda:
-            start = time.perf_counter()
-            function()
-            return time.perf_counter() - start
+            return seconds_of(function)
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         first.record()
         function()
         last.record()
         last.synchronize()
-        return first.elapsed_time(last) / 1e3
+        return float(first.elapsed_time(last)) / 1e3
 
     def allocated(self) -> int:
         """Bytes that torch holds on the device; 0 on a CPU."""
@@ -144,3 +134,18 @@ def _smi(query: str) -> str | None:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[None]:
+    """Let the Triton backend serve CPU tensors in a block: its kernels run in the interpreter."""
+    reasons = {name: getattr(selection, name) for name in ("machine_reason", "_device_reason")}
+
+    def answer(name: str) -> Callable[..., str | None]:
+        def reason(backend: str, *device: object) -> str | None:
+            return None if backend == "triton" else reasons[name](backend, *device)
+
+        return reason
+
+    with mock.patch.multiple(selection, **{name: answer(name) for name in reasons}):
+        yield

@@ -15,13 +15,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
 
-from .gpu_kernels import ROOT, find_checkout_packages, pretend_gpu
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    import torch
+from pyflocality import ops
+
+from .. import ROOT
+from .gpu_machine import pretended_gpu
 
 # Backend by operation, a kernel of each kind: several small ones, one large one, and one that NVRTC
 # compiles.
@@ -81,14 +83,10 @@ def _run(op: str, environment: dict[str, str], seconds: float) -> dict[str, obje
 
 def first_calls(op: str) -> dict[str, float]:
     """Seconds of the first call of an operation in this process, and of the second."""
-    find_checkout_packages()
-    import torch
-
-    function = _call(op, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    there = torch.cuda.is_available()
+    function = _call(op, torch.device("cuda" if there else "cpu"))
     seconds = []
-    with ExitStack() as stack:
-        if not torch.cuda.is_available():
-            pretend_gpu(stack)
+    with nullcontext() if there else pretended_gpu():
         for _ in range(2):
             start = time.perf_counter()
             # The result is copied to the CPU: the call is over then.
@@ -97,22 +95,17 @@ def first_calls(op: str) -> dict[str, float]:
     return {"first_seconds": seconds[0], "second_seconds": seconds[1]}
 
 
-def _call(op: str, device: torch.device) -> Callable:
-    import torch
-
-    from pyflocality import ops
-
+def _call(op: str, device: torch.device) -> Callable[[], Tensor]:
     # Small in the interpreter, which does not compile.
     side, window = (32, 7) if device.type == "cuda" else (8, 3)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (64, 3, side, side), generator=generator, dtype=torch.uint8)
     images, backend = images.to(device), OPERATIONS[op]
     x = torch.randn(1, 3, side, side, generator=generator).to(device)
-    if op == "masked_posterior":
-        masks = torch.ones(3 * side**2, 3 * side**2, dtype=torch.bool)
-        return lambda: ops.masked_posterior_mean(x, images, masks, 0.5, backend=backend)
+    masks = torch.ones(3 * side**2, 3 * side**2, dtype=torch.bool)
+    given = masks if op == "masked_posterior" else window
     mean = getattr(ops, f"{op}_mean")
-    return lambda: mean(x, images, window, 0.5, backend=backend)
+    return lambda: mean(x, images, given, 0.5, backend=backend)
 
 
 if __name__ == "__main__":

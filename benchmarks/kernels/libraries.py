@@ -27,7 +27,9 @@ class UnavailableError(RuntimeError):
     """A yardstick cannot run on this machine."""
 
 
-def compiled(function: Callable[..., Tensor], *arguments: Any) -> Callable[..., Tensor]:
+def compiled(
+    function: Callable[..., Tensor], *arguments: Any, compiler: str = "inductor"
+) -> Callable[..., Tensor]:
     """torch.compile of a function, whole or not at all, compiled for these arguments.
 
     Raises:
@@ -35,7 +37,7 @@ def compiled(function: Callable[..., Tensor], *arguments: Any) -> Callable[..., 
     """
     # What was compiled before counts against the limit of variants of a function.
     torch.compiler.reset()
-    found = torch.compile(function, fullgraph=True, dynamic=False)
+    found = torch.compile(function, backend=compiler, fullgraph=True, dynamic=False)
     _first_call("torch.compile", lambda: found(*arguments))
     return found
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pyflocality.backends.selection import OPERATIONS
 
 # The ten steps of the published sampler: DDIM, T = 1000.
 DDIM_STEPS = (900, 800, 700, 600, 500, 400, 300, 200, 100, 0)
+# A noise level in the middle, where the posterior is neither flat nor a single image.
+MIDDLE = 400
+THREADS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -15,9 +19,10 @@ class Case:
     """One thing to time.
 
     Attributes:
-        suite: What the case is there to show.
-        op: Operation, as in `pyflocality.backends.selection.OPERATIONS`.
-        images: Training images N.
+        suite: What the case is there to show; "" in the suite of a GPU.
+        op: Operation, as in `pyflocality.backends.selection.OPERATIONS`, or "ddim" for a whole
+            generation.
+        images: Training images N; None for the whole set.
         batch: Noisy images B.
         timestep: Time of the noise level; None where there is none.
         window: Side of the window.
@@ -29,11 +34,16 @@ class Case:
         check_images: Images that the result is checked on.
         repetitions: Rounds that are timed.
         backend: Backend to ask for, and to assert.
+        data: Name of the set, where there are several.
+        boundary: Border rule of the equivariant posterior.
+        density: Share of inputs in a square mask around each output; None takes PCA masks.
+        precision: "exact", or "auto" to permit coarser arithmetic.
+        seconds: Longest time to spend on timing, where the rounds are not counted.
     """
 
     suite: str
     op: str
-    images: int
+    images: int | None = None
     batch: int = 8
     timestep: int | None = None
     window: int | None = None
@@ -45,27 +55,39 @@ class Case:
     check_images: int = 131
     repetitions: int = 3
     backend: str = "cpu"
+    data: str | None = None
+    boundary: str = "circular"
+    density: float | None = None
+    precision: str = "exact"
+    seconds: float = 6.0
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """Operation and backend: what one kernel serves."""
+        return self.op, self.backend
 
     @property
     def id(self) -> str:
         """A name that stays the same."""
-        parts = [f"N{self.images}"]
+        words = [f"N{self.images}" if self.data is None else self.data]
         for letter, value in (
             ("B", None if self.op == "covariance" else self.batch),
             ("t", self.timestep),
             ("k", self.window),
             ("S", self.side),
-            ("K", self.tangents or None),
-            ("T", self.threads),
         ):
-            if value is not None:
-                parts.append(f"{letter}{value}")
-        return f"{self.suite}/{self.op}/{self.backend}/{'-'.join(parts)}"
+            words += [] if value is None else [f"{letter}{value}"]
+        words += [self.boundary] if self.data and self.op == "equivariant_posterior" else []
+        words += [f"density{self.density:g}"] if self.density else []
+        words += [f"K{self.tangents}"] if self.tangents else []
+        words += [f"T{self.threads}"] if self.threads is not None else []
+        words += [self.precision] if self.precision != "exact" else []
+        return "/".join([*([self.suite] if self.suite else []), *self.kind, "-".join(words)])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a run.
+    """Sizes of a run on a CPU.
 
     Attributes:
         shape: Images (C, H, W).
@@ -97,6 +119,10 @@ class Plan:
     eager_images: int
     repetitions: int
     compilers: bool
+
+    def compiled(self, *names: str) -> tuple[str, ...]:
+        """Yardsticks that are compiled at the first call, where the plan wants them."""
+        return names if self.compilers else ()
 
 
 FULL = Plan(
@@ -131,70 +157,48 @@ QUICK = Plan(
     compilers=False,
 )
 
-# A noise level in the middle, where the posterior is neither flat nor a single image.
-MIDDLE = 400
-THREADS = (1, 2)
-
 
 def cases(plan: Plan) -> list[Case]:
-    """All cases of a plan, those of operations that are not there left out."""
-    found = [
-        *_pca_locality(plan),
-        *_local_score(plan),
-        *_equivariant(plan),
-        *_patch_set(plan),
-        *_covariance(plan),
-        *_optimal(plan),
-        *_nearest(plan),
-        *_tangents(plan),
-        *_scaling(plan),
-    ]
-    return [case for case in found if case.op in OPERATIONS]
+    """All cases of a plan on a CPU, those of operations that are not there left out."""
+    listed = [*_pca_locality(plan), *_local_score(plan), *_single(plan), *_optimal(plan)]
+    listed += [*_tangents(plan), *_scaling(plan)]
+    return [case for case in listed if case.op in OPERATIONS]
 
 
-def _compiled(plan: Plan, *names: str) -> tuple[str, ...]:
-    """Yardsticks that are compiled at the first call, where the plan wants them."""
-    return names if plan.compilers else ()
-
-
-def _pca_locality(plan: Plan) -> list[Case]:
-    yardsticks = ("eager", "matmul_same_terms", "matmul_core_fringe")
+def _pca_locality(plan: Plan) -> Iterable[Case]:
     # Each noise level would be compiled again: one of them tells.
-    compiled = _compiled(plan, "compiled")
-    return [
-        Case(
+    compiled = {MIDDLE: plan.compiled("compiled")}
+    for timestep in plan.steps:
+        marks = ("eager", "matmul_same_terms", "matmul_core_fringe", *compiled.get(timestep, ()))
+        yield Case(
             "pca_locality",
             "masked_posterior",
             plan.images,
             timestep=timestep,
-            yardsticks=(*yardsticks, *(compiled if timestep == MIDDLE else ())),
+            yardsticks=marks,
             eager_images=plan.eager_images,
             repetitions=plan.repetitions,
         )
-        for timestep in plan.steps
-    ]
 
 
-def _local_score(plan: Plan) -> list[Case]:
-    yardsticks = ("eager_patches", "eager_differences")
-    compiled = _compiled(plan, "compiled_patches", "compiled_differences")
-    return [
-        Case(
+def _local_score(plan: Plan) -> Iterable[Case]:
+    compiled = {7: plan.compiled("compiled_patches", "compiled_differences")}
+    for window in plan.windows:
+        yield Case(
             "local_score",
             "window_posterior",
             plan.images,
             timestep=MIDDLE,
             window=window,
-            yardsticks=(*yardsticks, *(compiled if window == 7 else ())),
+            yardsticks=("eager_patches", "eager_differences", *compiled.get(window, ())),
             # Unfolded patches grow with the window's area.
             eager_images=max(8, min(plan.eager_images // 4, 8_192 // window**2)),
             repetitions=plan.repetitions,
         )
-        for window in plan.windows
-    ]
 
 
-def _equivariant(plan: Plan) -> list[Case]:
+def _single(plan: Plan) -> list[Case]:
+    """Suites of one case."""
     return [
         Case(
             "equivariant",
@@ -202,16 +206,11 @@ def _equivariant(plan: Plan) -> list[Case]:
             plan.equivariant_images,
             timestep=MIDDLE,
             window=7,
-            yardsticks=("eager_convolution", *_compiled(plan, "compiled_convolution")),
+            yardsticks=("eager_convolution", *plan.compiled("compiled_convolution")),
             eager_images=max(4, plan.equivariant_images // 20),
             check_images=3,
             repetitions=plan.repetitions,
-        )
-    ]
-
-
-def _patch_set(plan: Plan) -> list[Case]:
-    return [
+        ),
         Case(
             "patch_set",
             "patch_set",
@@ -221,12 +220,7 @@ def _patch_set(plan: Plan) -> list[Case]:
             yardsticks=("window_mean",),
             check_images=67,
             repetitions=plan.repetitions,
-        )
-    ]
-
-
-def _covariance(plan: Plan) -> list[Case]:
-    return [
+        ),
         Case(
             "covariance",
             "covariance",
@@ -234,28 +228,27 @@ def _covariance(plan: Plan) -> list[Case]:
             yardsticks=("torch_cov",),
             check_images=plan.images,
             repetitions=plan.repetitions,
-        )
+        ),
     ]
 
 
 def _optimal(plan: Plan) -> list[Case]:
+    """The optimal denoiser, and the nearest image."""
+    marks = ("eager", "attention", *plan.compiled("compiled", "keops"), "read_bytes")
     return [
-        Case(
-            "optimal",
-            "global_posterior",
-            plan.images,
-            batch,
-            timestep=MIDDLE,
-            yardsticks=("eager", "attention", *_compiled(plan, "compiled", "keops"), "read_bytes"),
-            eager_images=4 * plan.eager_images,
-            repetitions=3 * plan.repetitions,
-        )
-        for batch in (1, 8)
-    ]
-
-
-def _nearest(plan: Plan) -> list[Case]:
-    return [
+        *(
+            Case(
+                "optimal",
+                "global_posterior",
+                plan.images,
+                batch,
+                timestep=MIDDLE,
+                yardsticks=marks,
+                eager_images=4 * plan.eager_images,
+                repetitions=3 * plan.repetitions,
+            )
+            for batch in (1, 8)
+        ),
         Case(
             "nearest",
             "nearest",
@@ -264,34 +257,29 @@ def _nearest(plan: Plan) -> list[Case]:
             yardsticks=("faiss", "read_bytes"),
             repetitions=plan.repetitions,
             backend="reference",
-        )
+        ),
     ]
 
 
-def _tangents(plan: Plan) -> list[Case]:
-    return [
-        Case(
-            "tangents",
-            op,
-            plan.tangent_images,
-            timestep=timestep,
-            window=window,
-            tangents=8,
-            yardsticks=("no_tangents",),
-            check_images=67,
-            repetitions=plan.repetitions,
-        )
-        for op, window in (
-            ("masked_posterior_jvp", None),
-            ("window_posterior_jvp", 7),
-            ("global_posterior_jvp", None),
-        )
-        for timestep in (plan.steps[0], MIDDLE, plan.steps[-1])
-    ]
+def _tangents(plan: Plan) -> Iterable[Case]:
+    for op in ("masked_posterior_jvp", "window_posterior_jvp", "global_posterior_jvp"):
+        for timestep in (plan.steps[0], MIDDLE, plan.steps[-1]):
+            yield Case(
+                "tangents",
+                op,
+                plan.tangent_images,
+                timestep=timestep,
+                window=7 if op.startswith("window") else None,
+                tangents=8,
+                yardsticks=("no_tangents",),
+                check_images=67,
+                repetitions=plan.repetitions,
+            )
 
 
 def _scaling(plan: Plan) -> list[Case]:
     most = THREADS[-1]
+    points: list[tuple[int, int, int, int | None]]
     points = [(count, 8, most, None) for count in plan.image_counts]
     points += [(plan.scaling_images, batch, most, None) for batch in plan.batches]
     points += [(plan.scaling_images, 8, threads, None) for threads in THREADS]
@@ -304,19 +292,14 @@ def _scaling(plan: Plan) -> list[Case]:
             # There are no noisy images in a covariance.
             8 if op == "covariance" else batch,
             timestep=None if op == "covariance" else MIDDLE,
-            window=window,
+            window=7 if op.startswith("window") else None,
             side=side,
             threads=threads,
-            yardsticks=(yardstick,),
+            yardsticks=("matmul_same_terms" if op.startswith("masked") else "read_bytes",),
             check_images=max(19, 131 // batch),
             repetitions=plan.repetitions,
         )
-        for op, window, yardstick in (
-            ("masked_posterior", None, "matmul_same_terms"),
-            ("window_posterior", 7, "read_bytes"),
-            ("global_posterior", None, "read_bytes"),
-            ("covariance", None, "read_bytes"),
-        )
+        for op in ("masked_posterior", "window_posterior", "global_posterior", "covariance")
         for images, batch, threads, side in points
     ]
     return list({case.id: case for case in found}.values())

@@ -23,16 +23,17 @@ from pyflocality.kernels.cpu.posterior import difference_tree
 from pyflocality.masks import pca_locality_weights
 from pyflocality.weights import QueryWeights
 
-from .baselines import core_fringe_terms
-
 T = TypeVar("T")
 
 # Published threshold of the masks for CIFAR-10.
 MASK_THRESHOLD = 0.05
 SCHEDULE = pf.DDPMSchedule()
+SYNTHETIC = "synthetic, power 1/f^3"
 
 _SEED = 0
 _CHUNK = 1000
+# Images of a set for a GPU that are made; the rest are shifted copies.
+_DISTINCT = 10_000
 _POWER_DECAY = 3
 _CHANNEL_CORRELATION = 0.9
 # Mean and standard deviation of the bytes.
@@ -74,48 +75,71 @@ class BenchmarkSet:
     """A training set with the noise levels, masks and queries that cases are made of.
 
     Args:
-        images: Training images, uint8 [N, C, H, W].
+        images: Training images, uint8 [N, C, H, W]; all else is made on their device.
         name: What the images are.
+        threshold: Threshold of the masks.
+        backend: What computes the moments: plain torch where masks must not depend on the kernels
+            under test.
 
     Attributes:
         preparation: Seconds that moments, eigenvectors, masks and schedules took to build, each
             once, by name; not part of any case's time.
     """
 
-    def __init__(self, images: Tensor, name: str) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        name: str,
+        threshold: float = MASK_THRESHOLD,
+        backend: str | None = None,
+    ) -> None:
         self.images, self.name = images.contiguous(), name
+        self.threshold, self.backend = threshold, backend
         self.preparation: dict[str, float] = {}
         self._weights: dict[int, QueryWeights] = {}
-        self._core_fringe: dict[int, int] = {}
         self._cropped: dict[int, BenchmarkSet] = {}
 
     @classmethod
     def build(
-        cls, count: int, shape: tuple[int, int, int], cifar10: str | os.PathLike[str] | None
+        cls,
+        count: int,
+        shape: tuple[int, int, int],
+        source: str | os.PathLike[str] | None,
+        name: str = "CIFAR-10",
     ) -> BenchmarkSet:
-        """The first `count` images, of a zip of CIFAR-10 or synthetic.
+        """The first `count` images, of a set or synthetic.
 
         Args:
             count: N.
-            shape: (C, H, W); images are cut out of the middle of CIFAR's.
-            cifar10: Path of a zip or folder of CIFAR-10's training images; None is synthetic.
+            shape: (C, H, W); images are cut out of the middle of the set's.
+            source: Path of a zip or folder of training images; None is synthetic.
+            name: What the images of the source are.
 
         Raises:
             ValueError: There are fewer or smaller images.
         """
-        if cifar10 is None:
-            return cls(natural_images(count, shape), "synthetic, power 1/f^3")
-        images = pf.TrainingSet.load(cifar10).images
-        channels, height, width = shape
-        top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
-        images = images[:count, :, top : top + height, left : left + width]
-        if images.shape != (count, *shape):
-            raise ValueError(
-                f"{os.fspath(cifar10)}: expected at least {count} images of {shape}, got "
-                f"{tuple(images.shape)}"
-            )
+        if source is None:
+            return cls(natural_images(count, shape), SYNTHETIC)
         # Out of the memory map, so that no case waits for a disk.
-        return cls(images.clone(memory_format=torch.contiguous_format), "CIFAR-10")
+        return cls(_first_of(source, count, shape).clone(), name)
+
+    @classmethod
+    def on_gpu(
+        cls,
+        device: torch.device,
+        count: int,
+        shape: tuple[int, int, int],
+        source: str | os.PathLike[str] | None,
+        threshold: float,
+    ) -> BenchmarkSet:
+        """The same on the device under test, with moments that do not depend on its kernels."""
+        if source is not None:
+            images = _first_of(source, count, shape)
+            return cls(images.to(device, copy=True), "real", threshold, "reference")
+        # The covariance matters, not that all images differ: shifted copies save minutes.
+        base = natural_images(min(count, _DISTINCT), shape)
+        copies = [base.roll(shift, -1) for shift in range(-(-count // len(base)))]
+        return cls(torch.cat(copies)[:count].to(device), SYNTHETIC, threshold, "reference")
 
     def facts(self) -> dict[str, object]:
         """What the images are."""
@@ -129,15 +153,14 @@ class BenchmarkSet:
     def cropped(self, side: int) -> BenchmarkSet:
         """The middle of all images, [N, C, side, side], with masks and queries of its own."""
         if side not in self._cropped:
-            top, left = ((size - side) // 2 for size in self.images.shape[2:])
-            images = self.images[..., top : top + side, left : left + side]
-            self._cropped[side] = BenchmarkSet(images, self.name)
+            self._cropped[side] = BenchmarkSet(middle(self.images, side, side), self.name)
         return self._cropped[side]
 
     @cached_property
     def moments(self) -> pf.Moments:
         """Moments of all images, with their eigenvectors at hand."""
-        moments = self._timed("moments", lambda: pf.Moments.from_data(pf.TrainingSet(self.images)))
+        data = pf.TrainingSet(self.images)
+        moments = self._timed("moments", lambda: pf.Moments.from_data(data, backend=self.backend))
         self._timed("eigenvectors", moments.eigh)
         return moments
 
@@ -152,9 +175,26 @@ class BenchmarkSet:
             moments = self.moments
             self._weights[timestep] = self._timed(
                 f"masks t={timestep}",
-                lambda: pca_locality_weights(moments, sigma, alpha, MASK_THRESHOLD),
+                lambda: pca_locality_weights(moments, sigma, alpha, self.threshold),
             )
         return self._weights[timestep]
+
+    def square_masks(self, density: float) -> QueryWeights:
+        """Masks of square windows, all channels, of about this density on average."""
+        channels, height, width = self.images.shape[1:]
+
+        def near(half: int) -> tuple[Tensor, Tensor]:
+            places = (torch.arange(side, device=self.images.device) for side in (height, width))
+            rows, columns = ((one[:, None] - one).abs() <= half for one in places)
+            return rows, columns
+
+        def distance(half: int) -> float:
+            rows, columns = near(half)
+            return abs(float(rows.double().mean() * columns.double().mean()) - density)
+
+        rows, columns = near(min(range(max(height, width)), key=distance))
+        mask = torch.kron(rows.float(), columns.float()).bool()
+        return QueryWeights(mask.repeat(channels, channels))
 
     def tree(self, timestep: int) -> Any:
         """The native kernels' schedule of these masks, which they share."""
@@ -165,13 +205,6 @@ class BenchmarkSet:
             return difference_tree(weights, shape)
         return self._timed(name, lambda: difference_tree(weights, shape))
 
-    def core_fringe_terms(self, timestep: int) -> int:
-        """Multiply-adds per query and image of core and fringe in tiles of 4 x 4 outputs."""
-        if timestep not in self._core_fringe:
-            mask = self.weights(timestep).dense(torch.bool)
-            self._core_fringe[timestep] = core_fringe_terms(mask, self.images.shape[1:])
-        return self._core_fringe[timestep]
-
     def queries(self, timestep: int, batch: int) -> Tensor:
         """Noisy images, float32 [B, C, H, W].
 
@@ -181,16 +214,37 @@ class BenchmarkSet:
         alpha, sigma = self.level(timestep)
         generator = torch.Generator().manual_seed(_SEED)
         chosen = torch.randperm(len(self.images), generator=generator)[:batch]
-        clean = pf.TrainingSet(self.images[chosen]).values().flip(-1)
-        return alpha * clean + sigma * torch.randn(clean.shape, generator=generator)
+        images = self.images[chosen.to(self.images.device)]
+        clean = pf.TrainingSet(images).values().flip(-1)
+        noise = torch.randn(clean.shape, generator=generator)
+        return alpha * clean + sigma * noise.to(clean.device)
 
     def directions(self, tangents: int, batch: int) -> Tensor:
         """Tangents, float32 [K, B, C, H, W]."""
         generator = torch.Generator().manual_seed(_SEED + 1)
-        return torch.randn(tangents, batch, *self.images.shape[1:], generator=generator)
+        shape = (tangents, batch, *self.images.shape[1:])
+        return torch.randn(shape, generator=generator).to(self.images.device)
 
     def _timed(self, name: str, build: Callable[[], T]) -> T:
         start = time.perf_counter()
         built = build()
         self.preparation[name] = time.perf_counter() - start
         return built
+
+
+def middle(images: Tensor, height: int, width: int) -> Tensor:
+    """The middle of images, [N, C, height, width]."""
+    top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
+    return images[..., top : top + height, left : left + width]
+
+
+def _first_of(source: str | os.PathLike[str], count: int, shape: tuple[int, int, int]) -> Tensor:
+    """The middle of the first images of a set."""
+    images = pf.TrainingSet.load(source).images
+    found = middle(images, *shape[1:])[:count]
+    if found.shape != (count, *shape):
+        raise ValueError(
+            f"{os.fspath(source)}: expected at least {count} images of {shape}, got "
+            f"{tuple(found.shape)}"
+        )
+    return found

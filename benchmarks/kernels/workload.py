@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +20,12 @@ from .sets import BenchmarkSet
 
 # Rounding of a float32 number, relative.
 EPS = 1.2e-7
+GPU_BACKENDS = ("triton", "cuda")
+# Rounding that a kernel of a GPU may add, which multiplies halves of numbers, in pixel units.
+_GPU_ROUNDING = 1e-3
+# Rows of matmul yardsticks on a CPU, and multiply-adds of one on a GPU at most; their time is
+# scaled to the case's.
+_MATMUL_ROWS, _MATMUL_TERMS = 2048, 2**40
 
 
 @dataclass(frozen=True)
@@ -42,17 +48,13 @@ class Yardstick:
     check_images: int | None = None
 
 
-def largest_error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
-    """Largest difference, relative where the exact values are larger than 1."""
+def errors_of(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    """The largest difference of each answer, relative where exact values are larger than 1."""
     errors = []
     for one, other in zip(found, exact, strict=True):
-        if not other.is_floating_point():
-            errors.append(float((one - other).abs().max()))
-            continue
-        size = max(1.0, float(other.abs().max()))
-        errors.append(float((one.double() - other).abs().max()) / size)
-    # NaN wins over everything.
-    return float(np.max(errors))
+        size = max(1.0, float(other.abs().max())) if other.is_floating_point() else 1.0
+        errors.append(float((one - other).abs().max()) / size)
+    return errors
 
 
 class Workload(ABC):
@@ -61,15 +63,25 @@ class Workload(ABC):
     Args:
         case: What to run.
         data: The set; a case takes its first N images.
+        interpreted: Whether this is a dry run, which spends no time on compilers.
 
     Attributes:
         images: The case's images, uint8 [N, C, H, W].
+        x: Noisy images [B, C, H, W]; None where there are none.
+        directions: Tangents or cotangents [K, B, C, H, W]; None without derivatives.
+        tolerance: Errors of the reference in float32 that a result may have.
     """
 
-    def __init__(self, case: Case, data: BenchmarkSet) -> None:
-        if case.images > len(data.images):
+    tolerance = 2
+    x: Tensor | None = None
+    directions: Tensor | None = None
+
+    def __init__(self, case: Case, data: BenchmarkSet, interpreted: bool = False) -> None:
+        if (case.images or 0) > len(data.images):
             raise ValueError(f"{case.id}: the set has only {len(data.images)} images")
-        self.case, self.data = case, data
+        self.case, self.data, self.interpreted = case, data, interpreted
+        # A tensor of its own: what kernels keep beside a set goes with the case, so that every
+        # case has a first call.
         self.images = data.images[: case.images]
         self.shape: tuple[int, int, int] = tuple(self.images.shape[1:])
         self.values = self.images[0].numel()
@@ -81,6 +93,10 @@ class Workload(ABC):
         """The operation over some images, on a backend, computed in a dtype."""
 
     @abstractmethod
+    def rounding(self, images: Tensor) -> float:
+        """What float32 may cost beyond what it costs the reference; 0 must be exact."""
+
+    @abstractmethod
     def flops(self) -> int:
         """Floating-point operations (integer ones for the covariance) of one run."""
 
@@ -88,13 +104,25 @@ class Workload(ABC):
     def bytes(self) -> int:
         """Least memory traffic of one run: every input read once, every result written once."""
 
-    @abstractmethod
-    def rounding(self, images: Tensor) -> float:
-        """What float32 may cost beyond twice what it costs the reference; 0 must be exact."""
+    @property
+    def ran(self) -> str:
+        """The operation that must have run."""
+        return self.case.op
 
     def run(self) -> object:
         """One run, as it is timed."""
         return self.answers(self.images, self.case.backend)
+
+    def of_rows(self, rows: slice) -> Workload:
+        """The same for some of the noisy images."""
+        twin = copy.copy(self)
+        twin.x = None if self.x is None else self.x[rows]
+        twin.directions = None if self.directions is None else self.directions[:, rows]
+        return twin
+
+    def terms(self) -> int | None:
+        """Multiply-adds of one run where matmuls would do it; None where nobody counts them."""
+        return None
 
     def facts(self) -> dict[str, Any]:
         """What else a reader of the timing wants to know."""
@@ -102,51 +130,140 @@ class Workload(ABC):
 
     def yardstick(self, name: str) -> Yardstick:
         """The yardstick of a name: the method `_beside_<name>`."""
-        return getattr(self, f"_beside_{name}")()
+        found: Yardstick = getattr(self, f"_beside_{name}")()
+        return found
 
     def _beside_read_bytes(self) -> Yardstick:
         return Yardstick(
             lambda: baselines.read_bytes(self.images), 1.0, "one sequential read of the images"
         )
 
+    def _beside_copy(self) -> Yardstick:
+        target = torch.empty_like(self.images)
+        # A copy reads and writes what a scan only reads.
+        note = "reading the images at the rate of a copy"
+        return Yardstick(lambda: target.copy_(self.images), 2.0, note)
+
+    def _beside_matmul(self) -> Yardstick:
+        return self._matmul(self.terms() or 1, "the case")
+
+    def _matmul(self, terms: int, what: str) -> Yardstick:
+        """[rows, D] x [D, columns], about as many multiply-adds an image as there are terms."""
+        device, count, inner = self.images.device, len(self.images), max(16, self.values)
+        on_gpu = device.type == "cuda"
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        rows = count if on_gpu else min(_MATMUL_ROWS, count)
+        columns = max(1, min(round(terms / (count * inner)), _MATMUL_TERMS // (rows * inner)))
+        left = torch.rand(rows, inner, device=device, dtype=dtype)
+        right = torch.rand(inner, columns, device=device, dtype=dtype)
+        out = torch.empty(rows, columns, device=device, dtype=dtype)
+        note = (
+            f"{'bf16' if on_gpu else 'float32'} matmul [{rows}, {inner}] x [{inner}, {columns}], "
+            f"scaled to the multiply-adds of {what}"
+        )
+        share = rows * inner * columns / terms
+        return Yardstick(lambda: torch.matmul(left, right, out=out), share, note)
+
 
 class PosteriorWorkload(Workload):
-    """A posterior mean at a noise level."""
+    """Posterior means at a noise level, or their derivatives along K directions."""
 
-    def __init__(self, case: Case, data: BenchmarkSet) -> None:
-        super().__init__(case, data)
+    x: Tensor
+
+    def __init__(self, case: Case, data: BenchmarkSet, interpreted: bool = False) -> None:
+        super().__init__(case, data, interpreted)
+        if case.timestep is None:
+            raise ValueError(f"{case.id}: `timestep` must be given")
         self.alpha, self.sigma = data.level(case.timestep)
         self.x = data.queries(case.timestep, case.batch)
+        self.directions = data.directions(case.tangents, case.batch) if case.tangents else None
 
-    @abstractmethod
     def arguments(self) -> tuple[Any, ...]:
         """What the operation takes between the images and the noise level."""
+        return ()
 
     @abstractmethod
     def neighbours(self) -> int:
         """Inputs of the largest neighbourhood."""
 
+    @abstractmethod
+    def pair_flops(self) -> int:
+        """Operations for a pair of a noisy and a training image, without derivatives."""
+
+    def options(self) -> dict[str, Any]:
+        """Further options of the operation."""
+        exact = self.case.precision == "exact"
+        return {} if exact else {"precision": self.case.precision}
+
     def answers(
         self, images: Tensor, backend: str, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, ...]:
-        """Posterior means [B, C, H, W]."""
-        mean = getattr(ops, f"{self.case.op}_mean")
-        x = self.x.to(dtype)
-        return (mean(x, images, *self.arguments(), self.sigma, self.alpha, backend=backend),)
+        """Posterior means [B, C, H, W], then products [K, B, C, H, W] where there are some."""
+        return self._answers(self.x.to(dtype), images, backend)
+
+    def _answers(self, x: Tensor, images: Tensor, backend: str) -> tuple[Tensor, ...]:
+        name, given = f"{self.case.op}_mean", [x]
+        if self.directions is not None:
+            name, given = self.case.op, [x, self.directions.to(x.dtype)]
+        level, options = (self.sigma, self.alpha), {"backend": backend, **self.options()}
+        found = getattr(ops, name)(*given, images, *self.arguments(), *level, **options)
+        return found if isinstance(found, tuple) else (found,)
+
+    def plain(self, op: str | None = None) -> PosteriorWorkload:
+        """The same without derivatives, or another operation that takes the same."""
+        twin = copy.copy(self)
+        twin.case = replace(self.case, op=op or stem_of(self.case.op), tangents=0)
+        twin.directions = None
+        return twin
+
+    def flops(self) -> int:
+        """A product and a sum more a term for each direction."""
+        return self.pair_flops() * self.pairs() * (3 + 2 * self.case.tangents) // 3
 
     def bytes(self) -> int:
-        """Images, noisy images and answers."""
-        return self.images.nbytes + 2 * self.x.nbytes
+        """Images, noisy images, directions and answers."""
+        beside = 0 if self.directions is None else self.directions.nbytes
+        return self.images.nbytes + 2 * (self.x.nbytes + beside)
 
     def rounding(self, images: Tensor) -> float:
-        """Rounding of the logits: a squared distance of that many terms, over 2 sigma^2."""
+        """Rounding of the logits: a squared distance of that many terms, over 2 sigma^2.
+
+        For derivatives also four times what rounding the noisy images does: at small noise they
+        change with the noisy image faster than float32 can tell noisy images apart, so that the
+        error is that of the input and not of the sums.
+        """
+        if self.case.backend in GPU_BACKENDS:
+            return _GPU_ROUNDING
         # Where an image fits, a term is about sigma^2; where none does, the data's own spread.
         logit = self.neighbours() * (1 + 1 / max(self.sigma / self.alpha, 0.1))
-        return 4 * EPS * logit
+        if self.directions is None:
+            return 4 * EPS * logit
+        exact = self.answers(images, "reference", torch.float64)
+        x = self.x.double()
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.rand(x.shape, generator=generator, dtype=x.dtype).round() * 2 - 1
+        # Noisy images are rounded in the units of the stored values, from 0 to 255.
+        nudged = x + signs * EPS / 2 * (x.abs() + self.alpha)
+        moved = self._answers(nudged, images, "reference")
+        return 4 * EPS * logit + 4 * max(errors_of(moved, exact))
 
     def pairs(self) -> int:
         """Pairs of a noisy and a training image."""
-        return self.case.images * self.case.batch
+        return len(self.images) * self.case.batch
+
+    def terms(self) -> int | None:
+        """Those of the scan, and as many for each direction."""
+        scan = self.pair_terms()
+        return None if scan is None else scan * self.pairs() * (1 + self.case.tangents)
+
+    def pair_terms(self) -> int | None:
+        """Multiply-adds for a pair of a noisy and a training image."""
+        return None
+
+    def _beside_no_tangents(self) -> Yardstick:
+        return Yardstick(self.plain().run, 1.0, "the same operation without tangents")
+
+    _beside_without_tangents = _beside_no_tangents
 
     def _eager(
         self, function: Callable[..., Tensor], arguments: tuple[Any, ...], note: str
@@ -164,11 +281,13 @@ class PosteriorWorkload(Workload):
     ) -> Yardstick:
         """The same through torch.compile, for exactly these sizes, some noisy images at a time."""
         values, level = self._eager_values(), (self.sigma, self.alpha)
-        parts = self.x.split(rows or len(self.x))
-        compiled = libraries.compiled(function, parts[0], values, *arguments, *level)
+        batches = self.x.split(rows or len(self.x))
+        compiler = "eager" if self.interpreted else "inductor"
+        given = (batches[0], values, *arguments, *level)
+        compiled = libraries.compiled(function, *given, compiler=compiler)
 
         def answer(values: Tensor) -> Tensor:
-            return torch.cat([compiled(part, values, *arguments, *level) for part in parts])
+            return torch.cat([compiled(batch, values, *arguments, *level) for batch in batches])
 
         note = f"torch.compile of {function.__name__}"
         # Another number of images would be compiled again.
@@ -186,5 +305,11 @@ class PosteriorWorkload(Workload):
         note: str,
     ) -> Yardstick:
         """A yardstick that runs on some of the images."""
-        scaled = f"{note}; timed on {count} images and scaled to {self.case.images}"
-        return Yardstick(run, count / self.case.images, scaled, answer)
+        whole = len(self.images)
+        scaled = f"{note}; timed on {count} images and scaled to {whole}"
+        return Yardstick(run, count / whole, scaled, answer)
+
+
+def stem_of(op: str) -> str:
+    """The operation that a derivative is of."""
+    return op.removesuffix("_jvp").removesuffix("_vjp")

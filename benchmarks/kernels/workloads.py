@@ -3,39 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import pyflocality as pf
 from pyflocality import ops
 from pyflocality.storage.reader import training_values
 
 from . import baselines, libraries
-from .registry import Case
+from .registry import DDIM_STEPS, Case
 from .sets import BenchmarkSet
-from .workload import EPS, PosteriorWorkload, Workload, Yardstick, largest_error
+from .workload import PosteriorWorkload, Workload, Yardstick, stem_of
 
-# Rows of the matmul yardsticks; their time is scaled to all images.
-_MATMUL_ROWS = 2048
+# Images of the equivariant yardstick that takes one displacement at a time: it costs much.
+_FEW = 32
 
 
 class MaskedWorkload(PosteriorWorkload):
     """PCA locality: masks of the noise level, one per output value."""
 
-    def __init__(self, case: Case, data: BenchmarkSet) -> None:
-        super().__init__(case, data)
-        self.weights = data.weights(case.timestep)
-        self.terms = data.tree(case.timestep).terms
+    def __init__(self, case: Case, data: BenchmarkSet, interpreted: bool = False) -> None:
+        super().__init__(case, data, interpreted)
+        square = case.density is not None
+        self.weights = data.square_masks(case.density) if square else data.weights(case.timestep)
+        on_cpu = case.backend == "cpu"
+        self.schedule_terms = data.tree(case.timestep).terms if on_cpu else self.core_fringe
+
+    @cached_property
+    def core_fringe(self) -> int:
+        """Multiply-adds a pair of core and fringe in tiles of 4 x 4 outputs."""
+        mask = self.weights.dense(torch.bool, self.images.device)
+        return baselines.core_fringe_terms(mask, self.shape)
 
     def arguments(self) -> tuple[Any, ...]:
         """The masks."""
         return (self.weights,)
 
-    def flops(self) -> int:
-        """A subtraction, a product and a sum for every term of the native schedule."""
-        return 3 * self.terms * self.pairs()
+    def pair_flops(self) -> int:
+        """A subtraction, a product and a sum for every term of the schedule."""
+        return 3 * self.schedule_terms
+
+    def pair_terms(self) -> int:
+        """Those of core and fringe."""
+        return self.core_fringe
 
     def neighbours(self) -> int:
         """Inputs of the largest mask."""
@@ -43,70 +56,64 @@ class MaskedWorkload(PosteriorWorkload):
 
     def facts(self) -> dict[str, Any]:
         """Masks, schedule and the arithmetic of core and fringe, as shares of D^2."""
-        core_fringe = self.data.core_fringe_terms(self.case.timestep)
         return {
             "mask_density": self.weights.density,
-            "schedule_terms": self.terms,
-            "schedule_share": self.terms / self.values**2,
-            "core_fringe_terms": core_fringe,
-            "core_fringe_share": core_fringe / self.values**2,
+            "schedule_terms": self.schedule_terms,
+            "schedule_share": self.schedule_terms / self.values**2,
+            "core_fringe_terms": self.core_fringe,
+            "core_fringe_share": self.core_fringe / self.values**2,
         }
 
+    def _dense(self) -> Tensor:
+        return self.weights.dense(torch.float32, self.images.device).T.contiguous()
+
     def _beside_eager(self) -> Yardstick:
-        mask = self.weights.dense(torch.float32).T.contiguous()
         note = (
             "published algorithm: einsum of squared differences with the dense mask, batches of "
             f"{baselines.LOADER_BATCH}"
         )
-        return self._eager(baselines.masked_einsum, (mask,), note)
+        return self._eager(baselines.masked_einsum, (self._dense(),), note)
 
     def _beside_compiled(self) -> Yardstick:
-        mask = self.weights.dense(torch.float32).T.contiguous()
-        return self._compiled(baselines.masked_einsum, (mask,))
+        return self._compiled(baselines.masked_einsum, (self._dense(),))
 
     def _beside_matmul_same_terms(self) -> Yardstick:
-        return self._matmul(self.terms, "the schedule")
+        return self._matmul(self.schedule_terms * self.pairs(), "the schedule")
 
     def _beside_matmul_core_fringe(self) -> Yardstick:
-        terms = self.data.core_fringe_terms(self.case.timestep)
+        terms = self.core_fringe * self.pairs()
         return self._matmul(terms, "core and fringe in tiles of 4x4 outputs")
-
-    def _matmul(self, terms: int, what: str) -> Yardstick:
-        """[rows, D] x [D, columns], about as many multiply-adds an image as there are terms."""
-        rows = min(_MATMUL_ROWS, self.case.images)
-        columns = max(1, round(terms * self.case.batch / self.values))
-        generator = torch.Generator().manual_seed(0)
-        left = torch.rand(rows, self.values, generator=generator)
-        right = torch.rand(self.values, columns, generator=generator)
-        out = torch.empty(rows, columns)
-        share = rows * self.values * columns / (terms * self.pairs())
-        note = (
-            f"float32 matmul [{rows}, {self.values}] x [{self.values}, {columns}], scaled to the "
-            f"multiply-adds of {what}"
-        )
-        return Yardstick(lambda: torch.matmul(left, right, out=out), share, note)
 
 
 class WindowWorkload(PosteriorWorkload):
     """Local score: one posterior per pixel over the window around it."""
 
+    @property
+    def window(self) -> int:
+        """Side of the window."""
+        if self.case.window is None:
+            raise ValueError(f"{self.case.id}: `window` must be given")
+        return self.case.window
+
     def arguments(self) -> tuple[Any, ...]:
         """The window."""
-        return (self.case.window,)
+        return (self.window,)
 
-    def flops(self) -> int:
+    def pair_flops(self) -> int:
         """Squared differences, 3 a value, and separable box sums, 6 a pixel whatever the window."""
-        return (3 * self.values + 6 * self.shape[1] * self.shape[2]) * self.pairs()
+        return 3 * self.values + 6 * self.shape[1] * self.shape[2]
 
     def neighbours(self) -> int:
         """Values of the largest window."""
         channels, height, width = self.shape
-        return channels * min(self.case.window, height) * min(self.case.window, width)
+        return channels * min(self.window, height) * min(self.window, width)
 
     def _beside_eager_patches(self) -> Yardstick:
         return self._eager(
             baselines.window_unfolded_patches, self.arguments(), "eager unfold of all patches"
         )
+
+    _beside_eager = _beside_eager_patches
 
     def _beside_eager_differences(self) -> Yardstick:
         note = "eager unfold of the squared differences, summed over the channels before"
@@ -115,6 +122,8 @@ class WindowWorkload(PosteriorWorkload):
     def _beside_compiled_patches(self) -> Yardstick:
         return self._compiled(baselines.window_unfolded_patches, self.arguments())
 
+    _beside_compiled = _beside_compiled_patches
+
     def _beside_compiled_differences(self) -> Yardstick:
         return self._compiled(baselines.window_unfolded_differences, self.arguments())
 
@@ -122,11 +131,30 @@ class WindowWorkload(PosteriorWorkload):
 class EquivariantWorkload(WindowWorkload):
     """Equivariant local score: one posterior per pixel over the patches at all positions."""
 
-    def flops(self) -> int:
-        """As for the local score, for every shift of the images against the noisy image."""
+    @property
+    def positions(self) -> int:
+        """Places where a patch fits."""
         _, height, width = self.shape
-        half = self.case.window // 2
-        return super().flops() * (height - 2 * half) * (width - 2 * half)
+        return (height - self.window + 1) * (width - self.window + 1)
+
+    def options(self) -> dict[str, Any]:
+        """The border rule, too."""
+        return super().options() | {"boundary": self.case.boundary}
+
+    def pair_flops(self) -> int:
+        """As for the local score, for every shift of the images against the noisy image."""
+        return super().pair_flops() * self.positions
+
+    def pair_terms(self) -> int:
+        """Every patch with every patch."""
+        channels, height, width = self.shape
+        return channels * self.window**2 * self.positions * height * width
+
+    def _beside_eager(self) -> Yardstick:
+        few = self.images[: min(_FEW, self.case.eager_images)]
+        share, note = len(few) / len(self.images), "one displacement at a time in plain torch"
+        note += f"; timed on {len(few)} images and scaled to {len(self.images)}"
+        return Yardstick(lambda: self.answers(few, "reference"), share, note)
 
     def _beside_eager_convolution(self) -> Yardstick:
         note = "published algorithm: convolution with the unfolded patches of each noisy image"
@@ -138,31 +166,29 @@ class EquivariantWorkload(WindowWorkload):
 
 
 class PatchSetWorkload(WindowWorkload):
-    """Square patches that answer themselves: two passes, the second spreads the weights."""
+    """Square patches that answer themselves: two passes, the second sums the weights."""
 
-    def flops(self) -> int:
+    def pair_flops(self) -> int:
         """Twice the local score's, and a product and a sum more a value."""
-        return 2 * super().flops() + 2 * self.values * self.pairs()
+        return 2 * super().pair_flops() + 2 * self.values
 
     def _beside_window_mean(self) -> Yardstick:
-        def run() -> object:
-            level = (self.sigma, self.alpha)
-            images, options = self.images, {"backend": self.case.backend}
-            return ops.window_posterior_mean(self.x, images, self.case.window, *level, **options)
+        note = "the local score with the same window: one pass"
+        return Yardstick(self.plain("window_posterior").run, 1.0, note)
 
-        return Yardstick(run, 1.0, "the local score with the same window: one pass")
+    _beside_local_score = _beside_window_mean
 
 
 class GlobalWorkload(PosteriorWorkload):
     """Optimal denoiser: one posterior over whole images."""
 
-    def arguments(self) -> tuple[Any, ...]:
-        """Nothing."""
-        return ()
-
-    def flops(self) -> int:
+    def pair_flops(self) -> int:
         """A subtraction, a product and a sum for every value."""
-        return 3 * self.values * self.pairs()
+        return 3 * self.values
+
+    def pair_terms(self) -> int:
+        """One a value."""
+        return self.values
 
     def neighbours(self) -> int:
         """All values."""
@@ -179,30 +205,29 @@ class GlobalWorkload(PosteriorWorkload):
             "scaled_dot_product_attention of torch: noisy images ask, training images are keys "
             "and values, their squared norms, computed beforehand, a bias"
         )
-        return self._library(libraries.Attention, note)
+        return self._library(libraries.Attention, self._eager_values(), note)
 
     def _beside_keops(self) -> Yardstick:
-        return self._library(libraries.KeOps, "KeOps: sumsoftmaxweight of symbolic differences")
+        # On a GPU a few images would time its launches.
+        on_gpu = self.images.is_cuda
+        values = training_values(self.images, torch.float32) if on_gpu else self._eager_values()
+        note = "KeOps: sumsoftmaxweight of symbolic differences"
+        return self._library(libraries.KeOps, values, note)
 
     def _library(
-        self, model: Callable[[Tensor, float, float], libraries.Model], note: str
+        self, model: Callable[[Tensor, float, float], libraries.Model], values: Tensor, note: str
     ) -> Yardstick:
         """A model of a library, made of the training values before it is timed."""
-        made = model(self._eager_values(), self.sigma, self.alpha)
+        made = model(values, self.sigma, self.alpha)
 
         def answer(values: Tensor) -> Tensor:
             return model(values, self.sigma, self.alpha)(self.x)
 
-        count = min(self.case.eager_images, self.case.images)
-        return self._on_some(lambda: made(self.x), answer, count, note)
+        return self._on_some(lambda: made(self.x), answer, len(values), note)
 
 
-class NearestWorkload(PosteriorWorkload):
+class NearestWorkload(GlobalWorkload):
     """The nearest training image: its position."""
-
-    def arguments(self) -> tuple[Any, ...]:
-        """Nothing."""
-        return ()
 
     def answers(
         self, images: Tensor, backend: str, dtype: torch.dtype = torch.float32
@@ -211,17 +236,9 @@ class NearestWorkload(PosteriorWorkload):
         x = self.x.to(dtype)
         return (ops.nearest_images(x, images, self.alpha, backend=backend).indices,)
 
-    def flops(self) -> int:
-        """A subtraction, a product and a sum for every value."""
-        return 3 * self.values * self.pairs()
-
     def bytes(self) -> int:
         """Images, noisy images, and a position each."""
         return self.images.nbytes + self.x.nbytes + 8 * self.case.batch
-
-    def neighbours(self) -> int:
-        """All values."""
-        return self.values
 
     def rounding(self, images: Tensor) -> float:
         """None: a position is right or wrong."""
@@ -235,61 +252,6 @@ class NearestWorkload(PosteriorWorkload):
             "faiss: IndexFlatL2, filled with float32 values beforehand",
             lambda values: libraries.Faiss(values, self.alpha)(self.x),
         )
-
-
-class TangentsWorkload(PosteriorWorkload):
-    """Posterior mean and K Jacobian-vector products in one pass."""
-
-    def __init__(self, case: Case, data: BenchmarkSet) -> None:
-        super().__init__(case, data)
-        plain = replace(case, op=case.op.removesuffix("_jvp"), tangents=0)
-        self.plain = make_workload(plain, data)
-        self.tangents = data.directions(case.tangents, case.batch)
-
-    def arguments(self) -> tuple[Any, ...]:
-        """As without tangents."""
-        return self.plain.arguments()
-
-    def answers(
-        self, images: Tensor, backend: str, dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, ...]:
-        """Posterior means [B, C, H, W] and products [K, B, C, H, W]."""
-        return self._products(self.x.to(dtype), images, backend)
-
-    def _products(self, x: Tensor, images: Tensor, backend: str) -> tuple[Tensor, ...]:
-        products = getattr(ops, self.case.op)
-        tangents, level = self.tangents.to(x.dtype), (self.sigma, self.alpha)
-        return tuple(products(x, tangents, images, *self.arguments(), *level, backend=backend))
-
-    def flops(self) -> int:
-        """The plain pass, and a product and a sum more a term for each tangent."""
-        return self.plain.flops() * (3 + 2 * self.case.tangents) // 3
-
-    def bytes(self) -> int:
-        """Images, noisy images, tangents, answers and products."""
-        return super().bytes() + 2 * self.tangents.nbytes
-
-    def neighbours(self) -> int:
-        """As without tangents."""
-        return self.plain.neighbours()
-
-    def rounding(self, images: Tensor) -> float:
-        """As without tangents, and four times what rounding the noisy images does.
-
-        At small noise derivatives change with the noisy image faster than float32 can tell
-        noisy images apart, so that the error is that of the input and not of the sums.
-        """
-        exact = self.answers(images, "reference", torch.float64)
-        x = self.x.double()
-        generator = torch.Generator().manual_seed(0)
-        signs = torch.rand(x.shape, generator=generator, dtype=x.dtype).round() * 2 - 1
-        # Noisy images are rounded in the units of the stored values, from 0 to 255.
-        nudged = x + signs * EPS / 2 * (x.abs() + self.alpha)
-        moved = self._products(nudged, images, "reference")
-        return super().rounding(images) + 4 * largest_error(moved, exact)
-
-    def _beside_no_tangents(self) -> Yardstick:
-        return Yardstick(self.plain.run, 1.0, "the same operation without tangents")
 
 
 class CovarianceWorkload(Workload):
@@ -308,7 +270,11 @@ class CovarianceWorkload(Workload):
 
     def flops(self) -> int:
         """A product and a sum for every image and pair of values, each pair once."""
-        return self.case.images * self.values * (self.values + 1)
+        return len(self.images) * self.values * (self.values + 1)
+
+    def terms(self) -> int:
+        """One for every image and pair of values."""
+        return self.flops() // 2
 
     def bytes(self) -> int:
         """Images, and 64-bit sums read and written."""
@@ -319,8 +285,9 @@ class CovarianceWorkload(Workload):
         return 0.0
 
     def _sums(self, images: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-        gram = torch.zeros(self.values, self.values, dtype=torch.int64)
-        total = torch.zeros(self.values, dtype=torch.int64)
+        options: dict[str, Any] = {"dtype": torch.int64, "device": images.device}
+        gram = torch.zeros(self.values, self.values, **options)
+        total = torch.zeros(self.values, **options)
         ops.accumulate_covariance(images.flatten(1), gram, total, backend=backend)
         return gram, total
 
@@ -328,8 +295,63 @@ class CovarianceWorkload(Workload):
         values = training_values(self.images, torch.float32).flatten(1).T
         return Yardstick(lambda: torch.cov(values), 1.0, "torch.cov of the float32 values")
 
+    def _beside_full_matmul(self) -> Yardstick:
+        values = training_values(self.images, torch.bfloat16).flatten(1)
+        note = "bf16 matmul of all values with themselves, whole"
+        return Yardstick(lambda: values.T @ values, 1.0, note)
 
-_WORKLOADS: dict[str, type[Workload]] = {
+
+class GenerationWorkload(Workload):
+    """Ten DDIM steps of the PCA-locality model from fixed noise."""
+
+    # A step passes on the errors of those before it.
+    tolerance = 10
+    x: Tensor
+
+    def __init__(self, case: Case, data: BenchmarkSet, interpreted: bool = False) -> None:
+        super().__init__(case, data, interpreted)
+        shape, generator = (case.batch, *self.shape), torch.Generator().manual_seed(1)
+        self.x = torch.randn(shape, generator=generator).to(self.images.device)
+        self._timed = self._denoiser(self.images, case.backend)
+
+    @property
+    def ran(self) -> str:
+        """The operation of each step."""
+        return "masked_posterior"
+
+    def answers(
+        self, images: Tensor, backend: str, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, ...]:
+        """The images that are made, [B, C, H, W]."""
+        timed = images is self.images and backend == self.case.backend
+        denoiser = self._timed if timed else self._denoiser(images, backend)
+        steps = 2 if self.interpreted else len(DDIM_STEPS)
+        return (pf.sample(denoiser, x_T=self.x.to(dtype), steps=steps, progress=False).images,)
+
+    def _denoiser(self, images: Tensor, backend: str) -> pf.PCALocalityDenoiser:
+        """The PCA-locality model of some images, with the masks of the whole set."""
+        return pf.PCALocalityDenoiser(
+            pf.TrainingSet(images),
+            mask_threshold=self.data.threshold,
+            moments=self.data.moments,
+            backend=backend,
+            precision=self.case.precision,
+        )
+
+    def rounding(self, images: Tensor) -> float:
+        """Ten times that of a step."""
+        return 1e-2
+
+    def flops(self) -> int:
+        """Nobody counts them over the steps."""
+        return 0
+
+    def bytes(self) -> int:
+        """Nor these."""
+        return 0
+
+
+_WORKLOADS: dict[str, Callable[..., Workload]] = {
     "masked_posterior": MaskedWorkload,
     "window_posterior": WindowWorkload,
     "global_posterior": GlobalWorkload,
@@ -337,12 +359,11 @@ _WORKLOADS: dict[str, type[Workload]] = {
     "patch_set": PatchSetWorkload,
     "covariance": CovarianceWorkload,
     "nearest": NearestWorkload,
-    "masked_posterior_jvp": TangentsWorkload,
-    "window_posterior_jvp": TangentsWorkload,
-    "global_posterior_jvp": TangentsWorkload,
+    "ddim": GenerationWorkload,
 }
 
 
-def make_workload(case: Case, data: BenchmarkSet) -> Workload:
+def make_workload(case: Case, data: BenchmarkSet, interpreted: bool = False) -> Workload:
     """A case with its tensors, on the images as large as it wants them."""
-    return _WORKLOADS[case.op](case, data if case.side is None else data.cropped(case.side))
+    data = data if case.side is None else data.cropped(case.side)
+    return _WORKLOADS[stem_of(case.op)](case, data, interpreted)

@@ -35,8 +35,8 @@ from pyflocality._support.devices import parse_device
 from pyflocality._support.progress import progress_bar
 from pyflocality.storage.reader import training_values
 
+from ..command import path_option
 from ..machine import machine_facts
-from ..options import path_option
 from ..studies.pattern import WEIGHTS, planted
 from .unet import UNet
 

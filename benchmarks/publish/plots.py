@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..options import path_option
+from ..command import path_option
 
 _TITLES = {
     "masked_posterior": "masked (PCA locality)",

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ import pyflocality as pf
 from pyflocality._support.progress import progress_bar
 from pyflocality.ops import nearest_images
 
-from ..cpu_suite import write_json
+from ..command import Record, write_json
+from ..plotting import picture, without_ticks
 from . import methods, networks
 from .draw import line_style
 from .networks import Network
@@ -99,7 +100,7 @@ def nearest(images: Tensor, data: pf.TrainingSet) -> Tensor:
 @torch.no_grad()
 def restore_once(
     model: Model, clean: Tensor, noise: Tensor, t: int, data: pf.TrainingSet
-) -> tuple[Tensor, dict[str, Any]]:
+) -> tuple[Tensor, Record]:
     """The first image as the model restores it, [1, C, H, W], and the errors of all."""
     clock = now(data.device)
     alpha, sigma = pf.DDPMSchedule()(t)
@@ -117,7 +118,7 @@ def restore(
     kept: KeptRuns,
     *,
     progress: bool,
-) -> tuple[list[dict[str, Any]], dict[tuple[str, int], Tensor]]:
+) -> tuple[list[Record], dict[tuple[str, int], Tensor]]:
     """A record for each model and time, and the first image as each restores it.
 
     Args:
@@ -150,55 +151,49 @@ def restore(
     return records, drawn
 
 
-def draw(
-    report: dict[str, Any], drawn: dict[tuple[str, int], Tensor], pair: Tensor, path: Path
-) -> None:
+def draw(report: Record, drawn: dict[tuple[str, int], Tensor], pair: Tensor, path: Path) -> None:
     """Errors against the noise level, and one image as every model restores it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     names = list(dict.fromkeys(record["model"] for record in report["results"]))
     rows = ["noisy", *names]
-    figure = plt.figure(figsize=(13, 4.8 + 0.9 * len(rows)), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[4.8, 0.9 * len(rows)])
-    titles = ("the clean test image", "the nearest training image")
-    for axis, measure, title in zip(top.subplots(1, 2), _MEASURES, titles, strict=True):
-        told = [record[measure] for record in report["results"]]
-        floor = max(_FLOOR, 0.5 * min((t["mean"] for t in told if t["mean"] > 0), default=1.0))
-        for k, name in enumerate(names):
-            of_model = [record for record in report["results"] if record["model"] == name]
-            _draw_line(axis, of_model, measure, floor, **line_style(k), label=name)
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_ylim(bottom=0.8 * floor)
-        axis.set_xlabel("noise level sigma / alpha")
-        axis.set_title(f"MSE against {title}; bars: one standard error", fontsize=10)
-        if floor == _FLOOR:
-            axis.set_ylabel(f"MSE, anything below {_FLOOR:g} drawn there")
-        axis.grid(alpha=0.3)
-    top.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
-    axes = bottom.subplots(len(rows), len(_DRAWN) + 1, squeeze=False)
-    for line, name in zip(axes, rows, strict=True):
-        for axis, t in zip(line[1:], _DRAWN, strict=True):
-            _show(axis, drawn[name, t][0])
-        line[1].set_ylabel(name, fontsize=7, rotation=0, ha="right", va="center")
-        line[0].axis("off")
-    for axis, t in zip(axes[0, 1:], _DRAWN, strict=True):
-        axis.set_title(f"t = {t}", fontsize=8)
-    for axis, image, title in zip(
-        axes[:2, 0], pair, ("test image", "nearest training"), strict=True
-    ):
-        axis.axis("on")
-        _show(axis, image)
-        axis.set_title(title, fontsize=7)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    size = (13, 4.8 + 0.9 * len(rows))
+    with picture(path, 0, dpi=90, figsize=size, layout="constrained") as (figure, _):
+        top, bottom = figure.subfigures(2, 1, height_ratios=[4.8, 0.9 * len(rows)])
+        titles = ("the clean test image", "the nearest training image")
+        for axis, measure, title in zip(top.subplots(1, 2), _MEASURES, titles, strict=True):
+            told = [record[measure] for record in report["results"]]
+            floor = max(_FLOOR, 0.5 * min((t["mean"] for t in told if t["mean"] > 0), default=1.0))
+            for k, name in enumerate(names):
+                of_model = [record for record in report["results"] if record["model"] == name]
+                _draw_line(axis, of_model, measure, floor, **line_style(k), label=name)
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            axis.set_ylim(bottom=0.8 * floor)
+            axis.set_xlabel("noise level sigma / alpha")
+            axis.set_title(f"MSE against {title}; bars: one standard error", fontsize=10)
+            if floor == _FLOOR:
+                axis.set_ylabel(f"MSE, anything below {_FLOOR:g} drawn there")
+            axis.grid(alpha=0.3)
+        top.legend(
+            *axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7
+        )
+        axes = bottom.subplots(len(rows), len(_DRAWN) + 1, squeeze=False)
+        for line, name in zip(axes, rows, strict=True):
+            for axis, t in zip(line[1:], _DRAWN, strict=True):
+                _show(axis, drawn[name, t][0])
+            line[1].set_ylabel(name, fontsize=7, rotation=0, ha="right", va="center")
+            line[0].axis("off")
+        for axis, t in zip(axes[0, 1:], _DRAWN, strict=True):
+            axis.set_title(f"t = {t}", fontsize=8)
+        for axis, image, title in zip(
+            axes[:2, 0], pair, ("test image", "nearest training"), strict=True
+        ):
+            axis.axis("on")
+            _show(axis, image)
+            axis.set_title(title, fontsize=7)
 
 
 def _draw_line(
-    axis: Axes, records: Sequence[dict[str, Any]], measure: str, floor: float, **style: object
+    axis: Axes, records: Sequence[Record], measure: str, floor: float, **style: object
 ) -> None:
     """Means and standard errors of a model; bars end at the floor, below which is nothing."""
     means = [max(record[measure]["mean"], floor) for record in records]
@@ -214,8 +209,7 @@ def _show(axis: Axes, image: Tensor) -> None:
     axis.imshow(
         (shown.mean(0) if grey else shown.permute(1, 2, 0)).numpy(), cmap="gray", vmin=0, vmax=1
     )
-    axis.set_xticks([])
-    axis.set_yticks([])
+    without_ticks(axis)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

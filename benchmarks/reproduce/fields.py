@@ -31,7 +31,7 @@ from pyflocality import analysis
 from pyflocality.analysis import figures
 from pyflocality.analysis.sensitivity import SensitivityRun
 
-from ..cpu_suite import write_json
+from ..command import write_json
 from . import networks
 from .runs import KeptRuns, Run, Settings, now, starting_noise
 from .study import Study

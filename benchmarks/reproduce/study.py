@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from typing import Any
 
 import torch
 
 import pyflocality as pf
 from pyflocality._support.devices import parse_device
 
+from ..command import Record, Run, check_results, path_option, results_parser
 from ..kernels.gpu_machine import gpu_facts
 from ..machine import machine_facts
-from ..options import path_option
 from . import methods, networks
 from .networks import Network
-
-SCHEMA = 1
 
 
 class Study:
@@ -56,9 +51,9 @@ class Study:
         needs_network: bool = True,
         positive_threshold: bool = False,
     ) -> None:
-        self.name, self._clock = name, time.perf_counter()
+        self.name, self._begun = name, Run()
         self._positive_threshold = positive_threshold
-        self.parser = argparse.ArgumentParser(prog=f"python -m benchmarks.reproduce.{name}")
+        self.parser = results_parser(f"reproduce.{name}")
         add = self.parser.add_argument
         add("--source", required=True, help="training images")
         add(
@@ -69,21 +64,16 @@ class Study:
             default=[],
             help="trained network; given several times, the first is the one that is followed",
         )
-        add("--out", type=path_option, required=True, help="JSON file to write")
         add("--threshold", type=float, default=0.005, help="of PCA locality")
         add("--samples", type=int, default=samples, help=about)
         add("--device", default="cpu", help="cpu, or cuda with or without a number")
-        add("--force", action="store_true", help="replace --out where it exists")
         add("--no-progress", action="store_true", help="no progress bars")
 
     def start(self, arguments: Sequence[str] | None) -> None:
         """Read and check the options, then load images and networks."""
         self.options = options = self.parser.parse_args(arguments)
         self.progress = not options.no_progress
-        if options.out.exists() and not options.force:
-            self.parser.error(f"{options.out} is there already; --force replaces it")
-        if not options.out.parent.is_dir():
-            self.parser.error(f"there is no folder {options.out.parent}")
+        check_results(self.parser, options)
         for name, value in vars(options).items():
             if isinstance(value, int) and value < 1 and not isinstance(value, bool):
                 self.parser.error(f"--{name} must be at least 1, got {value}")
@@ -104,30 +94,27 @@ class Study:
             self.parser.error(str(error))
         self.data = data.to(self.device)
 
-    def report(self, results: object, **further: object) -> dict[str, Any]:
+    def report(self, results: object, **further: object) -> Record:
         """The results with all that they depend on."""
-        return {
-            "schema": SCHEMA,
-            "study": self.name,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "seconds": time.perf_counter() - self._clock,
-            "machine": facts_of(self.device),
-            "device": str(self.device),
-            "data": data_record(self.data),
-            "networks": [network.record() for network in self.trained],
-            "threshold": self.options.threshold,
-            "samples": self.options.samples,
+        return self._begun.report(
+            study=self.name,
+            machine=facts_of(self.device),
+            device=str(self.device),
+            data=data_record(self.data),
+            networks=[network.record() for network in self.trained],
+            threshold=self.options.threshold,
+            samples=self.options.samples,
             **further,
-            "results": results,
-        }
+            results=results,
+        )
 
 
-def facts_of(device: torch.device) -> dict[str, Any]:
+def facts_of(device: torch.device) -> Record:
     """Machine and versions, with those of the GPU where that is the device."""
     return machine_facts() | (gpu_facts(device.index or 0) if device.type == "cuda" else {})
 
 
-def data_record(data: pf.TrainingSet) -> dict[str, Any]:
+def data_record(data: pf.TrainingSet) -> Record:
     """What a results file tells of the images."""
     return {
         "name": data.name,

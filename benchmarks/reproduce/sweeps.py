@@ -33,7 +33,7 @@ import torch
 
 import pyflocality as pf
 
-from ..cpu_suite import write_json
+from ..command import write_json
 from . import diagnosis, networks, sweeps_draw
 from .networks import Network
 from .runs import STEPS, KeptRuns, Request, Run, perform, starting_noise

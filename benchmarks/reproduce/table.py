@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,12 +20,13 @@ from pyflocality._support.record import Stages
 from pyflocality.masks import check_threshold
 from pyflocality.ops import nearest_images
 
+from ..command import SCHEMA, Record
 from . import draw, methods, networks
 from .methods import METHODS, Settings
 from .networks import Network
 from .runs import STEPS, KeptRuns, Request, Run, now, perform_apart, starting_noise
 from .scores import score, shown
-from .study import SCHEMA, data_record, facts_of
+from .study import data_record, facts_of
 from .windows import CALIBRATION_SAMPLES, calibrated_windows
 
 _WINDOWS_TOLD = (
@@ -89,7 +89,7 @@ class Plan:
         networks.check_networks(self.networks)
 
 
-def reproduce(plan: Plan) -> dict[str, Any]:
+def reproduce(plan: Plan) -> Record:
     """Fill the table; the record that is written to `reproduce.json`.
 
     Raises:
@@ -152,7 +152,7 @@ class _Table:
             moments.eigh()
         return moments
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Record]:
         """The rows: first the networks, then the methods."""
         rows = []
         for network in self.trained:
@@ -165,7 +165,7 @@ class _Table:
             rows.append(self._nearest() if name == "nearest" else self._method(name))
         return rows
 
-    def _method(self, name: str) -> dict[str, Any]:
+    def _method(self, name: str) -> Record:
         method, plan = METHODS[name], self.plan
         if method.calibrated is not None and method.calibrated not in self.windows:
             name_of_model = method.calibrated
@@ -215,7 +215,7 @@ class _Table:
         self.runs[name] = run
         return run
 
-    def _nearest(self) -> dict[str, Any]:
+    def _nearest(self) -> Record:
         """The training image nearest to each network's x0, at each step."""
         against, run = {}, None
         for network in reversed(self.trained):
@@ -255,7 +255,7 @@ class _Table:
         }
         return Run(torch.stack(found), facts)
 
-    def _row(self, name: str, label: str, settings: Settings, run: Run) -> dict[str, Any]:
+    def _row(self, name: str, label: str, settings: Settings, run: Run) -> Record:
         is_network = name not in METHODS
         searched = None if is_network or name == "wiener" else len(self.data)
         return {
@@ -268,7 +268,7 @@ class _Table:
             **run.facts,
         }
 
-    def _against(self, name: str, run: Run) -> dict[str, Any]:
+    def _against(self, name: str, run: Run) -> Record:
         samples = run.x0.shape[1]
         return {
             network.name: score(run.x0, self.runs[network.name].x0[:, :samples])
@@ -281,9 +281,9 @@ def _record(
     plan: Plan,
     data: pf.TrainingSet,
     trained: Sequence[Network],
-    rows: list[dict[str, Any]],
+    rows: list[Record],
     table: _Table,
-) -> dict[str, Any]:
+) -> Record:
     """What is written of a run; nothing in it names a folder of this machine."""
     return {
         "schema": SCHEMA,
@@ -317,7 +317,7 @@ def _record(
     }
 
 
-def markdown(record: dict[str, Any]) -> str:
+def markdown(record: Record) -> str:
     """The table as text for people."""
     names = [network["name"] for network in record["networks"]]
     data, settings = record["data"], record["settings"]
@@ -350,7 +350,7 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _told(network: dict[str, Any]) -> str:
+def _told(network: Record) -> str:
     """How long a network was trained, as far as its file tells."""
     facts, name = network["facts"], network["name"]
     told = f"{name[:1].upper()}{name[1:]}: {network['parameters']:,} parameters"
@@ -359,7 +359,7 @@ def _told(network: dict[str, Any]) -> str:
     return f"{told}."
 
 
-def label_of(row: dict[str, Any], record: dict[str, Any]) -> str:
+def label_of(row: Record, record: Record) -> str:
     """What a row is called, with what sets its run apart from the others."""
     label = row["label"]
     if row["images"] is not None and row["images"] < record["data"]["images"]:
@@ -371,7 +371,7 @@ def label_of(row: dict[str, Any], record: dict[str, Any]) -> str:
     return label
 
 
-def _cells(row: dict[str, Any], names: list[str], record: dict[str, Any]) -> list[str]:
+def _cells(row: Record, names: list[str], record: Record) -> list[str]:
     cells = [label_of(row, record)]
     for name in names:
         found = row["against"].get(name)

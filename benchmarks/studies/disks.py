@@ -19,6 +19,8 @@ import pyflocality as pf
 from pyflocality import analysis, synthetic
 from pyflocality._support.progress import progress_bar
 
+from ..plotting import picture
+
 NEEDS: tuple[str, ...] = ()
 
 _SIZE = 16
@@ -74,35 +76,28 @@ def principal_cosines(vectors: Tensor, tangents: Tensor) -> Tensor:
 
 def draw(records: list[dict[str, Any]], pictures: None, path: Path) -> None:
     """Eigenvalues and cosines against the noise level, a column for each set size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     from matplotlib.ticker import NullFormatter
 
     counts = sorted({record["images"] for record in records})
-    figure, axes = plt.subplots(3, len(counts), figsize=(5 * len(counts), 9), squeeze=False)
-    for column, count in enumerate(counts):
-        chosen = [record for record in records if record["images"] == count]
-        sigmas = [record["sigma"] for record in chosen]
-        top, middle, bottom = axes[:, column]
-        for k in range(_EIGENVALUES):
-            values = [record["eigenvalues"][k] for record in chosen]
-            top.plot(sigmas, values, "o-", color="C0" if k < _DIMENSION else "0.7", ms=3)
-        top.axhline(1.0, color="k", lw=0.5)
-        top.set_title(f"N = {count:,}: ten leading eigenvalues (five in colour)", fontsize=9)
-        for k in range(_DIMENSION):
-            values = [record["principal_cosines"][k] for record in chosen]
-            middle.plot(sigmas, values, "o-", color="C1", ms=3)
-        middle.set_ylim(0, 1.05)
-        middle.set_title("cosines of principal angles with the tangent space", fontsize=9)
-        sizes = [record["effective_sample_size"] for record in chosen]
-        bottom.loglog(sigmas, sizes, "o-", color="C2", ms=3)
-        bottom.set_title("effective sample size", fontsize=9)
-        bottom.set_xlabel("noise level sigma")
-        for axis in (top, middle, bottom):
-            axis.set_xscale("log")
-            axis.xaxis.set_minor_formatter(NullFormatter())
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    with picture(path, 3, len(counts), figsize=(5 * len(counts), 9)) as (_, axes):
+        for column, count in enumerate(counts):
+            chosen = [record for record in records if record["images"] == count]
+            sigmas = [record["sigma"] for record in chosen]
+            top, middle, bottom = axes[:, column]
+            for k in range(_EIGENVALUES):
+                values = [record["eigenvalues"][k] for record in chosen]
+                top.plot(sigmas, values, "o-", color="C0" if k < _DIMENSION else "0.7", ms=3)
+            top.axhline(1.0, color="k", lw=0.5)
+            top.set_title(f"N = {count:,}: ten leading eigenvalues (five in colour)", fontsize=9)
+            for k in range(_DIMENSION):
+                values = [record["principal_cosines"][k] for record in chosen]
+                middle.plot(sigmas, values, "o-", color="C1", ms=3)
+            middle.set_ylim(0, 1.05)
+            middle.set_title("cosines of principal angles with the tangent space", fontsize=9)
+            sizes = [record["effective_sample_size"] for record in chosen]
+            bottom.loglog(sigmas, sizes, "o-", color="C2", ms=3)
+            bottom.set_title("effective sample size", fontsize=9)
+            bottom.set_xlabel("noise level sigma")
+            for axis in (top, middle, bottom):
+                axis.set_xscale("log")
+                axis.xaxis.set_minor_formatter(NullFormatter())

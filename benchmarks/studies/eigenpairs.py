@@ -16,6 +16,8 @@ import pyflocality as pf
 from pyflocality import analysis
 from pyflocality._support.progress import progress_bar
 
+from ..plotting import picture
+
 NEEDS = ("cifar10",)
 
 _PAIRS = 20
@@ -63,21 +65,14 @@ def run(*, quick: bool, cifar10: Path | None) -> tuple[list[dict[str, Any]], Non
 
 def draw(records: list[dict[str, Any]], pictures: None, path: Path) -> None:
     """Eigenvalues by rank, with the times in the legend."""
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for record in records:
-        label = (
-            f"{record['model']}, t = {record['t']}: {record['seconds']:.1f} s, whole Jacobian "
-            f"{record['whole_jacobian_seconds']:.0f} s"
-        )
-        axis.plot(range(1, _PAIRS + 1), record["eigenvalues"], "o-", ms=3, label=label)
-    axis.set_xlabel("rank")
-    axis.set_ylabel("eigenvalue")
-    axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    with picture(path, figsize=(6, 4)) as (_, [[axis]]):
+        for record in records:
+            label = (
+                f"{record['model']}, t = {record['t']}: {record['seconds']:.1f} s, whole Jacobian "
+                f"{record['whole_jacobian_seconds']:.0f} s"
+            )
+            axis.plot(range(1, _PAIRS + 1), record["eigenvalues"], "o-", ms=3, label=label)
+        axis.set_xlabel("rank")
+        axis.set_ylabel("eigenvalue")
+        axis.legend(fontsize=7)

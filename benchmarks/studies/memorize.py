@@ -12,6 +12,8 @@ import pyflocality as pf
 from pyflocality import analysis
 from pyflocality.analysis import MemorizationCurve
 
+from ..plotting import picture, without_ticks
+
 NEEDS = ("mnist",)
 
 _WINDOW = 7
@@ -48,29 +50,22 @@ def run(*, quick: bool, mnist: Path | None) -> tuple[list[dict[str, Any]], dict[
 
 def draw(records: list[dict[str, Any]], curves: dict[str, MemorizationCurve], path: Path) -> None:
     """Similarities against N, and a sample of either model at every N."""
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, len(records), figsize=(4.2 * len(records), 5), squeeze=False)
-    for record, top, bottom in zip(records, *axes, strict=True):
-        top.semilogx(record["sizes"], record["between_models"], "o-", label="two models' samples")
-        top.semilogx(
-            record["sizes"], record["to_nearest_training_image"], "s-", label="nearest image"
-        )
-        top.set_ylim(-0.1, 1.05)
-        top.set_title(record["model"], fontsize=9)
-        top.set_xlabel("training images N of each model")
-        top.legend(fontsize=7)
-        # [S, 2, C, H, W] -> two rows of images
-        samples = curves[record["model"]].samples[:, :, 0].mean(2)
-        sheet = torch.cat([torch.cat(list(column), 0) for column in samples], 1)
-        bottom.imshow(sheet.clamp(-1, 1).numpy(), cmap="gray")
-        bottom.set_xticks([])
-        bottom.set_yticks([])
-        bottom.set_xlabel("one sample of both models, N grows to the right", fontsize=8)
-    axes[0, 0].set_ylabel("cosine similarity")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    with picture(path, 2, len(records), figsize=(4.2 * len(records), 5)) as (_, axes):
+        for record, top, bottom in zip(records, *axes, strict=True):
+            for key, style, label in (
+                ("between_models", "o-", "two models' samples"),
+                ("to_nearest_training_image", "s-", "nearest image"),
+            ):
+                top.semilogx(record["sizes"], record[key], style, label=label)
+            top.set_ylim(-0.1, 1.05)
+            top.set_title(record["model"], fontsize=9)
+            top.set_xlabel("training images N of each model")
+            top.legend(fontsize=7)
+            # [S, 2, C, H, W] -> two rows of images
+            samples = curves[record["model"]].samples[:, :, 0].mean(2)
+            sheet = torch.cat([torch.cat(list(column), 0) for column in samples], 1)
+            bottom.imshow(sheet.clamp(-1, 1).numpy(), cmap="gray")
+            without_ticks(bottom)
+            bottom.set_xlabel("one sample of both models, N grows to the right", fontsize=8)
+        axes[0, 0].set_ylabel("cosine similarity")

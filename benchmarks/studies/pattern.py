@@ -21,6 +21,7 @@ import pyflocality as pf
 from pyflocality import analysis, synthetic
 from pyflocality._support.progress import progress_bar
 
+from ..plotting import picture, without_ticks
 from ..reproduce.networks import load
 
 NEEDS = ("cifar10",)
@@ -151,27 +152,18 @@ def share_on_pattern(field: Tensor, pattern: Tensor, output: tuple[int, int]) ->
 
 def draw(records: list[dict[str, Any]], pictures: list[Any], path: Path) -> None:
     """Fields by weight and model, a column for each step; marked where the ratio is high."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
     visible = {(record["gamma"], record["t"]): record["visible"] for record in records}
     rows = list(dict.fromkeys((gamma, name) for gamma, _, name, _ in pictures))
     steps = list(dict.fromkeys(t for _, t, _, _ in pictures))
-    figure, axes = plt.subplots(
-        len(rows), len(steps), figsize=(1.3 * len(steps), 1.45 * len(rows)), squeeze=False
-    )
-    for gamma, t, name, field in pictures:
-        axis = axes[rows.index((gamma, name)), steps.index(t)]
-        axis.imshow((field / field.max()).sqrt().numpy(), cmap="magma")
-        axis.set_xticks([])
-        axis.set_yticks([])
-        mark = " *" if gamma > 0 and visible[gamma, t] else ""
-        axis.set_title(f"t = {t}{mark}", fontsize=7)
-        if t == steps[0]:
-            axis.set_ylabel(f"{name}\ngamma {gamma:g}", fontsize=7)
-    figure.suptitle("sensitivity fields (square root); * where the pattern's SNR exceeds 0.1")
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    size = (1.3 * len(steps), 1.45 * len(rows))
+    with picture(path, len(rows), len(steps), dpi=90, figsize=size) as (figure, axes):
+        for gamma, t, name, field in pictures:
+            axis = axes[rows.index((gamma, name)), steps.index(t)]
+            axis.imshow((field / field.max()).sqrt().numpy(), cmap="magma")
+            without_ticks(axis)
+            mark = " *" if gamma > 0 and visible[gamma, t] else ""
+            axis.set_title(f"t = {t}{mark}", fontsize=7)
+            if t == steps[0]:
+                axis.set_ylabel(f"{name}\ngamma {gamma:g}", fontsize=7)
+        figure.suptitle("sensitivity fields (square root); * where the pattern's SNR exceeds 0.1")

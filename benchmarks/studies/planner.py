@@ -19,6 +19,8 @@ from pyflocality._support.progress import progress_bar
 from pyflocality.kernels.cpu.posterior import difference_tree
 from pyflocality.planner import COSTS, WINDOW, Setting, seconds_of
 
+from ..plotting import picture
+
 NEEDS: tuple[str, ...] = ()
 
 _MODELS = {
@@ -98,23 +100,17 @@ def photograph_moments(shape: tuple[int, int, int]) -> pf.Moments:
 
 def draw(records: list[dict[str, Any]], pictures: None, path: Path) -> None:
     """Foreseen against measured time, with the band of 30%."""
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 5))
-    for model in dict.fromkeys(record["model"] for record in records):
-        chosen = [record for record in records if record["model"] == model]
-        measured = [record["measured_seconds"] for record in chosen]
-        axis.loglog(measured, [record["foreseen_seconds"] for record in chosen], "o", label=model)
-    times = [record["measured_seconds"] for record in records]
-    ends = [min(times) / 1.5, max(times) * 1.5]
-    axis.loglog(ends, ends, "k-", lw=1)
-    axis.fill_between(ends, [0.7 * e for e in ends], [1.3 * e for e in ends], alpha=0.2)
-    axis.set_xlabel("measured seconds a step")
-    axis.set_ylabel("foreseen seconds a step")
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    with picture(path, figsize=(6, 5)) as (_, [[axis]]):
+        for model in dict.fromkeys(record["model"] for record in records):
+            chosen = [record for record in records if record["model"] == model]
+            measured = [record["measured_seconds"] for record in chosen]
+            foreseen = [record["foreseen_seconds"] for record in chosen]
+            axis.loglog(measured, foreseen, "o", label=model)
+        times = [record["measured_seconds"] for record in records]
+        ends = [min(times) / 1.5, max(times) * 1.5]
+        axis.loglog(ends, ends, "k-", lw=1)
+        axis.fill_between(ends, [0.7 * e for e in ends], [1.3 * e for e in ends], alpha=0.2)
+        axis.set_xlabel("measured seconds a step")
+        axis.set_ylabel("foreseen seconds a step")
+        axis.legend(fontsize=8)

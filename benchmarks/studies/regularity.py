@@ -17,6 +17,8 @@ import pyflocality as pf
 from pyflocality import synthetic
 from pyflocality._support.progress import progress_bar
 
+from ..plotting import picture
+
 NEEDS: tuple[str, ...] = ()
 
 _SIZE = 32
@@ -67,27 +69,20 @@ def _slope(sigmas: tuple[float, ...], errors: list[float]) -> float:
 
 def draw(results: dict[str, Any], pictures: None, path: Path) -> None:
     """Error against the noise variance, a panel for each regularity."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
     alphas = sorted({curve["alpha"] for curve in results["curves"]})
-    figure, axes = plt.subplots(1, len(alphas), figsize=(4.5 * len(alphas), 4), squeeze=False)
-    variances = [sigma**2 for sigma in results["sigmas"]]
-    for alpha, axis in zip(alphas, axes[0], strict=True):
-        for curve in results["curves"]:
-            if curve["alpha"] == alpha:
-                label = f"{curve['model']} ({curve['slope']:.2f})"
-                axis.loglog(variances, curve["mse"], "o-", ms=3, label=label)
-        expected = alpha / (alpha + 1)
-        last = min(curve["mse"][-1] for curve in results["curves"] if curve["alpha"] == alpha)
-        line = [last * (v / variances[-1]) ** expected for v in variances]
-        axis.loglog(variances, line, "k--", lw=1, label=f"slope {expected:.2f}")
-        axis.set_title(f"C^{alpha:g} images, N = {results['images']:,}", fontsize=9)
-        axis.set_xlabel("noise variance")
-        axis.legend(fontsize=7)
-    axes[0, 0].set_ylabel("mean squared error (slope in brackets)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    with picture(path, 1, len(alphas), figsize=(4.5 * len(alphas), 4)) as (_, axes):
+        variances = [sigma**2 for sigma in results["sigmas"]]
+        for alpha, axis in zip(alphas, axes[0], strict=True):
+            for curve in results["curves"]:
+                if curve["alpha"] == alpha:
+                    label = f"{curve['model']} ({curve['slope']:.2f})"
+                    axis.loglog(variances, curve["mse"], "o-", ms=3, label=label)
+            expected = alpha / (alpha + 1)
+            last = min(curve["mse"][-1] for curve in results["curves"] if curve["alpha"] == alpha)
+            line = [last * (v / variances[-1]) ** expected for v in variances]
+            axis.loglog(variances, line, "k--", lw=1, label=f"slope {expected:.2f}")
+            axis.set_title(f"C^{alpha:g} images, N = {results['images']:,}", fontsize=9)
+            axis.set_xlabel("noise variance")
+            axis.legend(fontsize=7)
+        axes[0, 0].set_ylabel("mean squared error (slope in brackets)")

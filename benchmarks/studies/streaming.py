@@ -28,6 +28,8 @@ import pyflocality as pf
 from pyflocality._support.progress import progress_bar
 from pyflocality.storage import mapped as _mapped
 
+from ..plotting import picture
+
 NEEDS: tuple[str, ...] = ()
 ACCEPTS = ("scratch",)
 
@@ -167,30 +169,23 @@ def _peak_memory() -> Iterator[dict[str, int]]:
 
 def draw(results: dict[str, Any], pictures: None, path: Path) -> None:
     """Throughput and memory of every run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
     records = results["records"]
     names = [f"{record['what']}\n({record['cache']})" for record in records]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    axes[0].barh(names, [record["gb_per_second"] for record in records])
-    axes[0].set_xlabel("GB of the file a second")
-    axes[0].invert_yaxis()
-    for key, label in (
-        ("peak_anonymous_bytes", "own memory"),
-        ("peak_mapped_file_bytes", "pages of files"),
-    ):
-        axes[1].plot([record[key] / 1e6 for record in records], names, "o", label=label)
-    budget, size = results["memory_budget"] / 1e6, results["file_bytes"] / 1e6
-    axes[1].axvline(budget, color="grey", lw=1, label="memory budget")
-    axes[1].axvline(size, color="black", lw=1, ls="--", label="size of the file")
-    axes[1].set_xlabel("largest resident memory, MB")
-    axes[1].set_xscale("log")
-    axes[1].legend(fontsize=7)
-    shape = "x".join(map(str, results["shape"]))
-    figure.suptitle(f"{results['images']:,} images {shape}, batch {results['batch']}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    with picture(path, 1, 2, figsize=(11, 4.5), sharey=True) as (figure, [axes]):
+        axes[0].barh(names, [record["gb_per_second"] for record in records])
+        axes[0].set_xlabel("GB of the file a second")
+        axes[0].invert_yaxis()
+        for key, label in (
+            ("peak_anonymous_bytes", "own memory"),
+            ("peak_mapped_file_bytes", "pages of files"),
+        ):
+            axes[1].plot([record[key] / 1e6 for record in records], names, "o", label=label)
+        budget, size = results["memory_budget"] / 1e6, results["file_bytes"] / 1e6
+        axes[1].axvline(budget, color="grey", lw=1, label="memory budget")
+        axes[1].axvline(size, color="black", lw=1, ls="--", label="size of the file")
+        axes[1].set_xlabel("largest resident memory, MB")
+        axes[1].set_xscale("log")
+        axes[1].legend(fontsize=7)
+        shape = "x".join(map(str, results["shape"]))
+        figure.suptitle(f"{results['images']:,} images {shape}, batch {results['batch']}")

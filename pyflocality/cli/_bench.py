@@ -46,7 +46,8 @@ def bench(
     its yardsticks: the published algorithms in plain torch and through torch.compile, torch's
     attention, KeOps and faiss, those of them that are installed.
     """
-    from pyflocality.benchmarks.cpu_suite import run_suite, unfinished_twin, write_json
+    from pyflocality.benchmarks.command import write_json
+    from pyflocality.benchmarks.cpu_suite import run_suite, unfinished_twin
     from pyflocality.benchmarks.kernels.registry import FULL, QUICK, cases
     from pyflocality.benchmarks.kernels.sets import BenchmarkSet
     from pyflocality.benchmarks.publish.summary import table

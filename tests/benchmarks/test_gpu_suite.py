@@ -296,7 +296,7 @@ def test_a_broken_context_ends_the_process_and_keeps_what_was_measured(tmp_path,
         return measured
 
     monkeypatch.setattr(worker, "_measure", measure)
-    monkeypatch.setattr(gpu_suite, "line_of", lambda record: record["id"])
+    monkeypatch.setattr(gpu_worker, "line_of", lambda record: record["id"])
     assert worker.run(cases) == gpu_worker.BROKEN
     first, second = json.loads(worker.options.out.read_text())["results"]
     assert first["status"] == "ok" and first["seconds"] == measured["seconds"]
