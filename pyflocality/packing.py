@@ -14,7 +14,7 @@ import shutil
 import stat
 import zlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -28,10 +28,10 @@ from pyflocality._support.locks import HeldError, locked, remove_abandoned, repl
 from pyflocality._support.paths import checked_path, no_link, regular_file
 from pyflocality._support.progress import progress_bar
 from pyflocality._support.text import printable_errors
-from pyflocality.sources import cache, folder, hub_dataset, tar_shards
+from pyflocality.sources import folder, hub_dataset, tar_shards
 from pyflocality.sources.base import Request
-from pyflocality.sources.images import ColourFoundError, LabelledFiles, decode_from, decode_job
-from pyflocality.sources.npy import read_header
+from pyflocality.sources.images import ColourFoundError, ImageFiles, decode_from, decode_job
+from pyflocality.sources.npy import checksum, read_header
 from pyflocality.sources.packed import (
     FORMAT,
     IMAGES,
@@ -106,7 +106,7 @@ def pack(
         wanted = {"source": files.fingerprint, "request": asked}
         key = zlib.crc32(json.dumps(wanted, default=list).encode())
         _check_target(target, key)
-        with _made(target), _alone(target), _named(target):
+        with _own_folder(target):
             # Another process may have come first.
             _check_target(target, key)
             if (target / MANIFEST).is_file():
@@ -143,7 +143,7 @@ def verify(out: str | os.PathLike[str], *, progress: bool = True) -> None:
             _compare(file, manifest["shape"], manifest["images_per_block"], blocks, progress)
 
 
-def _open(path: Path, request: Request) -> AbstractContextManager[LabelledFiles]:
+def _open(path: Path, request: Request) -> AbstractContextManager[ImageFiles]:
     if not path.exists():
         raise ValueError(f"`source` must be the path of a folder or an archive, got {str(path)!r}")
     if not path.is_dir():
@@ -171,12 +171,12 @@ def _refuse_columns(request: Request, path: Path) -> None:
             )
 
 
-def _sorted_by_label(files: LabelledFiles) -> LabelledFiles:
+def _sorted_by_label(files: ImageFiles) -> ImageFiles:
     if files.labels is None:
         raise ValueError(f"`sort_by_label` must be left out: {files.name} has no labels")
     order = np.argsort(files.labels, kind="stable")
-    names = [files.files.names[number] for number in order]
-    return replace(files, files=replace(files.files, names=names), labels=files.labels[order])
+    names = [files.names[number] for number in order]
+    return replace(files, names=names, labels=files.labels[order])
 
 
 def _check_target(target: Path, key: int) -> None:
@@ -214,37 +214,24 @@ def _names_in(target: Path) -> set[str]:
 
 
 @contextmanager
-def _made(target: Path) -> Iterator[None]:
-    """Make a folder, which is gone again where nothing has come into it."""
+def _own_folder(target: Path) -> Iterator[None]:
+    """Make a folder and keep other processes out of it, where the system has locks.
+
+    It is gone again where nothing has come into it.
+    """
     made = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
     try:
-        yield
-    except BaseException:
+        with locked(target):
+            yield
+    except BaseException as error:
         if made:
             with suppress(OSError):
                 target.rmdir()
-        raise
-
-
-@contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Keep other processes from packing into a folder, where the system has locks."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(target))
-        except HeldError:
+        if isinstance(error, HeldError):
             raise FileExistsError(f"{target}: another process is writing into it") from None
-        yield
-
-
-@contextmanager
-def _named(target: Path) -> Iterator[None]:
-    """Name the folder in errors of its open files, which do not tell where they lie."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
+        # Errors of open files do not tell where they lie.
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(target)
         raise
 
@@ -276,14 +263,14 @@ def _read_journal(target: Path) -> tuple[dict[str, Any], list[int]] | None:
         ) from error
 
 
-def _write(files: LabelledFiles, request: Request, target: Path, key: int, colour: bool) -> None:
+def _write(files: ImageFiles, request: Request, target: Path, key: int, colour: bool) -> None:
     """Decode what is missing, then write labels and manifest."""
     remove_abandoned(twin for name in (LABELS, MANIFEST) for twin in twins_of(target / name))
     begun = _read_journal(target)
     if os.path.lexists(target / IMAGES) and not _is_own(target / IMAGES):
         begun = None
     if begun is None:
-        job = decode_job(files.files, request, colour=colour)
+        job = decode_job(files, request, colour=colour)
         per_block = max(1, _BLOCK_BYTES // int(np.prod(job.shape[1:])))
         (target / IMAGES).unlink(missing_ok=True)
         header = {"key": key, "shape": list(job.shape), "images_per_block": per_block}
@@ -300,6 +287,8 @@ def _write(files: LabelledFiles, request: Request, target: Path, key: int, colou
         with replacing(target / LABELS, 0o666) as file:
             np.save(file, files.labels)
         labels_crc = zlib.crc32((target / LABELS).read_bytes())
+    with open(target / IMAGES, "rb") as file:
+        size, crc = os.fstat(file.fileno()).st_size, checksum(file)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -309,8 +298,8 @@ def _write(files: LabelledFiles, request: Request, target: Path, key: int, colou
         "dtype": "uint8",
         "label_names": files.label_names,
         "labels_crc32": labels_crc,
-        "bytes": (target / IMAGES).stat().st_size,
-        "checksum": cache.checksum(target / IMAGES),
+        "bytes": size,
+        "checksum": crc,
         "images_per_block": header["images_per_block"],
         "blocks_crc32": finished,
     }
@@ -329,7 +318,7 @@ def _check_values(path: Path, name: str) -> None:
 
 
 def _decode(
-    files: LabelledFiles,
+    files: ImageFiles,
     request: Request,
     target: Path,
     header: dict[str, Any],
@@ -350,7 +339,7 @@ def _decode(
         _check_space(target, (shape[0] - first) * size)
         # A line cut short must not swallow the next one.
         journal.truncate(_end_of_last_line(target / JOURNAL))
-        with closing(decode_from(files.files, request, tuple(shape[1:]), first)) as decoded:
+        with closing(decode_from(files, request, tuple(shape[1:]), first)) as decoded:
             shown = progress_bar(
                 decoded,
                 description=f"packing {files.name}",

@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +38,7 @@ from pyflocality._support.json import (
 from pyflocality._support.locks import locked, remove_abandoned, replacing
 from pyflocality._support.progress import progress_bar
 from pyflocality.sources.base import DecodeJob, Loaded, Request
-from pyflocality.sources.npy import map_array
+from pyflocality.sources.npy import checksum, map_recorded
 from pyflocality.storage.cache import (
     cache_folder,
     make_folder,
@@ -48,7 +46,6 @@ from pyflocality.storage.cache import (
     remove_leftovers,
     tell_unwritable,
 )
-from pyflocality.storage.mapped import remember
 
 VERSION = 2
 _FIELDS = {
@@ -63,9 +60,6 @@ _FIELDS = {
 # Sets below both bounds decode in about a second, or less: they are never cached.
 MIN_IMAGES = 1000
 MIN_SOURCE_BYTES = 32 * 2**20
-
-_BLOCK = 64 * 2**10
-_MAX_BLOCKS = 4096
 
 
 def cache_key(fingerprint: dict[str, Any], request: Request) -> str:
@@ -124,20 +118,6 @@ def run_job(job: DecodeJob, source: Loaded, request: Request) -> Loaded:
     return Loaded(images, source.name, source.labels, source.label_names)
 
 
-def checksum(file: Path | IO[bytes]) -> int:
-    """CRC-32 of a file's blocks: all of them, or 4,096 spread evenly over a large file."""
-    if isinstance(file, Path):
-        with open(file, "rb") as opened:
-            return checksum(opened)
-    total = -(-os.fstat(file.fileno()).st_size // _BLOCK)
-    count = min(total, _MAX_BLOCKS)
-    crc = 0
-    for index in range(count):
-        file.seek(_BLOCK * (index * (total - 1) // max(count - 1, 1)))
-        crc = zlib.crc32(file.read(_BLOCK), crc)
-    return crc
-
-
 def _shown(
     decoded: Iterator[np.ndarray], job: DecodeJob, source: Loaded, request: Request
 ) -> Iterator[np.ndarray]:
@@ -177,15 +157,10 @@ def _read(source: Loaded, place: Path) -> Loaded:
     try:
         # Whoever replaces the files from here on leaves those that are open as they are.
         with open_entry(place.with_suffix(".npy")) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != entry["bytes"] or checksum(file) != entry["checksum"]:
-                raise ValueError(f"{place.name}.npy is not the file that was written")
-            images = map_array(file)
-            remember(images, file.fileno(), by_name=False)
-    except FileNotFoundError as error:
-        raise ValueError(f"{place.name}.npy is missing") from error
-    if list(images.shape) != entry["shape"] or images.dtype.str != entry["dtype"]:
-        raise ValueError(f"{place.name}.npy is {images.dtype.str} {list(images.shape)}")
+            images = map_recorded(file, entry, entry["dtype"], by_name=False)
+    except (FileNotFoundError, ValueError) as error:
+        told = "is missing" if isinstance(error, FileNotFoundError) else error
+        raise ValueError(f"{place.name}.npy {told}") from error
     labels = None if entry["labels"] is None else np.array(entry["labels"], np.int64)
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{len(labels)} labels of {len(images)} images")

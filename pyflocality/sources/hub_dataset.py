@@ -22,8 +22,8 @@ from typing import Any
 from pyflocality._support.paths import regular_file
 from pyflocality._support.text import printable
 from pyflocality.sources import dataset_columns
-from pyflocality.sources.base import Request
-from pyflocality.sources.images import ImageFiles, LabelledFiles
+from pyflocality.sources.base import Request, refuse_split
+from pyflocality.sources.images import ImageFiles
 from pyflocality.sources.selection import is_image
 from pyflocality.sources.splits import choose_split, parts_of_files
 
@@ -60,7 +60,7 @@ def _parquet_files(path: Path) -> list[Path]:
 
 
 @contextmanager
-def open_files(path: Path, request: Request) -> Iterator[LabelledFiles]:
+def open_files(path: Path, request: Request) -> Iterator[ImageFiles]:
     """The images of a dataset, still encoded where they are stored so.
 
     Raises:
@@ -78,14 +78,16 @@ def open_files(path: Path, request: Request) -> Iterator[LabelledFiles]:
     classes = names = None
     if labels is not None:
         classes, names = dataset_columns.read_classes(table, labels, where)
-    files = ImageFiles(
+    yield ImageFiles(
         [str(row) for row in range(len(table))],
         lambda row: _encoded(table[int(row)][images]),
         lambda row: f"{where}: row {row}",
         _about_total_bytes(table, images),
+        path.resolve().name,
+        classes,
+        names,
+        {"table": table._fingerprint, "columns": [images, labels]},
     )
-    fingerprint = {"table": table._fingerprint, "columns": [images, labels]}
-    yield LabelledFiles(files, path.resolve().name, classes, names, fingerprint)
 
 
 def _open_table(path: Path, split: str | None) -> Any:  # noqa: ANN401
@@ -103,7 +105,7 @@ def _open_table(path: Path, split: str | None) -> Any:  # noqa: ANN401
         dataset = _opened(where, lambda: datasets.load_from_disk(str(path)))
         if isinstance(dataset, datasets.DatasetDict):
             return dataset[choose_split(split, list(dataset), where)]
-        _refuse_split(split, where)
+        refuse_split(split, where)
         return dataset
     files = _files_of_split(path, split, where)
     # Names of files are patterns there.
@@ -119,11 +121,6 @@ def _opened(where: str, load: Any) -> Any:  # noqa: ANN401
     # The library raises errors of many kinds for damaged files.
     except Exception as error:
         raise ValueError(f"{where}: not a readable dataset: {error}") from error
-
-
-def _refuse_split(split: str | None, where: str) -> None:
-    if split is not None:
-        raise ValueError(f"`split` must be left out: {where} has no parts, got {split!r}")
 
 
 def _files_of_split(path: Path, split: str | None, where: str) -> list[Path]:
@@ -147,7 +144,7 @@ def _files_of_split(path: Path, split: str | None, where: str) -> list[Path]:
             f"{where}: cannot tell which part of the set '{printable(parts[None][0].name)}' is; "
             f"others are {', '.join(sorted(repr(part) for part in parts if part is not None))}"
         )
-    _refuse_split(split, where)
+    refuse_split(split, where)
     return parts[None]
 
 

@@ -39,34 +39,23 @@ _MIN_BYTES_FOR_THREADS = 4096
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files that belong together.
+    """Image files that belong together, still encoded, and their classes.
 
     Attributes:
         names: Their names, in order.
         read: Reads one of them.
         path: How messages name one of them.
         total_bytes: Their sizes together.
-    """
-
-    names: Sequence[str]
-    read: Callable[[str], bytes]
-    path: Callable[[str], str]
-    total_bytes: int
-
-
-@dataclass(frozen=True)
-class LabelledFiles:
-    """Image files and their classes.
-
-    Attributes:
-        files: The files.
         name: What to call the set, made fit for messages.
         labels: Class of each image [N], or None.
         label_names: Name of each class, or None.
         fingerprint: What identifies the source, cheaply.
     """
 
-    files: ImageFiles
+    names: Sequence[str]
+    read: Callable[[str], bytes]
+    path: Callable[[str], str]
+    total_bytes: int
     name: str
     labels: np.ndarray | None
     label_names: tuple[str, ...] | None

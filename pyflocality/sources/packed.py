@@ -16,7 +16,6 @@ checksums of themselves.
 from __future__ import annotations
 
 import io
-import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,9 @@ from pyflocality._support.json import (
     unsealed,
 )
 from pyflocality._support.paths import regular_file
-from pyflocality.sources import cache
 from pyflocality.sources.arrays import convert
 from pyflocality.sources.base import Loaded, Request, refuse_split
-from pyflocality.sources.npy import map_array
-from pyflocality.storage.mapped import remember
+from pyflocality.sources.npy import map_recorded
 
 IMAGES, LABELS, MANIFEST, JOURNAL = "images.npy", "labels.npy", "manifest.json", "packing.jsonl"
 FORMAT, VERSION = "pyflocality-packed-set", 1
@@ -117,8 +114,10 @@ def load_packed(folder: Path, request: Request) -> Loaded:
     refuse_split(request.split, str(folder))
     manifest = read_manifest(folder)
     path = folder / IMAGES
+    regular_file(path)
     try:
-        images = _open_images(path, manifest)
+        with open(path, "rb") as file:
+            images = map_recorded(file, manifest, "uint8", by_name=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: damaged: {error}") from error
     labels = _read_labels(folder, manifest)
@@ -132,23 +131,6 @@ def load_packed(folder: Path, request: Request) -> Loaded:
         fingerprint,
     )
     return convert(loaded, request)
-
-
-def _open_images(path: Path, manifest: dict[str, Any]) -> np.memmap:
-    regular_file(path)
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != manifest["bytes"]:
-            raise ValueError(f"has {size} bytes, expected {manifest['bytes']}")
-        if cache.checksum(file) != manifest["checksum"]:
-            raise ValueError("its contents do not match their checksum")
-        images = map_array(file)
-        remember(images, file.fileno())
-    if images.dtype != np.uint8 or list(images.shape) != manifest["shape"]:
-        raise ValueError(
-            f"has {images.dtype} {list(images.shape)}, expected uint8 {manifest['shape']}"
-        )
-    return images
 
 
 def _read_labels(folder: Path, manifest: dict[str, Any]) -> np.ndarray | None:

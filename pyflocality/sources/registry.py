@@ -47,7 +47,7 @@ def open_source(source: str | os.PathLike[str], request: Request) -> Loaded:
         return _open_folder(path, request)
     regular_file(path)
     if suffix == ".zip":
-        return folder.load_zip(path, request)
+        return folder.load_files(path, request)
     if suffix == ".npy":
         return arrays.load_npy(path, request)
     if suffix == ".npz":
@@ -72,4 +72,4 @@ def _open_folder(path: Path, request: Request) -> Loaded:
         return mnist_idx.load_idx_folder(path, request)
     if cifar.find_layout(path) is not None:
         return cifar.load_cifar(path, request)
-    return folder.load_folder(path, request)
+    return folder.load_files(path, request)

@@ -26,7 +26,7 @@ from pyflocality._support.text import printable
 from pyflocality.sources import dataset_json
 from pyflocality.sources.archive_names import resolve_links
 from pyflocality.sources.base import Request
-from pyflocality.sources.images import ImageFiles, LabelledFiles
+from pyflocality.sources.images import ImageFiles
 from pyflocality.sources.left_out import LeftOut
 from pyflocality.sources.selection import (
     COMPRESSED_TARS,
@@ -80,7 +80,7 @@ def _is_shard(path: Path) -> bool:
 
 
 @contextmanager
-def open_files(path: Path, request: Request) -> Iterator[LabelledFiles]:
+def open_files(path: Path, request: Request) -> Iterator[ImageFiles]:
     """The images of one shard or of a folder of shards, still encoded.
 
     Raises:
@@ -106,15 +106,17 @@ def open_files(path: Path, request: Request) -> Iterator[LabelledFiles]:
         for shard, index in zip(shards, indexes, strict=True):
             _note_left(shard, index, members, left_out)
         left_out.warn()
-        files = ImageFiles(
+        status = [(shard.name, *i.identity[2:]) for shard, i in zip(shards, indexes, strict=True)]
+        yield ImageFiles(
             list(images),
             lambda name: read(images[name]),
             lambda name: f"{where}: {printable(name)}",
             sum(member.extent.size for member in images.values()),
+            path.resolve().name,
+            labels,
+            label_names,
+            {"tar": str(path.resolve()), "shards": status},
         )
-        status = [(shard.name, *i.identity[2:]) for shard, i in zip(shards, indexes, strict=True)]
-        fingerprint = {"tar": str(path.resolve()), "shards": status}
-        yield LabelledFiles(files, path.resolve().name, labels, label_names, fingerprint)
 
 
 def _note_others(folder: Path, shards: list[Path], left_out: LeftOut) -> None:

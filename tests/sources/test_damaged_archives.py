@@ -35,7 +35,7 @@ def content(path, module, labels=True):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with module.open_files(path, Request()) as found:
-            read = [_read(found.files, name) for name in found.files.names]
+            read = [_read(found, name) for name in found.names]
             return read, found.labels.tolist() if labels else None, found.label_names
 
 

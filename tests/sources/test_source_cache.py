@@ -32,7 +32,7 @@ from source_files import (
 from pyflocality._support import json as _json
 from pyflocality._support import locks as _locks
 from pyflocality.data import TrainingSet
-from pyflocality.sources import cache, images
+from pyflocality.sources import cache, images, npy
 from pyflocality.storage import cache as _cache
 
 RNG = np.random.default_rng(5)
@@ -155,6 +155,11 @@ def damage_size_kind(array, entry):
     rewritten(entry, bytes="all")
 
 
+def checksum_of(path):
+    with open(path, "rb") as file:
+        return npy.checksum(file)
+
+
 def damage_label_count(array, entry):
     rewritten(entry, labels=[0, 0, 0])
 
@@ -163,13 +168,13 @@ def damage_shape(array, entry):
     """Fewer images, under checksums that are right."""
     images = np.load(array)
     np.save(array, images[:4])
-    crc = cache.checksum(array)
+    crc = checksum_of(array)
     rewritten(entry, bytes=array.stat().st_size, checksum=crc, labels=[0] * 4)
 
 
 def damage_dtype(array, entry):
     np.save(array, np.load(array).view(np.int8))
-    rewritten(entry, checksum=cache.checksum(array))
+    rewritten(entry, checksum=checksum_of(array))
 
 
 def damage_by_a_link(array, entry):
@@ -319,17 +324,17 @@ def test_converted_npy_files_are_cached(tmp_path, monkeypatch):
 
 
 def test_the_checksum_of_a_large_file_samples_its_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "_BLOCK", 16)
-    monkeypatch.setattr(cache, "_MAX_BLOCKS", 4)
+    monkeypatch.setattr(npy, "_BLOCK", 16)
+    monkeypatch.setattr(npy, "_MAX_BLOCKS", 4)
     path = tmp_path / "file"
     path.write_bytes(bytes(16 * 10 + 3))
-    clean = cache.checksum(path)
+    clean = checksum_of(path)
 
     def seen(position):
         content = bytearray(16 * 10 + 3)
         content[position] = 1
         path.write_bytes(content)
-        return cache.checksum(path) != clean
+        return checksum_of(path) != clean
 
     # Blocks 0, 3, 6 and 10 of 11.
     found = {position // 16 for position in range(163) if seen(position)}

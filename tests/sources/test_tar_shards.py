@@ -286,7 +286,7 @@ def test_a_shard_that_is_replaced_meanwhile_is_named(tmp_path):
         write_tar(tmp_path / "other", [("1.png", PNG[3])])
         os.replace(tmp_path / "other", path)
         with pytest.raises(ValueError, match=r"set\.tar: changed while it was read"):
-            labelled.files.read("set.tar/1.png")
+            labelled.read("set.tar/1.png")
 
 
 def test_more_shards_than_files_may_be_open(tmp_path):
