@@ -26,7 +26,9 @@ def test_case(case: Case, data: BenchmarkSet, benchmark: BenchmarkFixture) -> No
         workload = make_workload(case, data)
         check_workload(workload)
         benchmark.group = case.suite
-        benchmark.extra_info.update(flops=workload.flops(), bytes=workload.bytes())
+        work = workload.work()
+        if work is not None:
+            benchmark.extra_info.update(flops=work.flops, bytes=work.bytes)
         with pf.trace_backends() as calls:
             benchmark.pedantic(workload.run, rounds=case.repetitions, iterations=1, warmup_rounds=1)
         assert_backend(case, calls)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pyflocality.backends.selection import OPERATIONS
+from pyflocality.ops.operation import OPERATIONS as DECLARATIONS
 
 # The ten steps of the published sampler: DDIM, T = 1000.
 DDIM_STEPS = (900, 800, 700, 600, 500, 400, 300, 200, 100, 0)
@@ -162,6 +163,7 @@ def cases(plan: Plan) -> list[Case]:
     """All cases of a plan on a CPU, those of operations that are not there left out."""
     listed = [*_pca_locality(plan), *_local_score(plan), *_single(plan), *_optimal(plan)]
     listed += [*_tangents(plan), *_scaling(plan)]
+    listed += _others(plan, {case.op for case in listed})
     return [case for case in listed if case.op in OPERATIONS]
 
 
@@ -303,3 +305,25 @@ def _scaling(plan: Plan) -> list[Case]:
         for images, batch, threads, side in points
     ]
     return list({case.id: case for case in found}.values())
+
+
+def _others(plan: Plan, known: set[str]) -> Iterable[Case]:
+    """Declared operations that have no case of their own; derivatives where a kernel has them."""
+    for operation in DECLARATIONS.values():
+        for kind, variant in operation.variants.items():
+            op, served = operation.variant_name(kind), variant.backends
+            backend = next((name for name in ("cpu", "reference") if name in served), None)
+            if op in known or backend is None or (kind != "scan" and backend == "reference"):
+                continue
+            yield Case(
+                "others",
+                op,
+                plan.tangent_images,
+                timestep=MIDDLE,
+                window=7 if "window" in operation.parameters else None,
+                tangents=0 if kind == "scan" else 8,
+                yardsticks=("read_bytes" if kind == "scan" else "no_tangents",),
+                check_images=67,
+                repetitions=plan.repetitions,
+                backend=backend,
+            )

@@ -54,7 +54,7 @@ def run_case(case: Case, data: BenchmarkSet) -> Record:
             seconds = time_in_turns(functions, case.repetitions)
         assert_backend(case, calls)
         mine = seconds[""]
-        record = {
+        record: Record = {
             "id": case.id,
             "suite": case.suite,
             "op": case.op,
@@ -78,16 +78,20 @@ def run_case(case: Case, data: BenchmarkSet) -> Record:
 
 def measured(workload: Workload, seconds: Sequence[float]) -> Record:
     """What every record tells of a case that was timed."""
-    flops, traffic, typical = workload.flops(), workload.bytes(), spread(seconds)
-    return {
+    work, typical = workload.work(), spread(seconds)
+    record = {
         "images": len(workload.images),
         "shape": list(workload.shape),
-        "flops": flops,
-        "bytes": traffic,
         "seconds": typical,
-        "gflops_per_second": flops / typical["median"] / 1e9,
-        "gbytes_per_second": traffic / typical["median"] / 1e9,
         "facts": workload.facts(),
+    }
+    if work is None:
+        return record
+    return record | {
+        "flops": work.flops,
+        "bytes": work.bytes,
+        "gflops_per_second": work.flops / typical["median"] / 1e9,
+        "gbytes_per_second": work.bytes / typical["median"] / 1e9,
     }
 
 

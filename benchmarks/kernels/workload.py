@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from pyflocality import ops
+from pyflocality.ops.costs import Size, Work
+from pyflocality.ops.operation import OPERATIONS, Kind
 from pyflocality.storage.reader import training_values
 
 from . import baselines, libraries
@@ -96,13 +98,15 @@ class Workload(ABC):
     def rounding(self, images: Tensor) -> float:
         """What float32 may cost beyond what it costs the reference; 0 must be exact."""
 
-    @abstractmethod
-    def flops(self) -> int:
-        """Floating-point operations (integer ones for the covariance) of one run."""
+    def size(self) -> Size:
+        """What the operation runs on."""
+        case = self.case
+        return Size(len(self.images), self.shape, case.batch, case.tangents, case.window or 1)
 
-    @abstractmethod
-    def bytes(self) -> int:
-        """Least memory traffic of one run: every input read once, every result written once."""
+    def work(self) -> Work | None:
+        """Operations and bytes of one run, as declared; None for what is no single operation."""
+        operation = OPERATIONS.get(stem_of(self.case.op))
+        return None if operation is None else operation.work(kind_of(self.case.op), self.size())
 
     @property
     def ran(self) -> str:
@@ -182,13 +186,9 @@ class PosteriorWorkload(Workload):
         """What the operation takes between the images and the noise level."""
         return ()
 
-    @abstractmethod
     def neighbours(self) -> int:
         """Inputs of the largest neighbourhood."""
-
-    @abstractmethod
-    def pair_flops(self) -> int:
-        """Operations for a pair of a noisy and a training image, without derivatives."""
+        return self.values
 
     def options(self) -> dict[str, Any]:
         """Further options of the operation."""
@@ -215,15 +215,6 @@ class PosteriorWorkload(Workload):
         twin.case = replace(self.case, op=op or stem_of(self.case.op), tangents=0)
         twin.directions = None
         return twin
-
-    def flops(self) -> int:
-        """A product and a sum more a term for each direction."""
-        return self.pair_flops() * self.pairs() * (3 + 2 * self.case.tangents) // 3
-
-    def bytes(self) -> int:
-        """Images, noisy images, directions and answers."""
-        beside = 0 if self.directions is None else self.directions.nbytes
-        return self.images.nbytes + 2 * (self.x.nbytes + beside)
 
     def rounding(self, images: Tensor) -> float:
         """Rounding of the logits: a squared distance of that many terms, over 2 sigma^2.
@@ -310,6 +301,11 @@ class PosteriorWorkload(Workload):
         return Yardstick(run, count / whole, scaled, answer)
 
 
+def kind_of(op: str) -> Kind:
+    """Which variant of an operation has a name."""
+    return "jvp" if op.endswith("_jvp") else "vjp" if op.endswith("_vjp") else "scan"
+
+
 def stem_of(op: str) -> str:
-    """The operation that a derivative is of."""
+    """The operation that a variant is of."""
     return op.removesuffix("_jvp").removesuffix("_vjp")

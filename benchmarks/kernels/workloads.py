@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -11,15 +12,20 @@ from torch import Tensor
 
 import pyflocality as pf
 from pyflocality import ops
+from pyflocality.ops.costs import Size
+from pyflocality.ops.operation import OPERATIONS
+from pyflocality.posterior.problem import PosteriorOptions
 from pyflocality.storage.reader import training_values
 
 from . import baselines, libraries
 from .registry import DDIM_STEPS, Case
 from .sets import BenchmarkSet
-from .workload import PosteriorWorkload, Workload, Yardstick, stem_of
+from .workload import PosteriorWorkload, Workload, Yardstick, kind_of, stem_of
 
 # Images of the equivariant yardstick that takes one displacement at a time: it costs much.
 _FEW = 32
+# Share of inputs in the masks of examples.
+_DENSITY = 0.05
 
 
 class MaskedWorkload(PosteriorWorkload):
@@ -38,13 +44,13 @@ class MaskedWorkload(PosteriorWorkload):
         mask = self.weights.dense(torch.bool, self.images.device)
         return baselines.core_fringe_terms(mask, self.shape)
 
+    def size(self) -> Size:
+        """With the terms of the schedule."""
+        return replace(super().size(), terms=self.schedule_terms)
+
     def arguments(self) -> tuple[Any, ...]:
         """The masks."""
         return (self.weights,)
-
-    def pair_flops(self) -> int:
-        """A subtraction, a product and a sum for every term of the schedule."""
-        return 3 * self.schedule_terms
 
     def pair_terms(self) -> int:
         """Those of core and fringe."""
@@ -99,10 +105,6 @@ class WindowWorkload(PosteriorWorkload):
         """The window."""
         return (self.window,)
 
-    def pair_flops(self) -> int:
-        """Squared differences, 3 a value, and separable box sums, 6 a pixel whatever the window."""
-        return 3 * self.values + 6 * self.shape[1] * self.shape[2]
-
     def neighbours(self) -> int:
         """Values of the largest window."""
         channels, height, width = self.shape
@@ -141,10 +143,6 @@ class EquivariantWorkload(WindowWorkload):
         """The border rule, too."""
         return super().options() | {"boundary": self.case.boundary}
 
-    def pair_flops(self) -> int:
-        """As for the local score, for every shift of the images against the noisy image."""
-        return super().pair_flops() * self.positions
-
     def pair_terms(self) -> int:
         """Every patch with every patch."""
         channels, height, width = self.shape
@@ -168,10 +166,6 @@ class EquivariantWorkload(WindowWorkload):
 class PatchSetWorkload(WindowWorkload):
     """Square patches that answer themselves: two passes, the second sums the weights."""
 
-    def pair_flops(self) -> int:
-        """Twice the local score's, and a product and a sum more a value."""
-        return 2 * super().pair_flops() + 2 * self.values
-
     def _beside_window_mean(self) -> Yardstick:
         note = "the local score with the same window: one pass"
         return Yardstick(self.plain("window_posterior").run, 1.0, note)
@@ -182,16 +176,8 @@ class PatchSetWorkload(WindowWorkload):
 class GlobalWorkload(PosteriorWorkload):
     """Optimal denoiser: one posterior over whole images."""
 
-    def pair_flops(self) -> int:
-        """A subtraction, a product and a sum for every value."""
-        return 3 * self.values
-
     def pair_terms(self) -> int:
         """One a value."""
-        return self.values
-
-    def neighbours(self) -> int:
-        """All values."""
         return self.values
 
     def _beside_eager(self) -> Yardstick:
@@ -236,10 +222,6 @@ class NearestWorkload(GlobalWorkload):
         x = self.x.to(dtype)
         return (ops.nearest_images(x, images, self.alpha, backend=backend).indices,)
 
-    def bytes(self) -> int:
-        """Images, noisy images, and a position each."""
-        return self.images.nbytes + self.x.nbytes + 8 * self.case.batch
-
     def rounding(self, images: Tensor) -> float:
         """None: a position is right or wrong."""
         return 0.0
@@ -268,17 +250,9 @@ class CovarianceWorkload(Workload):
         """The sums, with what the lower triangle happens to hold."""
         return self._sums(self.images, self.case.backend)
 
-    def flops(self) -> int:
-        """A product and a sum for every image and pair of values, each pair once."""
-        return len(self.images) * self.values * (self.values + 1)
-
     def terms(self) -> int:
         """One for every image and pair of values."""
-        return self.flops() // 2
-
-    def bytes(self) -> int:
-        """Images, and 64-bit sums read and written."""
-        return self.images.nbytes + 16 * (self.values**2 + self.values)
+        return len(self.images) * self.values * (self.values + 1) // 2
 
     def rounding(self, images: Tensor) -> float:
         """None: the sums are exact."""
@@ -342,13 +316,26 @@ class GenerationWorkload(Workload):
         """Ten times that of a step."""
         return 1e-2
 
-    def flops(self) -> int:
-        """Nobody counts them over the steps."""
-        return 0
 
-    def bytes(self) -> int:
-        """Nor these."""
-        return 0
+class ExampleWorkload(PosteriorWorkload):
+    """An operation that has no class here, on the example of its declaration."""
+
+    def __init__(self, case: Case, data: BenchmarkSet, interpreted: bool = False) -> None:
+        super().__init__(case, data, interpreted)
+        self.operation = OPERATIONS[stem_of(case.op)]
+        self.given = self.operation.example(self.size(), torch.Generator().manual_seed(0))
+
+    def size(self) -> Size:
+        """With masks like those of images, should it have some."""
+        return replace(super().size(), terms=_DENSITY * self.values**2)
+
+    def _answers(self, x: Tensor, images: Tensor, backend: str) -> tuple[Tensor, ...]:
+        level = (self.sigma, self.alpha, backend, PosteriorOptions())
+        if self.directions is None:
+            return (self.operation.mean(x, images, self.given, *level),)
+        products = getattr(self.operation, kind_of(self.case.op))
+        result = products(x, self.directions.to(x.dtype), images, self.given, *level)
+        return result if isinstance(result, tuple) else (result,)
 
 
 _WORKLOADS: dict[str, Callable[..., Workload]] = {
@@ -366,4 +353,5 @@ _WORKLOADS: dict[str, Callable[..., Workload]] = {
 def make_workload(case: Case, data: BenchmarkSet, interpreted: bool = False) -> Workload:
     """A case with its tensors, on the images as large as it wants them."""
     data = data if case.side is None else data.cropped(case.side)
-    return _WORKLOADS[stem_of(case.op)](case, data, interpreted)
+    kind = _WORKLOADS.get(stem_of(case.op), ExampleWorkload)
+    return kind(case, data, interpreted)

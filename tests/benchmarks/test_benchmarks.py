@@ -26,6 +26,7 @@ from pyflocality.ops import (
     masked_posterior_mean,
     window_posterior_mean,
 )
+from pyflocality.ops.operation import OPERATIONS as DECLARATIONS
 from pyflocality.posterior.call import Call
 from pyflocality.storage.reader import training_values
 from pyflocality.weights import QueryWeights
@@ -217,14 +218,14 @@ def test_threads_are_set_and_put_back(data):
 
 def test_operations_and_bytes_by_hand(data):
     """D = 3 * 12 * 12 = 432, N B = 300 * 2 = 600."""
-    window = make_workload(WINDOW, data)
-    assert window.flops() == (3 * 432 + 6 * 144) * 600 == 1_296_000
-    assert window.bytes() == 300 * 432 + 2 * (2 * 432 * 4) == 136_512
-    optimal = make_workload(replace(WINDOW, op="global_posterior", window=None), data)
-    assert optimal.flops() == 3 * 432 * 600 == 777_600
-    covariance = make_workload(Case("covariance", "covariance", 300), data)
-    assert covariance.flops() == 300 * 432 * 433 == 56_116_800
-    assert covariance.bytes() == 300 * 432 + 16 * (432**2 + 432) == 3_122_496
+    window = make_workload(WINDOW, data).work()
+    assert window.flops == (5 * 432 + 6 * 144) * 600 == 1_814_400
+    assert window.bytes == 300 * 432 + 2 * (2 * 432 * 4) == 136_512
+    optimal = make_workload(replace(WINDOW, op="global_posterior", window=None), data).work()
+    assert optimal.flops == (5 * 432 + 2) * 600 == 1_297_200
+    covariance = make_workload(Case("covariance", "covariance", 300), data).work()
+    assert covariance.flops == 300 * 432 * 433 == 56_116_800
+    assert covariance.bytes == 300 * 432 + 16 * (432**2 + 432) == 3_122_496
 
 
 def test_operations_of_masks_by_hand(monkeypatch):
@@ -233,7 +234,7 @@ def test_operations_of_masks_by_hand(monkeypatch):
     monkeypatch.setattr(data, "weights", lambda timestep: QueryWeights(torch.eye(432).bool()))
     case = replace(WINDOW, op="masked_posterior", window=None)
     masked = make_workload(case, data)
-    assert masked.flops() == 3 * 432 * 600
+    assert masked.work().flops == (7 * 432 + 432) * 600
     # 3 x 9 tiles of 16 outputs, 16 inputs in their fringe.
     assert masked.facts()["core_fringe_terms"] == 27 * 16 * 16
     same, tiles = (masked.yardstick(f"matmul_{kind}") for kind in ("same_terms", "core_fringe"))
@@ -338,6 +339,14 @@ def test_names_of_cases_are_unique_and_complete():
         assert {case.threads for case in scaling if case.op == op} == {1, 2}
 
 
+def test_every_declared_operation_has_a_case():
+    timed = {case.op for case in cases(FULL)}
+    for operation in DECLARATIONS.values():
+        for kind, variant in operation.variants.items():
+            if kind == "scan" or "cpu" in variant.backends:
+                assert operation.variant_name(kind) in timed
+
+
 def test_derivatives_are_timed_once_they_are_there(monkeypatch):
     op = "masked_posterior_jvp"
     monkeypatch.delitem(OPERATIONS, op, raising=False)
@@ -367,8 +376,8 @@ def test_derivatives_run_beside_the_plain_operation(data, monkeypatch):
     case = Case("tangents", op, 40, 2, timestep=400, tangents=2, yardsticks=("no_tangents",))
     record = runner.run_case(case, data)
     assert record["id"] == "tangents/global_posterior_jvp/cpu/N40-B2-t400-K2"
-    # 3 operations a term, and 2 more for each of the two tangents.
-    assert record["flops"] == 7 * 432 * 80 == 241_920
+    # 5 operations a value and 2 a pair, and for each of the two tangents 4 and 1.
+    assert record["flops"] == (5 * 432 + 2 + 2 * (4 * 432 + 1)) * 80 == 449_600
     assert record["bytes"] == 40 * 432 + (2 * 2 + 2 * 2 * 2) * 432 * 4
     (entry,) = summarise([record])
     ratio = record["yardsticks"]["no_tangents"]["ratio"]["median"]

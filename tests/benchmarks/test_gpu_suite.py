@@ -63,6 +63,8 @@ def test_every_case_runs_or_tells_why_not(dry_run):
         assert record["seconds"]["p20"] <= record["seconds"]["median"] <= record["seconds"]["p80"]
         assert record["busy"] == {"unavailable": "a dry run has no CUDA device"}
         assert {"peak_extra_bytes", "peak_with_kept_bytes"} <= set(record)
+        if record["op"] != "ddim":
+            assert record["flops"] > 0 and record["bytes"] > 0
         for mark in record["yardsticks"].values():
             assert "failed" not in mark, mark
             assert "unavailable" in mark or mark["ratio"]["median"] > 0
