@@ -151,7 +151,7 @@ def cached_pca_locality_weights(
 
 def _check_making_fits(memory_budget: int | str | None, moments: Moments) -> None:
     """Refuse to make weights that a memory budget which was given cannot hold."""
-    check_moments_fit(memory_budget, None, moments)
+    check_moments_fit(memory_budget, moments)
     inputs = math.prod(moments.image_shape)
     # The filter, its factors, and its magnitudes in the order of the weights.
     check_given(memory_budget, 27 * inputs**2, f"the weights of {inputs} values")

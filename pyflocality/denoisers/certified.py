@@ -140,7 +140,7 @@ class CertifiedSubset(Denoiser):
             if self._index is None or self._index.device != self.device:
                 self._forget()
                 data, budget = self.denoiser.data, self.denoiser.memory_budget
-                check_moments_fit(budget, data, self._moments)
+                check_moments_fit(budget, data if self._moments is None else self._moments)
                 if self._moments is None:
                     self._moments = Moments.from_data(data)
                 stages = subset_stages(data, memory_budget_bytes(budget) // 2)

@@ -153,7 +153,7 @@ class PCALocalityDenoiser(QueryDenoiser):
         start = time.perf_counter()
         with outside_transforms():
             if self._moments is None:
-                check_moments_fit(self.memory_budget, self.data, None)
+                check_moments_fit(self.memory_budget, self.data)
             weights = cached_pca_locality_weights(
                 self.moments, *level, self.mask_threshold, memory_budget=self.memory_budget
             )

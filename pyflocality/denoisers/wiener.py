@@ -65,8 +65,7 @@ class WienerDenoiser(Denoiser):
         # Moments and their eigenvectors may take minutes.
         if rank is not None:
             rank = check_count(rank, "rank", maximum=math.prod(self.image_shape))
-        given = (None, data) if isinstance(data, Moments) else (data, None)
-        check_moments_fit(None, *given)
+        check_moments_fit(None, data)
         if isinstance(data, TrainingSet):
             data = Moments.from_data(data)
         values, vectors = data.eigh()

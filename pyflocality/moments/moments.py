@@ -39,7 +39,15 @@ from pyflocality._support.waiting import interruptible
 from pyflocality.backends.selection import BACKENDS, BackendUnavailableError
 from pyflocality.data import TrainingSet
 from pyflocality.moments.files import checksum, read_moments, write_moments
-from pyflocality.moments.sums import BLOCK_BYTES, Blend, ByteSums, FloatSums, kind_of_sums
+from pyflocality.moments.sums import (
+    BLOCK_BYTES,
+    Blend,
+    ByteSums,
+    FloatSums,
+    Sums,
+    Totals,
+    kind_of_sums,
+)
 from pyflocality.posterior.sharded import plain, ranks_of
 from pyflocality.storage.reader import Reader
 
@@ -80,8 +88,8 @@ class Moments:
     """
 
     def __init__(self) -> None:
-        self._sums: ByteSums | FloatSums | Blend | None = None
-        self._image_shape: tuple[int, ...] | None = None
+        self._totals: Totals | None = None
+        self._image_shape = (0, 0, 0)
         self._interrupted = False
         self._covariance: Tensor | None = None
         self._eigen: Eigen | None = None
@@ -124,19 +132,19 @@ class Moments:
                 moments._take(block, backend)
 
         reader.checked(read)
-        if ranks is not None:
-            sums = moments._whole()
+        sums = None if ranks is None else moments._sums()
+        if ranks is not None and sums is not None:
             ranks.agree(f"Moments of {sums.kind} {moments._image_shape} {augmentation}")
-            moments._sums = sums.over(ranks)
+            moments._totals = sums.over(ranks)
         return moments
 
     @property
     def count(self) -> int:
         """Number of images N so far."""
-        return 0 if self._sums is None else self._whole().count
+        return 0 if self._totals is None else self._whole().count
 
     @property
-    def image_shape(self) -> tuple[int, ...]:
+    def image_shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of an image; ValueError before the first batch."""
         self._whole()
         return self._image_shape
@@ -199,9 +207,9 @@ class Moments:
         _check_images(batch, "batch")
         if backend is not None:
             check_choice(backend, "backend", BACKENDS)
-        self._refuse_blend("take in no further images")
-        if self._sums is not None:
-            self._check_fits(batch, self._whole())
+        sums = self._sums("take in no further images")
+        if sums is not None:
+            self._check_fits(batch, sums)
         self._take(batch, backend)
 
     def merge(self, other: Moments) -> Moments:
@@ -213,16 +221,13 @@ class Moments:
         """
         if not isinstance(other, Moments):
             raise TypeError(f"`other` must be Moments, got {describe(other)}")
-        for one in (self, other):
-            one._refuse_blend("cannot be merged")
+        mine, theirs = self._sums("cannot be merged"), other._sums("cannot be merged")
         merged = Moments()
-        if self._sums is None and other._sums is None:
+        if mine is None or theirs is None:
+            some, of = (theirs, other) if mine is None else (mine, self)
+            if some is not None:
+                merged._totals, merged._image_shape = some.copy(), of._image_shape
             return merged
-        if self._sums is None or other._sums is None:
-            source = other if self._sums is None else self
-            merged._sums, merged._image_shape = source._whole().copy(), source._image_shape
-            return merged
-        mine, theirs = self._whole(), other._whole()
         for name, expected, got in (
             ("image shape", self._image_shape, other._image_shape),
             ("kind of dtype", mine.kind, theirs.kind),
@@ -230,7 +235,7 @@ class Moments:
         ):
             if expected != got:
                 raise ValueError(f"`other` must have {name} {expected}, got {got}")
-        merged._sums, merged._image_shape = mine.merged(theirs), self._image_shape
+        merged._totals, merged._image_shape = mine.merged(theirs), self._image_shape
         return merged
 
     def blended(self, other: Moments, share: float) -> Moments:
@@ -274,7 +279,7 @@ class Moments:
         covariance = self.covariance * (1.0 - share)
         covariance.add_(other.covariance, alpha=share)
         result = Moments()
-        result._sums = Blend(sums.count, sums.mean(), covariance)
+        result._totals = Blend(sums.count, sums.mean(), covariance)
         result._image_shape = self._image_shape
         return result
 
@@ -316,11 +321,12 @@ class Moments:
         path = checked_path(path, "path")
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file")
-        kinds = {sums.kind: sums for sums in (ByteSums, FloatSums, Blend)}
+        kinds: dict[str, type[Totals]] = {sums.kind: sums for sums in (ByteSums, FloatSums, Blend)}
         header, tensors = read_moments(path, {kind: kinds[kind].layout for kind in kinds})
-        moments = cls()
-        moments._image_shape = tuple(header["image_shape"])
-        moments._sums = kinds[header["kind"]](header["count"], **tensors)
+        kind, moments = kinds[header["kind"]], cls()
+        channels, height, width = header["image_shape"]
+        moments._image_shape = channels, height, width
+        moments._totals = kind(header["count"], *(tensors[name] for name in kind.layout))
         return moments
 
     def to(self, device: torch.device | str) -> Moments:
@@ -335,11 +341,10 @@ class Moments:
         """
         device = check_device(device)
         sums = self._whole()
-        tensors = {name: tensor.to(device) for name, tensor in sums.tensors().items()}
-        if all(tensors[name] is tensor for name, tensor in sums.tensors().items()):
+        totals, moved = sums.to(device), Moments()
+        if totals.vector is sums.vector and totals.matrix is sums.matrix:
             return self
-        moved = Moments()
-        moved._sums, moved._image_shape = type(sums)(sums.count, **tensors), self._image_shape
+        moved._totals, moved._image_shape = totals, self._image_shape
         if self._covariance is not None:
             moved._covariance = self._covariance.to(device)
         if self._eigen is not None:
@@ -353,12 +358,12 @@ class Moments:
         return checksum(header, sums.tensors())
 
     def __repr__(self) -> str:
-        if self._sums is None:
+        if self._totals is None:
             return "Moments(count=0)"
         sums = self._whole()
         return f"Moments(count={sums.count}, image_shape={self._image_shape}, {sums.kind})"
 
-    def _check_fits(self, batch: Tensor, sums: ByteSums | FloatSums) -> None:
+    def _check_fits(self, batch: Tensor, sums: Sums) -> None:
         for name, expected, got in (
             ("shape [n, C, H, W] with (C, H, W) =", self._image_shape, tuple(batch.shape[1:])),
             ("kind of dtype", sums.kind, kind_of_sums(batch).kind),
@@ -373,11 +378,12 @@ class Moments:
     @torch.no_grad()
     def _take(self, batch: Tensor, backend: str | None) -> None:
         """Take in a batch that has been checked."""
-        fresh = self._sums is None
-        sums = kind_of_sums(batch).empty(batch[0].numel(), batch.device) if fresh else self._whole()
-        self._covariance = self._eigen = None
+        sums = self._sums()
         # Whatever stops the loop midway leaves some images counted.
-        self._interrupted = not fresh
+        self._interrupted = sums is not None
+        if sums is None:
+            sums = kind_of_sums(batch).empty(batch[0].numel(), batch.device)
+        self._covariance = self._eigen = None
         try:
             for block in Reader(batch).blocks(_images_per_block(batch)):
                 sums.add(block.reshape(len(block), -1), backend)
@@ -385,51 +391,56 @@ class Moments:
             # Refused before any work: what was counted before still holds.
             self._interrupted = False
             raise
-        self._sums, self._image_shape = sums, tuple(batch.shape[1:])
-        self._interrupted = False
+        self._totals, self._interrupted = sums, False
+        self._image_shape = batch.shape[1], batch.shape[2], batch.shape[3]
 
-    def _refuse_blend(self, what: str) -> None:
-        if isinstance(self._sums, Blend):
-            raise ValueError(
-                f"moments that were blended {what}: they are no sums over images; blend again "
-                "after the moments they were made of have changed"
-            )
+    def _sums(self, what: str = "") -> Sums | None:
+        """Totals that take in images; None where there are none yet.
 
-    def _whole(self) -> ByteSums | FloatSums | Blend:
+        Args:
+            what: What moments that were blended cannot do, for the message.
+        """
+        totals = None if self._totals is None else self._whole()
+        if totals is None or isinstance(totals, Sums):
+            return totals
+        raise ValueError(
+            f"moments that were blended {what}: they are no sums over images; blend again "
+            "after the moments they were made of have changed"
+        )
+
+    def _whole(self) -> Totals:
         """The totals, where they are of use."""
-        if self._sums is None:
+        if self._totals is None:
             raise ValueError("these moments hold no images yet: call `update` first")
         if self._interrupted:
             raise RuntimeError(
                 "an update of these moments was interrupted, so some of its images are counted: "
                 "start again from a new object or a saved file"
             )
-        return self._sums
+        return self._totals
 
 
-def check_moments_fit(
-    memory_budget: int | str | None, data: TrainingSet | None, moments: Moments | None
-) -> None:
+def check_moments_fit(memory_budget: int | str | None, of: TrainingSet | Moments) -> None:
     """Refuse moments with eigenvectors that a memory budget which was given cannot hold.
 
     Args:
         memory_budget: Working memory; None follows the environment variable.
-        data: The training set; None where there are moments.
-        moments: Its moments where they are at hand: they are no working memory, nor are their
-            eigenvectors where they have been asked for.
+        of: The training set whose moments are to be made; or the moments where they are at hand:
+            they are no working memory, nor are their eigenvectors where they have been asked for.
 
     Raises:
         ValueError: They take more; the least is named.
     """
-    if moments is not None and moments._eigen is not None:
-        return
-    values = math.prod((data or moments).image_shape)
+    values = math.prod(of.image_shape)
     square = 8 * values**2
     # The covariance, its copy for the solver, what that works in, and the eigenvectors.
     least = 5 * square
-    if moments is None:
-        block = min(BLOCK_BYTES, len(data) * data.copies * values)
-        if data.dtype != torch.uint8:
+    if isinstance(of, Moments):
+        if of._eigen is not None:
+            return
+    else:
+        block = min(BLOCK_BYTES, len(of) * of.copies * values)
+        if of.dtype != torch.uint8:
             # As float64, its differences from the mean, and their products.
             block = 2 * min(BLOCK_BYTES, 8 * block) + square
         least = square + max(least, block)

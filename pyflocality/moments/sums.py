@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,58 +13,104 @@ from pyflocality.posterior.ranks import Ranks
 from pyflocality.reference.covariance import add_upper_product
 from pyflocality.storage.reader import BYTES_PER_UNIT
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 # Working memory of one step of a stream or of a finalisation; several such arrays live at once.
 BLOCK_BYTES = 32 * 2**20
 
 
-class ByteSums:
-    """Exact totals of uint8 images: s [D] and the upper triangle of G [D, D], int64."""
+class Totals:
+    """A vector [D] and a matrix [D, D] of which mean and covariance are made.
 
-    kind = "uint8"
-    # Dtype and number of dimensions of its tensors.
-    layout = {"total": (torch.int64, 1), "gram": (torch.int64, 2)}
+    Attributes:
+        kind: What they were counted from, in words.
+        layout: Names of vector and matrix in a file, in this order, with dtype and dimensions.
+        count: Number of images.
+        vector: The vector.
+        matrix: The matrix.
+    """
 
-    def __init__(self, count: int, total: Tensor, gram: Tensor) -> None:
-        self.count, self.total, self.gram = count, total, gram
+    kind: ClassVar[str]
+    layout: ClassVar[dict[str, tuple[torch.dtype, int]]]
 
-    @classmethod
-    def empty(cls, values: int, device: torch.device) -> ByteSums:
-        """Totals of no images of D values."""
-        total = torch.zeros(values, dtype=torch.int64, device=device)
-        return cls(0, total, total.new_zeros(values, values))
+    def __init__(self, count: int, vector: Tensor, matrix: Tensor) -> None:
+        self.count, self.vector, self.matrix = count, vector, matrix
 
     @property
     def device(self) -> torch.device:
-        """Where the totals live."""
-        return self.total.device
+        """Where the numbers live."""
+        return self.vector.device
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The numbers by their names in a file."""
+        return dict(zip(self.layout, (self.vector, self.matrix), strict=True))
+
+    def to(self, device: torch.device) -> Self:
+        """These on a device."""
+        return type(self)(self.count, self.vector.to(device), self.matrix.to(device))
+
+    def mean(self) -> Tensor:
+        """Mean in [-1, 1], float64, [D]."""
+        raise NotImplementedError
+
+    def covariance(self) -> Tensor:
+        """Covariance, float64, [D, D]; zero for one image."""
+        raise NotImplementedError
+
+
+class Sums(Totals):
+    """Totals of images, which take in more of them; of the matrix the upper triangle counts."""
+
+    @classmethod
+    def empty(cls, values: int, device: torch.device) -> Self:
+        """Totals of no images of D values."""
+        vector = torch.zeros(values, dtype=next(iter(cls.layout.values()))[0], device=device)
+        return cls(0, vector, vector.new_zeros(values, values))
+
+    def copy(self) -> Self:
+        """Totals that change on their own."""
+        return type(self)(self.count, self.vector.clone(), self.matrix.clone())
 
     def add(self, images: Tensor, backend: str | None) -> None:
         """Count images [n, D]."""
-        accumulate_covariance(images, self.gram, self.total, backend=backend)
+        raise NotImplementedError
+
+    def merged(self, other: Self) -> Self:
+        """Totals of the images of both."""
+        raise NotImplementedError
+
+    def over(self, ranks: Ranks) -> Self:
+        """Totals of the images of all ranks."""
+        raise NotImplementedError
+
+
+class ByteSums(Sums):
+    """Exact totals of uint8 images: s [D] and the upper triangle of G [D, D], int64."""
+
+    kind = "uint8"
+    layout = {"total": (torch.int64, 1), "gram": (torch.int64, 2)}
+
+    def add(self, images: Tensor, backend: str | None) -> None:
+        """Count images [n, D]."""
+        accumulate_covariance(images, self.matrix, self.vector, backend=backend)
         self.count += len(images)
 
-    def merged(self, other: ByteSums) -> ByteSums:
+    def merged(self, other: Self) -> Self:
         """Totals of the images of both."""
-        return ByteSums(self.count + other.count, self.total + other.total, self.gram + other.gram)
+        count, vector = self.count + other.count, self.vector + other.vector
+        return type(self)(count, vector, self.matrix + other.matrix)
 
-    def over(self, ranks: Ranks) -> ByteSums:
+    def over(self, ranks: Ranks) -> Self:
         """Totals of the images of all ranks."""
-        count = ranks.summed(self.total.new_tensor(self.count))
-        return ByteSums(int(count), ranks.summed(self.total), ranks.summed(self.gram))
-
-    def copy(self) -> ByteSums:
-        """Totals that change on their own."""
-        return ByteSums(self.count, self.total.clone(), self.gram.clone())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The totals by the names that the constructor takes them under."""
-        return {"total": self.total, "gram": self.gram}
+        count = ranks.summed(self.vector.new_tensor(self.count))
+        return type(self)(int(count), ranks.summed(self.vector), ranks.summed(self.matrix))
 
     def mean(self) -> Tensor:
         """Mean in [-1, 1], float64, [D]."""
         # (s / N + 1/2) / 127.5 with a single rounding: both integers are exact in float64.
-        divisor = self.total.new_tensor(255 * self.count, dtype=torch.float64)
-        return (2 * self.total + self.count).double() / divisor
+        divisor = self.vector.new_tensor(255 * self.count, dtype=torch.float64)
+        return (2 * self.vector + self.count).double() / divisor
 
     def covariance(self) -> Tensor:
         """Covariance about an integer shift m near the mean, which leaves little to cancel.
@@ -72,7 +119,7 @@ class ByteSums:
         integers and |s'| <= N / 2, so S = (G' - s' s'^T / N) / (N - 1) / 127.5^2 rounds only at
         its divisions and its difference.
         """
-        count, total = self.count, self.total
+        count, total = self.count, self.vector
         # The nearest integer to s / N.
         shift = torch.div(2 * total + count, 2 * count, rounding_mode="floor")
         rest = total - count * shift
@@ -82,108 +129,74 @@ class ByteSums:
         divisors = total.new_tensor([count, (count - 1) * BYTES_PER_UNIT**2], dtype=torch.float64)
 
         def band(rows: slice, columns: slice) -> Tensor:
-            centred = self.gram[rows, columns] - shift[rows, None] * total[columns]
+            centred = self.matrix[rows, columns] - shift[rows, None] * total[columns]
             centred -= rest[rows, None] * shift[columns]
             products = (rest[rows, None] * rest[columns]).double().div_(divisors[0])
             return centred.double().sub_(products).div_(divisors[1])
 
-        return _symmetric(band, self.gram, count)
+        return _symmetric(band, self.matrix, count)
 
 
-class FloatSums:
+class FloatSums(Sums):
     """Mean [D] and upper triangle of the scatter sum (v - mean)(v - mean)^T [D, D], float64."""
 
     kind = "floating-point"
     layout = {"centre": (torch.float64, 1), "scatter": (torch.float64, 2)}
-
-    def __init__(self, count: int, centre: Tensor, scatter: Tensor) -> None:
-        self.count, self.centre, self.scatter = count, centre, scatter
-
-    @classmethod
-    def empty(cls, values: int, device: torch.device) -> FloatSums:
-        """Totals of no images of D values."""
-        centre = torch.zeros(values, dtype=torch.float64, device=device)
-        return cls(0, centre, centre.new_zeros(values, values))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the totals live."""
-        return self.centre.device
 
     def add(self, images: Tensor, backend: str | None) -> None:
         """Count images [n, D]."""
         del backend
         images = images.double()
         centre = images.mean(0)
-        add_upper_product(self.scatter, images - centre)
+        add_upper_product(self.matrix, images - centre)
         self._join(len(images), centre)
 
-    def merged(self, other: FloatSums) -> FloatSums:
+    def merged(self, other: Self) -> Self:
         """Totals of the images of both."""
         result = self.copy()
-        result.scatter += other.scatter
-        result._join(other.count, other.centre)
+        result.matrix += other.matrix
+        result._join(other.count, other.vector)
         return result
 
-    def over(self, ranks: Ranks) -> FloatSums:
+    def over(self, ranks: Ranks) -> Self:
         """Totals of the images of all ranks."""
-        count = ranks.summed(self.centre.new_tensor(self.count, dtype=torch.int64))
-        centre = ranks.summed(self.centre * self.count) / count
-        scatter = self.scatter.clone()
-        add_upper_product(scatter, (self.centre - centre)[None] * self.count**0.5)
-        return FloatSums(int(count), centre, ranks.summed(scatter))
-
-    def copy(self) -> FloatSums:
-        """Totals that change on their own."""
-        return FloatSums(self.count, self.centre.clone(), self.scatter.clone())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The totals by the names that the constructor takes them under."""
-        return {"centre": self.centre, "scatter": self.scatter}
+        count = ranks.summed(self.vector.new_tensor(self.count, dtype=torch.int64))
+        centre = ranks.summed(self.vector * self.count) / count
+        scatter = self.matrix.clone()
+        add_upper_product(scatter, (self.vector - centre)[None] * self.count**0.5)
+        return type(self)(int(count), centre, ranks.summed(scatter))
 
     def mean(self) -> Tensor:
         """Mean in [-1, 1], float64, [D]."""
-        return self.centre.clone()
+        return self.vector.clone()
 
     def covariance(self) -> Tensor:
         """Covariance, float64, [D, D]."""
 
         def band(rows: slice, columns: slice) -> Tensor:
-            return self.scatter[rows, columns] / (self.count - 1)
+            return self.matrix[rows, columns] / (self.count - 1)
 
-        return _symmetric(band, self.scatter, self.count)
+        return _symmetric(band, self.matrix, self.count)
 
     def _join(self, count: int, centre: Tensor) -> None:
         """Move the mean after the scatter of `count` images about `centre` has been added."""
         together = self.count + count
-        difference = centre - self.centre
+        difference = centre - self.vector
         scaled = difference * (self.count * count / together) ** 0.5
-        add_upper_product(self.scatter, scaled[None])
-        self.centre = self.centre + difference * (count / together)
+        add_upper_product(self.matrix, scaled[None])
+        self.vector = self.vector + difference * (count / together)
         self.count = together
 
 
-class Blend:
+class Blend(Totals):
     """Mean [D] and covariance [D, D], float64, that no images stand behind: they are final."""
 
     kind = "blended"
     layout = {"centre": (torch.float64, 1), "matrix": (torch.float64, 2)}
 
-    def __init__(self, count: int, centre: Tensor, matrix: Tensor) -> None:
-        self.count, self.centre, self.matrix = count, centre, matrix
-
-    @property
-    def device(self) -> torch.device:
-        """Where the numbers live."""
-        return self.centre.device
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The numbers by the names that the constructor takes them under."""
-        return {"centre": self.centre, "matrix": self.matrix}
-
     def mean(self) -> Tensor:
         """Mean in [-1, 1], float64, [D]."""
-        return self.centre.clone()
+        return self.vector.clone()
 
     def covariance(self) -> Tensor:
         """Covariance, float64, [D, D]."""
@@ -211,6 +224,6 @@ def _symmetric(band: Callable[[slice, slice], Tensor], like: Tensor, count: int)
     return result
 
 
-def kind_of_sums(images: Tensor) -> type[ByteSums] | type[FloatSums]:
+def kind_of_sums(images: Tensor) -> type[Sums]:
     """The totals that images of this dtype are counted in."""
     return ByteSums if images.dtype == torch.uint8 else FloatSums

@@ -28,7 +28,7 @@ def warn_of_few_images(moments: Moments, what: str, rank: int | None = None) -> 
     """
     count = moments.count
     few = count <= moments.mean.numel() and (rank is None or rank > count - 1)
-    if not few or isinstance(moments._whole(), Blend):
+    if not few or isinstance(moments._totals, Blend):
         return
     varying = int(_varying(moments).sum())
     if count <= varying:
