@@ -67,7 +67,7 @@ def test_measured_on_this_machine():
 
 
 def test_measured_masks_take_the_share_they_are_planned_for():
-    posterior = pytest.importorskip("pyflocality.kernels.cpu.posterior")
+    posterior = pytest.importorskip("pyflocality.kernels.cpu.masked_posterior")
     pytest.importorskip("pyflocality._C")
     seen = []
 

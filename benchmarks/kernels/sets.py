@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import pyflocality as pf
-from pyflocality.kernels.cpu.posterior import difference_tree
+from pyflocality.kernels.cpu.masked_posterior import difference_tree
 from pyflocality.masks import pca_locality_weights
 from pyflocality.weights import QueryWeights
 

@@ -16,7 +16,7 @@ import torch
 
 import pyflocality as pf
 from pyflocality._support.progress import progress_bar
-from pyflocality.kernels.cpu.posterior import difference_tree
+from pyflocality.kernels.cpu.masked_posterior import difference_tree
 from pyflocality.planner import COSTS, WINDOW, Setting, seconds_of
 
 from ..plotting import picture

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import pyflocality as pf
 from pyflocality.denoisers.bounds import ComponentIndex, DistanceBounds
-from pyflocality.kernels.cpu.posterior import difference_tree
+from pyflocality.kernels.cpu.masked_posterior import difference_tree
 from pyflocality.storage.reader import training_values
 
 SCHEDULE = pf.DDPMSchedule()

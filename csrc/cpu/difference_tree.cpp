@@ -239,26 +239,31 @@ class Builder {
   DifferenceTree tree_;
 };
 
+#include "simd/tree_walk.h"
+
+// Sums of numbers, as walk() forms them.
+struct PlainSums {
+  void clear() { sum = 0.0; }
+  void recall(std::size_t slot) { sum = slots[slot]; }
+  void keep(std::size_t slot) { slots[slot] = sum; }
+  void answer(std::size_t output) { result[output] = sum; }
+
+  template <bool kPlus>
+  void accumulate(const std::uint32_t* inputs, std::size_t count) {
+    for (std::size_t k = 0; k < count; ++k) sum += kPlus ? values[inputs[k]] : -values[inputs[k]];
+  }
+
+  const std::vector<double>& values;
+  std::vector<double> slots, result;
+  double sum = 0.0;
+};
+
 }  // namespace
 
 std::vector<double> sums_over_masks(const DifferenceTree& tree, const std::vector<double>& values) {
-  std::vector<double> result(tree.outputs), slots(tree.slots);
-  double sum = 0.0;
-  for (const DifferenceTree::Node& node : tree.nodes) {
-    if (node.from == DifferenceTree::kFromEmpty) {
-      sum = 0.0;
-    } else if (node.from != DifferenceTree::kFromLast) {
-      sum = slots[static_cast<std::size_t>(node.from)];
-    }
-    const std::uint32_t* input = tree.inputs.data() + node.begin;
-    for (std::uint32_t k = 0; k < node.plus; ++k) sum += values[*input++];
-    for (std::uint32_t k = 0; k < node.minus; ++k) sum -= values[*input++];
-    if (node.keep != DifferenceTree::kNowhere) slots[static_cast<std::size_t>(node.keep)] = sum;
-    if (node.output != DifferenceTree::kSilent) {
-      result[static_cast<std::size_t>(node.output)] = sum;
-    }
-  }
-  return result;
+  PlainSums sums{values, std::vector<double>(tree.slots), std::vector<double>(tree.outputs)};
+  walk(tree, sums);
+  return sums.result;
 }
 
 std::vector<double> squares_over_masks(const DifferenceTree& tree, const float* image,

@@ -1,9 +1,5 @@
 #pragma once
 
-#include <cstddef>
-#include <functional>
-
-#include "cpu_features.h"
 #include "posterior.h"
 #include "window_posterior.h"
 
@@ -22,11 +18,7 @@ namespace pyflocality {
 // circular: q is any pixel, the noisy image goes on periodically, p is any interior pixel; the
 // window must fit inside the image. Otherwise: windows are cut at the borders, and p may differ
 // from q in a coordinate only where both are interior in that coordinate.
-//
-// A noisy image's results do not depend on the others of its batch, nor on the number of threads.
-// checkpoint is called on the calling thread now and then and may throw.
-void equivariant_posterior(const WindowShape& shape, bool circular, const StoredImages& images,
-                           const NoisyBatch& batch, const ScanResult& result, std::size_t threads,
-                           InstructionSet isa, const std::function<void()>& checkpoint);
+void equivariant_posterior(const Pass& pass, const WindowShape& shape, bool circular,
+                           const ScanResult& result);
 
 }  // namespace pyflocality

@@ -1,38 +1,24 @@
 // Posterior means over whole images.
 //
 // Distances of a few images to a few noisy images at a time, so that what is read once serves
-// several sums; then only the images that can matter beside the nearest one are added up.
+// several sums; then only the images that can matter beside the nearest one are added up. With
+// tangents these alone have their inner products taken, several at a time.
 
 #include "global_posterior.h"
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
-
-#include "dispatch.h"
-#include "segments.h"
-#include "simd/constants.h"
-
-#if PYFLOCALITY_X86
-#include <immintrin.h>
-#endif
+#include "kernel.h"
 
 #define PYFLOCALITY_KERNEL "global_posterior_kernel.h"
 #include "simd/for_each_isa.h"
 
 namespace pyflocality {
 
-void global_posterior(const StoredImages& images, const NoisyBatch& batch, const ScanResult& result,
-                      std::size_t threads, InstructionSet isa,
-                      const std::function<void()>& checkpoint) {
-  const Checkpoint check(checkpoint);
-  if (images.bytes != nullptr) {
-    PYFLOCALITY_DISPATCH(isa, global_posterior, images.bytes, images.count, images.dim, batch,
-                         result, threads, check);
-  } else {
-    PYFLOCALITY_DISPATCH(isa, global_posterior, images.floats, images.count, images.dim, batch,
-                         result, threads, check);
-  }
+void global_posterior(const Pass& pass, const ScanResult& result) {
+  dispatch(pass, [&](auto kernels, const auto& typed) { kernels.scan(typed, result); });
+}
+
+void global_posterior_jvp(const Pass& pass, const Tangents& tangents, const ScanResult& result) {
+  dispatch(pass, [&](auto kernels, const auto& typed) { kernels.jvp(typed, tangents, result); });
 }
 
 }  // namespace pyflocality

@@ -1,9 +1,5 @@
 #pragma once
 
-#include <cstddef>
-#include <functional>
-
-#include "cpu_features.h"
 #include "posterior.h"
 
 namespace pyflocality {
@@ -14,11 +10,9 @@ namespace pyflocality {
 //
 // gives minimum = min_i e [batch], total = sum_i 2^(-scale (e - minimum)) and
 // weighted = sum_i 2^(-scale (e - minimum)) image[i] [batch, dim].
-//
-// A noisy image's results do not depend on the others of its batch, nor on the number of threads.
-// checkpoint is called on the calling thread now and then and may throw.
-void global_posterior(const StoredImages& images, const NoisyBatch& batch, const ScanResult& result,
-                      std::size_t threads, InstructionSet isa,
-                      const std::function<void()>& checkpoint);
+void global_posterior(const Pass& pass, const ScanResult& result);
+
+// The same with tangents.
+void global_posterior_jvp(const Pass& pass, const Tangents& tangents, const ScanResult& result);
 
 }  // namespace pyflocality

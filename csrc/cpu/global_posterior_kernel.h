@@ -1,8 +1,39 @@
-// One compilation of the global posterior, for the instruction set around it.
+// One compilation of the global posterior's kernels, for the instruction set around it.
 
-// Images whose distances are formed together, and noisy images that share their reads.
+// Images whose sums are formed together, with the rows that share their reads: noisy images, or
+// fewer tangents, whose terms take more registers.
 constexpr int kGroupImages = kLanes == 16 ? 3 : 2;
-constexpr int kGroupQueries = kLanes == 16 ? 8 : 4;
+constexpr int kGroupBatch = kLanes == 16 ? 8 : 4;
+constexpr int kGroupTangents = 4;
+// Images between two looks at the minimum.
+constexpr std::size_t kBlock = 48;
+
+inline float multiply_add(float a, float b, float c) { return a * b + c; }
+inline float sub(float a, float b) { return a - b; }
+
+// Terms of squared distances to noisy images: (row - value)^2.
+struct SquaredGaps {
+  template <typename Number>
+  Number value(Number stored, std::size_t) const {
+    return stored;
+  }
+  template <typename Number>
+  Number add(Number row, Number value, Number sum) const {
+    const Number gap = sub(row, value);
+    return multiply_add(gap, gap, sum);
+  }
+};
+
+// Terms of inner products with tangents: row * (value - centre), the centre being an image.
+struct CentredProducts {
+  Vec value(Vec stored, std::size_t d) const { return sub(stored, load(centre + d)); }
+  float value(float stored, std::size_t d) const { return stored - centre[d]; }
+  template <typename Number>
+  Number add(Number row, Number value, Number sum) const {
+    return multiply_add(row, value, sum);
+  }
+  const float* centre;
+};
 
 inline float sum_of_lanes(Vec a) {
   alignas(64) float lanes[kLanes];
@@ -12,154 +43,338 @@ inline float sum_of_lanes(Vec a) {
   return sum;
 }
 
+// Adds up the terms of kRows rows [dim] and kImages images, kLanes of them at a time:
+// sums[row * stride + image]. The same additions in the same order whatever the group.
+template <int kImages, int kRows, typename Stored, typename Terms>
+inline void sum_terms(const Stored* const* images, const float* rows, std::size_t dim,
+                      const Terms& terms, float* sums, std::size_t stride) {
+  Vec local[kRows][kImages];
+#pragma GCC unroll 8
+  for (int k = 0; k < kRows; ++k) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kImages; ++i) local[k][i] = zero();
+  }
+  const std::size_t whole = dim / kLanes * kLanes;
+  for (std::size_t d = 0; d < whole; d += kLanes) {
+    Vec value[kImages];
+#pragma GCC unroll 8
+    for (int i = 0; i < kImages; ++i) value[i] = terms.value(load(images[i] + d), d);
+#pragma GCC unroll 8
+    for (int k = 0; k < kRows; ++k) {
+      const Vec row = load(rows + k * dim + d);
+#pragma GCC unroll 8
+      for (int i = 0; i < kImages; ++i) local[k][i] = terms.add(row, value[i], local[k][i]);
+    }
+  }
+  for (int k = 0; k < kRows; ++k) {
+    for (int i = 0; i < kImages; ++i) {
+      float sum = sum_of_lanes(local[k][i]);
+      for (std::size_t d = whole; d < dim; ++d) {
+        const float value = terms.value(static_cast<float>(images[i][d]), d);
+        sum = terms.add(rows[k * dim + d], value, sum);
+      }
+      sums[k * stride + i] = sum;
+    }
+  }
+}
+
+// As sum_terms() for any number of images and rows, kRows at a time.
+template <int kRows, typename Stored, typename Terms>
+inline void sum_all_terms(const Stored* const* images, std::size_t count, const float* rows,
+                          std::size_t row_count, std::size_t dim, const Terms& terms, float* sums,
+                          std::size_t stride) {
+  std::size_t image = 0;
+  for (; image + kGroupImages <= count; image += kGroupImages) {
+    std::size_t k = 0;
+    for (; k + kRows <= row_count; k += kRows) {
+      sum_terms<kGroupImages, kRows>(images + image, rows + k * dim, dim, terms,
+                                     sums + k * stride + image, stride);
+    }
+    for (; k < row_count; ++k) {
+      sum_terms<kGroupImages, 1>(images + image, rows + k * dim, dim, terms,
+                                 sums + k * stride + image, stride);
+    }
+  }
+  for (; image < count; ++image) {
+    for (std::size_t k = 0; k < row_count; ++k) {
+      sum_terms<1, 1>(images + image, rows + k * dim, dim, terms, sums + k * stride + image,
+                      stride);
+    }
+  }
+}
+
+// Squared distances [batch, kBlock] to a block of images, which is listed too.
+template <typename Stored>
+inline void measure_block(const TypedPass<Stored>& pass, std::size_t first, std::size_t count,
+                          const Stored** block, float* distance) {
+  for (std::size_t i = 0; i < count; ++i) block[i] = pass.images + (first + i) * pass.dim;
+  sum_all_terms<kGroupBatch>(block, count, pass.batch.noisy, pass.batch.count, pass.dim,
+                             SquaredGaps{}, distance, kBlock);
+}
+
 // Images are read where they lie, values side by side in the lanes.
 template <typename Stored>
 class GlobalScan {
  public:
-  GlobalScan(const Stored* images, std::size_t dim, const Segments& segments,
-             const NoisyBatch& batch, const Checkpoint& checkpoint)
-      : images_(images), dim_(dim), segments_(segments), batch_(batch), checkpoint_(checkpoint) {}
-
-  ScanState run(std::size_t threads) const {
-    return scan_segments<Scratch>(
-        segments_, threads, batch_.batch, dim_,
-        [&] { return std::make_unique<Scratch>(dim_, batch_.batch); },
-        [&](std::size_t segment, Scratch& scratch, ScanState& state) {
-          scan(segments_.first(segment), segments_.last(segment), scratch, state);
-        },
-        [&](std::size_t q) { return batch_.scale[q]; });
-  }
-
- private:
-  static constexpr std::size_t kBlock = 48;  // images between two looks at the minimum
+  explicit GlobalScan(const TypedPass<Stored>& pass) : pass_(pass) {}
 
   struct Scratch {
-    Scratch(std::size_t dim, std::size_t batch)
-        : distance(batch * kBlock), minimum(batch), total(batch), weighted(batch * dim) {}
+    explicit Scratch(const GlobalScan& scan)
+        : distance(scan.pass_.batch.count * kBlock),
+          minimum(scan.pass_.batch.count),
+          total(scan.pass_.batch.count),
+          weighted(scan.pass_.batch.count * scan.pass_.dim) {}
     AlignedArray<float> distance, minimum;
     AlignedArray<double> total;
     AlignedArray<float> weighted;
+    const Stored* block[kBlock];  // images at hand
   };
 
+  ScanState state() const { return {pass_.batch.count, pass_.dim}; }
+  double scale(std::size_t q) const { return pass_.batch.scale[q]; }
+
   void scan(std::size_t first, std::size_t last, Scratch& scratch, ScanState& state) const {
-    std::fill_n(scratch.minimum.data(), batch_.batch, std::numeric_limits<float>::infinity());
-    std::fill_n(scratch.total.data(), batch_.batch, 0.0);
-    std::fill_n(scratch.weighted.data(), batch_.batch * dim_, 0.0f);
+    const std::size_t batch = pass_.batch.count, dim = pass_.dim;
+    std::fill_n(scratch.minimum.data(), batch, std::numeric_limits<float>::infinity());
+    std::fill_n(scratch.total.data(), batch, 0.0);
+    std::fill_n(scratch.weighted.data(), batch * dim, 0.0f);
     for (std::size_t image = first; image < last; image += kBlock) {
-      checkpoint_();
+      pass_.checkpoint();
       const std::size_t count = std::min(kBlock, last - image);
-      const Stored* block = images_ + image * dim_;
-      measure(block, count, scratch.distance.data());
-      for (std::size_t b = 0; b < batch_.batch; ++b) take_in_block(b, block, count, scratch);
+      measure_block(pass_, image, count, scratch.block, scratch.distance.data());
+      for (std::size_t b = 0; b < batch; ++b) take_in_block(b, count, scratch);
     }
-    for (std::size_t b = 0; b < batch_.batch; ++b) {
-      state.minimum[b] = scratch.minimum.data()[b];
-      state.total[b] = scratch.total.data()[b];
-    }
-    std::copy_n(scratch.weighted.data(), batch_.batch * dim_, state.weighted.begin());
+    std::copy_n(scratch.minimum.data(), batch, state.minimum.begin());
+    std::copy_n(scratch.total.data(), batch, state.total.begin());
+    std::copy_n(scratch.weighted.data(), batch * dim, state.weighted.begin());
   }
 
-  void measure(const Stored* block, std::size_t count, float* distance) const {
-    for (std::size_t i = 0; i < count; i += kGroupImages) {
-      const bool whole = i + kGroupImages <= count;
-      for (std::size_t b = 0; b < batch_.batch; b += kGroupQueries) {
-        if (whole && b + kGroupQueries <= batch_.batch) {
-          measure_group<kGroupImages, kGroupQueries>(block, i, b, distance);
-          continue;
-        }
-        for (std::size_t image = i; image < std::min(i + kGroupImages, count); ++image) {
-          for (std::size_t q = b; q < std::min(b + kGroupQueries, batch_.batch); ++q) {
-            measure_group<1, 1>(block, image, q, distance);
-          }
-        }
-      }
-    }
-  }
-
-  // The same additions in the same order whatever the group.
-  template <int kImages, int kQueries>
-  void measure_group(const Stored* block, std::size_t image, std::size_t query,
-                     float* distance) const {
-    Vec sums[kQueries][kImages];
-#pragma GCC unroll 8
-    for (int b = 0; b < kQueries; ++b) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kImages; ++i) sums[b][i] = zero();
-    }
-    const Stored* values = block + image * dim_;
-    const float* noisy = batch_.noisy + query * dim_;
-    const std::size_t whole = dim_ / kLanes * kLanes;
-    for (std::size_t d = 0; d < whole; d += kLanes) {
-      Vec value[kImages];
-#pragma GCC unroll 8
-      for (int i = 0; i < kImages; ++i) value[i] = load(values + i * dim_ + d);
-#pragma GCC unroll 8
-      for (int b = 0; b < kQueries; ++b) {
-        const Vec target = load(noisy + b * dim_ + d);
-#pragma GCC unroll 8
-        for (int i = 0; i < kImages; ++i) {
-          const Vec gap = sub(target, value[i]);
-          sums[b][i] = multiply_add(gap, gap, sums[b][i]);
-        }
-      }
-    }
-    for (int b = 0; b < kQueries; ++b) {
-      for (int i = 0; i < kImages; ++i) {
-        float sum = sum_of_lanes(sums[b][i]);
-        for (std::size_t d = whole; d < dim_; ++d) {
-          const float gap = noisy[b * dim_ + d] - static_cast<float>(values[i * dim_ + d]);
-          sum += gap * gap;
-        }
-        distance[(query + b) * kBlock + image + i] = sum;
-      }
-    }
-  }
-
-  void take_in_block(std::size_t b, const Stored* block, std::size_t count,
-                     Scratch& scratch) const {
+ private:
+  void take_in_block(std::size_t b, std::size_t count, Scratch& scratch) const {
+    const std::size_t dim = pass_.dim;
     const float* distance = scratch.distance.data() + b * kBlock;
     float& minimum = scratch.minimum.data()[b];
-    float* weighted = scratch.weighted.data() + b * dim_;
-    const float scale = batch_.scale[b], reach = negligible_power(segments_.count) / scale;
+    float* weighted = scratch.weighted.data() + b * dim;
+    const float scale = pass_.batch.scale[b], reach = pass_.reach(b);
     const float lowest = *std::min_element(distance, distance + count);
     // Equal distances count even where adding the reach rounds away.
     if (!(lowest <= minimum + reach)) return;
     if (lowest < minimum) {
       const float decay = exp2_of_negative((lowest - minimum) * scale);
       scratch.total.data()[b] *= decay;
-      for (std::size_t d = 0; d < dim_; ++d) weighted[d] *= decay;
+      for (std::size_t d = 0; d < dim; ++d) weighted[d] *= decay;
       minimum = lowest;
     }
     for (std::size_t i = 0; i < count; ++i) {
       if (!(distance[i] <= minimum + reach)) continue;
       const float weight = exp2_of_negative((minimum - distance[i]) * scale);
       scratch.total.data()[b] += weight;
-      add_weighted(block + i * dim_, weight, weighted);
+      add_weighted(scratch.block[i], weight, weighted);
     }
   }
 
   void add_weighted(const Stored* values, float weight, float* weighted) const {
-    const std::size_t whole = dim_ / kLanes * kLanes;
+    const std::size_t whole = pass_.dim / kLanes * kLanes;
     const Vec factor = broadcast(weight);
     for (std::size_t d = 0; d < whole; d += kLanes) {
       store(weighted + d, multiply_add(factor, load(values + d), load(weighted + d)));
     }
-    for (std::size_t d = whole; d < dim_; ++d) {
+    for (std::size_t d = whole; d < pass_.dim; ++d) {
       weighted[d] += weight * static_cast<float>(values[d]);
     }
   }
 
-  const Stored* images_;
-  const std::size_t dim_;
-  const Segments& segments_;
-  const NoisyBatch& batch_;
-  const Checkpoint& checkpoint_;
+  const TypedPass<Stored> pass_;
 };
 
 template <typename Stored>
-void global_posterior(const Stored* images, std::size_t count, std::size_t dim,
-                      const NoisyBatch& batch, const ScanResult& result, std::size_t threads,
-                      const Checkpoint& checkpoint) {
-  const Segments segments(count, 48);
-  copy_state(GlobalScan<Stored>(images, dim, segments, batch, checkpoint).run(threads), result);
-}
+class GlobalJvp {
+ public:
+  GlobalJvp(const TypedPass<Stored>& pass, const Tangents& tangents)
+      : pass_(pass), tangents_(tangents), dim_(pass.dim), sets_(1 + tangents.count) {}
+
+  // What a thread works in. There is a set of sums for the weights of every noisy image, and one
+  // for each of its tangents with the weights times c, all counted from its nearest image.
+  struct Scratch {
+    explicit Scratch(const GlobalJvp& scan)
+        : distance(scan.pass_.batch.count * kBlock),
+          minimum(scan.pass_.batch.count),
+          nearest(scan.pass_.batch.count * scan.dim_),
+          moved(scan.dim_),
+          totals(scan.pass_.batch.count * scan.sets_),
+          weighted(scan.pass_.batch.count * scan.sets_ * scan.dim_),
+          factors(scan.sets_ * kBlock) {}
+    AlignedArray<float> distance, minimum, nearest, moved;
+    AlignedArray<double> totals;
+    AlignedArray<float> weighted;
+    AlignedArray<float> factors;      // of the images that matter, by set
+    const Stored* block[kBlock];      // images at hand
+    const Stored* of_matter[kBlock];  // and those that matter
+  };
+
+  ScanState state() const { return {pass_.batch.count, tangents_.sums(dim_), tangents_.count}; }
+  double scale(std::size_t q) const { return pass_.batch.scale[q]; }
+
+  void scan(std::size_t first, std::size_t last, Scratch& scratch, ScanState& state) const {
+    std::fill_n(scratch.minimum.data(), pass_.batch.count, std::numeric_limits<float>::infinity());
+    std::fill_n(scratch.nearest.data(), pass_.batch.count * dim_, 0.0f);
+    std::fill_n(scratch.totals.data(), pass_.batch.count * sets_, 0.0);
+    std::fill_n(scratch.weighted.data(), pass_.batch.count * sets_ * dim_, 0.0f);
+    for (std::size_t image = first; image < last; image += kBlock) {
+      const std::size_t count = std::min(kBlock, last - image);
+      measure_block(pass_, image, count, scratch.block, scratch.distance.data());
+      for (std::size_t b = 0; b < pass_.batch.count; ++b) {
+        pass_.checkpoint();
+        take_in_block(b, count, scratch);
+      }
+    }
+    for (std::size_t b = 0; b < pass_.batch.count; ++b) {
+      const double* totals = scratch.totals.data() + b * sets_;
+      const float* weighted = scratch.weighted.data() + b * sets_ * dim_;
+      double* values = state.weighted.data() + b * tangents_.sums(dim_);
+      state.minimum[b] = scratch.minimum.data()[b];
+      state.total[b] = totals[0];
+      std::copy_n(weighted, dim_, values);
+      std::copy_n(totals + 1, tangents_.count, values + dim_);
+      std::copy_n(weighted + dim_, tangents_.count * dim_, values + dim_ + tangents_.count);
+      const float* nearest = scratch.nearest.data() + b * dim_;
+      const float* centre = tangents_.centre + b * dim_;
+      count_from_means(
+          totals[0], dim_, tangents_.count, values,
+          [&](std::size_t d) { return double{nearest[d]} - centre[d]; },
+          [&](std::size_t k) {
+            const float* tangent = tangents_.tangents + (b * tangents_.count + k) * dim_;
+            double sum = 0.0;
+            for (std::size_t d = 0; d < dim_; ++d) {
+              sum += tangent[d] * (double{nearest[d]} - centre[d]);
+            }
+            return sum;
+          });
+    }
+  }
+
+ private:
+  // Counts the sums of a noisy image from another image.
+  void count_from(std::size_t b, const Stored* image, Scratch& scratch) const {
+    double* totals = scratch.totals.data() + b * sets_;
+    float* weighted = scratch.weighted.data() + b * sets_ * dim_;
+    float* nearest = scratch.nearest.data() + b * dim_;
+    float* moved = scratch.moved.data();
+    for (std::size_t d = 0; d < dim_; ++d) {
+      moved[d] = nearest[d] - static_cast<float>(image[d]);
+      nearest[d] = static_cast<float>(image[d]);
+    }
+    for (std::size_t k = 0; k < tangents_.count; ++k) {
+      const float* tangent = tangents_.tangents + (b * tangents_.count + k) * dim_;
+      double inner = 0.0;
+      for (std::size_t d = 0; d < dim_; ++d) inner += double{tangent[d]} * moved[d];
+      double& total = totals[1 + k];
+      float* products = weighted + (1 + k) * dim_;
+      const auto step = static_cast<float>(inner);
+      const auto plain = static_cast<float>(total + inner * totals[0]);
+      for (std::size_t d = 0; d < dim_; ++d) {
+        products[d] += step * weighted[d] + plain * moved[d];
+      }
+      total += inner * totals[0];
+    }
+    const auto total = static_cast<float>(totals[0]);
+    for (std::size_t d = 0; d < dim_; ++d) weighted[d] += total * moved[d];
+  }
+
+  void take_in_block(std::size_t b, std::size_t count, Scratch& scratch) const {
+    const float* distance = scratch.distance.data() + b * kBlock;
+    float& minimum = scratch.minimum.data()[b];
+    double* totals = scratch.totals.data() + b * sets_;
+    float* weighted = scratch.weighted.data() + b * sets_ * dim_;
+    const float scale = pass_.batch.scale[b], reach = pass_.reach(b);
+    const float lowest = *std::min_element(distance, distance + count);
+    // Equal distances count even where adding the reach rounds away.
+    if (!(lowest <= minimum + reach)) return;
+    if (lowest < minimum) {
+      const float decay = exp2_of_negative((lowest - minimum) * scale);
+      for (std::size_t set = 0; set < sets_; ++set) totals[set] *= decay;
+      for (std::size_t d = 0; d < sets_ * dim_; ++d) weighted[d] *= decay;
+      minimum = lowest;
+      count_from(b, scratch.block[std::find(distance, distance + count, lowest) - distance],
+                 scratch);
+    }
+    float* factors = scratch.factors.data();
+    std::size_t heavy = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+      if (!(distance[i] <= minimum + reach)) continue;
+      factors[heavy] = exp2_of_negative((minimum - distance[i]) * scale);
+      scratch.of_matter[heavy++] = scratch.block[i];
+    }
+    const CentredProducts products{scratch.nearest.data() + b * dim_};
+    sum_all_terms<kGroupTangents>(scratch.of_matter, heavy,
+                                  tangents_.tangents + b * tangents_.count * dim_, tangents_.count,
+                                  dim_, products, factors + kBlock, kBlock);
+    for (std::size_t set = 0; set < sets_; ++set) {
+      for (std::size_t i = 0; i < heavy; ++i) {
+        if (set > 0) factors[set * kBlock + i] *= factors[i];
+        totals[set] += factors[set * kBlock + i];
+      }
+    }
+    std::size_t set = 0;
+    for (; set + kGroupTangents <= sets_; set += kGroupTangents) {
+      add_weighted<kGroupTangents>(scratch.of_matter, heavy, factors + set * kBlock, products,
+                                   weighted + set * dim_);
+    }
+    for (; set < sets_; ++set) {
+      add_weighted<1>(scratch.of_matter, heavy, factors + set * kBlock, products,
+                      weighted + set * dim_);
+    }
+  }
+
+  // Adds the centred values times factors [kSets, kBlock] to the sums of kSets sets.
+  template <int kSets>
+  void add_weighted(const Stored* const* images, std::size_t count, const float* factors,
+                    const CentredProducts& centred, float* weighted) const {
+    const std::size_t whole = dim_ / kLanes * kLanes;
+    for (std::size_t d = 0; d < whole; d += kLanes) {
+      Vec sums[kSets];
+#pragma GCC unroll 8
+      for (int set = 0; set < kSets; ++set) sums[set] = zero();
+      for (std::size_t i = 0; i < count; ++i) {
+        const Vec value = centred.value(load(images[i] + d), d);
+#pragma GCC unroll 8
+        for (int set = 0; set < kSets; ++set) {
+          sums[set] = multiply_add(broadcast(factors[set * kBlock + i]), value, sums[set]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int set = 0; set < kSets; ++set) {
+        float* sum = weighted + set * dim_ + d;
+        store(sum, add(load(sum), sums[set]));
+      }
+    }
+    for (std::size_t d = whole; d < dim_; ++d) {
+      float sums[kSets] = {};
+      for (std::size_t i = 0; i < count; ++i) {
+        const float value = centred.value(static_cast<float>(images[i][d]), d);
+        for (int set = 0; set < kSets; ++set) {
+          sums[set] = multiply_add(factors[set * kBlock + i], value, sums[set]);
+        }
+      }
+      for (int set = 0; set < kSets; ++set) weighted[set * dim_ + d] += sums[set];
+    }
+  }
+
+  const TypedPass<Stored> pass_;
+  const Tangents tangents_;
+  const std::size_t dim_, sets_;
+};
+
+struct Kernels {
+  template <typename Stored>
+  static void scan(const TypedPass<Stored>& pass, const ScanResult& result) {
+    run_kernel(GlobalScan<Stored>(pass), {pass.count, kBlock}, pass.threads).copy_to(result);
+  }
+
+  template <typename Stored>
+  static void jvp(const TypedPass<Stored>& pass, const Tangents& tangents,
+                  const ScanResult& result) {
+    const GlobalJvp<Stored> scan(pass, tangents);
+    run_kernel(scan, {pass.count, kBlock}, pass.threads).copy_to(result);
+  }
+};

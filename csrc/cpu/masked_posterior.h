@@ -1,10 +1,5 @@
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-#include <functional>
-
-#include "cpu_features.h"
 #include "difference_tree.h"
 #include "posterior.h"
 
@@ -24,11 +19,28 @@ namespace pyflocality {
 // much larger than the images these terms are much smaller than the squares, and so are their
 // rounding errors; where it is much smaller the squares of the nearest images are. The minimum is
 // that of e in both cases.
+void masked_posterior(const Pass& pass, const DifferenceTree& tree, const ScanResult& result);
+
+// The same with tangents, whose centre the distances are counted from too: from the noisy image
+// itself they are sums of squares. Of the results only v is: c counts from zero, so that results
+// over parts of the images can be joined whatever their centres.
+void masked_posterior_jvp(const Pass& pass, const DifferenceTree& tree, const Tangents& tangents,
+                          const ScanResult& result);
+
+// Applies posterior weights over masks. With p[b, m, i] the weight of image i for output m, from
+// the same distances over the masks of `tree` as those of the scan, and R_m the masks of `answers`,
 //
-// A noisy image's results do not depend on the others of its batch, nor on the number of threads.
-// checkpoint is called on the calling thread now and then and may throw.
-void masked_posterior(const DifferenceTree& tree, const StoredImages& images,
-                      const NoisyBatch& batch, const ScanResult& result, std::size_t threads,
-                      InstructionSet isa, const std::function<void()>& checkpoint);
+//   sums[b, k, d] = sum_i (sum over the m with d in R_m of a[b, k, m, i]) image[i, d]
+//
+// where a = p without cotangents: a filtered posterior. With them, where there is an output for
+// every input, and image[i, d] counted from their centre,
+//
+//   a[b, k, m, i] = p[b, m, i] g[b, k, m] (image[i, m] - mean[b, m])
+//
+// Images in which no output has any weight cost their distances only. The centre of the batch must
+// be that of the scan.
+void masked_posterior_vjp(const Pass& pass, const DifferenceTree& tree,
+                          const DifferenceTree& answers, const PosteriorWeights& weights,
+                          double* sums);
 
 }  // namespace pyflocality

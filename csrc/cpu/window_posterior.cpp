@@ -2,55 +2,45 @@
 //
 // For a tile of images, one register lane each, and one noisy image: squared differences summed
 // over the channels, window sums along the rows, then along the columns; every column's sums are
-// distances and are taken into their pixel's online softmax at once.
+// distances and are taken into their pixel's online softmax at once. With tangents they become the
+// weights of all pixels first; then tangent by tangent the inner products, which are window sums
+// like the distances, so that few planes are in work at a time.
+//
+// A second pass makes weights of the distances in place. Window sums of the weights, along columns
+// and then along rows, are the factors of the images' values; they reach as far as the windows
+// that have any weight.
 
 #include "window_posterior.h"
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
-
-#include "dispatch.h"
-#include "segments.h"
-#include "simd/constants.h"
-
-#if PYFLOCALITY_X86
-#include <immintrin.h>
-#endif
+#include "kernel.h"
 
 #define PYFLOCALITY_KERNEL "window_posterior_kernel.h"
 #include "simd/for_each_isa.h"
 
 namespace pyflocality {
-namespace {
 
-void scan_windows(const WindowShape& shape, const WindowPlaces& places, std::size_t values,
-                  const StoredImages& images, const NoisyBatch& batch, const ScanResult& result,
-                  std::size_t threads, InstructionSet isa,
-                  const std::function<void()>& checkpoint) {
-  const Checkpoint check(checkpoint);
-  if (images.bytes != nullptr) {
-    PYFLOCALITY_DISPATCH(isa, window_posterior, shape, places, values, images.bytes, images.count,
-                         batch, result, threads, check);
-  } else {
-    PYFLOCALITY_DISPATCH(isa, window_posterior, shape, places, values, images.floats, images.count,
-                         batch, result, threads, check);
-  }
+void window_posterior(const Pass& pass, const WindowShape& shape, const ScanResult& result) {
+  dispatch(pass, [&](auto kernels, const auto& typed) {
+    kernels.scan(typed, shape, all_places(shape), shape.channels, result);
+  });
 }
 
-}  // namespace
-
-void window_posterior(const WindowShape& shape, const StoredImages& images, const NoisyBatch& batch,
-                      const ScanResult& result, std::size_t threads, InstructionSet isa,
-                      const std::function<void()>& checkpoint) {
-  scan_windows(shape, all_places(shape), shape.channels, images, batch, result, threads, isa,
-               checkpoint);
+void patch_set_scan(const Pass& pass, const WindowShape& shape, const ScanResult& result) {
+  dispatch(pass, [&](auto kernels, const auto& typed) {
+    kernels.scan(typed, shape, places_inside(shape), 0, result);
+  });
 }
 
-void patch_weights(const WindowShape& shape, const StoredImages& images, const NoisyBatch& batch,
-                   const ScanResult& result, std::size_t threads, InstructionSet isa,
-                   const std::function<void()>& checkpoint) {
-  scan_windows(shape, places_inside(shape), 0, images, batch, result, threads, isa, checkpoint);
+void window_posterior_jvp(const Pass& pass, const WindowShape& shape, const Tangents& tangents,
+                          const ScanResult& result) {
+  dispatch(pass,
+           [&](auto kernels, const auto& typed) { kernels.jvp(typed, shape, tangents, result); });
+}
+
+void window_posterior_vjp(const Pass& pass, const WindowShape& shape,
+                          const PosteriorWeights& weights, double* sums) {
+  dispatch(pass,
+           [&](auto kernels, const auto& typed) { kernels.vjp(typed, shape, weights, sums); });
 }
 
 }  // namespace pyflocality

@@ -1,9 +1,7 @@
 #pragma once
 
 #include <cstddef>
-#include <functional>
 
-#include "cpu_features.h"
 #include "posterior.h"
 
 namespace pyflocality {
@@ -12,6 +10,7 @@ namespace pyflocality {
 // of a pixel begins window / 2 pixels before it.
 struct WindowShape {
   std::size_t channels, height, width, window;
+  std::size_t pixels() const { return height * width; }
 };
 
 // Pixels whose windows take part: rows [top, bottom), columns [left, right).
@@ -37,17 +36,28 @@ inline WindowPlaces places_inside(const WindowShape& shape) {
 //
 // gives minimum = min_i e [batch, pixels], total = sum_i 2^(-scale (e - minimum)) and, for every
 // channel, weighted = sum_i 2^(-scale (e - minimum)) image[i, c, q] [batch, pixels, channels].
-//
-// A noisy image's results do not depend on the others of its batch, nor on the number of threads.
-// checkpoint is called on the calling thread now and then and may throw.
-void window_posterior(const WindowShape& shape, const StoredImages& images, const NoisyBatch& batch,
-                      const ScanResult& result, std::size_t threads, InstructionSet isa,
-                      const std::function<void()>& checkpoint);
+void window_posterior(const Pass& pass, const WindowShape& shape, const ScanResult& result);
+
+// The same with tangents.
+void window_posterior_jvp(const Pass& pass, const WindowShape& shape, const Tangents& tangents,
+                          const ScanResult& result);
 
 // The same for the windows that fit inside the image alone, without values: minimum and total,
 // which are infinite and 0 for the other pixels. The window may be even.
-void patch_weights(const WindowShape& shape, const StoredImages& images, const NoisyBatch& batch,
-                   const ScanResult& result, std::size_t threads, InstructionSet isa,
-                   const std::function<void()>& checkpoint);
+void patch_set_scan(const Pass& pass, const WindowShape& shape, const ScanResult& result);
+
+// Applies posterior weights over whole windows. With p[b, q, i] the weight of image i for pixel q,
+// from the same distances as those of the scan and its minimum and total,
+//
+//   sums[b, k, c, d] = sum_i (sum over the q whose window holds d of a[b, k, q, i]) image[i, c, d]
+//
+// where a = p without cotangents, over the windows that fit inside the image: a patch set. With
+// them, over all windows, cut at the border, and image[i, c, d] counted from their centre,
+//
+//   a[b, k, q, i] = p[b, q, i] sum_c g[b, k, c, q] (image[i, c, q] - mean[b, c, q])
+//
+// Images in which no window has any weight cost their distances only.
+void window_posterior_vjp(const Pass& pass, const WindowShape& shape,
+                          const PosteriorWeights& weights, double* sums);
 
 }  // namespace pyflocality

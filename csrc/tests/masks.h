@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "adjoint.h"
 #include "difference_tree.h"
 #include "plain_scan.h"
+#include "plain_sums.h"
 
 namespace {
 
@@ -73,18 +73,18 @@ void check_tree(const DifferenceTree& tree, const std::vector<std::vector<bool>>
   for (const int number : visits) expect(number == 1, name + ": an output is not visited once");
 }
 
-std::vector<Spread> mask_spreads(const std::vector<std::vector<bool>>& masks,
-                                 const std::vector<std::vector<bool>>& answers) {
-  std::vector<Spread> spreads;
+std::vector<Applied> applied_masks(const std::vector<std::vector<bool>>& masks,
+                                   const std::vector<std::vector<bool>>& answers) {
+  std::vector<Applied> queries;
   for (std::size_t q = 0; q < masks.size(); ++q) {
-    Spread spread{{}, {}, {q}};
+    Applied query{{}, {}, {q}};
     for (std::size_t d = 0; d < masks[q].size(); ++d) {
-      if (masks[q][d]) spread.measured.push_back(d);
-      if (answers[q][d]) spread.answered.push_back(d);
+      if (masks[q][d]) query.measured.push_back(d);
+      if (answers[q][d]) query.answered.push_back(d);
     }
-    spreads.push_back(spread);
+    queries.push_back(query);
   }
-  return spreads;
+  return queries;
 }
 
 }  // namespace

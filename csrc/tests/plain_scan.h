@@ -6,14 +6,16 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "cpu_features.h"
 #include "posterior.h"
-#include "posterior_jvp.h"
 
 namespace {
 
@@ -86,14 +88,20 @@ struct Problem {
     }
   }
 
-  StoredImages stored() const {
+  Pass pass(
+      std::size_t threads, InstructionSet isa, std::function<void()> checkpoint = [] {}) const {
+    Pass pass{{nullptr, nullptr, count, dim},
+              {noisy.data(), scale.data(), batch, counted_from},
+              threads,
+              isa,
+              std::move(checkpoint)};
     if constexpr (kBytes) {
-      return {images.data(), nullptr, count, dim};
+      pass.images.bytes = images.data();
     } else {
-      return {nullptr, images.data(), count, dim};
+      pass.images.floats = images.data();
     }
+    return pass;
   }
-  NoisyBatch noisy_batch() const { return {noisy.data(), scale.data(), batch}; }
 
   // Asks for derivatives in some random directions.
   void point(std::size_t directions) {
@@ -116,6 +124,8 @@ struct Problem {
   std::size_t count, batch, dim, tangent_count = 0;
   std::vector<Stored> images;
   std::vector<float> noisy, scale, centre, tangents;
+  // The centre of the batch, of masked kernels.
+  const float* counted_from = nullptr;
   // Whether inner products with tangents are of values from the centre.
   bool inner_centred = true;
 };
@@ -124,6 +134,9 @@ struct Answer {
   Answer(std::size_t queries, std::size_t values)
       : minimum(queries), total(queries), weighted(queries * values) {}
   ScanResult result() { return {minimum.data(), total.data(), weighted.data()}; }
+  bool operator==(const Answer& other) const {
+    return minimum == other.minimum && total == other.total && weighted == other.weighted;
+  }
   std::vector<double> minimum, total, weighted;
 };
 
@@ -135,8 +148,8 @@ struct Patch {
 };
 using Query = std::vector<Patch>;
 
-// The same sums as a scan's, image by image and patch by patch: those of posterior_jvp.h where
-// there are tangents.
+// The same sums as a scan's, image by image and patch by patch: those of posterior.h with tangents
+// where there are any.
 template <typename Stored>
 Answer plain_answer(const Problem<Stored>& problem, const std::vector<Query>& queries) {
   const std::size_t values = queries[0][0].answered.size(), directions = problem.tangent_count;
@@ -186,12 +199,12 @@ Answer plain_answer(const Problem<Stored>& problem, const std::vector<Query>& qu
           }
         }
       }
-      // Products are about the means, as posterior_jvp.h says.
-      double* found = &answer.weighted[to * sums];
+      // Products are about the means, as posterior.h says.
+      double* sums_of_query = &answer.weighted[to * sums];
       for (std::size_t k = 0; k < directions; ++k) {
-        const double mean = found[values + k] / answer.total[to];
-        double* products = found + values + directions + k * values;
-        for (std::size_t d = 0; d < values; ++d) products[d] -= mean * found[d];
+        const double mean = sums_of_query[values + k] / answer.total[to];
+        double* products = sums_of_query + values + directions + k * values;
+        for (std::size_t d = 0; d < values; ++d) products[d] -= mean * sums_of_query[d];
       }
     }
   }
@@ -199,7 +212,7 @@ Answer plain_answer(const Problem<Stored>& problem, const std::vector<Query>& qu
 }
 
 template <typename Stored>
-void compare(const Problem<Stored>& problem, const Answer& found, const Answer& plain,
+void compare(const Problem<Stored>& problem, const Answer& result, const Answer& plain,
              const std::string& name) {
   const std::size_t queries = plain.total.size() / problem.batch;
   const std::size_t values = plain.weighted.size() / plain.total.size();
@@ -207,17 +220,18 @@ void compare(const Problem<Stored>& problem, const Answer& found, const Answer& 
   const double distance = 1e-5 * problem.dim * problem.kRange * problem.kRange;
   for (std::size_t q = 0; q < plain.total.size(); ++q) {
     const std::string where = name + ", query " + std::to_string(q);
-    expect(std::abs(found.minimum[q] - plain.minimum[q]) <= distance, where + ": minimum");
+    expect(std::abs(result.minimum[q] - plain.minimum[q]) <= distance, where + ": minimum");
     const bool nearest_only = problem.scale[q / queries] == problem.kLargestScale;
     if (nearest_only) {
       // Which of two patches at nearly the same distance is nearer is a matter of rounding.
       const double most = static_cast<double>(problem.count * problem.shape.pixels());
-      expect(found.total[q] >= 0.99 && found.total[q] <= 1.01 * most, where + ": total");
+      expect(result.total[q] >= 0.99 && result.total[q] <= 1.01 * most, where + ": total");
     } else {
-      expect(std::abs(found.total[q] - plain.total[q]) <= 1e-3 * plain.total[q], where + ": total");
+      expect(std::abs(result.total[q] - plain.total[q]) <= 1e-3 * plain.total[q],
+             where + ": total");
     }
     for (std::size_t k = 0; k < values; ++k) {
-      const double mean = found.weighted[q * values + k] / found.total[q];
+      const double mean = result.weighted[q * values + k] / result.total[q];
       const double exact = plain.weighted[q * values + k] / plain.total[q];
       // Values, inner products with a tangent, and products of both, each within its range.
       const std::size_t directions = problem.tangent_count;
@@ -229,6 +243,33 @@ void compare(const Problem<Stored>& problem, const Answer& found, const Answer& 
       const double allowed = nearest_only ? 2.0 * range : 1e-3 * range;
       expect(std::abs(mean - exact) <= allowed, where + ": mean");
     }
+  }
+}
+
+// Runs a kernel on every instruction set and number of threads: run(pass) is the same to the bit
+// for all numbers of threads, and what check(name, answer) expects. An interrupt ends it.
+template <typename Stored, typename Run, typename Check>
+void check_everywhere(const std::string& op, const Problem<Stored>& problem,
+                      const std::vector<std::size_t>& threads, const Run& run, const Check& check) {
+  struct Interrupt : std::runtime_error {
+    using std::runtime_error::runtime_error;
+  };
+  for (const NamedInstructionSet& isa : known_instruction_sets()) {
+    if (!isa.available) continue;
+    const std::string name = op + ", " + isa.name + ", " + problem.name();
+    const auto first = run(problem.pass(threads.front(), isa.value));
+    check(name, first);
+    for (std::size_t k = 1; k < threads.size(); ++k) {
+      expect(run(problem.pass(threads[k], isa.value)) == first,
+             name + ": the bits depend on the threads");
+    }
+    bool interrupted = false;
+    try {
+      run(problem.pass(1, isa.value, [] { throw Interrupt("stop"); }));
+    } catch (const Interrupt&) {
+      interrupted = true;
+    }
+    expect(interrupted, name + ": an interrupt is lost");
   }
 }
 

@@ -1,8 +1,8 @@
 // Runs every native kernel at awkward sizes and compares it with plain loops in double precision.
 //
-// tests/kernels/cpu/test_sanitizers.py builds it with AddressSanitizer and UndefinedBehaviorSanitizer, and
-// with ThreadSanitizer. Inputs lie in memory of exactly their size, so that reading one element
-// too many is seen.
+// tests/kernels/cpu/test_sanitizers.py builds it with AddressSanitizer and
+// UndefinedBehaviorSanitizer, and with ThreadSanitizer. Inputs lie in memory of exactly their size,
+// so that reading one element too many is seen.
 //
 //   sanitize all      every size, instruction set, storage type and thread count
 //   sanitize threads  few sizes, several pieces of work per thread
@@ -11,72 +11,42 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <functional>
 #include <set>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "adjoint.h"
 #include "covariance.h"
 #include "cpu_features.h"
 #include "difference_tree.h"
 #include "equivariant_posterior.h"
-#include "global_jvp.h"
 #include "global_posterior.h"
 #include "guard.h"
 #include "mapped_guard.h"
-#include "masked_adjoint.h"
-#include "masked_jvp.h"
 #include "masked_posterior.h"
 #include "masks.h"
 #include "plain_scan.h"
-#include "window_adjoint.h"
-#include "window_jvp.h"
+#include "plain_sums.h"
 #include "window_posterior.h"
 
 namespace {
 
 using namespace pyflocality;
 
-using Kernel = std::function<void(const ScanResult&, std::size_t threads, InstructionSet,
-                                  const std::function<void()>& checkpoint)>;
-
-// A kernel on every instruction set and number of threads.
-template <typename Stored>
+// A scan: kernel(pass, result).
+template <typename Stored, typename Kernel>
 void check_scan(const std::string& op, const Problem<Stored>& problem,
                 const std::vector<Query>& queries, const std::vector<std::size_t>& threads,
                 const Kernel& kernel) {
   const Answer plain = plain_answer(problem, queries);
-  const std::size_t values = plain.weighted.size() / plain.total.size();
-  for (const NamedInstructionSet& isa : known_instruction_sets()) {
-    if (!isa.available) continue;
-    const std::string name = op + ", " + isa.name + ", " + problem.name();
-    Answer first(plain.total.size(), values);
-    for (const std::size_t workers : threads) {
-      Answer found(plain.total.size(), values);
-      kernel(found.result(), workers, isa.value, [] {});
-      if (workers == threads.front()) {
-        compare(problem, found, plain, name);
-        first = found;
-      }
-      expect(found.minimum == first.minimum && found.total == first.total &&
-                 found.weighted == first.weighted,
-             name + ": the bits depend on the threads");
-    }
-    struct Interrupt : std::runtime_error {
-      using std::runtime_error::runtime_error;
-    };
-    bool interrupted = false;
-    try {
-      Answer found(plain.total.size(), values);
-      kernel(found.result(), 1, isa.value, [] { throw Interrupt("stop"); });
-    } catch (const Interrupt&) {
-      interrupted = true;
-    }
-    expect(interrupted, name + ": an interrupt is lost");
-  }
+  const auto run = [&](const Pass& pass) {
+    Answer answer(plain.total.size(), plain.weighted.size() / plain.total.size());
+    kernel(pass, answer.result());
+    return answer;
+  };
+  check_everywhere(op, problem, threads, run, [&](const std::string& name, const Answer& answer) {
+    compare(problem, answer, plain, name);
+  });
 }
 
 template <typename Stored>
@@ -87,14 +57,11 @@ void check_global(const Problem<Stored>& problem, const std::vector<std::size_t>
     whole.answered.push_back(d);
   }
   check_scan("global", problem, {{whole}}, threads,
-             [&](const ScanResult& result, std::size_t workers, InstructionSet isa,
-                 const std::function<void()>& checkpoint) {
+             [&](const Pass& pass, const ScanResult& result) {
                if (problem.tangent_count > 0) {
-                 global_posterior_jvp(problem.stored(), problem.noisy_batch(), problem.directions(),
-                                      result, workers, isa, checkpoint);
+                 global_posterior_jvp(pass, problem.directions(), result);
                } else {
-                 global_posterior(problem.stored(), problem.noisy_batch(), result, workers, isa,
-                                  checkpoint);
+                 global_posterior(pass, result);
                }
              });
 }
@@ -148,14 +115,11 @@ void check_window(const Problem<Stored>& problem, std::size_t window,
   }
   const WindowShape sizes{shape.channels, shape.height, shape.width, window};
   check_scan("window " + std::to_string(window), problem, queries, threads,
-             [&](const ScanResult& result, std::size_t workers, InstructionSet isa,
-                 const std::function<void()>& checkpoint) {
+             [&](const Pass& pass, const ScanResult& result) {
                if (problem.tangent_count > 0) {
-                 window_posterior_jvp(sizes, problem.stored(), problem.noisy_batch(),
-                                      problem.directions(), result, workers, isa, checkpoint);
+                 window_posterior_jvp(pass, sizes, problem.directions(), result);
                } else {
-                 window_posterior(sizes, problem.stored(), problem.noisy_batch(), result, workers,
-                                  isa, checkpoint);
+                 window_posterior(pass, sizes, result);
                }
              });
 }
@@ -186,23 +150,22 @@ void check_equivariant(const Problem<Stored>& problem, std::size_t window, bool 
   const WindowShape sizes{shape.channels, shape.height, shape.width, window};
   const std::string op = circular ? "equivariant, circular " : "equivariant, broken ";
   check_scan(op + std::to_string(window), problem, queries, threads,
-             [&](const ScanResult& result, std::size_t workers, InstructionSet isa,
-                 const std::function<void()>& checkpoint) {
-               equivariant_posterior(sizes, circular, problem.stored(), problem.noisy_batch(),
-                                     result, workers, isa, checkpoint);
+             [&](const Pass& pass, const ScanResult& result) {
+               equivariant_posterior(pass, sizes, circular, result);
              });
 }
 
 // Queries for every pixel and one more, which answer other masks than they measure; and for every
 // value, counted from a centre.
 template <typename Stored>
-void check_filtered(const Problem<Stored>& problem, std::vector<std::vector<bool>> masks,
+void check_filtered(Problem<Stored> problem, std::vector<std::vector<bool>> masks,
                     const std::vector<float>& centre, const std::vector<std::size_t>& threads) {
   const Shape& shape = problem.shape;
   std::vector<std::vector<bool>> answers(masks.rbegin(), masks.rend());
   const OutputGrid values{shape.channels, shape.height, shape.width};
-  check_masked_adjoint(problem, make_tree(masks, values), make_tree(answers, values),
-                       mask_spreads(masks, answers), centre.data(), threads);
+  problem.counted_from = centre.data();
+  check_masked_sums(problem, make_tree(masks, values), make_tree(answers, values),
+                    applied_masks(masks, answers), threads);
   masks.resize(shape.pixels());
   masks.emplace_back(shape.values(), false);
   answers.resize(shape.pixels());
@@ -210,8 +173,9 @@ void check_filtered(const Problem<Stored>& problem, std::vector<std::vector<bool
   const OutputGrid pixels{1, shape.height, shape.width};
   const DifferenceTree tree = make_tree(masks, pixels);
   check_tree(tree, masks, "tree of pixels, " + text(shape));
-  check_masked_adjoint(problem, tree, make_tree(answers, pixels), mask_spreads(masks, answers),
-                       nullptr, threads);
+  problem.counted_from = nullptr;
+  check_masked_sums(problem, tree, make_tree(answers, pixels), applied_masks(masks, answers),
+                    threads);
 }
 
 template <typename Stored>
@@ -228,28 +192,22 @@ void check_masked(const Problem<Stored>& problem, const std::vector<std::size_t>
     }
     queries.push_back({patch});
   }
+  Problem<Stored> given = problem;
   if (problem.tangent_count > 0) {
-    Problem<Stored> from_zero = problem;
-    from_zero.inner_centred = false;
-    check_scan("masked", from_zero, queries, threads,
-               [&](const ScanResult& result, std::size_t workers, InstructionSet isa,
-                   const std::function<void()>& checkpoint) {
-                 masked_posterior_jvp(tree, problem.stored(), problem.noisy_batch(),
-                                      problem.directions(), result, workers, isa, checkpoint);
-               });
-    check_masked_adjoint(problem, tree, tree, mask_spreads(masks, masks), nullptr, threads);
+    given.inner_centred = false;
+    check_scan("masked", given, queries, threads, [&](const Pass& pass, const ScanResult& result) {
+      masked_posterior_jvp(pass, tree, given.directions(), result);
+    });
+    check_masked_sums(problem, tree, tree, applied_masks(masks, masks), threads);
     return;
   }
   const std::vector<float> centre(masks.size(), 0.5f);
   check_filtered(problem, masks, centre, threads);
   for (const float* counted_from : {static_cast<const float*>(nullptr), centre.data()}) {
-    NoisyBatch batch = problem.noisy_batch();
-    batch.centre = counted_from;
-    check_scan(counted_from ? "masked, centred" : "masked", problem, queries, threads,
-               [&](const ScanResult& result, std::size_t workers, InstructionSet isa,
-                   const std::function<void()>& checkpoint) {
-                 masked_posterior(tree, problem.stored(), batch, result, workers, isa, checkpoint);
-               });
+    given.counted_from = counted_from;
+    check_scan(
+        counted_from ? "masked, centred" : "masked", given, queries, threads,
+        [&](const Pass& pass, const ScanResult& result) { masked_posterior(pass, tree, result); });
   }
 }
 
@@ -275,13 +233,13 @@ void check_covariance(std::size_t count, std::size_t dim, Bytes kind,
   for (const NamedInstructionSet& isa : known_instruction_sets()) {
     if (!isa.available) continue;
     for (const std::size_t workers : threads) {
-      std::vector<std::int64_t> found_gram(dim * dim, 1000), found_total(dim, -7);
-      accumulate_covariance(images.data(), count, dim, found_gram.data(), found_total.data(),
+      std::vector<std::int64_t> result_gram(dim * dim, 1000), result_total(dim, -7);
+      accumulate_covariance(images.data(), count, dim, result_gram.data(), result_total.data(),
                             workers, isa.value, [] {});
       const std::string name = std::string("covariance, ") + isa.name + ", " +
                                std::to_string(count) + " x " + std::to_string(dim);
-      expect(found_gram == gram, name + ": products");
-      expect(found_total == total, name + ": sums");
+      expect(result_gram == gram, name + ": products");
+      expect(result_total == total, name + ": sums");
     }
   }
 }
@@ -297,7 +255,7 @@ void check_tangents(Problem<Stored> problem, const std::vector<std::size_t>& thr
     const std::size_t window =
         std::min<std::size_t>(3, 2 * std::max(problem.shape.height, problem.shape.width) - 1);
     check_window(problem, window, threads);
-    check_window_adjoint(problem, window, threads);
+    check_window_sums(problem, window, threads);
   }
 }
 
@@ -310,7 +268,7 @@ void check_scans(const Shape& shape, std::size_t count, std::size_t batch,
   check_tangents(problem, threads);
   const std::size_t inside = std::min(shape.height, shape.width);
   for (const std::size_t side : std::set<std::size_t>{1, (inside + 1) / 2, inside}) {
-    check_window_adjoint(problem, side, threads);
+    check_window_sums(problem, side, threads);
   }
   const std::size_t largest = 2 * std::max(shape.height, shape.width) - 1;
   for (const std::size_t window :

@@ -8,7 +8,7 @@ from torch import Tensor
 from pyflocality._support.native import native_module
 
 
-def accumulate_covariance(
+def scan(
     images: Tensor, gram: Tensor, total: Tensor, *, instruction_set: str | None = None
 ) -> None:
     """Add centred sums to `gram` and `total`, as `pyflocality.ops.accumulate_covariance`.
@@ -17,8 +17,7 @@ def accumulate_covariance(
         images: uint8, [n, D].
         gram: int64, contiguous, changed in place, [D, D].
         total: int64, contiguous, changed in place, [D].
-        instruction_set: One of `pyflocality._C.instruction_sets()`; None takes the best this
-            machine has. The sums are the same with each.
+        instruction_set: As that of all launchers; the sums are the same with each.
     """
     native_module().accumulate_covariance(
         images.contiguous().numpy(),

@@ -288,20 +288,8 @@ def declare(operation: Operation) -> Operation:
 
 
 # Where implementations are that do not have their place yet.
-_CPU, _CUDA, _TRITON = (f"pyflocality.kernels.{backend}" for backend in ("cpu", "cuda", "triton"))
+_CUDA, _TRITON = (f"pyflocality.kernels.{backend}" for backend in ("cuda", "triton"))
 _ELSEWHERE = {
-    ("cpu", "global_posterior", "scan"): (f"{_CPU}.posterior", "global_posterior_state"),
-    ("cpu", "window_posterior", "scan"): (f"{_CPU}.posterior", "window_posterior_state"),
-    ("cpu", "equivariant_posterior", "scan"): (f"{_CPU}.posterior", "equivariant_posterior_state"),
-    ("cpu", "masked_posterior", "scan"): (f"{_CPU}.posterior", "masked_posterior_state"),
-    ("cpu", "global_posterior", "jvp"): (f"{_CPU}.jvp", "global_posterior_jvp_state"),
-    ("cpu", "window_posterior", "jvp"): (f"{_CPU}.jvp", "window_posterior_jvp_state"),
-    ("cpu", "masked_posterior", "jvp"): (f"{_CPU}.jvp", "masked_posterior_jvp_state"),
-    ("cpu", "window_posterior", "vjp"): (f"{_CPU}.window_adjoint", "window_posterior_vjp"),
-    ("cpu", "patch_set", "scan"): (f"{_CPU}.window_adjoint", "patch_set_mean"),
-    ("cpu", "masked_posterior", "vjp"): (f"{_CPU}.masked_adjoint", "masked_posterior_vjp"),
-    ("cpu", "filtered_posterior", "scan"): (f"{_CPU}.masked_adjoint", "filtered_posterior_mean"),
-    ("cpu", "covariance", "scan"): (f"{_CPU}.covariance", "accumulate_covariance"),
     ("triton", "covariance", "scan"): (f"{_TRITON}.covariance", "accumulate_covariance"),
     ("triton", "global_posterior", "scan"): (
         f"{_TRITON}.global_posterior",

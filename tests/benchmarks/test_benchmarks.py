@@ -136,14 +136,14 @@ def test_picture_of_the_scaling_curves(report):
 
 
 def test_a_wrong_result_is_never_timed(data, monkeypatch):
-    module = "pyflocality.kernels.cpu.posterior"
+    module = "pyflocality.kernels.cpu.window_posterior"
     right = OPERATIONS["window_posterior"]["cpu"].load()
 
     def zeros(*arguments, **options):
         state = right(*arguments, **options)
         return state._replace(weighted=torch.zeros_like(state.weighted))
 
-    monkeypatch.setattr(f"{module}.window_posterior_state", zeros)
+    monkeypatch.setattr(f"{module}.scan", zeros)
     monkeypatch.setattr(runner, "time_in_turns", lambda *_: pytest.fail("it was timed"))
     with pytest.raises(runner.CheckError, match="local_score/window_posterior.*is wrong by"):
         runner.run_case(WINDOW, data)

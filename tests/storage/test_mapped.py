@@ -168,16 +168,16 @@ def test_a_changed_file_is_noticed(path, rng, damage):
 
 
 def test_a_change_during_a_scan_is_noticed(path, rng, monkeypatch):
-    from pyflocality.kernels.cpu import posterior
+    from pyflocality.kernels.stored import StoredProblem
 
     data = pf.TrainingSet.load(path)
-    blocks = posterior.image_blocks
+    blocks = StoredProblem.rows
 
     def slow(problem):
         yield from blocks(problem)
         os.utime(path, ns=(1, 1))
 
-    monkeypatch.setattr(posterior, "image_blocks", slow)
+    monkeypatch.setattr(StoredProblem, "rows", slow)
     denoiser = pf.OptimalDenoiser(data, backend="cpu", memory_budget=BUDGET)
     with pytest.raises(ValueError, match="was changed"):
         denoiser(torch.randn(1, 2, 16, 16, generator=rng), 1.0)

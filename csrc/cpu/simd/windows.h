@@ -1,4 +1,5 @@
-// Sums over windows of tiles of images. Included by kernel files after simd/posterior.h.
+// Sums and squared distances over windows of tiles of images. Included by kernel files after
+// simd/image_tile.h.
 
 // Sums of `window` neighbours in a line of `length` tiles, zero beyond its ends, whatever the
 // window at three additions an element: the line, as far as the sums reach, is cut into blocks of
@@ -59,18 +60,97 @@ inline void window_sums(const float* line, std::size_t stride, std::size_t lengt
             [&](std::size_t k, Vec(&sum)[kTileVectors]) { visit(first + k, sum); });
 }
 
-inline void store_tile(float* p, const Vec (&tile)[kTileVectors]) {
-  for (int i = 0; i < kTileVectors; ++i) store(p + i * kLanes, tile[i]);
+// The same in place of the line's own elements. A sum is written behind what is still to be read:
+// the line is in scratch by then.
+inline void sum_line(float* line, std::size_t stride, std::size_t length, std::size_t window,
+                     std::size_t first, std::size_t last, float* scratch) {
+  window_sums(
+      line, stride, length, window, first, last, scratch,
+      [&](std::size_t x, const Vec(&sum)[kTileVectors]) { store_vectors(line + x * stride, sum); });
 }
 
-// Adds up the lanes of every query's sums: weights, then weighted values.
-inline void collect_lanes(const float* minimum, const float* sums, std::size_t values,
-                          ScanState& state) {
-  for (std::size_t q = 0; q < state.minimum.size(); ++q) {
-    state.minimum[q] = minimum[q];
-    for (int k = 0; k < kLanes; ++k) state.total[q] += *sums++;
-    for (std::size_t c = 0; c < values; ++c) {
-      for (int k = 0; k < kLanes; ++k) state.weighted[q * values + c] += *sums++;
+// Squared differences between a row of pixels of a tile [channels, height, width], columns
+// [first, last), and of a noisy image, `shift` columns further and around its end, summed over the
+// channels.
+template <typename Stored>
+inline void squared_differences(const WindowShape& shape, const Stored* tile, const float* noisy,
+                                std::size_t first, std::size_t last, std::size_t shift,
+                                float* row) {
+  const std::size_t pixels = shape.pixels();
+  for (std::size_t x = first; x < last; ++x) {
+    const std::size_t noisy_x = x + shift < shape.width ? x + shift : x + shift - shape.width;
+    Vec sum[kTileVectors];
+    for (int i = 0; i < kTileVectors; ++i) sum[i] = zero();
+    for (std::size_t c = 0; c < shape.channels; ++c) {
+      const Vec target = broadcast(noisy[c * pixels + noisy_x]);
+      const Stored* values = tile + (c * pixels + x) * kTileImages;
+      for (int i = 0; i < kTileVectors; ++i) {
+        const Vec gap = sub(target, load(values + i * kLanes));
+        sum[i] = multiply_add(gap, gap, sum[i]);
+      }
     }
+    store_vectors(row + x * kTileImages, sum);
   }
 }
+
+// Squared distances of a tile of images over the windows of some pixels.
+//
+//   places   the pixels
+//   plane    room for [height, width] tiles
+//   line     room for 2 (max(height, width) + window) tiles
+//   visit    visit(pixel, distance), by columns; it may overwrite that pixel's tile of the plane
+template <typename Stored, typename Visit>
+inline void window_distances(const WindowShape& shape, const WindowPlaces& places,
+                             const Stored* tile, const float* noisy, float* plane, float* line,
+                             const Visit& visit) {
+  const std::size_t height = shape.height, width = shape.width;
+  for (std::size_t y = 0; y < height; ++y) {
+    float* row = plane + y * width * kTileImages;
+    squared_differences(shape, tile + y * width * kTileImages, noisy + y * width, 0, width, 0, row);
+    sum_line(row, kTileImages, width, shape.window, places.left, places.right, line);
+  }
+  for (std::size_t x = places.left; x < places.right; ++x) {
+    window_sums(plane + x * kTileImages, width * kTileImages, height, shape.window, places.top,
+                places.bottom, line,
+                [&](std::size_t y, Vec(&sum)[kTileVectors]) { visit(y * width + x, sum); });
+  }
+}
+
+// Room for line_sums().
+inline std::size_t line_size(const WindowShape& shape) {
+  return 2 * (std::max(shape.height, shape.width) + shape.window) * kTileImages;
+}
+
+// What a thread works in where there is a query for every pixel of each noisy image: a tile, and
+// for every query its minimum, a sum of weights and sums of `values` weighted values.
+template <typename Stored>
+struct WindowSums {
+  WindowSums(const WindowShape& shape, std::size_t batch, std::size_t values)
+      : tile(shape.channels * shape.pixels() * kTileImages),
+        plane(shape.pixels() * kTileImages),
+        line(line_size(shape)),
+        minimum(batch * shape.pixels()),
+        sums(batch * shape.pixels() * (values + 1) * kLanes),
+        queries(batch * shape.pixels()),
+        of_query((values + 1) * kLanes) {}
+
+  void clear() const {
+    std::fill_n(minimum.data(), queries, std::numeric_limits<float>::infinity());
+    std::fill_n(sums.data(), queries * of_query, 0.0f);
+  }
+
+  // Adds up the lanes of the sums.
+  void collect(ScanState& state) const {
+    const float* lanes = sums.data();
+    auto weighted = state.weighted.begin();
+    for (std::size_t q = 0; q < queries; ++q, lanes += of_query) {
+      state.minimum[q] = minimum.data()[q];
+      add_lanes(lanes, state.total[q]);
+      for (std::size_t k = kLanes; k < of_query; k += kLanes) add_lanes(lanes + k, *weighted++);
+    }
+  }
+
+  AlignedArray<Stored> tile;
+  AlignedArray<float> plane, line, minimum, sums;
+  const std::size_t queries, of_query;
+};

@@ -11,7 +11,7 @@ from truth import noisy_batch, random_images
 
 import pyflocality as pf
 from pyflocality.backends.selection import BackendUnavailableError
-from pyflocality.kernels.cpu import masked_adjoint as native
+from pyflocality.kernels.cpu import filtered_posterior, masked_posterior
 from pyflocality.ops import filtered_posterior_mean, masked_posterior_vjp
 from pyflocality.ops.filtered_posterior import check_pair
 from pyflocality.posterior.problem import posterior_problem
@@ -54,7 +54,7 @@ def test_filtered_means(isa, dtype, shape, count, sigma, rng):
         # Some values may be answered by no query: they are left to one more.
         pair = check_pair(masks(queries, shape, 1), masks(queries, shape, 2), values)
         exact = filtered_posterior_mean(x, images, *pair, sigma, 0.9, backend="reference")
-        found = native.filtered_posterior_mean(problem, *pair, instruction_set=isa)
+        found = filtered_posterior.scan(problem, *pair, instruction_set=isa)
         torch.testing.assert_close(found.reshape(x.shape), exact, rtol=0, atol=2e-5)
 
 
@@ -70,7 +70,7 @@ def test_transposed_derivatives(isa, dtype, shape, count, sigma, rng):
     cotangents = torch.randn(2, *x.shape, generator=rng, dtype=torch.float64)
     exact = masked_posterior_vjp(x, cotangents, images, weights, sigma, 0.9, backend="reference")
     problem = posterior_problem(x.float(), images, sigma, 0.9)
-    found = native.masked_posterior_vjp(problem, cotangents.float(), weights, instruction_set=isa)
+    found = masked_posterior.vjp(problem, cotangents.float(), weights, instruction_set=isa)
     # The factor alpha / sigma^2, up to 22, times products of two values, over the masks.
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5 * 0.9 / sigma**2 * 20)
 

@@ -35,7 +35,7 @@ def test_native_is_exact(n, values, isa, count, threads):
     threads(count)
     images = random_images(n, values)
     gram, total = zeros(values)
-    native.accumulate_covariance(images, gram, total, instruction_set=isa)
+    native.scan(images, gram, total, instruction_set=isa)
     expected_gram, expected_total = truth(images)
     np.testing.assert_array_equal(gram.numpy(), expected_gram)
     np.testing.assert_array_equal(total.numpy(), expected_total)
@@ -45,7 +45,7 @@ def test_native_is_exact(n, values, isa, count, threads):
 def test_many_blocks_with_a_remainder(isa):
     images = random_images(40_003, 21)
     gram, total = zeros(21)
-    native.accumulate_covariance(images, gram, total, instruction_set=isa)
+    native.scan(images, gram, total, instruction_set=isa)
     np.testing.assert_array_equal(gram.numpy(), truth(images)[0])
     np.testing.assert_array_equal(total.numpy(), truth(images)[1])
 
@@ -67,7 +67,7 @@ def test_a_signal_stops_a_long_call_between_blocks():
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.02)
         with pytest.raises(Stop):
-            native.accumulate_covariance(images, gram, total, instruction_set="portable")
+            native.scan(images, gram, total, instruction_set="portable")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -105,6 +105,6 @@ def test_extreme_sums_beyond_32_bits(isa, byte):
     n = 140_001
     images = torch.full((n, 3), byte, dtype=torch.uint8)
     gram, total = zeros(3)
-    native.accumulate_covariance(images, gram, total, instruction_set=isa)
+    native.scan(images, gram, total, instruction_set=isa)
     assert torch.equal(gram, torch.full((3, 3), n * (byte - 128) ** 2).triu())
     assert torch.equal(total, torch.full((3,), n * (byte - 128)))

@@ -7,7 +7,7 @@ import torch
 from instruction_sets import ISAS
 from patch_problems import ALPHA, SIGMA, boundaries, problem
 
-from pyflocality.kernels.cpu.posterior import equivariant_posterior_state
+from pyflocality.kernels.cpu import equivariant_posterior as native
 from pyflocality.ops import equivariant_posterior_mean
 from pyflocality.posterior.problem import posterior_problem
 from pyflocality.posterior.state import finalize
@@ -20,7 +20,7 @@ from pyflocality.posterior.state import finalize
 def test_every_instruction_set_and_size(isa, boundary, shape, count, rng):
     x, images = problem(rng, shape, count)
     given = posterior_problem(x.float(), images, SIGMA, ALPHA)
-    state = equivariant_posterior_state(given, 3, boundary == "circular", instruction_set=isa)
+    state = native.scan(given, 3, boundary == "circular", instruction_set=isa)
     found = finalize(state).transpose(1, 2).reshape(x.shape)
     exact = equivariant_posterior_mean(
         x, images, 3, SIGMA, ALPHA, boundary=boundary, backend="reference"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 
 import pytest
@@ -11,7 +12,6 @@ from native_cpu import needs_cpu
 from posterior_calls import OPS, SHAPE, assert_within_budget, extra, jvp, problem, reference_case
 from truth import random_images
 
-from pyflocality.kernels.cpu import jvp as native
 from pyflocality.ops import (
     window_posterior_jvp,
 )
@@ -33,7 +33,7 @@ def test_every_instruction_set_and_size(isa, op, stored, shape, count, tangents)
     given, exact, plain = reference_case(op, stored, shape, count, tangents, sigma, alpha)
     x, directions, images = given
     given = posterior_problem(x.float(), images, sigma, alpha)
-    scan = getattr(native, f"{op}_posterior_jvp_state")
+    scan = importlib.import_module(f"pyflocality.kernels.cpu.{op}_posterior").jvp
     state = scan(given, directions.float(), *extra(op, shape), instruction_set=isa)
     values = {"global": x[0].numel(), "window": shape[0], "masked": 1}[op]
     found = finalize_jvp(state, values, jacobian_factor(given))

@@ -8,7 +8,7 @@ from instruction_sets import ISAS
 from native_cpu import needs_cpu
 from truth import noisy_batch, random_images
 
-from pyflocality.kernels.cpu import window_adjoint as native
+from pyflocality.kernels.cpu import patch_set as native
 from pyflocality.ops.patch_set import patch_set_mean
 from pyflocality.posterior.problem import posterior_problem
 
@@ -26,5 +26,5 @@ def test_every_instruction_set_and_size(isa, dtype, shape, window, count, rng):
     x = noisy_batch(images, 3, 0.4, 0.9, rng)
     exact = patch_set_mean(x, images, window, 0.4, 0.9, backend="reference")
     problem = posterior_problem(x.float(), images, 0.4, 0.9)
-    found = native.patch_set_mean(problem, window, instruction_set=isa)
+    found = native.scan(problem, window, instruction_set=isa)
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-5)

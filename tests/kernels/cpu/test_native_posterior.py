@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import time
 
 import numpy as np
@@ -14,7 +15,7 @@ from truth import random_images
 
 import pyflocality as pf
 from pyflocality.backends.selection import OPERATIONS, BackendUnavailableError, machine_reason
-from pyflocality.kernels.cpu import posterior as native
+from pyflocality.kernels.cpu import masked_posterior
 from pyflocality.ops import (
     global_posterior_mean,
     masked_posterior_mean,
@@ -88,7 +89,7 @@ def test_every_instruction_set_and_size(isa, op, dtype, shape, count, rng):
     images = random_images(rng, count, shape, dtype)
     sigma, alpha = 0.4, 0.9
     x = noisy_batch(images, 11, sigma, alpha, rng)
-    state_of = getattr(native, f"{op}_posterior_state")
+    state_of = importlib.import_module(f"pyflocality.kernels.cpu.{op}_posterior").scan
     arguments = {"global": (), "window": (3,)}.get(op) or (
         () if op == "global" else (band_masks(shape),)
     )
@@ -189,7 +190,7 @@ def test_state_is_that_of_the_reference(op, rng):
     problem = posterior_problem(x, images, 0.5, 0.8)
     exact_problem = posterior_problem(x.double(), images, 0.5, 0.8)
     reference = OPERATIONS[f"{op}_posterior"]["reference"].load()
-    found = getattr(native, f"{op}_posterior_state")(problem, *extra)
+    found = importlib.import_module(f"pyflocality.kernels.cpu.{op}_posterior").scan(problem, *extra)
     exact = reference(exact_problem, *extra)
     # Distances are of order 100 and summed in float32.
     torch.testing.assert_close(found.minimum.double(), exact.minimum, rtol=1e-5, atol=1e-4)
@@ -200,7 +201,7 @@ def test_state_is_that_of_the_reference(op, rng):
 
 def test_dense_masks_cost_their_complements(rng):
     masks = torch.rand(75, 75, generator=rng) > 0.02
-    tree = native.difference_tree(QueryWeights(masks), torch.Size((3, 5, 5)))
+    tree = masked_posterior.difference_tree(QueryWeights(masks), torch.Size((3, 5, 5)))
     # The full set once, and from it what each mask lacks.
     assert tree.terms <= 75 + int((~masks).sum())
     assert tree.nodes == 76
@@ -210,7 +211,7 @@ def test_alike_masks_cost_their_differences(rng):
     base = torch.rand(75, generator=rng) < 0.5
     masks = base.repeat(75, 1)
     masks[torch.arange(75), torch.arange(75)] ^= True
-    tree = native.difference_tree(QueryWeights(masks), torch.Size((3, 5, 5)))
+    tree = masked_posterior.difference_tree(QueryWeights(masks), torch.Size((3, 5, 5)))
     # One start, from the empty or by the full set, and two terms for every further mask.
     assert tree.fresh_starts == 1
     assert tree.terms <= 75 + int((~base).sum()) + 1 + 2 * 74

@@ -8,7 +8,7 @@ from instruction_sets import ISAS
 from native_cpu import needs_cpu
 from truth import noisy_batch, random_images
 
-from pyflocality.kernels.cpu import window_adjoint as native
+from pyflocality.kernels.cpu import window_posterior as native
 from pyflocality.ops.window_posterior import window_posterior_vjp
 from pyflocality.posterior.problem import posterior_problem
 
@@ -26,7 +26,7 @@ def test_transposed_derivatives(isa, dtype, shape, window, count, rng):
     cotangents = torch.randn(2, *x.shape, generator=rng, dtype=torch.float64)
     exact = window_posterior_vjp(x, cotangents, images, window, 0.4, 0.9, backend="reference")
     problem = posterior_problem(x.float(), images, 0.4, 0.9)
-    found = native.window_posterior_vjp(problem, cotangents.float(), window, instruction_set=isa)
+    found = native.vjp(problem, cotangents.float(), window, instruction_set=isa)
     # The factor alpha / sigma^2 of 5.6 times products of two values, over the windows.
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=2e-4)
 

@@ -3,6 +3,14 @@
 // Images a tile holds.
 constexpr int kTileImages = kTileVectors * kLanes;
 
+inline void load_vectors(const float* from, Vec (&tile)[kTileVectors]) {
+  for (int i = 0; i < kTileVectors; ++i) tile[i] = load(from + i * kLanes);
+}
+
+inline void store_vectors(float* to, const Vec (&tile)[kTileVectors]) {
+  for (int i = 0; i < kTileVectors; ++i) store(to + i * kLanes, tile[i]);
+}
+
 // Weights of a tile of images in the posterior of one query; false where none of them can matter.
 //
 //   distance       weighted squared distances of the tile's images
@@ -34,10 +42,26 @@ inline bool weigh(const Vec (&distance)[kTileVectors], float scale, float reach,
   return true;
 }
 
+// Weights of a tile of images in a posterior whose minimum and total are known, in place of their
+// distances; false, and nothing is done, where none of them can matter.
+inline bool weigh_known(Vec (&distance)[kTileVectors], float scale, float reach, double minimum,
+                        double total) {
+  const auto nearest = static_cast<float>(minimum), inverse = static_cast<float>(1.0 / total);
+  Vec lowest = distance[0];
+  for (int i = 1; i < kTileVectors; ++i) lowest = min(lowest, distance[i]);
+  if (!any_at_most(lowest, broadcast(nearest + reach))) return false;
+  for (int i = 0; i < kTileVectors; ++i) {
+    // No distance lies below the minimum but by rounding.
+    const Vec gap = max(sub(distance[i], broadcast(nearest)), zero());
+    distance[i] = mul(exp2_of_negative(mul(gap, broadcast(-scale))), broadcast(inverse));
+  }
+  return true;
+}
+
 // The first image of a tile at a distance.
 inline int image_at(const Vec (&distance)[kTileVectors], float wanted) {
   alignas(64) float lanes[kTileImages];
-  for (int i = 0; i < kTileVectors; ++i) store(lanes + i * kLanes, distance[i]);
+  store_vectors(lanes, distance);
   return static_cast<int>(std::find(lanes, lanes + kTileImages, wanted) - lanes);
 }
 
@@ -46,6 +70,11 @@ inline float number_of(const Vec (&numbers)[kTileVectors], int image) {
   alignas(64) float lanes[kLanes];
   store(lanes, numbers[image / kLanes]);
   return lanes[image % kLanes];
+}
+
+// Adds the kLanes lanes of a sum to a number.
+inline void add_lanes(const float* lanes, double& sum) {
+  for (int k = 0; k < kLanes; ++k) sum += lanes[k];
 }
 
 // Adds `factor` times the lanes of a sum to those of another.
@@ -122,5 +151,55 @@ inline void missing_images(std::size_t count, Vec (&floor)[kTileVectors]) {
     lanes[i] =
         present ? -std::numeric_limits<float>::infinity() : std::numeric_limits<float>::infinity();
   }
-  for (int i = 0; i < kTileVectors; ++i) floor[i] = load(lanes + i * kLanes);
+  load_vectors(lanes, floor);
+}
+
+// Tiles that a second pass has at hand.
+constexpr std::size_t kTilesAtHand = 4;
+
+// Calls visit(b, tile, number) for every one of `batch` noisy images and every tile of the images
+// [first, last), of which the last holds less. The tiles are formed `at_hand` at a time: what
+// belongs to a noisy image, if it is much, is fetched once for all of them.
+template <typename Pass, typename Visit>
+inline void for_each_tile(const Pass& pass, std::size_t first, std::size_t last, std::size_t batch,
+                          std::size_t at_hand, typename Pass::Stored* tiles, const Visit& visit) {
+  const std::size_t dim = pass.dim;
+  for (std::size_t group = first; group < last; group += at_hand * kTileImages) {
+    const std::size_t end = std::min(group + at_hand * kTileImages, last);
+    const auto number = [&](std::size_t image) {
+      return std::min<std::size_t>(kTileImages, end - image);
+    };
+    for (std::size_t image = group; image < end; image += kTileImages) {
+      load_tile(pass.images + image * dim, number(image), dim, tiles + (image - group) * dim);
+    }
+    for (std::size_t b = 0; b < batch; ++b) {
+      for (std::size_t image = group; image < end; image += kTileImages) {
+        visit(b, tiles + (image - group) * dim, number(image));
+      }
+    }
+  }
+}
+
+// Adds the values of a tile's images at an input under some factors to a sum of a second pass.
+//
+//   place  the input's place in a batch: b * dim + d
+template <typename Stored>
+inline void add_factored(const PosteriorWeights& weights, std::size_t place,
+                         const Vec (&factors)[kTileVectors], const Stored* values, float* sum) {
+  Vec value[kTileVectors];
+  for (int i = 0; i < kTileVectors; ++i) value[i] = load(values + i * kLanes);
+  if (weights.cotangents != nullptr) {
+    const Vec centre = broadcast(weights.centre[place]);
+    for (int i = 0; i < kTileVectors; ++i) value[i] = sub(value[i], centre);
+  }
+  add_products(factors, value, sum);
+}
+
+// The sums of a second pass, which has no minimum of its own: lanes [sums, kLanes].
+inline void collect_sums(const float* lanes, ScanState& state) {
+  std::fill(state.minimum.begin(), state.minimum.end(), 0.0f);
+  for (double& sum : state.weighted) {
+    add_lanes(lanes, sum);
+    lanes += kLanes;
+  }
 }

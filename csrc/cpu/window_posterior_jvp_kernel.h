@@ -1,60 +1,54 @@
-// One compilation of the window posterior with tangents, for the instruction set around it.
-
-#include "simd/posterior.h"
-#include "simd/windows.h"
+// One compilation of the window posterior's scan with tangents, for the instruction set around it.
 
 template <typename Stored>
-class WindowJvpScan {
+class WindowJvp {
  public:
-  WindowJvpScan(const WindowShape& shape, const Stored* images, const Segments& segments,
-                const NoisyBatch& batch, const Tangents& tangents, const Checkpoint& checkpoint)
-      : shape_(shape),
-        images_(images),
-        segments_(segments),
-        batch_(batch),
-        tangents_(tangents),
-        pixels_(shape.height * shape.width),
-        dim_(shape.channels * pixels_),
-        checkpoint_(checkpoint) {}
-
-  ScanState run(std::size_t threads) const {
-    return scan_segments<Scratch>(
-        segments_, threads, batch_.batch * pixels_, tangents_.sums(shape_.channels),
-        [&] { return std::make_unique<Scratch>(shape_, batch_.batch, 1 + tangents_.count); },
-        [&](std::size_t segment, Scratch& scratch, ScanState& state) {
-          scan(segments_.first(segment), segments_.last(segment), scratch, state);
-        },
-        [&](std::size_t q) { return batch_.scale[q / pixels_]; }, tangents_.count);
-  }
-
- private:
-  // Tiles at hand: a noisy image's sums, which are many, are fetched once for all of them.
-  static constexpr std::size_t kTiles = 4;
-  // Tangents that share the reading of a tile.
-  static constexpr int kGroup = 2;
+  WindowJvp(const TypedPass<Stored>& pass, const WindowShape& shape, const Tangents& tangents)
+      : pass_(pass), shape_(shape), tangents_(tangents), pixels_(shape.pixels()), dim_(pass.dim) {}
 
   // What a thread works in. There is a set of sums [pixels, 1 + channels, kLanes] for the weights
   // of every noisy image, and one for each of its tangents with the weights times c. What belongs
   // to pixels lies in the order of their turn, which is by columns. All sums of a pixel count from
   // those of its nearest image: the values of its channels, then c by tangent.
   struct Scratch {
-    Scratch(const WindowShape& shape, std::size_t batch, std::size_t sets)
-        : tiles(kTiles * shape.channels * shape.height * shape.width * kTileImages),
-          weights(shape.height * shape.width * kTileImages),
-          planes(kGroup * shape.height * shape.width * kTileImages),
-          line(2 * (std::max(shape.height, shape.width) + shape.window) * kTileImages),
-          minimum(batch * shape.height * shape.width),
-          nearest(batch * shape.height * shape.width * (shape.channels + sets - 1)),
-          sums(batch * sets * shape.height * shape.width * (1 + shape.channels) * kLanes),
-          matters(shape.height * shape.width),
-          nearer(shape.height * shape.width) {}
+    explicit Scratch(const WindowJvp& jvp)
+        : tiles(kTilesAtHand * jvp.dim_ * kTileImages),
+          weights(jvp.pixels_ * kTileImages),
+          planes(kGroup * jvp.pixels_ * kTileImages),
+          line(line_size(jvp.shape_)),
+          minimum(jvp.queries()),
+          nearest(jvp.queries() * jvp.starts_of_pixel()),
+          sums(jvp.queries() * (1 + jvp.tangents_.count) * jvp.sums_of_pixel()),
+          matters(jvp.pixels_),
+          nearer(jvp.pixels_) {}
     AlignedArray<Stored> tiles;
     AlignedArray<float> weights, planes, line, minimum, nearest, sums;
     AlignedArray<bool> matters;  // pixels whose weights are not all zero
     AlignedArray<int> nearer;    // which image of the tile is nearer than all before, or -1
   };
 
+  ScanState state() const { return {queries(), tangents_.sums(shape_.channels), tangents_.count}; }
+  double scale(std::size_t q) const { return pass_.batch.scale[q / pixels_]; }
+
+  void scan(std::size_t first, std::size_t last, const Scratch& scratch, ScanState& state) const {
+    std::fill_n(scratch.minimum.data(), queries(), std::numeric_limits<float>::infinity());
+    std::fill_n(scratch.nearest.data(), queries() * starts_of_pixel(), 0.0f);
+    std::fill_n(scratch.sums.data(), queries() * (1 + tangents_.count) * sums_of_pixel(), 0.0f);
+    for_each_tile(pass_, first, last, pass_.batch.count, kTilesAtHand, scratch.tiles.data(),
+                  [&](std::size_t b, const Stored* tile, std::size_t number) {
+                    pass_.checkpoint();
+                    scan_tile(b, tile, number, scratch);
+                  });
+    for (std::size_t q = 0; q < queries(); ++q) collect(q / pixels_, q % pixels_, scratch, state);
+  }
+
+ private:
+  // Tangents that share the reading of a tile.
+  static constexpr int kGroup = 2;
+
+  std::size_t queries() const { return pass_.batch.count * pixels_; }
   std::size_t sums_of_pixel() const { return (1 + shape_.channels) * kLanes; }
+  std::size_t starts_of_pixel() const { return shape_.channels + tangents_.count; }
 
   // Set 0 is that of the weights, set 1 + k that of tangent k.
   float* sums(const Scratch& scratch, std::size_t b, std::size_t set, std::size_t turn) const {
@@ -63,36 +57,17 @@ class WindowJvpScan {
   }
 
   float* nearest(const Scratch& scratch, std::size_t b, std::size_t turn) const {
-    const std::size_t place = b * pixels_ + turn;
-    return scratch.nearest.data() + place * (shape_.channels + tangents_.count);
+    return scratch.nearest.data() + (b * pixels_ + turn) * starts_of_pixel();
   }
 
-  void scan(std::size_t first, std::size_t last, const Scratch& scratch, ScanState& state) const {
-    const std::size_t queries = batch_.batch * pixels_;
-    std::fill_n(scratch.minimum.data(), queries, std::numeric_limits<float>::infinity());
-    std::fill_n(scratch.nearest.data(), queries * (shape_.channels + tangents_.count), 0.0f);
-    std::fill_n(scratch.sums.data(), queries * (1 + tangents_.count) * sums_of_pixel(), 0.0f);
-    for (std::size_t group = first; group < last; group += kTiles * kTileImages) {
-      const std::size_t end = std::min(group + kTiles * kTileImages, last);
-      for (std::size_t image = group; image < end; image += kTileImages) {
-        load_tile(images_ + image * dim_, std::min<std::size_t>(kTileImages, end - image), dim_,
-                  scratch.tiles.data() + (image - group) * dim_);
-      }
-      for (std::size_t b = 0; b < batch_.batch; ++b) {
-        for (std::size_t image = group; image < end; image += kTileImages) {
-          checkpoint_();
-          scan_tile(b, scratch.tiles.data() + (image - group) * dim_,
-                    std::min<std::size_t>(kTileImages, end - image), scratch);
-        }
-      }
-    }
-    for (std::size_t q = 0; q < queries; ++q) collect(q / pixels_, q % pixels_, scratch, state);
+  std::size_t turn_of(std::size_t pixel) const {
+    return pixel % shape_.width * shape_.height + pixel / shape_.width;
   }
 
   // Adds up the lanes of a pixel's sums.
   void collect(std::size_t b, std::size_t pixel, const Scratch& scratch, ScanState& state) const {
     const std::size_t channels = shape_.channels, q = b * pixels_ + pixel;
-    const std::size_t turn = pixel % shape_.width * shape_.height + pixel / shape_.width;
+    const std::size_t turn = turn_of(pixel);
     double* values = state.weighted.data() + q * tangents_.sums(channels);
     double* inner = values + channels;
     double* cross = inner + tangents_.count;
@@ -101,10 +76,8 @@ class WindowJvpScan {
       const float* lanes = sums(scratch, b, set, turn);
       double& total = set == 0 ? state.total[q] : inner[set - 1];
       double* products = set == 0 ? values : cross + (set - 1) * channels;
-      for (int k = 0; k < kLanes; ++k) {
-        total += lanes[k];
-        for (std::size_t c = 0; c < channels; ++c) products[c] += lanes[(c + 1) * kLanes + k];
-      }
+      add_lanes(lanes, total);
+      for (std::size_t c = 0; c < channels; ++c) add_lanes(lanes += kLanes, products[c]);
     }
     const float* from = nearest(scratch, b, turn);
     count_from_means(
@@ -112,9 +85,9 @@ class WindowJvpScan {
         [&](std::size_t k) { return from[channels + k]; });
   }
 
-  void scan_tile(std::size_t b, const Stored* tile, std::size_t count,
+  void scan_tile(std::size_t b, const Stored* tile, std::size_t number,
                  const Scratch& scratch) const {
-    if (!weigh_pixels(b, tile, count, scratch)) return;
+    if (!weigh_pixels(b, tile, number, scratch)) return;
     std::size_t k = 0;
     for (; k + kGroup <= tangents_.count; k += kGroup) {
       take_in_tangents<kGroup>(b, k, tile, scratch);
@@ -132,12 +105,8 @@ class WindowJvpScan {
       return scratch.planes.data() +
              (static_cast<std::size_t>(plane) * pixels_ + pixel) * kTileImages;
     };
-    // A sum is written behind what is still to be read: the line is in scratch by then.
-    const auto sum_line = [&](float* line, std::size_t stride, std::size_t length) {
-      window_sums(line, stride, length, shape_.window, 0, length, scratch.line.data(),
-                  [&](std::size_t x, const Vec(&sum)[kTileVectors]) {
-                    store_tile(line + x * stride, sum);
-                  });
+    const auto sum_all = [&](float* line, std::size_t stride, std::size_t length) {
+      sum_line(line, stride, length, shape_.window, 0, length, scratch.line.data());
     };
     for (std::size_t y = 0; y < height; ++y) {
       for (std::size_t pixel = y * width; pixel < (y + 1) * width; ++pixel) {
@@ -148,42 +117,32 @@ class WindowJvpScan {
         for (std::size_t d = pixel; d < dim_; d += pixels_) {
           add_channel(d, tile + d * kTileImages, sums);
         }
-        for (int p = 0; p < kPlanes; ++p) store_tile(place(p, pixel), sums[p]);
+        for (int p = 0; p < kPlanes; ++p) store_vectors(place(p, pixel), sums[p]);
       }
-      for (int p = 0; p < kPlanes; ++p) sum_line(place(p, y * width), kTileImages, width);
+      for (int p = 0; p < kPlanes; ++p) sum_all(place(p, y * width), kTileImages, width);
     }
     std::size_t turn = 0;
     for (std::size_t x = 0; x < width; ++x) {
-      for (int p = 0; p < kPlanes; ++p) sum_line(place(p, x), width * kTileImages, height);
+      for (int p = 0; p < kPlanes; ++p) sum_all(place(p, x), width * kTileImages, height);
       for (std::size_t pixel = x; pixel < pixels_; pixel += width, ++turn) {
         Vec sums[kPlanes][kTileVectors];
-        for (int p = 0; p < kPlanes; ++p) {
-          for (int i = 0; i < kTileVectors; ++i) sums[p][i] = load(place(p, pixel) + i * kLanes);
-        }
+        for (int p = 0; p < kPlanes; ++p) load_vectors(place(p, pixel), sums[p]);
         visit(pixel, turn, sums);
       }
     }
   }
 
   // Takes in the weights of all pixels and keeps them; false where none of them matters.
-  bool weigh_pixels(std::size_t b, const Stored* tile, std::size_t count,
+  bool weigh_pixels(std::size_t b, const Stored* tile, std::size_t number,
                     const Scratch& scratch) const {
-    const float* noisy = batch_.noisy + b * dim_;
-    const float scale = batch_.scale[b], reach = negligible_power(segments_.count) / scale;
+    const float scale = pass_.batch.scale[b], reach = pass_.reach(b);
     Vec floor[kTileVectors];
-    missing_images(count, floor);
+    missing_images(number, floor);
     bool any = false;
-    const auto add_square = [&](std::size_t d, const Stored* values, Vec(&sums)[1][kTileVectors]) {
-      const Vec target = broadcast(noisy[d]);
-      for (int i = 0; i < kTileVectors; ++i) {
-        const Vec gap = sub(target, load(values + i * kLanes));
-        sums[0][i] = multiply_add(gap, gap, sums[0][i]);
-      }
-    };
-    const auto take_in_pixel = [&](std::size_t pixel, std::size_t turn,
-                                   const Vec(&sum)[1][kTileVectors]) {
-      Vec distance[kTileVectors], weight[1][kTileVectors];
-      for (int i = 0; i < kTileVectors; ++i) distance[i] = max(sum[0][i], floor[i]);
+    const auto take_in_pixel = [&](std::size_t pixel, Vec(&distance)[kTileVectors]) {
+      const std::size_t turn = turn_of(pixel);
+      Vec weight[1][kTileVectors];
+      for (int i = 0; i < kTileVectors; ++i) distance[i] = max(distance[i], floor[i]);
       bool nearer = false;
       const auto decay = [&](Vec factor) {
         nearer = true;
@@ -198,10 +157,11 @@ class WindowJvpScan {
       any = true;
       scratch.nearer.data()[turn] = nearer ? image_at(distance, *minimum) : -1;
       if (nearer) count_values_from(b, pixel, turn, tile, scratch);
-      store_tile(scratch.weights.data() + turn * kTileImages, weight[0]);
+      store_vectors(scratch.weights.data() + turn * kTileImages, weight[0]);
       add_pixel(b, 0, pixel, turn, weight, tile, scratch);
     };
-    sum_windows<1>(tile, scratch, add_square, take_in_pixel);
+    window_distances(shape_, all_places(shape_), tile, pass_.batch.noisy + b * dim_,
+                     scratch.planes.data(), scratch.line.data(), take_in_pixel);
     return any;
   }
 
@@ -287,22 +247,8 @@ class WindowJvpScan {
     }
   }
 
+  const TypedPass<Stored> pass_;
   const WindowShape shape_;
-  const Stored* images_;
-  const Segments& segments_;
-  const NoisyBatch& batch_;
-  const Tangents& tangents_;
+  const Tangents tangents_;
   const std::size_t pixels_, dim_;
-  const Checkpoint& checkpoint_;
 };
-
-template <typename Stored>
-void window_posterior_jvp(const WindowShape& shape, const Stored* images, std::size_t count,
-                          const NoisyBatch& batch, const Tangents& tangents,
-                          const ScanResult& result, std::size_t threads,
-                          const Checkpoint& checkpoint) {
-  const Segments segments(count, kTileImages);
-  copy_state(
-      WindowJvpScan<Stored>(shape, images, segments, batch, tangents, checkpoint).run(threads),
-      result);
-}

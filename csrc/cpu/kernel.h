@@ -1,4 +1,5 @@
-// How a scan over training images is split, and how the pieces are joined.
+// What the kernels of all operations are built on: how a pass over training images is split, how
+// the pieces are joined, and which compilation of a kernel runs.
 #pragma once
 
 #include <algorithm>
@@ -9,35 +10,63 @@
 #include <limits>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <thread>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "memory.h"
 #include "posterior.h"
+#include "simd/constants.h"
 #include "threads.h"
+
+#if PYFLOCALITY_X86
+#include <immintrin.h>
+#endif
 
 namespace pyflocality {
 
-// Memory on a cache line boundary, uninitialised.
-template <typename T>
-class AlignedArray {
+// Lets the calling thread look for an interrupt in the middle of its work; other threads never
+// touch the interpreter.
+class Checkpoint {
  public:
-  AlignedArray() = default;
-  explicit AlignedArray(std::size_t size)
-      : data_(static_cast<T*>(
-            ::operator new[](std::max<std::size_t>(size, 1) * sizeof(T), std::align_val_t{64}))) {}
-  T* data() const { return data_.get(); }
+  explicit Checkpoint(const std::function<void()>& check) : check_(check) {}
+
+  void operator()() const {
+    if (std::this_thread::get_id() == caller_) check_();
+  }
 
  private:
-  struct Release {
-    void operator()(T* data) const { ::operator delete[](data, std::align_val_t{64}); }
-  };
-  std::unique_ptr<T[], Release> data_;
+  const std::function<void()>& check_;
+  std::thread::id caller_ = std::this_thread::get_id();
+};
+
+// A pass whose images are of a known type.
+template <typename Number>
+struct TypedPass {
+  using Stored = Number;
+
+  TypedPass(const Pass& pass, const Stored* stored)
+      : images(stored),
+        count(pass.images.count),
+        dim(pass.images.dim),
+        batch(pass.batch),
+        threads(pass.threads),
+        checkpoint(pass.checkpoint) {}
+
+  // Distance above the minimum beyond which images cannot change a noisy image's result.
+  float reach(std::size_t b) const { return negligible_power(count) / batch.scale[b]; }
+
+  const Stored* images;
+  std::size_t count, dim;
+  NoisyBatch batch;
+  std::size_t threads;
+  Checkpoint checkpoint;
 };
 
 // The state of a posterior scan: per query the smallest distance, the sum of the weights
 // exp(-scale (distance - minimum)) and `sums` weighted sums: those of V values or, with K tangents,
-// V + K + K V as posterior_jvp.h says.
+// V + K + K V as posterior.h says.
 struct ScanState {
   ScanState(std::size_t queries, std::size_t sums, std::size_t tangents = 0)
       : minimum(queries, std::numeric_limits<float>::infinity()),
@@ -50,8 +79,8 @@ struct ScanState {
   std::vector<double> total, weighted;
   std::size_t sums, tangents;
 
-  // Takes in a state over other images. `scale` is the factor of the distances in the power of
-  // two, one for every query.
+  // Takes in a state over other images. scale(q) is the factor of the distances in the power of
+  // two of query q.
   template <typename Scale>
   void merge(const ScanState& other, const Scale& scale) {
     for (std::size_t q = 0; q < minimum.size(); ++q) {
@@ -69,6 +98,12 @@ struct ScanState {
       total[q] = own + others;
       for (std::size_t k = 0; k < sums; ++k) here[k] = mine * here[k] + theirs * there[k];
     }
+  }
+
+  void copy_to(const ScanResult& result) const {
+    std::copy(minimum.begin(), minimum.end(), result.minimum);
+    std::copy(total.begin(), total.end(), result.total);
+    std::copy(weighted.begin(), weighted.end(), result.weighted);
   }
 
  private:
@@ -91,10 +126,21 @@ struct ScanState {
   }
 };
 
-inline void copy_state(const ScanState& state, const ScanResult& result) {
-  std::copy(state.minimum.begin(), state.minimum.end(), result.minimum);
-  std::copy(state.total.begin(), state.total.end(), result.total);
-  std::copy(state.weighted.begin(), state.weighted.end(), result.weighted);
+// The weighted sums of a query with tangents from sums counted from one of its images:
+//
+//   sums     [values + count (1 + values)]: of v, of c and of their products, in place
+//   value    value(i): the image's own v; product(k): its own c
+template <typename Value, typename Product>
+inline void count_from_means(double total, std::size_t values, std::size_t count, double* sums,
+                             const Value& value, const Product& product) {
+  double* inner = sums + values;
+  double* cross = inner + count;
+  for (std::size_t k = 0; k < count; ++k) {
+    const double mean = inner[k] / total;
+    for (std::size_t i = 0; i < values; ++i) cross[k * values + i] -= mean * sums[i];
+  }
+  for (std::size_t i = 0; i < values; ++i) sums[i] += total * value(i);
+  for (std::size_t k = 0; k < count; ++k) inner[k] += total * product(k);
 }
 
 // A split that depends on the number of images alone, so that results do not depend on the
@@ -118,31 +164,21 @@ struct Segments {
   std::size_t count, length, number;
 };
 
-// Lets the calling thread look for an interrupt in the middle of its work; other threads never
-// touch the interpreter.
-class Checkpoint {
- public:
-  explicit Checkpoint(std::function<void()> check) : check_(std::move(check)) {}
-
-  void operator()() const {
-    if (std::this_thread::get_id() == caller_) check_();
-  }
-
- private:
-  std::function<void()> check_;
-  std::thread::id caller_ = std::this_thread::get_id();
-};
-
-// Runs scan(segment, scratch, state) for every segment on some threads, each thread with its own
-// scratch, and merges the states in the order of the images.
-template <typename Scratch, typename MakeScratch, typename Scan, typename Scale>
-ScanState scan_segments(const Segments& segments, std::size_t threads, std::size_t queries,
-                        std::size_t sums, const MakeScratch& make_scratch, const Scan& scan,
-                        const Scale& scale, std::size_t tangents = 0) {
+// Runs a kernel over every segment on some threads, and merges the states in the order of the
+// images. A kernel gives
+//
+//   Scratch           what a thread works in, made from the kernel
+//   scan(first, last, scratch, state)
+//                     takes the images [first, last) into a state without images
+//   state()           such a state
+//   scale(q)          factor of the distances of a query
+template <typename Kernel>
+ScanState run_kernel(const Kernel& kernel, const Segments& segments, std::size_t threads) {
+  using Scratch = typename Kernel::Scratch;
   std::mutex mutex;
   std::vector<std::unique_ptr<Scratch>> idle;
   std::vector<std::unique_ptr<ScanState>> finished(segments.number);
-  ScanState result(queries, sums, tangents);
+  ScanState result = kernel.state();
   std::size_t merged = 0;
 
   parallel_for(segments.number, threads, [&](std::size_t segment) {
@@ -154,16 +190,16 @@ ScanState scan_segments(const Segments& segments, std::size_t threads, std::size
         idle.pop_back();
       }
     }
-    if (!scratch) scratch = make_scratch();
-    auto state = std::make_unique<ScanState>(queries, sums, tangents);
-    scan(segment, *scratch, *state);
+    if (!scratch) scratch = std::make_unique<Scratch>(kernel);
+    auto state = std::make_unique<ScanState>(kernel.state());
+    kernel.scan(segments.first(segment), segments.last(segment), *scratch, *state);
 
     // In order, as far as the segments before are there.
     const std::lock_guard<std::mutex> lock(mutex);
     idle.push_back(std::move(scratch));
     finished[segment] = std::move(state);
     for (; merged < segments.number && finished[merged]; ++merged) {
-      result.merge(*finished[merged], scale);
+      result.merge(*finished[merged], [&](std::size_t q) { return kernel.scale(q); });
       finished[merged].reset();
     }
   });
