@@ -13,10 +13,11 @@ from torch import Tensor
 from pyflocality._support.budget import check_given, memory_budget_bytes
 from pyflocality._support.checks import (
     LARGEST,
+    NoiseLevel,
     check_float_tensor,
     check_instance,
-    check_one_level,
     check_real,
+    check_single_level,
     describe,
 )
 from pyflocality.moments import Moments, check_moments_fit
@@ -29,12 +30,17 @@ _CACHED_INPUTS = 1024
 _RULE_VERSION = 1
 
 
-def wiener_gain(eigenvalues: Tensor, sigma: float, alpha: float) -> Tensor:
+def wiener_gain(eigenvalues: Tensor, sigma: float | NoiseLevel, alpha: float = 1.0) -> Tensor:
     r"""Share of each principal component that the Wiener filter keeps, [D] in [0, 1].
 
     .. math:: g_k = \frac{\alpha^2 \lambda_k}{\alpha^2 \lambda_k + \sigma^2}
 
     Components without variance keep nothing, also at sigma = 0.
+
+    Args:
+        eigenvalues: Variances of the components, [D].
+        sigma: Noise level, not negative; or a `NoiseLevel` for both.
+        alpha: Signal coefficient, positive.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -43,13 +49,13 @@ def wiener_gain(eigenvalues: Tensor, sigma: float, alpha: float) -> Tensor:
     eigenvalues = check_float_tensor(eigenvalues, "eigenvalues")
     if eigenvalues.ndim != 1 or len(eigenvalues) == 0:
         raise ValueError(f"`eigenvalues` must have shape [D], got {describe(eigenvalues)}")
-    sigma, alpha = _check_levels(sigma, alpha)
+    alpha, sigma = _check_level(sigma, alpha)
     signal = alpha * alpha * eigenvalues
     return torch.where(signal > 0, signal / (signal + sigma * sigma), 0.0)
 
 
 def pca_locality_weights(
-    moments: Moments, sigma: float, alpha: float = 1.0, threshold: float = 0.02
+    moments: Moments, sigma: float | NoiseLevel, alpha: float = 1.0, threshold: float = 0.02
 ) -> QueryWeights:
     r"""Query weights of the PCA-locality model at one noise level.
 
@@ -72,7 +78,7 @@ def pca_locality_weights(
 
     Args:
         moments: Moments of the training set over D = C H W values.
-        sigma: Noise level, not negative.
+        sigma: Noise level, not negative; or a `NoiseLevel` for both.
         alpha: Signal coefficient, positive.
         threshold: h, in [0, 1).
 
@@ -88,7 +94,7 @@ def pca_locality_weights(
     """
     check_instance(moments, "moments", Moments, "Moments")
     threshold = check_threshold(threshold, "threshold")
-    sigma, alpha = _check_levels(sigma, alpha)
+    alpha, sigma = _check_level(sigma, alpha)
     eigenvalues, vectors = moments.eigh()
     projector = (vectors * wiener_gain(eigenvalues, sigma, alpha)) @ vectors.T
     diagonal = projector.diagonal().clone()
@@ -101,7 +107,7 @@ def pca_locality_weights(
 
 def cached_pca_locality_weights(
     moments: Moments,
-    sigma: float,
+    sigma: float | NoiseLevel,
     alpha: float = 1.0,
     threshold: float = 0.02,
     *,
@@ -115,7 +121,7 @@ def cached_pca_locality_weights(
 
     Args:
         moments: Moments of the training set over D = C H W values.
-        sigma: Noise level, not negative.
+        sigma: Noise level, not negative; or a `NoiseLevel` for both.
         alpha: Signal coefficient, positive.
         threshold: h, in [0, 1).
         memory_budget: Working memory, bytes or a string such as "2GB"; None follows the
@@ -129,7 +135,7 @@ def cached_pca_locality_weights(
     """
     check_instance(moments, "moments", Moments, "Moments")
     threshold = check_threshold(threshold, "threshold")
-    sigma, alpha = _check_levels(sigma, alpha)
+    alpha, sigma = _check_level(sigma, alpha)
     memory_budget_bytes(memory_budget)
     inputs = math.prod(moments.image_shape)
     if inputs < _CACHED_INPUTS or threshold == 0:
@@ -157,11 +163,10 @@ def _check_making_fits(memory_budget: int | str | None, moments: Moments) -> Non
     check_given(memory_budget, 27 * inputs**2, f"the weights of {inputs} values")
 
 
-def _check_levels(sigma: object, alpha: object) -> tuple[float, float]:
-    """A noise level whose squares are numbers, as the denoisers take it."""
-    sigma = check_one_level(sigma, "sigma", allow_zero=True)
-    alpha = check_one_level(alpha, "alpha", allow_zero=False)
-    return sigma, check_real(alpha, "alpha", low=0.0, high=LARGEST, above=True)
+def _check_level(sigma: float | NoiseLevel, alpha: float) -> tuple[float, float]:
+    """A noise level (alpha, sigma) whose squares are numbers, as the denoisers take it."""
+    alpha, sigma = check_single_level(sigma, alpha)
+    return check_real(alpha, "alpha", low=0.0, high=LARGEST, above=True), sigma
 
 
 def check_threshold(threshold: object, name: str) -> float:

@@ -294,7 +294,7 @@ def sample(
         batch_size = check_count(batch_size, "batch_size")
     timesteps, levels = _check_levels(schedule, steps)
     state = _starting_state(denoiser, n, schedule, x_T, generator)
-    check_magnitude(state, state.new_tensor([levels[0][0]], dtype=torch.float64), "x_T")
+    check_magnitude(state, float(levels[0][0]), "x_T")
     if x_T is None or getattr(schedule, "spacing", None) == "leading":
         _warn_of_signal(schedule, timesteps, levels[0])
     n, steps = len(state), len(timesteps)

@@ -33,8 +33,8 @@ class Shrink(pf.Denoiser):
     def device(self):
         return torch.device("cpu")
 
-    def _denoise(self, x, sigma, alpha):
-        self.told.append(sigma.clone())
+    def _denoise(self, x, levels):
+        self.told.append(levels.tensors(len(x))[1].clone())
         power = x.square().flatten(1).mean(1).reshape(-1, 1, 1, 1)
         return x * (1 / 9) / power.clamp(min=1 / 9)
 

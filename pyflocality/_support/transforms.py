@@ -10,17 +10,17 @@ from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 
-def is_differentiated(*tensors: Tensor) -> bool:
-    """Whether a derivative by any of the tensors may be asked for, in any of torch's ways."""
-    return any(map(_is_differentiated, tensors))
-
-
-def _is_differentiated(tensor: Tensor) -> bool:
-    return (
-        (torch.is_grad_enabled() and tensor.requires_grad)
-        or functorch.is_functorch_wrapped_tensor(tensor)
-        or (torch._C._is_fwd_grad_enabled() and forward_ad.unpack_dual(tensor).tangent is not None)
-    )
+def is_differentiated(*values: float | Tensor) -> bool:
+    """Whether a derivative with respect to any of the tensors may be asked for, in any way."""
+    grad, forward = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+    for value in values:
+        if isinstance(value, Tensor) and (
+            (grad and value.requires_grad)
+            or functorch.is_functorch_wrapped_tensor(value)
+            or (forward and forward_ad.unpack_dual(value).tangent is not None)
+        ):
+            return True
+    return False
 
 
 def is_traced() -> bool:
@@ -29,18 +29,19 @@ def is_traced() -> bool:
     if torch.compiler.is_dynamo_compiling():
         return True
     # Where older releases compile, tensors are fake: there is nothing but their shapes.
-    modes = torch._C._TorchDispatchModeKey
-    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.PROXY, modes.FAKE))
+    modes, mode = torch._C._TorchDispatchModeKey, torch._C._get_dispatch_mode
+    return mode(modes.PROXY) is not None or mode(modes.FAKE) is not None
 
 
-def has_readable_values(tensor: Tensor) -> bool:
-    """Whether Python may look at the values: not under `torch.vmap`, nor while it is traced."""
+def has_readable_values(*values: float | Tensor) -> bool:
+    """Whether Python may look at the values: not under `torch.vmap`, nor while they are traced."""
     if is_traced():
         return False
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return False
-        tensor = functorch.get_unwrapped(tensor)
+    for value in values:
+        while isinstance(value, Tensor) and functorch.is_functorch_wrapped_tensor(value):
+            if functorch.is_batchedtensor(value):
+                return False
+            value = functorch.get_unwrapped(value)
     return True
 
 

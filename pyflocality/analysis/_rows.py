@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from pyflocality._support.budget import memory_budget_bytes
-from pyflocality._support.checks import LevelLike, as_pair, check_batch, check_level
+from pyflocality._support.checks import LevelLike, check_batch, check_levels
 from pyflocality.backends.selection import OPERATIONS, requested_backend
-from pyflocality.denoisers.base import Denoiser, PosteriorDenoiser, join_levels, split_levels
+from pyflocality.denoisers.base import Denoiser, PosteriorDenoiser
+from pyflocality.denoisers.levels import join_rows, split_levels
 from pyflocality.denoisers.pca_locality import PCALocalityDenoiser
 from pyflocality.denoisers.queries import QueryDenoiser
 from pyflocality.ops import global_posterior_jvp
@@ -30,21 +31,19 @@ def jacobian_row(
     transposed Jacobian.
     """
     x = check_batch(x, denoiser.image_shape, denoiser.device, "x")
-    sigma, alpha = as_pair(sigma, alpha)
-    sigma = check_level(sigma, len(x), x.device, "sigma", allow_zero=False)
-    alpha = check_level(alpha, len(x), x.device, "alpha", allow_zero=False)
+    levels = check_levels(sigma, alpha, len(x), positive=True)
     if len(x) > 0 and _has_rows_of_its_own(denoiser):
-        levels = split_levels(sigma, alpha)
-        near = [denoiser.neighbourhood(pixel, level.sigma, level.alpha) for level in levels]
+        split = split_levels(levels, len(x))
+        near = [denoiser.neighbourhood(pixel, level.sigma, level.alpha) for level in split]
         if all(_is_worth(denoiser, inputs, pixel) for inputs in near):
             rows = [
-                _row_of_inputs(denoiser, x[level.members], inputs, pixel, level.sigma, level.alpha)
-                for level, inputs in zip(levels, near, strict=True)
+                _row_of_inputs(denoiser, x[level.rows], inputs, pixel, level.sigma, level.alpha)
+                for level, inputs in zip(split, near, strict=True)
             ]
-            return join_levels(rows, levels)
+            return join_rows(rows, [level.rows for level in split])
     cotangent = torch.zeros_like(x)
     cotangent[(slice(None), *pixel)] = 1.0
-    return denoiser.vjp(x, cotangent[None], sigma, alpha)[0]
+    return denoiser.vjp(x, cotangent[None], levels.sigma, levels.alpha)[0]
 
 
 def _has_rows_of_its_own(denoiser: Denoiser) -> bool:

@@ -84,7 +84,7 @@ def memorization(samples: Tensor, data: TrainingSet, *, mean: Tensor | None = No
     samples = check_batch(samples, data.image_shape, data.device, "samples")
     if len(samples) == 0:
         raise ValueError(f"`samples` must hold at least one image, got {describe(samples)}")
-    check_magnitude(samples, samples.new_ones(1, dtype=torch.float64), "samples")
+    check_magnitude(samples, 1.0, "samples")
     if mean is not None and tuple(check_float_tensor(mean, "mean").shape) != data.image_shape:
         raise ValueError(f"`mean` must have shape {list(data.image_shape)}, got {describe(mean)}")
     k = min(2, len(data) * data.copies)

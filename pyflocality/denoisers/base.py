@@ -7,9 +7,8 @@ value per image of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,37 +16,27 @@ from torch import Tensor, nn
 from pyflocality._support.budget import memory_budget_bytes
 from pyflocality._support.checks import (
     LevelLike,
-    as_pair,
-    check_batch,
+    Noisy,
     check_choice,
     check_device,
     check_float_dtype,
-    check_level,
-    check_magnitude,
+    check_noise,
+    check_noisy,
     check_positive,
     describe,
 )
+from pyflocality._support.levels import Levels, Rows
 from pyflocality._support.precision import PRECISIONS, Precision
-from pyflocality._support.transforms import (
-    in_full_precision,
-    is_differentiated,
-    is_traced,
-    outside_transforms,
-    without_derivatives,
-)
-from pyflocality.autograd.function import (
-    directional,
-    estimate,
-    has_parameters,
-    jvp_by_torch,
-    transposed,
-    vjp_by_torch,
-)
-from pyflocality.autograd.operators import new_handle
+from pyflocality._support.transforms import outside_transforms
+from pyflocality.autograd.operators import estimate, jvp, new_handle, vjp
+from pyflocality.autograd.row_map import jvp_by_torch, vjp_by_torch
 from pyflocality.backends.selection import BACKENDS
 from pyflocality.data import TrainingSet
-from pyflocality.posterior.problem import check_noise
-from pyflocality.posterior.tangents import check_directions
+from pyflocality.denoisers.levels import join_rows, share_passes, split_levels
+from pyflocality.ops.operation import Kind, Operation
+from pyflocality.ops.path import Query
+from pyflocality.posterior.problem import PosteriorProblem, trusted_problem
+from pyflocality.storage.augmentation import Augmentation
 
 
 class Denoiser(nn.Module):
@@ -113,7 +102,7 @@ class Denoiser(nn.Module):
             TypeError: x is not a floating-point tensor, or a level is not a number.
             ValueError: x has the wrong shape or device or holds NaN, or a level is out of range.
         """
-        return estimate(self, *self._checked(x, sigma, alpha))
+        return estimate(self, self._checked(x, sigma, alpha))
 
     def jvp(
         self,
@@ -143,15 +132,7 @@ class Denoiser(nn.Module):
                 posterior jumps from image to image.
             BackendUnavailableError: The backend asked for has no derivatives of this denoiser.
         """
-        x, sigma, alpha = self._checked(x, sigma, alpha, derivatives=True)
-        tangents = check_directions(tangents, x, "tangents")
-        in_parts = is_traced() or tangents.numel() == 0
-        if in_parts or is_differentiated(x, tangents, sigma, alpha):
-            found = directional(self, x, sigma, alpha, tangents)
-            return estimate(self, x, sigma, alpha), found
-        own = nullcontext() if has_parameters(self) else in_full_precision(x.device)
-        with torch.no_grad(), own:
-            return self._jvp(x, tangents, sigma, alpha)
+        return jvp(self, self._checked(x, sigma, alpha, tangents, "tangents"))
 
     def vjp(
         self,
@@ -180,115 +161,38 @@ class Denoiser(nn.Module):
             ValueError: An argument has the wrong shape, device or range; sigma is 0.
             BackendUnavailableError: The backend asked for has no derivatives of this denoiser.
         """
-        x, sigma, alpha = self._checked(x, sigma, alpha, derivatives=True)
-        cotangents = check_directions(cotangents, x, "cotangents")
-        return transposed(self, x, sigma, alpha, cotangents)
+        return vjp(self, self._checked(x, sigma, alpha, cotangents, "cotangents"))
 
     def _checked(
         self,
         x: Tensor,
         sigma: LevelLike,
         alpha: float | Tensor,
-        *,
-        derivatives: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The arguments of a call in canonical form: levels are float64 [B]."""
-        x = check_batch(x, self.image_shape, self.device, "x")
-        sigma, alpha = as_pair(sigma, alpha)
-        level = check_level(sigma, len(x), x.device, "sigma", allow_zero=True)
-        if derivatives:
-            check_noise(level, sigma)
-        alpha = check_level(alpha, len(x), x.device, "alpha", allow_zero=False)
-        check_magnitude(x, alpha, "x")
-        return x, level, alpha
+        directions: Tensor | None = None,
+        name: str | None = None,
+    ) -> Noisy:
+        """The arguments of a call, checked once for all that lies behind it."""
+        return check_noisy(x, sigma, alpha, self.image_shape, self.device, directions, name)
 
-    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        """The estimate for checked arguments; sigma and alpha are float64 [B]."""
+    def _denoise(self, x: Tensor, levels: Levels) -> Tensor:
+        """The estimates for checked arguments."""
         raise AttributeError(f"{type(self).__name__} does not define _denoise")
 
-    def _jvp(
-        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _jvp(self, x: Tensor, tangents: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
         """Estimates and derivatives along tangents [K, B, C, H, W], for checked arguments.
 
         A subclass defines it where it has anything better than torch's forward mode, which takes
         one pass for each tangent.
         """
-        return jvp_by_torch(self._denoise, x, tangents, sigma, alpha)
+        return jvp_by_torch(lambda z: self._denoise(z, levels), x, tangents)
 
-    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+    def _vjp(self, x: Tensor, cotangents: Tensor, levels: Levels) -> Tensor:
         """Transposed derivatives for cotangents [K, B, C, H, W], for checked arguments.
 
         A subclass defines it where it has anything better than torch's backward mode, whose graph
         holds all that the estimate computes.
         """
-        return vjp_by_torch(self._denoise, x, cotangents, sigma, alpha)
-
-
-# Some images of a batch: their positions, int64 [b], or a slice of all.
-Members = Tensor | slice
-_Choice = TypeVar("_Choice")
-
-
-class Level(NamedTuple):
-    """The images of a batch that share a noise level.
-
-    Attributes:
-        sigma: Noise level.
-        alpha: Signal coefficient.
-        members: Which images.
-    """
-
-    sigma: float
-    alpha: float
-    members: Members
-
-
-def split_levels(sigma: Tensor, alpha: Tensor) -> list[Level]:
-    """The distinct noise levels of a batch, sigma and alpha [B], and the images of each."""
-    with outside_transforms():
-        levels = torch.stack([without_derivatives(sigma), without_derivatives(alpha)], 1)
-        distinct, group = levels.unique(dim=0, return_inverse=True)
-        if len(distinct) == 1:
-            return [Level(*distinct[0].tolist(), slice(None))]
-        return [
-            Level(*level, (group == number).nonzero()[:, 0])
-            for number, level in enumerate(distinct.tolist())
-        ]
-
-
-def share_passes(
-    levels: Sequence[Level], choices: Sequence[_Choice]
-) -> tuple[list[Members], list[_Choice]]:
-    """The images of all levels with the same choice, which one pass serves, and the choices.
-
-    Args:
-        levels: The noise levels of a batch.
-        choices: What each of them takes, such as a window; tensors are the same if they are one
-            object.
-    """
-    groups: dict[int, list[int]] = {}
-    for number, choice in enumerate(choices):
-        groups.setdefault(choice if isinstance(choice, int) else id(choice), []).append(number)
-    if len(groups) == 1:
-        return [slice(None)], [choices[0]]
-    with outside_transforms():
-        members = [
-            torch.cat([levels[number].members for number in numbers]) for numbers in groups.values()
-        ]
-    return members, [choices[numbers[0]] for numbers in groups.values()]
-
-
-def join_levels(parts: Sequence[Tensor], levels: Sequence[Level], axis: int = 0) -> Tensor:
-    """What was computed for each level, as one batch in its order along an axis."""
-    return join_batch(parts, [level.members for level in levels], axis)
-
-
-def join_batch(parts: Sequence[Tensor], members: Sequence[Members], axis: int = 0) -> Tensor:
-    """What was computed for groups of images, as one batch in its order along an axis."""
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(list(parts), axis).index_select(axis, torch.cat(list(members)).argsort())
+        return vjp_by_torch(lambda z: self._denoise(z, levels), x, cotangents)
 
 
 def device_after(fn: Callable[[Tensor], Tensor], device: torch.device) -> torch.device:
@@ -318,8 +222,41 @@ def check_set(data: object) -> TrainingSet:
     return data
 
 
+class DenoiserOptions(TypedDict, total=False):
+    """Options of every denoiser that scans a training set: keywords that may be left out.
+
+    Attributes:
+        backend: Backend of its operations; None follows `pyflocality.use_backend`.
+        dtype: float32 or float64 to compute in; None computes in the input's own dtype
+            (half precision computes in float32).
+        memory_budget: Working memory beyond data and result, bytes or a string such as
+            "2GB"; None follows the environment variable PYFLOCALITY_MEMORY_BUDGET, else 1 GB.
+        precision: "exact"; or "auto", which permits errors of about 1e-3 in [-1, 1], see
+            `pyflocality.ops.PosteriorOptions`.
+    """
+
+    backend: str | None
+    dtype: torch.dtype | None
+    memory_budget: int | str | None
+    precision: Precision
+
+
+class Asked(NamedTuple):
+    """What a noise level asks of the training set: an operation, and what that takes."""
+
+    operation: Operation
+    query: Query = ()
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal where the same is asked; tensors and weights are the same if they are one."""
+        return self.operation.name, *(v if isinstance(v, int) else id(v) for v in self.query)
+
+
 class PosteriorDenoiser(Denoiser):
     """Base class of the denoisers that scan a training set.
+
+    A subclass tells in `_questions` what it asks of the set at a noise level.
 
     Args:
         data: The training set.
@@ -364,21 +301,83 @@ class PosteriorDenoiser(Denoiser):
         """Device of the training set, where inputs must be."""
         return self.data.device
 
-    @property
-    def _options(self) -> dict[str, Any]:
-        """Options that every operation takes."""
-        return {
-            "augmentation": self.data.augmentation,
-            "backend": self.backend,
-            "dtype": self.dtype,
-            "memory_budget": self.memory_budget,
-        }
+    def _questions(self, kind: Kind) -> Callable[[float, float], Asked]:
+        """What is asked at a noise level, as a function (alpha, sigma) that serves one call."""
+        raise AttributeError(f"{type(self).__name__} does not define _questions")
 
-    @property
-    def _posterior_options(self) -> dict[str, Any]:
-        """Options that every operation with a posterior takes."""
-        own = {"temperature": self.temperature, "precision": self.precision}
-        return own | self._options
+    def _passes(self, kind: Kind, levels: Levels, batch: int) -> Iterable[tuple[Rows, Asked]]:
+        """Groups of a batch, each served by one pass over the set, and what each asks of it."""
+        split = split_levels(levels, batch)
+        with outside_transforms():
+            question = self._questions(kind)
+            asked = [question(level.alpha, level.sigma) for level in split]
+        return zip(*share_passes(split, asked, [one.key for one in asked]), strict=True)
+
+    def _answers(
+        self, kind: Kind, x: Tensor, levels: Levels, *directions: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What operations of a kind answer for a batch and its directions."""
+        if kind != "scan":
+            # Torch may ask for them where the estimate had no noise.
+            check_noise(levels)
+        groups, results = [], []
+        for rows, asked in self._passes(kind, levels, len(x)):
+            groups.append(rows)
+            along = [part[:, rows] for part in directions]
+            results.append(self._answer(kind, asked, x[rows], levels.of(rows), *along))
+        axes = {"scan": (0,), "jvp": (0, 1), "vjp": (1,)}[kind]
+        return tuple(
+            join_rows(parts, groups, axis)
+            for parts, axis in zip(zip(*results, strict=True), axes, strict=True)
+        )
+
+    def _answer(
+        self, kind: Kind, asked: Asked, x: Tensor, levels: Levels, *directions: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The same for images that ask the same."""
+        images, augmentation = self.data.images, self.data.augmentation
+        return self._run(kind, asked, self._problem(x, levels, images, augmentation), *directions)
+
+    def _problem(
+        self,
+        x: Tensor,
+        levels: Levels,
+        images: Tensor,
+        augmentation: Augmentation | None,
+        *,
+        temperature: float | None = None,
+    ) -> PosteriorProblem:
+        return trusted_problem(
+            x,
+            images,
+            levels.sigma,
+            levels.alpha,
+            temperature=self.temperature if temperature is None else temperature,
+            dtype=self.dtype,
+            memory_budget=self.memory_budget,
+            augmentation=augmentation,
+            precision=self.precision,
+        )
+
+    def _run(
+        self, kind: Kind, asked: Asked, problem: PosteriorProblem, *directions: Tensor
+    ) -> tuple[Tensor, ...]:
+        operation, query = asked
+        if kind == "scan":
+            return (operation.mean_of(problem, query, self.backend),)
+        if kind == "jvp":
+            return operation.jvp_of(problem, *directions, query, self.backend)
+        return (operation.vjp_of(problem, *directions, query, self.backend),)
+
+    def _denoise(self, x: Tensor, levels: Levels) -> Tensor:
+        return self._answers("scan", x, levels)[0]
+
+    def _jvp(self, x: Tensor, tangents: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+        means, products = self._answers("jvp", x, levels, tangents)
+        return means, products
+
+    def _vjp(self, x: Tensor, cotangents: Tensor, levels: Levels) -> Tensor:
+        return self._answers("vjp", x, levels, cotangents)[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PosteriorDenoiser:
         # The set is no buffer: `.half()` must not touch its values and `state_dict` must not

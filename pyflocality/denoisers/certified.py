@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from pyflocality._support.budget import memory_budget_bytes
-from pyflocality._support.checks import check_one_level, check_real, describe
+from pyflocality._support.checks import (
+    LevelLike,
+    NoiseLevel,
+    check_real,
+    check_single_level,
+    describe,
+)
+from pyflocality._support.levels import Levels
 from pyflocality._support.threads import Lock
 from pyflocality._support.transforms import is_differentiated
 from pyflocality.denoisers.base import Denoiser
@@ -147,21 +154,18 @@ class CertifiedSubset(Denoiser):
                 self._index = build_index(data, self._moments, budget, stages)
             return self._index
 
-    def plan(self, sigma: float, alpha: float = 1.0) -> SubsetPlan:
+    def plan(self, sigma: float | NoiseLevel, alpha: float = 1.0) -> SubsetPlan:
         """What is done at a noise level; see the description of the class.
 
         Args:
-            sigma: Noise level, not negative.
+            sigma: Noise level, not negative; or a `NoiseLevel` for both.
             alpha: Signal coefficient, positive.
 
         Raises:
             TypeError: A level is not a number.
             ValueError: A level is out of range.
         """
-        level = (
-            check_one_level(sigma, "sigma", allow_zero=True),
-            check_one_level(alpha, "alpha", allow_zero=False),
-        )
+        level = check_single_level(sigma, alpha)
         with self._keeping:
             if level not in self._plans:
                 index, scale = self.index, self._scale(*level)
@@ -170,9 +174,7 @@ class CertifiedSubset(Denoiser):
                     self._plans.popitem(last=False)
             return self._plans[level]
 
-    def certify(
-        self, x: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0
-    ) -> CertifiedResult:
+    def certify(self, x: Tensor, sigma: LevelLike, alpha: float | Tensor = 1.0) -> CertifiedResult:
         """Estimates of the clean images with a proven bound on their error.
 
         Images are read in float64 here, as many as the bounds leave in doubt, also where a scan
@@ -180,8 +182,8 @@ class CertifiedSubset(Denoiser):
 
         Args:
             x: Noisy images, [B, C, H, W].
-            sigma: Noise level, a number or [B]; near 0 a tie, of equal images too, cannot be
-                certified, and the bound is the range of the data.
+            sigma: Noise level, a number or [B], or a `NoiseLevel` for both; near 0 a tie, of equal
+                images too, cannot be certified, and the bound is the range of the data.
             alpha: Signal coefficient, a number or [B], positive.
 
         Returns:
@@ -191,10 +193,10 @@ class CertifiedSubset(Denoiser):
             TypeError: x is not a floating-point tensor, or a level is not a number.
             ValueError: x has the wrong shape or device or holds NaN, or a level is out of range.
         """
-        x, sigma, alpha = self._checked(x, sigma, alpha)
+        x, levels, _, _ = self._checked(x, sigma, alpha)
         readings = [
-            self._read(noisy, s, a, limit=None)
-            for noisy, s, a in zip(x, sigma.tolist(), alpha.tolist(), strict=True)
+            self._read(noisy, *level, limit=None)
+            for noisy, level in zip(x, levels.pairs(len(x)), strict=True)
         ]
         # What rounding to the dtype of x may move a value in [-1, 1].
         cast = torch.finfo(x.dtype).eps
@@ -207,46 +209,44 @@ class CertifiedSubset(Denoiser):
             x.new_tensor([r.read / len(self.denoiser.data) for r in readings], dtype=torch.float64),
         )
 
-    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        if is_differentiated(x, sigma, alpha):
-            return self.denoiser._denoise(x, sigma, alpha)
+    def _denoise(self, x: Tensor, levels: Levels) -> Tensor:
+        if is_differentiated(x, *levels):
+            return self.denoiser._denoise(x, levels)
         result = torch.zeros_like(x)
         whole = []
-        for b, (noisy, s, a) in enumerate(zip(x, sigma.tolist(), alpha.tolist(), strict=True)):
-            plan = self.plan(s, a)
-            reading = self._read(noisy, s, a, plan.limit) if plan.pays else None
+        for b, (noisy, level) in enumerate(zip(x, levels.pairs(len(x)), strict=True)):
+            plan = self.plan(NoiseLevel(*level))
+            reading = self._read(noisy, *level, plan.limit) if plan.pays else None
             if reading is None:
                 whole.append(b)
             else:
                 result[b] = reading.mean.reshape(noisy.shape).to(x.dtype)
         if whole:
-            result[whole] = self.denoiser._denoise(x[whole], sigma[whole], alpha[whole])
+            result[whole] = self.denoiser._denoise(x[whole], levels.of(torch.tensor(whole)))
         return result
 
-    def _jvp(
-        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return self.denoiser._jvp(x, tangents, sigma, alpha)
+    def _jvp(self, x: Tensor, tangents: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+        return self.denoiser._jvp(x, tangents, levels)
 
-    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        return self.denoiser._vjp(x, cotangents, sigma, alpha)
+    def _vjp(self, x: Tensor, cotangents: Tensor, levels: Levels) -> Tensor:
+        return self.denoiser._vjp(x, cotangents, levels)
 
-    def _read(self, noisy: Tensor, sigma: float, alpha: float, limit: int | None) -> Reading | None:
+    def _read(self, noisy: Tensor, alpha: float, sigma: float, limit: int | None) -> Reading | None:
         """One certified answer; None where more than `limit` images would have to be read."""
         read = functools.partial(
             read_certified,
             self.denoiser.data,
             self.index,
             noisy.detach().double().flatten() / alpha,
-            self._scale(sigma, alpha),
+            self._scale(alpha, sigma),
             self._tolerance(noisy.dtype),
-            stages=self.plan(sigma, alpha).stages,
+            stages=self.plan(NoiseLevel(alpha, sigma)).stages,
             limit=limit,
             memory_budget=self.denoiser.memory_budget,
         )
         return Reader(self.denoiser.data.images).checked(read)
 
-    def _scale(self, sigma: float, alpha: float) -> float:
+    def _scale(self, alpha: float, sigma: float) -> float:
         """Factor of the squared distances of x / alpha in the exponent."""
         ratio = sigma / alpha
         variance = 2.0 * ratio * ratio * self.denoiser.temperature

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
-
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from pyflocality._support.checks import check_choice
-from pyflocality._support.precision import Precision
 from pyflocality.data import TrainingSet
-from pyflocality.denoisers.base import check_set
-from pyflocality.denoisers.window import Window, WindowDenoiser
+from pyflocality.denoisers.base import Asked, DenoiserOptions, check_set
+from pyflocality.denoisers.window import Window, WindowDenoiser, window_rule
 from pyflocality.ops.equivariant_posterior import (
     BOUNDARIES,
+    EQUIVARIANT_POSTERIOR,
     check_patch_window,
-    equivariant_posterior_jvp,
-    equivariant_posterior_mean,
-    equivariant_posterior_vjp,
 )
+from pyflocality.ops.operation import Kind
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class EquivariantDenoiser(WindowDenoiser):
@@ -45,11 +44,7 @@ class EquivariantDenoiser(WindowDenoiser):
             (sigma / alpha, k), of which the nearest in log(sigma / alpha) counts.
         boundary: "circular" or "broken".
         temperature: Divides the logits.
-        backend: Backend of its operations; None follows `pyflocality.use_backend`.
-        dtype: float32 or float64 to compute in; None computes in the input's own dtype.
-        memory_budget: Working memory, bytes or a string such as "2GB".
-        precision: "exact"; or "auto", which permits errors of about 1e-3 in [-1, 1], see
-            `pyflocality.ops.PosteriorOptions`.
+        options: Backend, dtype, memory and precision: see `DenoiserOptions`.
 
     Raises:
         TypeError: `window` has none of the three forms.
@@ -67,10 +62,7 @@ class EquivariantDenoiser(WindowDenoiser):
         boundary: str = "circular",
         *,
         temperature: float = 1.0,
-        backend: str | None = None,
-        dtype: torch.dtype | None = None,
-        memory_budget: int | str | None = None,
-        precision: Precision = "exact",
+        **options: Unpack[DenoiserOptions],
     ) -> None:
         _, height, width = check_set(data).image_shape
         check_choice(boundary, "boundary", BOUNDARIES)
@@ -79,29 +71,15 @@ class EquivariantDenoiser(WindowDenoiser):
             window,
             functools.partial(check_patch_window, height=height, width=width, boundary=boundary),
             temperature=temperature,
-            backend=backend,
-            dtype=dtype,
-            memory_budget=memory_budget,
-            precision=precision,
+            **options,
         )
         self.boundary = boundary
 
-    @property
-    def _posterior_options(self) -> dict[str, Any]:
-        return super()._posterior_options | {"boundary": self.boundary}
-
-    def _mean(self, x: Tensor, window: int, sigma: Tensor, alpha: Tensor) -> Tensor:
-        images, options = self.data.images, self._posterior_options
-        return equivariant_posterior_mean(x, images, window, sigma, alpha, **options)
-
-    def _mean_jvp(
-        self, x: Tensor, tangents: Tensor, window: int, sigma: Tensor, alpha: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        images, options = self.data.images, self._posterior_options
-        return equivariant_posterior_jvp(x, tangents, images, window, sigma, alpha, **options)
-
-    def _mean_vjp(
-        self, x: Tensor, cotangents: Tensor, window: int, sigma: Tensor, alpha: Tensor
-    ) -> Tensor:
-        images, options = self.data.images, self._posterior_options
-        return equivariant_posterior_vjp(x, cotangents, images, window, sigma, alpha, **options)
+    def _questions(self, kind: Kind) -> Callable[[float, float], Asked]:
+        window_at, circular = (
+            window_rule(self.window, self._check_window),
+            self.boundary == "circular",
+        )
+        return lambda alpha, sigma: Asked(
+            EQUIVARIANT_POSTERIOR, (window_at(alpha, sigma), circular)
+        )

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from pyflocality._support.checks import check_tensor
-from pyflocality._support.precision import Precision
 from pyflocality.data import TrainingSet
-from pyflocality.denoisers.base import PosteriorDenoiser
+from pyflocality.denoisers.base import Asked, DenoiserOptions, PosteriorDenoiser
 from pyflocality.moments.undetermined import warn_of_blind_values
-from pyflocality.ops import (
-    filtered_posterior_jvp,
-    filtered_posterior_mean,
-    filtered_posterior_vjp,
-    masked_posterior_jvp,
-    masked_posterior_mean,
-    masked_posterior_vjp,
-)
-from pyflocality.ops.filtered_posterior import check_pair
+from pyflocality.ops.filtered_posterior import FILTERED_POSTERIOR, check_pair
+from pyflocality.ops.masked_posterior import MASKED_POSTERIOR
+from pyflocality.ops.operation import Kind
 from pyflocality.weights import QueryWeights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class FilteredPosteriorDenoiser(PosteriorDenoiser):
@@ -40,11 +39,7 @@ class FilteredPosteriorDenoiser(PosteriorDenoiser):
         response_weights: r, bool or float, not negative, of the same shape. None: query q
             answers value q alone, which takes Q = D.
         temperature: Divides the logits.
-        backend: Backend of its operations; None follows `pyflocality.use_backend`.
-        dtype: float32 or float64 to compute in; None computes in the input's own dtype.
-        memory_budget: Working memory, bytes or a string such as "2GB".
-        precision: "exact"; or "auto", which permits errors of about 1e-3 in [-1, 1], see
-            `pyflocality.ops.PosteriorOptions`.
+        options: Backend, dtype, memory and precision: see `DenoiserOptions`.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -62,19 +57,9 @@ class FilteredPosteriorDenoiser(PosteriorDenoiser):
         response_weights: Tensor | None = None,
         *,
         temperature: float = 1.0,
-        backend: str | None = None,
-        dtype: torch.dtype | None = None,
-        memory_budget: int | str | None = None,
-        precision: Precision = "exact",
+        **options: Unpack[DenoiserOptions],
     ) -> None:
-        super().__init__(
-            data,
-            temperature,
-            backend=backend,
-            dtype=dtype,
-            memory_budget=memory_budget,
-            precision=precision,
-        )
+        super().__init__(data, temperature, **options)
         self._weights = self._as_weights(query_weights, "query_weights")
         self._responses = None
         values = data.num_values
@@ -103,27 +88,7 @@ class FilteredPosteriorDenoiser(PosteriorDenoiser):
             weights = weights.flatten(1)
         return QueryWeights(weights, name=name)
 
-    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        images, options = self.data.images, self._posterior_options
+    def _questions(self, kind: Kind) -> Callable[[float, float], Asked]:
         if self._responses is None:
-            return masked_posterior_mean(x, images, self._weights, sigma, alpha, **options)
-        weights = self._weights, self._responses
-        return filtered_posterior_mean(x, images, *weights, sigma, alpha, **options)
-
-    def _jvp(
-        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        images, options = self.data.images, self._posterior_options
-        if self._responses is None:
-            weights = self._weights
-            return masked_posterior_jvp(x, tangents, images, weights, sigma, alpha, **options)
-        weights = self._weights, self._responses
-        return filtered_posterior_jvp(x, tangents, images, *weights, sigma, alpha, **options)
-
-    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        images, options = self.data.images, self._posterior_options
-        if self._responses is None:
-            weights = self._weights
-            return masked_posterior_vjp(x, cotangents, images, weights, sigma, alpha, **options)
-        weights = self._weights, self._responses
-        return filtered_posterior_vjp(x, cotangents, images, *weights, sigma, alpha, **options)
+            return lambda alpha, sigma: Asked(MASKED_POSTERIOR, (self._weights,))
+        return lambda alpha, sigma: Asked(FILTERED_POSTERIOR, (self._weights, self._responses))

@@ -13,13 +13,15 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from pyflocality._support.budget import images_per_chunk, memory_budget_bytes
 from pyflocality._support.checks import (
+    NoiseLevel,
     check_count,
     check_float_tensor,
     check_generator,
     check_magnitude,
-    check_one_level,
+    check_single_level,
     describe,
 )
+from pyflocality._support.levels import Levels
 from pyflocality._support.threads import Lock
 from pyflocality._support.transforms import without_derivatives
 from pyflocality.data import TrainingSet
@@ -58,7 +60,7 @@ class SubsetSizes(NamedTuple):
 
 
 def golden_sizes(
-    count: int, k_min: int, k_max: int, sigma: float, alpha: float = 1.0
+    count: int, k_min: int, k_max: int, sigma: float | NoiseLevel, alpha: float = 1.0
 ) -> SubsetSizes:
     r"""Sizes of pool and subset at a noise level.
 
@@ -74,7 +76,7 @@ def golden_sizes(
         count: Training images N.
         k_min: Images at no noise.
         k_max: Images at nothing but noise.
-        sigma: Noise level, not negative.
+        sigma: Noise level, not negative; or a `NoiseLevel` for both.
         alpha: Signal coefficient, positive.
 
     Raises:
@@ -84,8 +86,7 @@ def golden_sizes(
     count = check_count(count, "count")
     k_max = _checked_size(k_max, "k_max", count)
     k_min = _checked_size(k_min, "k_min", k_max)
-    sigma = check_one_level(sigma, "sigma", allow_zero=True)
-    alpha = check_one_level(alpha, "alpha", allow_zero=False)
+    alpha, sigma = check_single_level(sigma, alpha)
     g = 1.0 - sigma / math.hypot(alpha, sigma)
     kept = max(k_min, round(k_max - (k_max - k_min) * g))
     return SubsetSizes(round(k_max + (count - k_max) * g), kept)
@@ -171,16 +172,16 @@ class GoldenSubset(Denoiser):
         """Device of the training set, where inputs must be."""
         return self.denoiser.device
 
-    def sizes(self, sigma: float, alpha: float = 1.0) -> SubsetSizes:
+    def sizes(self, sigma: float | NoiseLevel, alpha: float = 1.0) -> SubsetSizes:
         """Sizes of pool and subset at a noise level; see `golden_sizes`."""
         return golden_sizes(len(self.denoiser.data), self.k_min, self.k_max, sigma, alpha)
 
-    def select(self, x: Tensor, sigma: float, alpha: float = 1.0) -> Tensor:
+    def select(self, x: Tensor, sigma: float | NoiseLevel, alpha: float = 1.0) -> Tensor:
         """The images of the posterior of one noisy image.
 
         Args:
             x: Noisy image, floating point, [C, H, W].
-            sigma: Noise level, not negative.
+            sigma: Noise level, not negative; or a `NoiseLevel` for both.
             alpha: Signal coefficient, positive.
 
         Returns:
@@ -194,9 +195,8 @@ class GoldenSubset(Denoiser):
         if tuple(x.shape) != self.image_shape or x.device != self.device:
             expected = f"shape {list(self.image_shape)} on {self.device}"
             raise ValueError(f"`x` must have {expected}, got {describe(x)}")
-        sigma = check_one_level(sigma, "sigma", allow_zero=True)
-        alpha = check_one_level(alpha, "alpha", allow_zero=False)
-        check_magnitude(x[None], torch.tensor([alpha], dtype=torch.float64, device=x.device), "x")
+        alpha, sigma = check_single_level(sigma, alpha)
+        check_magnitude(x[None], alpha, "x")
         images = self.denoiser.data.images
         return Reader(images).checked(self._select, x, sigma, alpha)
 
@@ -298,37 +298,29 @@ class GoldenSubset(Denoiser):
         twin.memory_budget = max(1, memory_budget_bytes(denoiser.memory_budget) - kept)
         return twin
 
-    def _subsets(
-        self, x: Tensor, sigma: Tensor, alpha: Tensor
-    ) -> Iterator[tuple[slice, PosteriorDenoiser]]:
+    def _subsets(self, x: Tensor, levels: Levels) -> Iterator[tuple[slice, PosteriorDenoiser]]:
         """For each image of the batch its place and the denoiser over its subset."""
-        levels = without_derivatives(sigma).tolist(), without_derivatives(alpha).tolist()
-        for b, level in enumerate(zip(*levels, strict=True)):
-            yield slice(b, b + 1), self._over_subset(without_derivatives(x[b]), *level)
+        for b, (alpha, sigma) in enumerate(levels.pairs(len(x))):
+            yield slice(b, b + 1), self._over_subset(without_derivatives(x[b]), sigma, alpha)
 
-    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        parts = [
-            denoiser._denoise(x[b], sigma[b], alpha[b])
-            for b, denoiser in self._subsets(x, sigma, alpha)
-        ]
-        return torch.cat(parts) if parts else torch.zeros_like(x)
+    def _denoise(self, x: Tensor, levels: Levels) -> Tensor:
+        means = [denoiser._denoise(x[b], levels.of(b)) for b, denoiser in self._subsets(x, levels)]
+        return torch.cat(means) if means else torch.zeros_like(x)
 
-    def _jvp(
-        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        parts = [
-            denoiser._jvp(x[b], tangents[:, b], sigma[b], alpha[b])
-            for b, denoiser in self._subsets(x, sigma, alpha)
+    def _jvp(self, x: Tensor, tangents: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+        answers = [
+            denoiser._jvp(x[b], tangents[:, b], levels.of(b))
+            for b, denoiser in self._subsets(x, levels)
         ]
-        means, products = zip(*parts, strict=True)
+        means, products = zip(*answers, strict=True)
         return torch.cat(means), torch.cat(products, 1)
 
-    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        parts = [
-            denoiser._vjp(x[b], cotangents[:, b], sigma[b], alpha[b])
-            for b, denoiser in self._subsets(x, sigma, alpha)
+    def _vjp(self, x: Tensor, cotangents: Tensor, levels: Levels) -> Tensor:
+        products = [
+            denoiser._vjp(x[b], cotangents[:, b], levels.of(b))
+            for b, denoiser in self._subsets(x, levels)
         ]
-        return torch.cat(parts, 1)
+        return torch.cat(products, 1)
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled or copied: not the pooled images, which are computed again."""

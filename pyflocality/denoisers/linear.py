@@ -14,14 +14,17 @@ from torch import Tensor
 
 from pyflocality._support.budget import images_per_chunk
 from pyflocality._support.checks import (
+    LevelLike,
     check_generator,
-    check_level,
+    check_levels,
     check_magnitude,
     check_positive,
     check_rounds,
 )
+from pyflocality._support.levels import Levels
 from pyflocality.data import TrainingSet
-from pyflocality.denoisers.base import Denoiser, check_set, device_after, join_levels, split_levels
+from pyflocality.denoisers.base import Denoiser, check_set, device_after
+from pyflocality.denoisers.levels import join_rows, split_levels
 from pyflocality.denoisers.wiener import WienerDenoiser
 from pyflocality.moments import Moments
 from pyflocality.storage.reader import Reader
@@ -163,17 +166,24 @@ class NoiseTrainedDenoiser(Denoiser):
         device = device_after(fn, self.device)
         return super()._apply(lambda tensor: tensor.to(device), recurse)
 
-    def matrix(self, sigma: float | Tensor, alpha: float | Tensor = 1.0) -> Tensor:
+    def matrix(self, sigma: LevelLike, alpha: float | Tensor = 1.0) -> Tensor:
         """The matrix W of one noise level, numbers or tensors without dimensions: [D, D].
+
+        Args:
+            sigma: Noise level, not negative; or a `NoiseLevel` for both.
+            alpha: Signal coefficient, positive.
 
         Raises:
             TypeError: A level is not a number.
             ValueError: A level is out of range.
         """
-        sigma = check_level(sigma, 1, self.device, "sigma", allow_zero=True)[0]
-        alpha = check_level(alpha, 1, self.device, "alpha", allow_zero=False)
-        check_magnitude(torch.zeros_like(alpha)[:, None], alpha, "alpha")
-        alpha = alpha[0]
+        levels = check_levels(sigma, alpha, 1)
+        check_magnitude(torch.zeros(1, 1), levels.alpha, "alpha")
+        return self._matrix(levels)
+
+    def _matrix(self, levels: Levels) -> Tensor:
+        """The matrix of the first of some levels, which are all the same."""
+        alpha, sigma = (level[0] for level in levels.tensors(1, self.device))
         # Beyond it W is 0 to the last digit, and squares are no numbers.
         noise = (self.ratio * sigma).clamp(max=_MOST_NOISE)
         target = alpha * self._signal + noise * self._mixed
@@ -181,31 +191,30 @@ class NoiseTrainedDenoiser(Denoiser):
         seen = alpha**2 * self._signal + mixed + mixed.T + noise**2 * self._noise
         return target @ torch.linalg.pinv(seen, hermitian=True)
 
-    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        mean = self.mean
-        centred = x.double().flatten(1) - alpha[:, None] * mean
-        result = mean + self._filtered(centred[None], sigma, alpha, False)[0]
+    def _denoise(self, x: Tensor, levels: Levels) -> Tensor:
+        values = x.double().flatten(1)
+        alpha, _ = levels.columns(1, x.device)
+        centred = values - alpha * self.mean
+        result = self.mean + self._filtered(centred[None], levels, transposed=False)[0]
         return result.reshape(x.shape).to(x.dtype)
 
-    def _filtered(self, values: Tensor, sigma: Tensor, alpha: Tensor, transposed: bool) -> Tensor:
+    def _filtered(self, values: Tensor, levels: Levels, *, transposed: bool) -> Tensor:
         """W, or its transpose, applied to values [K, B, D]."""
-        levels = split_levels(sigma, alpha)
-        parts = []
-        for level in levels:
-            m = level.members
-            matrix = self.matrix(sigma[m][0], alpha[m][0])
-            parts.append(values[:, m] @ (matrix if transposed else matrix.T))
-        return join_levels(parts, levels, 1)
+        rows = [level.rows for level in split_levels(levels, values.shape[1])]
+        matrices = (self._matrix(levels.of(some)) for some in rows)
+        products = [
+            values[:, some] @ (matrix if transposed else matrix.T)
+            for some, matrix in zip(rows, matrices, strict=True)
+        ]
+        return join_rows(products, rows, 1)
 
-    def _jvp(
-        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        found = self._filtered(tangents.double().flatten(2), sigma, alpha, False)
-        return self._denoise(x, sigma, alpha), found.reshape(tangents.shape).to(x.dtype)
+    def _jvp(self, x: Tensor, tangents: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+        products = self._filtered(tangents.double().flatten(2), levels, transposed=False)
+        return self._denoise(x, levels), products.reshape(tangents.shape).to(x.dtype)
 
-    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        found = self._filtered(cotangents.double().flatten(2), sigma, alpha, True)
-        return found.reshape(cotangents.shape).to(x.dtype)
+    def _vjp(self, x: Tensor, cotangents: Tensor, levels: Levels) -> Tensor:
+        products = self._filtered(cotangents.double().flatten(2), levels, transposed=True)
+        return products.reshape(cotangents.shape).to(x.dtype)
 
     def extra_repr(self) -> str:
         """What `repr` shows."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from pyflocality._support.precision import Precision
 from pyflocality.data import TrainingSet
-from pyflocality.denoisers.base import check_set
+from pyflocality.denoisers.base import Asked, DenoiserOptions, check_set
 from pyflocality.denoisers.queries import QueryDenoiser
 from pyflocality.denoisers.window import Window, WindowDenoiser, window_rule
-from pyflocality.ops import window_posterior_jvp, window_posterior_mean, window_posterior_vjp
-from pyflocality.ops.window_posterior import check_window
+from pyflocality.ops.operation import Kind
+from pyflocality.ops.window_posterior import WINDOW_POSTERIOR, check_window
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LocalDenoiser(WindowDenoiser, QueryDenoiser):
@@ -34,11 +34,7 @@ class LocalDenoiser(WindowDenoiser, QueryDenoiser):
             (alpha, sigma) -> k; or a table of pairs (sigma / alpha, k), of which the nearest in
             log(sigma / alpha) counts.
         temperature: Divides the logits.
-        backend: Backend of its operations; None follows `pyflocality.use_backend`.
-        dtype: float32 or float64 to compute in; None computes in the input's own dtype.
-        memory_budget: Working memory, bytes or a string such as "2GB".
-        precision: "exact"; or "auto", which permits errors of about 1e-3 in [-1, 1], see
-            `pyflocality.ops.PosteriorOptions`.
+        options: Backend, dtype, memory and precision: see `DenoiserOptions`.
 
     Raises:
         TypeError: `window` has none of the three forms.
@@ -55,10 +51,7 @@ class LocalDenoiser(WindowDenoiser, QueryDenoiser):
         window: Window = 7,
         *,
         temperature: float = 1.0,
-        backend: str | None = None,
-        dtype: torch.dtype | None = None,
-        memory_budget: int | str | None = None,
-        precision: Precision = "exact",
+        **options: Unpack[DenoiserOptions],
     ) -> None:
         _, height, width = check_set(data).image_shape
         super().__init__(
@@ -66,27 +59,9 @@ class LocalDenoiser(WindowDenoiser, QueryDenoiser):
             window,
             functools.partial(check_window, height=height, width=width),
             temperature=temperature,
-            backend=backend,
-            dtype=dtype,
-            memory_budget=memory_budget,
-            precision=precision,
+            **options,
         )
 
-    def _mean(self, x: Tensor, window: int, sigma: Tensor, alpha: Tensor) -> Tensor:
-        images, options = self.data.images, self._posterior_options
-        return window_posterior_mean(x, images, window, sigma, alpha, **options)
-
-    def _mean_jvp(
-        self, x: Tensor, tangents: Tensor, window: int, sigma: Tensor, alpha: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        images, options = self.data.images, self._posterior_options
-        return window_posterior_jvp(x, tangents, images, window, sigma, alpha, **options)
-
-    def _mean_vjp(
-        self, x: Tensor, cotangents: Tensor, window: int, sigma: Tensor, alpha: Tensor
-    ) -> Tensor:
-        images, options = self.data.images, self._posterior_options
-        return window_posterior_vjp(x, cotangents, images, window, sigma, alpha, **options)
-
-    def _queries(self, sigma: float, alpha: float) -> dict[str, Any]:
-        return {"window": window_rule(self.window, self._check_window)(alpha, sigma)}
+    def _questions(self, kind: Kind) -> Callable[[float, float], Asked]:
+        window_at = window_rule(self.window, self._check_window)
+        return lambda alpha, sigma: Asked(WINDOW_POSTERIOR, (window_at(alpha, sigma),))

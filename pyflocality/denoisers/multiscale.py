@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from pyflocality._support.budget import images_per_chunk, memory_budget_bytes
 from pyflocality._support.checks import (
+    LevelLike,
     check_batch,
     check_choice,
     check_count,
-    check_level,
+    check_levels,
     check_magnitude,
     check_positive,
     check_sequence,
     describe,
 )
+from pyflocality._support.levels import Levels
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, check_set
 from pyflocality.denoisers.local import LocalDenoiser
@@ -159,7 +161,7 @@ class MultiscaleDenoiser(Denoiser):
         level: int,
         details: Tensor,
         low: Tensor,
-        sigma: float | Tensor,
+        sigma: LevelLike,
         alpha: float | Tensor = 1.0,
     ) -> Tensor:
         """Means of the details of one level, given noisy details and the known low-pass image.
@@ -169,7 +171,7 @@ class MultiscaleDenoiser(Denoiser):
             details: Noisy details alpha d + sigma noise, with d the clean details divided by
                 2^j, in the order of `pyflocality.wavelets.Pyramid`, [B, 3 C, H / 2^j, W / 2^j].
             low: Known low-pass images, divided by 2^j, [B, C, H / 2^j, W / 2^j].
-            sigma: Noise level of `details`, a number or a tensor [B].
+            sigma: Noise level of `details`, a number or a tensor [B]; or a `NoiseLevel` for both.
             alpha: Signal coefficient, a number or a tensor [B].
 
         Returns:
@@ -187,10 +189,9 @@ class MultiscaleDenoiser(Denoiser):
                 f"`low` must be as many images and of the dtype of `details`, {describe(details)}, "
                 f"got {describe(low)}"
             )
-        alpha = check_level(alpha, len(low), low.device, "alpha", allow_zero=False)
-        check_magnitude(details, alpha, "details")
-        stacked = torch.cat([details, self._condition(low, alpha)], 1)
-        return self._conditionals[level - 1](stacked, sigma, alpha)[:, : shape[0]]
+        levels = check_levels(sigma, alpha, len(low))
+        check_magnitude(details, levels.alpha, "details")
+        return self._details(self._conditional(level, details, low, levels))
 
     def band_shape(self, level: int) -> tuple[int, int, int]:
         """Shape (3 C, H / 2^j, W / 2^j) of the details of a level j, 1 (finest) .. J.
@@ -203,68 +204,73 @@ class MultiscaleDenoiser(Denoiser):
         channels, height, width = self.image_shape
         return 3 * channels, height >> level, width >> level
 
-    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        noisy_low, noisy_details = self._bands(x)
-        low = self.low_pass(noisy_low, sigma / 2**self.levels, alpha)
+    def _denoise(self, x: Tensor, levels: Levels) -> Tensor:
+        low, noisy_details = self._bands(x)
+        low = self._answer_of(self.low_pass, low, _at(levels, self.levels))
         for level in range(self.levels, 0, -1):
-            stacked = torch.cat([noisy_details[level - 1], self._condition(low, alpha)], 1)
-            found = self._conditionals[level - 1](stacked, sigma / 2**level, alpha)
-            low = self._finer(low, self._details(found))
+            stacked = self._conditional(level, noisy_details[level - 1], low, _at(levels, level))
+            low = self._finer(low, self._details(stacked))
         return low.to(x.dtype)
 
-    def _jvp(
-        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        count, sigma = len(tangents), _divisible(sigma)
+    def _jvp(self, x: Tensor, tangents: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+        count, levels = len(tangents), _divisible(levels)
         noisy_low, noisy_details = self._bands(x)
         low_along, details_along = self._bands(tangents.flatten(0, 1))
         low, low_along = self.low_pass._jvp(
-            noisy_low, low_along.unflatten(0, (count, -1)), sigma / 2**self.levels, alpha
+            noisy_low, low_along.unflatten(0, (count, -1)), _at(levels, self.levels)
         )
         for level in range(self.levels, 0, -1):
-            bands, along = noisy_details[level - 1], details_along[level - 1]
-            stacked = torch.cat([bands, self._condition(low, alpha)], 1)
-            along = along.unflatten(0, (count, -1))
-            stacked_along = torch.cat([along, self._condition(low_along, alpha)], 2)
-            found, found_along = self._conditionals[level - 1]._jvp(
-                stacked, stacked_along, sigma / 2**level, alpha
+            along = details_along[level - 1].unflatten(0, (count, -1))
+            stacked, stacked_along = self._conditionals[level - 1]._jvp(
+                self._stacked(noisy_details[level - 1], low, levels),
+                self._stacked(along, low_along, levels),
+                _at(levels, level),
             )
-            low = self._finer(low, self._details(found))
-            found_along = self._details(found_along.flatten(0, 1))
-            low_along = self._finer(low_along.flatten(0, 1), found_along)
-            low_along = low_along.unflatten(0, (count, -1))
+            low = self._finer(low, self._details(stacked))
+            details = self._details(stacked_along.flatten(0, 1))
+            low_along = self._finer(low_along.flatten(0, 1), details).unflatten(0, (count, -1))
         return low.to(x.dtype), low_along.to(x.dtype)
 
-    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        sigma = _divisible(sigma)
+    def _vjp(self, x: Tensor, cotangents: Tensor, levels: Levels) -> Tensor:
+        levels = _divisible(levels)
         noisy_low, noisy_details = self._bands(x)
-        low = self.low_pass(noisy_low, sigma / 2**self.levels, alpha)
+        low = self._answer_of(self.low_pass, noisy_low, _at(levels, self.levels))
         inputs = []
         for level in range(self.levels, 0, -1):
-            stacked = torch.cat([noisy_details[level - 1], self._condition(low, alpha)], 1)
+            stacked = self._stacked(noisy_details[level - 1], low, levels)
             inputs.insert(0, stacked)
             # The finest details are the result; only what they depend on is needed.
             if level > 1:
-                found = self._conditionals[level - 1](stacked, sigma / 2**level, alpha)
-                low = self._finer(low, self._details(found))
+                conditional = self._conditionals[level - 1]
+                means = self._answer_of(conditional, stacked, _at(levels, level))
+                low = self._finer(low, self._details(means))
         count, channels = len(cotangents), self.image_shape[0]
         low_back, details_back = cotangents.flatten(0, 1).to(noisy_low.dtype), []
         # The inverse transform is the transpose but for the scale of 2 a level.
         for level, stacked in enumerate(inputs, 1):
             low_back, bands_back = (2.0 * part for part in analyse(low_back, self.wavelet))
             padded = torch.cat([bands_back, torch.zeros_like(low_back)], 1)
-            found = self._conditionals[level - 1]._vjp(
-                stacked, padded.unflatten(0, (count, -1)), sigma / 2**level, alpha
+            back = self._conditionals[level - 1]._vjp(
+                stacked, padded.unflatten(0, (count, -1)), _at(levels, level)
             )
-            details_back.append(found[:, :, : 3 * channels].flatten(0, 1))
-            through = self._condition(found[:, :, 3 * channels :], alpha)
+            details_back.append(self._details(back.flatten(0, 1)))
+            through = self._condition(back[:, :, 3 * channels :], levels)
             low_back = low_back + through.flatten(0, 1)
         low_back = self.low_pass._vjp(
-            noisy_low, low_back.unflatten(0, (count, -1)), sigma / 2**self.levels, alpha
+            noisy_low, low_back.unflatten(0, (count, -1)), _at(levels, self.levels)
         ).flatten(0, 1)
         for bands_back in reversed(details_back):
             low_back = 0.5 * synthesise(low_back, bands_back, self.wavelet)
         return low_back.unflatten(0, (count, -1)).to(x.dtype)
+
+    def _conditional(self, level: int, details: Tensor, low: Tensor, levels: Levels) -> Tensor:
+        """Means of the details of a level, and of the low-pass images behind them."""
+        stacked = self._stacked(details, low, levels)
+        return self._answer_of(self._conditionals[level - 1], stacked, levels)
+
+    def _answer_of(self, denoiser: Denoiser, x: Tensor, levels: Levels) -> Tensor:
+        # Values that nobody has looked at: a small bandwidth may have made them large.
+        return denoiser(x, levels.sigma, levels.alpha)
 
     def _bands(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Low-pass images and details of every level, divided by 2^j, not in half precision."""
@@ -278,10 +284,13 @@ class MultiscaleDenoiser(Denoiser):
         """The low-pass images of the next finer level, or the images."""
         return synthesise(2.0 * low, 2.0 * details, self.wavelet)
 
-    def _condition(self, low: Tensor, alpha: Tensor) -> Tensor:
-        """Known low-pass images [.., B, C, h, w] as further channels of the noisy details."""
-        scale = (alpha / self.bandwidth).to(low.dtype)
-        return scale[:, None, None, None] * low
+    def _stacked(self, details: Tensor, low: Tensor, levels: Levels) -> Tensor:
+        """Noisy details [.., B, 3 C, h, w] with known low-pass images as further channels."""
+        return torch.cat([details, self._condition(low, levels)], -3)
+
+    def _condition(self, low: Tensor, levels: Levels) -> Tensor:
+        alpha, _ = levels.columns(3, low.device)
+        return (alpha / self.bandwidth).to(low.dtype) * low
 
     def _details(self, stacked: Tensor) -> Tensor:
         return stacked[:, : 3 * self.image_shape[0]]
@@ -294,9 +303,16 @@ class MultiscaleDenoiser(Denoiser):
         )
 
 
-def _divisible(sigma: Tensor) -> Tensor:
-    """Positive noise levels that are positive at every level of a pyramid, too: float64 [B]."""
-    return sigma.clamp(min=torch.finfo(sigma.dtype).tiny)
+def _at(levels: Levels, level: int) -> Levels:
+    """The noise levels of bands that are divided by 2^level."""
+    return levels._replace(sigma=levels.sigma / 2**level)
+
+
+def _divisible(levels: Levels) -> Levels:
+    """Positive noise levels that are positive at every level of a pyramid, too."""
+    sigma, tiny = levels.sigma, torch.finfo(torch.float64).tiny
+    least = sigma.clamp(min=tiny) if isinstance(sigma, Tensor) else max(sigma, tiny)
+    return levels._replace(sigma=least)
 
 
 def _check_threshold(mask_threshold: object, coarse: str) -> float | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyflocality._support.levels import Levels
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import PosteriorDenoiser
-from pyflocality.ops import nearest_images
+from pyflocality.ops.nearest import NEAREST
 from pyflocality.storage.reader import Reader, training_values
 
 
@@ -37,16 +38,15 @@ class NearestDenoiser(PosteriorDenoiser):
     ) -> None:
         super().__init__(data, backend=backend, dtype=dtype, memory_budget=memory_budget)
 
-    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+    def _denoise(self, x: Tensor, levels: Levels) -> Tensor:
         images, augmentation = self.data.images, self.data.augmentation
-        found = nearest_images(x, images, alpha, **self._options).indices[:, 0]
-        return training_values(Reader(images, augmentation).at(found), x.dtype)
+        problem = self._problem(x, Levels(levels.alpha, 0.0), images, augmentation)
+        indices, _ = NEAREST.run("scan", problem, (1,), self.backend)
+        return training_values(Reader(images, augmentation).at(indices[:, 0]), x.dtype)
 
-    def _jvp(
-        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _jvp(self, x: Tensor, tangents: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
         # It jumps from image to image and is constant in between.
-        return self._denoise(x, sigma, alpha), torch.zeros_like(tangents)
+        return self._denoise(x, levels), torch.zeros_like(tangents)
 
-    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+    def _vjp(self, x: Tensor, cotangents: Tensor, levels: Levels) -> Tensor:
         return torch.zeros_like(cotangents)

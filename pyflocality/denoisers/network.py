@@ -18,9 +18,9 @@ from pyflocality._support.checks import (
     check_sequence,
     describe,
 )
+from pyflocality._support.levels import Levels
 from pyflocality._support.transforms import is_differentiated
 from pyflocality.autograd.forward_mode import Derivative, in_forward_mode
-from pyflocality.autograd.function import vjp_by_torch
 from pyflocality.denoisers.base import Denoiser
 from pyflocality.noise import NoiseSchedule
 from pyflocality.noise.schedules import check_invertible, time_at
@@ -123,7 +123,8 @@ class NetworkDenoiser(Denoiser):
         """Device of the network, where inputs must be."""
         return next(_tensors(self.module), self._place).device
 
-    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+    def _denoise(self, x: Tensor, levels: Levels) -> Tensor:
+        alpha, sigma = levels.tensors(len(x), x.device)
         low, high = self.value_range
         half, centre = (high - low) / 2, (high + low) / 2
         own = next((t.dtype for t in _tensors(self.module) if t.is_floating_point()), x.dtype)
@@ -143,29 +144,27 @@ class NetworkDenoiser(Denoiser):
         clean = self._clean(y, output.to(compute), column(scale), column(stretch * sigma))
         return ((clean - centre) / half).to(x.dtype)
 
-    def _jvp(
-        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _jvp(self, x: Tensor, tangents: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
         _check_same_every_time(self.module)
-        estimates = self._denoise(x, sigma, alpha)
+        estimates = self._denoise(x, levels)
         if tangents.numel() == 0:
             return estimates, torch.zeros_like(tangents)
         parts = tangents.split(max(1, _TOGETHER // len(x)))
 
         def products(derivative: Derivative) -> Tensor:
             def along(tangent: Tensor) -> Tensor:
-                return derivative(lambda z: self._denoise(z, sigma, alpha), x, tangent)[1]
+                return derivative(lambda z: self._denoise(z, levels), x, tangent)[1]
 
             return torch.cat([torch.vmap(along)(part) for part in parts])
 
         with _ForwardMode():
             return estimates, in_forward_mode(products)
 
-    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+    def _vjp(self, x: Tensor, cotangents: Tensor, levels: Levels) -> Tensor:
         _check_same_every_time(self.module)
-        products = vjp_by_torch(self._denoise, x, cotangents, sigma, alpha)
+        products = super()._vjp(x, cotangents, levels)
         # Parameters alone are no reason to keep the graph.
-        differentiated = is_differentiated(x, cotangents, sigma, alpha)
+        differentiated = is_differentiated(x, cotangents, *levels)
         return products if differentiated else products.detach()
 
     def _noise_level(self, ratio: Tensor, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:

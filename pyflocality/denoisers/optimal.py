@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 from torch import Tensor
 
+from pyflocality._support.levels import Levels
+from pyflocality.denoisers.base import Asked
 from pyflocality.denoisers.queries import QueryDenoiser
-from pyflocality.ops import global_posterior_jvp, global_posterior_mean
+from pyflocality.ops.global_posterior import GLOBAL_POSTERIOR
+from pyflocality.ops.operation import Kind
 
 
 class OptimalDenoiser(QueryDenoiser):
@@ -24,11 +27,7 @@ class OptimalDenoiser(QueryDenoiser):
     Args:
         data: The training set.
         temperature: Divides the logits; values above 1 smooth the posterior.
-        backend: Backend of its operations; None follows `pyflocality.use_backend`.
-        dtype: float32 or float64 to compute in; None computes in the input's own dtype.
-        memory_budget: Working memory, bytes or a string such as "2GB".
-        precision: "exact"; or "auto", which permits errors of about 1e-3 in [-1, 1], see
-            `pyflocality.ops.PosteriorOptions`.
+        options: Backend, dtype, memory and precision: see `DenoiserOptions`.
 
     References:
         Karras, Aittala, Aila and Laine, Elucidating the design space of diffusion-based
@@ -40,19 +39,9 @@ class OptimalDenoiser(QueryDenoiser):
 
     symmetric_jacobian = True
 
-    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        images, options = self.data.images, self._posterior_options
-        return global_posterior_mean(x, images, sigma, alpha, **options)
-
-    def _jvp(
-        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        images, options = self.data.images, self._posterior_options
-        return global_posterior_jvp(x, tangents, images, sigma, alpha, **options)
-
-    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+    def _vjp(self, x: Tensor, cotangents: Tensor, levels: Levels) -> Tensor:
         # The Jacobian is a covariance, and so symmetric.
-        return self._jvp(x, cotangents, sigma, alpha)[1]
+        return self._jvp(x, cotangents, levels)[1]
 
-    def _queries(self, sigma: float, alpha: float) -> dict[str, Any]:
-        return {}
+    def _questions(self, kind: Kind) -> Callable[[float, float], Asked]:
+        return lambda alpha, sigma: Asked(GLOBAL_POSTERIOR)

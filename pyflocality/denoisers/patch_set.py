@@ -5,30 +5,22 @@ from __future__ import annotations
 import functools
 import numbers
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pyflocality._support.checks import check_float_tensor, check_real, check_tensor, describe
-from pyflocality._support.precision import Precision
-from pyflocality._support.transforms import outside_transforms
 from pyflocality.data import TrainingSet
-from pyflocality.denoisers.base import (
-    Members,
-    PosteriorDenoiser,
-    join_batch,
-    share_passes,
-    split_levels,
-)
+from pyflocality.denoisers.base import Asked, DenoiserOptions, PosteriorDenoiser
 from pyflocality.denoisers.window import Window, level_rule
-from pyflocality.ops import (
-    filtered_posterior_jvp,
-    filtered_posterior_mean,
-    filtered_posterior_vjp,
-    patch_set_mean,
-)
-from pyflocality.ops.patch_set import check_patch
+from pyflocality.ops.filtered_posterior import FILTERED_POSTERIOR
+from pyflocality.ops.operation import Kind
+from pyflocality.ops.patch_set import PATCH_SET, check_patch
 from pyflocality.weights import QueryWeights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Masks = Tensor | Callable[[float, float], Tensor] | Sequence[tuple[float, Tensor]]
 
@@ -55,11 +47,7 @@ class PatchSetDenoiser(PosteriorDenoiser):
         masks: Flexible patches instead: bool [H, W, H, W], `masks[y, x]` the set of pixel
             (y, x); or a function or a table of them, as for `window`.
         temperature: Divides the logits.
-        backend: Backend of its operations; None follows `pyflocality.use_backend`.
-        dtype: float32 or float64 to compute in; None computes in the input's own dtype.
-        memory_budget: Working memory, bytes or a string such as "2GB".
-        precision: "exact"; or "auto", which permits errors of about 1e-3 in [-1, 1], see
-            `pyflocality.ops.PosteriorOptions`.
+        options: Backend, dtype, memory and precision: see `DenoiserOptions`.
 
     Raises:
         TypeError: `window` or `masks` has none of its forms.
@@ -77,19 +65,9 @@ class PatchSetDenoiser(PosteriorDenoiser):
         *,
         masks: Masks | None = None,
         temperature: float = 1.0,
-        backend: str | None = None,
-        dtype: torch.dtype | None = None,
-        memory_budget: int | str | None = None,
-        precision: Precision = "exact",
+        **options: Unpack[DenoiserOptions],
     ) -> None:
-        super().__init__(
-            data,
-            temperature,
-            backend=backend,
-            dtype=dtype,
-            memory_budget=memory_budget,
-            precision=precision,
-        )
+        super().__init__(data, temperature, **options)
         if (window is None) == (masks is None):
             raise ValueError("give either `window` or `masks`, and not both")
         self.window, self.masks = window, masks
@@ -103,66 +81,23 @@ class PatchSetDenoiser(PosteriorDenoiser):
             return level_rule(
                 self.window, "window", check, lambda given: isinstance(given, numbers.Real)
             )
-        check = functools.partial(_check_masks, image_shape=self.image_shape)
-        return level_rule(self.masks, "masks", check, lambda given: isinstance(given, Tensor))
+        check_masks = functools.partial(_check_masks, image_shape=self.image_shape)
+        return level_rule(self.masks, "masks", check_masks, lambda given: isinstance(given, Tensor))
 
-    def _weights(self, patches: int | Tensor) -> QueryWeights:
-        """The patches of a window or of masks as weights [Q, D]."""
-        with outside_transforms():
+    def _questions(self, kind: Kind) -> Callable[[float, float], Asked]:
+        patches_at = self._rule()
+        # Masks make one object of weights, however many levels they are for.
+        flexible = functools.cache(functools.partial(_answering_themselves, self.image_shape))
+
+        def question(alpha: float, sigma: float) -> Asked:
+            patches = patches_at(alpha, sigma)
             if isinstance(patches, Tensor):
-                return _flexible_patches(patches, self.image_shape[0])
+                return flexible(patches)
+            if kind == "scan":
+                return Asked(PATCH_SET, (patches,))
             return _square_patches(self.image_shape, patches)
 
-    def _patches(self, sigma: Tensor, alpha: Tensor) -> tuple[list[Members], list[int | Tensor]]:
-        """Groups of a batch, and the window or the masks of each."""
-        levels = split_levels(sigma, alpha)
-        with outside_transforms():
-            patches_at = self._rule()
-            patches = [patches_at(level.alpha, level.sigma) for level in levels]
-        return share_passes(levels, patches)
-
-    def _split(self, sigma: Tensor, alpha: Tensor) -> tuple[list[Members], list[QueryWeights]]:
-        """Groups of a batch, and the patches of each as weights."""
-        groups, patches = self._patches(sigma, alpha)
-        return groups, list(map(self._weights, patches))
-
-    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        images, options = self.data.images, self._posterior_options
-        groups, of_groups = self._patches(sigma, alpha)
-        parts = []
-        for m, patches in zip(groups, of_groups, strict=True):
-            if isinstance(patches, Tensor):
-                weights = self._weights(patches)
-                run = functools.partial(filtered_posterior_mean, x[m], images, weights, weights)
-            else:
-                run = functools.partial(patch_set_mean, x[m], images, patches)
-            parts.append(run(sigma[m], alpha[m], **options))
-        return join_batch(parts, groups)
-
-    def _jvp(
-        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        images, options = self.data.images, self._posterior_options
-        groups, patches = self._split(sigma, alpha)
-        parts = [
-            filtered_posterior_jvp(
-                x[m], tangents[:, m], images, w, w, sigma[m], alpha[m], **options
-            )
-            for m, w in zip(groups, patches, strict=True)
-        ]
-        means, derivatives = zip(*parts, strict=True)
-        return join_batch(means, groups), join_batch(derivatives, groups, 1)
-
-    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        images, options = self.data.images, self._posterior_options
-        groups, patches = self._split(sigma, alpha)
-        parts = [
-            filtered_posterior_vjp(
-                x[m], cotangents[:, m], images, w, w, sigma[m], alpha[m], **options
-            )
-            for m, w in zip(groups, patches, strict=True)
-        ]
-        return join_batch(parts, groups, 1)
+        return question
 
 
 def masks_from_maps(maps: Tensor, share: float) -> Tensor:
@@ -206,8 +141,8 @@ def _check_masks(masks: object, image_shape: tuple[int, int, int]) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _square_patches(image_shape: tuple[int, int, int], window: int) -> QueryWeights:
-    channels, height, width = image_shape
+def _square_patches(image_shape: tuple[int, int, int], window: int) -> Asked:
+    _, height, width = image_shape
 
     def covers(length: int) -> Tensor:
         start = torch.arange(length - window + 1)[:, None]
@@ -216,11 +151,12 @@ def _square_patches(image_shape: tuple[int, int, int], window: int) -> QueryWeig
 
     rows, columns = covers(height), covers(width)
     patches = rows[:, None, :, None] & columns[None, :, None, :]
+    return _answering_themselves(image_shape, patches)
+
+
+def _answering_themselves(image_shape: tuple[int, int, int], patches: Tensor) -> Asked:
+    """A posterior for each patch [.., H, W], in all channels, that answers the patch."""
+    channels, height, width = image_shape
     pixels = patches.reshape(-1, 1, height * width).expand(-1, channels, -1)
-    return QueryWeights(pixels.flatten(1))
-
-
-def _flexible_patches(masks: Tensor, channels: int) -> QueryWeights:
-    height, width = masks.shape[:2]
-    pixels = masks.reshape(height * width, 1, -1).expand(-1, channels, -1)
-    return QueryWeights(pixels.flatten(1))
+    weights = QueryWeights(pixels.flatten(1))
+    return Asked(FILTERED_POSTERIOR, FILTERED_POSTERIOR.check(image_shape, weights, weights))

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from pyflocality._support.budget import memory_budget_bytes
-from pyflocality._support.checks import check_choice, check_count, check_one_level, describe
-from pyflocality._support.precision import Precision
+from pyflocality._support.checks import (
+    NoiseLevel,
+    check_choice,
+    check_count,
+    check_single_level,
+    describe,
+)
+from pyflocality._support.levels import Levels, Rows
 from pyflocality._support.threads import Lock
 from pyflocality._support.transforms import is_differentiated, outside_transforms
 from pyflocality.data import TrainingSet
-from pyflocality.denoisers.base import Members, join_levels, split_levels
+from pyflocality.denoisers.base import Asked, DenoiserOptions
+from pyflocality.denoisers.levels import split_levels
 from pyflocality.denoisers.queries import QueryDenoiser
 from pyflocality.masks import cached_pca_locality_weights, check_threshold
 from pyflocality.moments import Moments, check_moments_fit
 from pyflocality.moments.undetermined import warn_of_few_images, warn_of_missing_inputs
-from pyflocality.ops import masked_posterior_jvp, masked_posterior_mean, masked_posterior_vjp
+from pyflocality.ops.masked_posterior import MASKED_POSTERIOR
+from pyflocality.ops.operation import Kind
 from pyflocality.storage.reader import Reader
 from pyflocality.weights import QueryWeights
 
-Parts = tuple[Tensor, ...]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class PCALocalityDenoiser(QueryDenoiser):
@@ -65,11 +73,7 @@ class PCALocalityDenoiser(QueryDenoiser):
         aggregation: "exact" or "batch_mean".
         batch_size: Images a batch for "batch_mean".
         moments: Moments of the data, where they are at hand; None computes them at first use.
-        backend: Backend of its operations; None follows `pyflocality.use_backend`.
-        dtype: float32 or float64 to compute in; None computes in the input's own dtype.
-        memory_budget: Working memory, bytes or a string such as "2GB".
-        precision: "exact"; or "auto", which permits errors of about 1e-3 in [-1, 1], see
-            `pyflocality.ops.PosteriorOptions`.
+        options: Backend, dtype, memory and precision: see `DenoiserOptions`.
 
     Attributes:
         weights_seconds: Time spent on building the weights of noise levels so far.
@@ -97,20 +101,9 @@ class PCALocalityDenoiser(QueryDenoiser):
         aggregation: Literal["exact", "batch_mean"] = "exact",
         batch_size: int = 256,
         moments: Moments | None = None,
-        *,
-        backend: str | None = None,
-        dtype: torch.dtype | None = None,
-        memory_budget: int | str | None = None,
-        precision: Precision = "exact",
+        **options: Unpack[DenoiserOptions],
     ) -> None:
-        super().__init__(
-            data,
-            temperature=temperature,
-            backend=backend,
-            dtype=dtype,
-            memory_budget=memory_budget,
-            precision=precision,
-        )
+        super().__init__(data, temperature, **options)
         self.mask_threshold = check_threshold(mask_threshold, "mask_threshold")
         self.aggregation = check_choice(aggregation, "aggregation", ("exact", "batch_mean"))
         self.batch_size = check_count(batch_size, "batch_size")
@@ -136,12 +129,9 @@ class PCALocalityDenoiser(QueryDenoiser):
                 self._moments = Moments.from_data(self.data)
             return self._moments
 
-    def weights_at(self, sigma: float, alpha: float = 1.0) -> QueryWeights:
+    def weights_at(self, sigma: float | NoiseLevel, alpha: float = 1.0) -> QueryWeights:
         """The query weights [D, D] of a noise level."""
-        level = (
-            check_one_level(sigma, "sigma", allow_zero=True),
-            check_one_level(alpha, "alpha", allow_zero=False),
-        )
+        level = check_single_level(sigma, alpha)
         with self._keeping:
             if level not in self._weights:
                 self._build_weights(level)
@@ -155,7 +145,10 @@ class PCALocalityDenoiser(QueryDenoiser):
             if self._moments is None:
                 check_moments_fit(self.memory_budget, self.data)
             weights = cached_pca_locality_weights(
-                self.moments, *level, self.mask_threshold, memory_budget=self.memory_budget
+                self.moments,
+                NoiseLevel(*level),
+                threshold=self.mask_threshold,
+                memory_budget=self.memory_budget,
             )
         self.weights_seconds += time.perf_counter() - start
         self._weights[level] = weights
@@ -170,80 +163,47 @@ class PCALocalityDenoiser(QueryDenoiser):
             self._told_of_few = True
             warn_of_few_images(self.moments, "PCA locality")
         if not self._told_of_masks:
-            place = "at sigma {:.3g} and alpha {:.3g}".format(*level)
+            place = "at sigma {:.3g} and alpha {:.3g}".format(*reversed(level))
             place += f", where `mask_threshold` {self.mask_threshold:g} keeps none"
             self._told_of_masks = warn_of_missing_inputs(weights.empty, self.moments, level, place)
 
-    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        def mean(m: Members, images: Tensor, weights: QueryWeights, **options: object) -> Parts:
-            return (masked_posterior_mean(x[m], images, weights, sigma[m], alpha[m], **options),)
+    def _questions(self, kind: Kind) -> Callable[[float, float], Asked]:
+        return lambda alpha, sigma: Asked(MASKED_POSTERIOR, (self.weights_at(sigma, alpha),))
 
-        return self._over_levels(mean, sigma, alpha, (0,))[0]
+    def _passes(self, kind: Kind, levels: Levels, batch: int) -> Iterator[tuple[Rows, Asked]]:
+        # One level after the other: its weights need not outlive its pass.
+        question = self._questions(kind)
+        for alpha, sigma, rows in split_levels(levels, batch):
+            asked = question(alpha, sigma)
+            if not asked.query[0].is_mask and is_differentiated(*levels):
+                raise NotImplementedError(
+                    "no derivative by `sigma` or `alpha` at mask_threshold=0, where the weights "
+                    "themselves change with the noise level"
+                )
+            yield rows, asked
 
-    def _jvp(
-        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        def products(m: Members, images: Tensor, weights: QueryWeights, **options: object) -> Parts:
-            level = sigma[m], alpha[m]
-            return masked_posterior_jvp(x[m], tangents[:, m], images, weights, *level, **options)
+    def _answer(
+        self, kind: Kind, asked: Asked, x: Tensor, levels: Levels, *directions: Tensor
+    ) -> tuple[Tensor, ...]:
+        if self.aggregation == "exact":
+            return super()._answer(kind, asked, x, levels, *directions)
+        reader = Reader(self.data.images, self.data.augmentation)
+        answers = (
+            self._run(kind, asked, self._problem(x, levels, images, None), *directions)
+            for images in reader.batches(self.batch_size)
+        )
+        sums, count = next(answers), 1
+        for one in answers:
+            sums, count = tuple(map(torch.add, sums, one)), count + 1
+        return tuple(total / count for total in sums)
 
-        return self._over_levels(products, sigma, alpha, (0, 1))
-
-    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        def products(m: Members, images: Tensor, weights: QueryWeights, **options: object) -> Parts:
-            level = sigma[m], alpha[m]
-            return (
-                masked_posterior_vjp(x[m], cotangents[:, m], images, weights, *level, **options),
-            )
-
-        return self._over_levels(products, sigma, alpha, (1,))[0]
-
-    def _queries(self, sigma: float, alpha: float) -> dict[str, Any]:
+    def _looked_at(self) -> Callable[[float, float], Asked]:
         if self.aggregation != "exact":
             raise TypeError(
                 "`aggregation` must be 'exact' where posteriors are looked at, got "
                 f"{self.aggregation!r}"
             )
-        return {"weights": self.weights_at(sigma, alpha)}
-
-    def _over_levels(
-        self, run: Callable[..., Parts], sigma: Tensor, alpha: Tensor, axes: Sequence[int]
-    ) -> Parts:
-        """What an operation answers for each noise level, under the aggregation of this model.
-
-        Args:
-            run: Takes which images of the batch, the training images and the weights of a level,
-                and options; answers batches of results.
-            sigma: Noise levels, [B].
-            alpha: Signal coefficients, [B].
-            axes: The batch axis of each of the results.
-        """
-        levels = split_levels(sigma, alpha)
-        parts = []
-        for level in levels:
-            weights = self.weights_at(level.sigma, level.alpha)
-            if not weights.is_mask and is_differentiated(sigma, alpha):
-                raise NotImplementedError(
-                    "no derivative by `sigma` or `alpha` at mask_threshold=0, where the weights "
-                    "themselves change with the noise level"
-                )
-            parts.append(self._aggregated(functools.partial(run, level.members), weights))
-        return tuple(
-            join_levels(part, levels, axis)
-            for part, axis in zip(zip(*parts, strict=True), axes, strict=True)
-        )
-
-    def _aggregated(self, run: Callable[..., Parts], weights: QueryWeights) -> Parts:
-        options = self._posterior_options
-        if self.aggregation == "exact":
-            return run(self.data.images, weights, **options)
-        options["augmentation"] = None
-        sums, count = None, 0
-        for batch in Reader.of(self.data).batches(self.batch_size):
-            found = run(batch, weights, **options)
-            sums = found if sums is None else tuple(map(torch.add, sums, found))
-            count += 1
-        return tuple(part / count for part in sums)
+        return super()._looked_at()
 
     def extra_repr(self) -> str:
         """What `repr` shows."""

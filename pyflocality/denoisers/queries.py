@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from pyflocality._support.checks import check_one_level, check_pixel, check_positive, describe
-from pyflocality.denoisers.base import PosteriorDenoiser, join_levels, split_levels
-from pyflocality.ops.log_sum_exp import posterior_log_sum_exp
-from pyflocality.weights import QueryWeights
+from pyflocality._support.checks import (
+    LevelLike,
+    NoiseLevel,
+    check_pixel,
+    check_positive,
+    check_single_level,
+    describe,
+)
+from pyflocality.denoisers.base import Asked, PosteriorDenoiser
+from pyflocality.denoisers.levels import join_rows, split_levels
 
 
 class QueryDenoiser(PosteriorDenoiser):
     """Base class of the denoisers with one posterior for all values, for a pixel or for a value.
 
-    The queries of a noise level are told by `_queries`.
+    Its operations answer one posterior for each query.
     """
 
     def log_sum_exp(
         self,
         x: Tensor,
-        sigma: float | Tensor,
+        sigma: LevelLike,
         alpha: float | Tensor = 1.0,
         *,
         temperature: float | None = None,
@@ -31,7 +37,7 @@ class QueryDenoiser(PosteriorDenoiser):
 
         Args:
             x: Noisy images, [B, C, H, W].
-            sigma: Noise level, a number or [B], positive.
+            sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
             alpha: Signal coefficient, a number or [B], positive.
             temperature: Divides the logits; by default the denoiser's own.
 
@@ -42,29 +48,38 @@ class QueryDenoiser(PosteriorDenoiser):
             TypeError: An argument has the wrong type.
             ValueError: An argument has the wrong shape, device or range; there is no image.
         """
-        x, sigma, alpha = self._checked(x, sigma, alpha)
+        x, levels, _, _ = self._checked(x, sigma, alpha)
         if len(x) == 0:
             raise ValueError(f"`x` must hold at least one image, got {describe(x)}")
-        options = self._posterior_options
+        tau = self.temperature
         if temperature is not None:
-            options["temperature"] = check_positive(temperature, "temperature")
-        levels = split_levels(sigma, alpha)
-        parts = []
-        for level in levels:
-            m, queries = level.members, self._queries(level.sigma, level.alpha)
-            options |= queries
-            images = self.data.images
-            parts.append(posterior_log_sum_exp(x[m], images, sigma[m], alpha[m], **options))
-        return join_levels(parts, levels)
+            tau = check_positive(temperature, "temperature")
+        split, question = split_levels(levels, len(x)), self._looked_at()
+        results = []
+        for level in split:
+            # Also where the square of a small one is no number above 0.
+            noise = 2.0 * level.sigma * level.sigma * tau
+            if noise == 0 or math.isinf(1.0 / noise):
+                raise ValueError(f"`sigma` must be positive, got {describe(sigma)}")
+            operation, query = question(level.alpha, level.sigma)
+            images, augmentation = self.data.images, self.data.augmentation
+            problem = self._problem(
+                x[level.rows], levels.of(level.rows), images, augmentation, temperature=tau
+            )
+            results.append(operation.log_sum_exp_of(problem, query, self.backend))
+        return join_rows(results, [level.rows for level in split])
 
     def neighbourhood(
-        self, pixel: tuple[int, int, int], sigma: float, alpha: float = 1.0
+        self,
+        pixel: tuple[int, int, int],
+        sigma: float | NoiseLevel,
+        alpha: float = 1.0,
     ) -> Tensor | None:
         """Inputs that the posterior of an output value compares, bool [C, H, W].
 
         Args:
             pixel: Channel, row and column (c, h, w) of the output value.
-            sigma: Noise level, not negative.
+            sigma: Noise level, not negative; or a `NoiseLevel` for both.
             alpha: Signal coefficient, positive.
 
         Returns:
@@ -75,23 +90,9 @@ class QueryDenoiser(PosteriorDenoiser):
             ValueError: The pixel lies outside the image, or a level is out of range.
         """
         pixel = check_pixel(pixel, self.image_shape)
-        sigma = check_one_level(sigma, "sigma", allow_zero=True)
-        alpha = check_one_level(alpha, "alpha", allow_zero=False)
-        queries = self._queries(sigma, alpha)
-        inputs = torch.ones(self.image_shape, dtype=torch.bool)
-        place = torch.arange(inputs.numel()).reshape(self.image_shape)[pixel]
-        if "window" in queries:
-            for axis, (centre, size) in enumerate(zip(pixel, self.image_shape, strict=True)):
-                if axis > 0:
-                    far = (torch.arange(size) - centre % size).abs() > queries["window"] // 2
-                    inputs.index_fill_(axis, far.nonzero()[:, 0], False)
-        elif "weights" in queries:
-            weights: QueryWeights = queries["weights"]
-            if not weights.is_mask:
-                return None
-            inputs = weights.row(int(place)).reshape(self.image_shape)
-        return inputs
+        operation, query = self._looked_at()(*check_single_level(sigma, alpha))
+        return operation.inputs(pixel, self.image_shape, *query)
 
-    def _queries(self, sigma: float, alpha: float) -> dict[str, Any]:
-        """The queries of a noise level, as `posterior_log_sum_exp` takes them."""
-        raise AttributeError(f"{type(self).__name__} does not define _queries")
+    def _looked_at(self) -> Callable[[float, float], Asked]:
+        """What is asked at a noise level, by a denoiser whose posteriors may be looked at."""
+        return self._questions("scan")

@@ -24,6 +24,7 @@ from pyflocality._support.checks import (
     check_positive,
     describe,
 )
+from pyflocality._support.levels import Levels
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, device_after
 from pyflocality.moments import Moments
@@ -90,14 +91,14 @@ class FourierWienerDenoiser(Denoiser):
         device = device_after(fn, self.device)
         return super()._apply(lambda tensor: tensor.to(device), recurse)
 
-    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        return self._filtered(x, sigma, alpha)
+    def _denoise(self, x: Tensor, levels: Levels) -> Tensor:
+        return self._filtered(x, levels)
 
-    def _filtered(self, values: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+    def _filtered(self, values: Tensor, levels: Levels) -> Tensor:
         """The filter applied to values [..., B, C, H, W]."""
         height, width = self.image_shape[1:]
         compute = torch.float64 if values.dtype == torch.float64 else torch.float32
-        sigma, alpha = (level[:, None, None, None] for level in (sigma, alpha))
+        alpha, sigma = levels.columns(3, values.device)
         # The values are real: half of the frequencies tell the rest.
         power = self.spectrum[..., : width // 2 + 1]
         total = torch.where(power > 0, alpha.square() * power + sigma.square(), 1.0)
@@ -105,14 +106,12 @@ class FourierWienerDenoiser(Denoiser):
         coefficients = torch.fft.rfft2(values.to(compute))
         return torch.fft.irfft2(coefficients * gain, s=(height, width)).to(values.dtype)
 
-    def _jvp(
-        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return self._denoise(x, sigma, alpha), self._filtered(tangents, sigma, alpha)
+    def _jvp(self, x: Tensor, tangents: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+        return self._filtered(x, levels), self._filtered(tangents, levels)
 
-    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+    def _vjp(self, x: Tensor, cotangents: Tensor, levels: Levels) -> Tensor:
         # The filter is symmetric.
-        return self._filtered(cotangents, sigma, alpha)
+        return self._filtered(cotangents, levels)
 
 
 class WaveletShrinkageDenoiser(Denoiser):
@@ -184,9 +183,10 @@ class WaveletShrinkageDenoiser(Denoiser):
         """Device the denoiser was moved to, where inputs must be."""
         return self._place.device
 
-    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+    def _denoise(self, x: Tensor, levels: Levels) -> Tensor:
         compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-        alpha, noise = (level[:, None, None, None] for level in (alpha, sigma / alpha))
+        alpha, sigma = levels.columns(3, x.device)
+        noise = sigma / alpha
         low, details = decompose(x.to(compute) / alpha.to(compute), self.levels, self.wavelet)
         shrunk = [self._shrunk(bands, noise) for bands in details]
         return reconstruct(low, shrunk, self.wavelet).to(x.dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyflocality._support.checks import check_count, describe
+from pyflocality._support.levels import Levels
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, device_after
 from pyflocality.moments import Moments, check_moments_fit
@@ -89,30 +90,27 @@ class WienerDenoiser(Denoiser):
         device = device_after(fn, self.mean.device)
         return super()._apply(lambda tensor: tensor.to(device), recurse)
 
-    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+    def _denoise(self, x: Tensor, levels: Levels) -> Tensor:
         compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-        mean = self.mean.to(compute)
-        centred = x.to(compute).flatten(1) - alpha[:, None].to(compute) * mean
-        result = mean + self._filtered(centred, sigma, alpha)
+        mean, values = self.mean.to(compute), x.to(compute).flatten(1)
+        alpha, _ = levels.columns(1, x.device)
+        result = mean + self._filtered(values - alpha.to(compute) * mean, levels)
         return result.reshape(x.shape).to(x.dtype)
 
-    def _filtered(self, values: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        """The filter applied to values [..., B, D] of noise-free mean 0."""
-        variance, sigma, alpha = self.eigenvalues, sigma[:, None], alpha[:, None]
+    def _filtered(self, values: Tensor, levels: Levels) -> Tensor:
+        """The filter applied to values [B, D] of noise-free mean 0, or to [K, B, D]."""
+        variance, (alpha, sigma) = self.eigenvalues, levels.columns(1, values.device)
         # A level of 0 against a variance of 0 answers 0 / 1.
         total = torch.where(variance > 0, alpha**2 * variance + sigma**2, 1.0)
         gain = (alpha * variance.clamp(min=0.0) / total).to(values.dtype)
         vectors = self.eigenvectors.to(values.dtype)
         return (values @ vectors * gain) @ vectors.T
 
-    def _jvp(
-        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-        derivatives = self._filtered(tangents.to(compute).flatten(2), sigma, alpha)
-        found = derivatives.reshape(tangents.shape).to(x.dtype)
-        return self._denoise(x, sigma, alpha), found
-
-    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+    def _jvp(self, x: Tensor, tangents: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
         # The filter is symmetric.
-        return self._jvp(x, cotangents, sigma, alpha)[1]
+        return self._denoise(x, levels), self._vjp(x, tangents, levels)
+
+    def _vjp(self, x: Tensor, cotangents: Tensor, levels: Levels) -> Tensor:
+        compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+        products = self._filtered(cotangents.to(compute).flatten(2), levels)
+        return products.reshape(cotangents.shape).to(x.dtype)

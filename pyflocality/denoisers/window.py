@@ -5,22 +5,14 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeVar
 
 from pyflocality._support.checks import check_sequence, describe
-from pyflocality._support.precision import Precision
-from pyflocality._support.transforms import outside_transforms
 from pyflocality.data import TrainingSet
-from pyflocality.denoisers.base import (
-    Members,
-    PosteriorDenoiser,
-    join_batch,
-    share_passes,
-    split_levels,
-)
+from pyflocality.denoisers.base import DenoiserOptions, PosteriorDenoiser
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 T = TypeVar("T")
 Window = int | Callable[[float, float], int] | Sequence[tuple[float, int]]
@@ -89,11 +81,7 @@ class WindowDenoiser(PosteriorDenoiser):
             pairs (sigma / alpha, side).
         check_window: Returns a side as an int, or raises the error that is due.
         temperature: Divides the logits.
-        backend: Backend of its operations; None follows `pyflocality.use_backend`.
-        dtype: float32 or float64 to compute in; None computes in the input's own dtype.
-        memory_budget: Working memory, bytes or a string such as "2GB".
-        precision: "exact"; or "auto", which permits errors of about 1e-3 in [-1, 1], see
-            `pyflocality.ops.PosteriorOptions`.
+        options: Backend, dtype, memory and precision: see `DenoiserOptions`.
     """
 
     def __init__(
@@ -103,75 +91,14 @@ class WindowDenoiser(PosteriorDenoiser):
         check_window: Callable[[object], int],
         *,
         temperature: float = 1.0,
-        backend: str | None = None,
-        dtype: torch.dtype | None = None,
-        memory_budget: int | str | None = None,
-        precision: Precision = "exact",
+        **options: Unpack[DenoiserOptions],
     ) -> None:
-        super().__init__(
-            data,
-            temperature,
-            backend=backend,
-            dtype=dtype,
-            memory_budget=memory_budget,
-            precision=precision,
-        )
+        super().__init__(data, temperature, **options)
         # Refuses a wrong integer or table at once; what a function answers is checked when it
         # is called.
         window_rule(window, check_window)
         self.window = window
         self._check_window = check_window
-
-    def _mean(self, x: Tensor, window: int, sigma: Tensor, alpha: Tensor) -> Tensor:
-        """The posterior means at one noise level."""
-        raise AttributeError(f"{type(self).__name__} does not define _mean")
-
-    def _mean_jvp(
-        self, x: Tensor, tangents: Tensor, window: int, sigma: Tensor, alpha: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The posterior means at one noise level and their derivatives along tangents."""
-        raise AttributeError(f"{type(self).__name__} does not define _mean_jvp")
-
-    def _mean_vjp(
-        self, x: Tensor, cotangents: Tensor, window: int, sigma: Tensor, alpha: Tensor
-    ) -> Tensor:
-        """The transposed derivatives of the posterior means at one noise level."""
-        raise AttributeError(f"{type(self).__name__} does not define _mean_vjp")
-
-    def _split(self, sigma: Tensor, alpha: Tensor) -> tuple[list[Members], list[int]]:
-        """Groups of a batch, and the window of each."""
-        levels = split_levels(sigma, alpha)
-        with outside_transforms():
-            window_at = window_rule(self.window, self._check_window)
-            windows = [window_at(level.alpha, level.sigma) for level in levels]
-        return share_passes(levels, windows)
-
-    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        groups, windows = self._split(sigma, alpha)
-        parts = [
-            self._mean(x[m], window, sigma[m], alpha[m])
-            for m, window in zip(groups, windows, strict=True)
-        ]
-        return join_batch(parts, groups)
-
-    def _jvp(
-        self, x: Tensor, tangents: Tensor, sigma: Tensor, alpha: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        groups, windows = self._split(sigma, alpha)
-        parts = [
-            self._mean_jvp(x[m], tangents[:, m], window, sigma[m], alpha[m])
-            for m, window in zip(groups, windows, strict=True)
-        ]
-        means, derivatives = zip(*parts, strict=True)
-        return join_batch(means, groups), join_batch(derivatives, groups, 1)
-
-    def _vjp(self, x: Tensor, cotangents: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        groups, windows = self._split(sigma, alpha)
-        parts = [
-            self._mean_vjp(x[m], cotangents[:, m], window, sigma[m], alpha[m])
-            for m, window in zip(groups, windows, strict=True)
-        ]
-        return join_batch(parts, groups, 1)
 
     def extra_repr(self) -> str:
         """What `repr` shows."""

@@ -53,12 +53,12 @@ def warn_of_missing_inputs(
     Args:
         without: Which values have no input, bool [D].
         moments: Moments of the training set.
-        level: sigma and alpha.
+        level: alpha and sigma.
         place: Where that is so.
     """
     if not without.any():
         return False
-    (sigma, alpha), covariance = level, moments.covariance
+    (alpha, sigma), covariance = level, moments.covariance
     moves = covariance.diagonal()
     if sigma > 0:
         moves = moves.minimum((alpha / sigma) ** 2 * covariance.square().sum(1))

@@ -59,7 +59,9 @@ def jacobians(name: str) -> Tensor:
     """One Jacobian for each of three noisy images: backward passes of the reference, [3, D, D]."""
     x = noisy().requires_grad_()
     with pf.use_backend("reference"):
-        out = denoiser_of(name)._denoise(x, SIGMA, ALPHA).flatten(1).sum(0)
+        denoiser = denoiser_of(name)
+        levels = denoiser._checked(x, SIGMA, ALPHA).levels
+        out = denoiser._denoise(x, levels).flatten(1).sum(0)
     if not out.requires_grad:
         return torch.zeros(3, D, D, dtype=torch.float64)
     rows = [torch.autograd.grad(value, x, retain_graph=True)[0].flatten(1) for value in out]
@@ -478,8 +480,9 @@ class Shift(pf.Denoiser):
         if trained:
             self.shift = torch.nn.Parameter(self.shift)
 
-    def _denoise(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-        return (x + self.shift).sin() * sigma[:, None, None, None].to(x.dtype)
+    def _denoise(self, x, levels) -> Tensor:
+        _, sigma = levels.columns(3, x.device)
+        return (x + self.shift).sin() * sigma.to(x.dtype)
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -36,7 +36,7 @@ def test_measured_psnr_of_the_noisy_image_is_the_level_asked_for():
 
         device = torch.device("cpu")
 
-        def _denoise(self, x, sigma, alpha):
+        def _denoise(self, x, levels):
             return x
 
     clean = torch.zeros(4, 1, 64, 64)

@@ -18,22 +18,6 @@ LEVEL = pf.NoiseLevel(0.9, 0.5)
 SWAPPED = "`sigma` and `alpha` must not be taken for each other"
 # Arrays of CuPy are asked for where there are some.
 ELSEWHERE = ("cuda.", "synthetic.c_alpha", "NoiseLevel")
-# Doors that take the coefficients apart alone, so far.
-NOT_YET = (
-    "CertifiedSubset.plan",
-    "GoldenSubset.select",
-    "GoldenSubset.sizes",
-    "LocalDenoiser.neighbourhood",
-    "MultiscaleDenoiser.conditional",
-    "NoiseTrainedDenoiser.matrix",
-    "OptimalDenoiser.neighbourhood",
-    "PCALocalityDenoiser.neighbourhood",
-    "PCALocalityDenoiser.weights_at",
-    "denoisers.golden_sizes",
-    "masks.cached_pca_locality_weights",
-    "masks.pca_locality_weights",
-    "masks.wiener_gain",
-)
 
 
 @functools.cache
@@ -54,10 +38,7 @@ def test_there_are_doors():
     assert {"LocalDenoiser.forward", "ops.patch_set_mean", "noise.x0_from_v"} <= set(NAMES)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.xfail) if n in NOT_YET else n for n in NAMES],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_level_whole_is_both_of_its_coefficients(name):
     call = doors()[name]
     first = next(word for word in call.parameters() if word in ("sigma", "alpha"))

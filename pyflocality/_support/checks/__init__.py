@@ -14,9 +14,14 @@ from __future__ import annotations
 from pyflocality._support.checks.describing import describe
 from pyflocality._support.checks.levels import (
     LARGEST,
+    Noisy,
     check_level,
+    check_levels,
     check_magnitude,
+    check_noise,
+    check_noisy,
     check_one_level,
+    check_single_level,
 )
 from pyflocality._support.checks.noise_level import LevelLike, NoiseLevel, as_pair
 from pyflocality._support.checks.numeric import (
@@ -48,6 +53,7 @@ from pyflocality._support.checks.tensors import (
     REAL_DTYPES,
     check_batch,
     check_compute_dtype,
+    check_directions,
     check_finite,
     check_float_tensor,
     check_tensor,
@@ -57,6 +63,7 @@ from pyflocality._support.checks.tensors import (
 __all__ = [
     "FLOAT_DTYPES",
     "LARGEST",
+    "Noisy",
     "NoiseLevel",
     "Pixel",
     "REAL_DTYPES",
@@ -68,6 +75,7 @@ __all__ = [
     "check_compute_dtype",
     "check_count",
     "check_device",
+    "check_directions",
     "check_finite",
     "check_flag",
     "check_float_dtype",
@@ -76,13 +84,17 @@ __all__ = [
     "check_image_shape",
     "check_instance",
     "check_level",
+    "check_levels",
     "check_magnitude",
+    "check_noise",
+    "check_noisy",
     "check_one_level",
     "check_pixel",
     "check_positive",
     "check_real",
     "check_rounds",
     "check_sequence",
+    "check_single_level",
     "check_size",
     "check_tensor",
     "check_text",

@@ -1,58 +1,160 @@
-"""Checks of noise levels."""
+"""Checks of noise levels, and of noisy images at their levels."""
 
 from __future__ import annotations
 
+import math
 import numbers
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from pyflocality._support.checks.describing import describe
+from pyflocality._support.checks.noise_level import LevelLike, as_pair
 from pyflocality._support.checks.numeric import check_real
-from pyflocality._support.checks.tensors import REAL_DTYPES, check_tensor
-from pyflocality._support.transforms import has_readable_values, is_traced
+from pyflocality._support.checks.tensors import (
+    REAL_DTYPES,
+    check_batch,
+    check_directions,
+    check_tensor,
+)
+from pyflocality._support.levels import Levels
+from pyflocality._support.transforms import (
+    has_readable_values,
+    is_traced,
+    outside_transforms,
+    without_derivatives,
+)
 
 # Values whose squares, summed over an image, stay far from the end of float32.
 LARGEST = 1e12
 
 
+class Noisy(NamedTuple):
+    """A batch of noisy images, checked.
+
+    Attributes:
+        x: The images, [B, C, H, W].
+        levels: Their noise levels.
+        directions: Directions of derivatives, [K, B, C, H, W]; x itself where there are none.
+        looked_at: Whether Python could look at the values: else they are checked where they exist,
+            inside of what is mapped or recorded.
+    """
+
+    x: Tensor
+    levels: Levels
+    directions: Tensor
+    looked_at: bool
+
+
+def check_noisy(
+    x: object,
+    sigma: LevelLike,
+    alpha: float | Tensor,
+    image_shape: Sequence[int],
+    device: torch.device,
+    directions: object = None,
+    name: str | None = None,
+) -> Noisy:
+    """The arguments of a call about noisy images; values on their device are looked at once.
+
+    Args:
+        x: Noisy images, [B, C, H, W].
+        sigma: Noise level, as `check_levels` takes it.
+        alpha: Signal coefficient, as `check_levels` takes it.
+        image_shape: Shape (C, H, W) that the images must have.
+        device: Where they must be.
+        directions: Directions of derivatives, [K, B, C, H, W].
+        name: Name of the directions in error messages, None where derivatives are not asked for.
+    """
+    x = check_batch(x, image_shape, device, "x", finite=False)
+    levels = check_levels(sigma, alpha, len(x), derivatives=name is not None)
+    along = x if name is None else check_directions(directions, x, name)
+    looked_at = has_readable_values(x, *levels)
+    if looked_at:
+        seen = name is not None and along.numel() > 0 and has_readable_values(along)
+        with outside_transforms():
+            sizes = [_sizes(without_derivatives(x))]
+            sizes += [_sizes(without_derivatives(along)[None])] if seen else []
+            found = torch.cat(sizes).tolist()
+        if not all(size < math.inf for size in found[: len(x)]):
+            raise ValueError("`x` holds NaN or infinite values")
+        if seen and not found[-1] < math.inf:
+            raise ValueError(f"`{name}` holds NaN or infinite values")
+        _check_sizes(found[: len(x)], levels.alpha, "x")
+    return Noisy(x, levels, along, looked_at)
+
+
+def check_magnitude(x: Tensor, alpha: float | Tensor, name: str) -> None:
+    """Noisy images whose squared distances are finite numbers in float32, on every backend.
+
+    Args:
+        x: Finite noisy images, [B, ...].
+        alpha: Signal coefficient: a number, or float64 [B].
+        name: Name of the images in error messages.
+    """
+    if x.numel() > 0 and has_readable_values(x, alpha):
+        _check_sizes(_sizes(x.detach()).tolist(), alpha, name)
+
+
+def _sizes(x: Tensor) -> Tensor:
+    """The largest magnitude of every image [B, ...], NaN where there is one, [B]."""
+    return torch.linalg.vector_norm(x, torch.inf, dim=tuple(range(1, x.ndim)))
+
+
+def _check_sizes(sizes: list[float], alpha: float | Tensor, name: str) -> None:
+    alphas = _numbers(alpha) if isinstance(alpha, Tensor) else [alpha] * len(sizes)
+    if alphas and max(alphas) > LARGEST:
+        raise ValueError(f"`alpha` must be at most {LARGEST:g}, got {max(alphas):g}")
+    if any(size > LARGEST * min(a, 1.0) for size, a in zip(sizes, alphas, strict=True)):
+        raise ValueError(
+            f"`{name}` must lie within {LARGEST:g} times `alpha`, and within {LARGEST:g}, got "
+            f"values up to {max(sizes):g} at alpha {min(alphas):g}"
+        )
+
+
+def check_levels(
+    sigma: LevelLike,
+    alpha: float | Tensor,
+    batch: int,
+    *,
+    derivatives: bool = False,
+    positive: bool = False,
+) -> Levels:
+    """The noise levels of a batch.
+
+    Args:
+        sigma: Noise level: a number, a tensor without dimensions or a tensor [B]; 0 is the limit
+            of no noise. Or a `NoiseLevel` for both.
+        alpha: Signal coefficient, positive, likewise.
+        batch: Number of images B.
+        derivatives: Whether derivatives are asked for, which have no limit as sigma falls to 0.
+        positive: Whether sigma must not be 0 for another reason.
+    """
+    sigma, alpha = as_pair(sigma, alpha)
+    noise = _checked(sigma, batch, "sigma", allow_zero=not positive, derivatives=derivatives)
+    return Levels(_checked(alpha, batch, "alpha", allow_zero=False), noise)
+
+
 def check_level(
-    value: float | Tensor, batch: int, device: torch.device, name: str, *, allow_zero: bool
+    value: object, batch: int, device: torch.device, name: str, *, allow_zero: bool
 ) -> Tensor:
-    """A noise-schedule coefficient as a float64 tensor [B].
+    """A coefficient of a noise schedule as a float64 tensor [B].
 
     Args:
         value: A number, a tensor without dimensions or a tensor [B].
         batch: Number of images B it must match.
         device: Where the result lives.
         name: Name of the argument in error messages.
-        allow_zero: Whether 0 is allowed (it is for sigma: the limit of no noise).
+        allow_zero: Whether 0 is allowed.
     """
-    if not isinstance(value, Tensor):
-        if is_traced() and isinstance(value, numbers.Real) and not isinstance(value, bool):
-            return torch.as_tensor(value, dtype=torch.float64, device=device).expand(batch)
-        if not isinstance(value, numbers.Real):
-            raise TypeError(f"`{name}` must be a number or a tensor [B], got {describe(value)}")
-        number = check_real(value, name, low=0.0, above=not allow_zero)
-        return torch.tensor(number, dtype=torch.float64, device=device).expand(batch)
-    if check_tensor(value, name).dtype not in REAL_DTYPES:
-        raise TypeError(f"`{name}` must be real, got {describe(value)}")
-    level = value.to(device=device, dtype=torch.float64)
-    if level.ndim > 1 or (level.ndim == 1 and level.shape[0] != batch):
-        raise ValueError(
-            f"`{name}` must be a number or a tensor of shape [{batch}], got {describe(value)}"
-        )
-    if not has_readable_values(level):
-        return level.expand(batch)
-    valid = torch.isfinite(level) & ((level >= 0) if allow_zero else (level > 0))
-    if not valid.all():
-        bound = "not negative" if allow_zero else "positive"
-        raise ValueError(f"`{name}` must be finite and {bound}, got {describe(value)}")
-    return level.expand(batch)
+    level = _checked(value, batch, name, allow_zero=allow_zero)
+    return torch.as_tensor(level, dtype=torch.float64, device=device).expand(batch)
 
 
-def check_one_level(value: float | Tensor, name: str, *, allow_zero: bool) -> float:
-    """A noise-schedule coefficient for a single image or a whole call, as a number."""
+def check_one_level(value: object, name: str, *, allow_zero: bool) -> float:
+    """A coefficient of a noise schedule for a single image or a whole call, as a number."""
     if isinstance(value, Tensor):
         if check_tensor(value, name).dtype not in REAL_DTYPES or value.numel() != 1:
             raise TypeError(f"`{name}` must be a number, got {describe(value)}")
@@ -60,21 +162,58 @@ def check_one_level(value: float | Tensor, name: str, *, allow_zero: bool) -> fl
     return check_real(value, name, low=0.0, above=not allow_zero)
 
 
-def check_magnitude(x: Tensor, alpha: Tensor, name: str) -> None:
-    """Noisy images whose squared distances are finite numbers in float32, on every backend.
+def check_single_level(sigma: LevelLike, alpha: float | Tensor) -> tuple[float, float]:
+    """One noise level for a whole call, as numbers (alpha, sigma); 0 is allowed for sigma."""
+    sigma, alpha = as_pair(sigma, alpha)
+    sigma = check_one_level(sigma, "sigma", allow_zero=True)
+    return check_one_level(alpha, "alpha", allow_zero=False), sigma
 
-    Args:
-        x: Finite noisy images, [B, ...].
-        alpha: Signal coefficients, float64 [B].
-        name: Name of the images in error messages.
-    """
-    if x.numel() == 0 or not (has_readable_values(x) and has_readable_values(alpha)):
-        return
-    if alpha.max() > LARGEST:
-        raise ValueError(f"`alpha` must be at most {LARGEST:g}, got {float(alpha.max()):g}")
-    largest = x.detach().abs().flatten(1).amax(1).double()
-    if (largest > LARGEST * alpha.clamp(max=1.0)).any():
-        raise ValueError(
-            f"`{name}` must lie within {LARGEST:g} times `alpha`, and within {LARGEST:g}, got "
-            f"values up to {float(largest.max()):g} at alpha {float(alpha.min()):g}"
-        )
+
+def _checked(
+    value: object, batch: int, name: str, *, allow_zero: bool, derivatives: bool = False
+) -> float | Tensor:
+    """A number as a float, a tensor as float64 [B] on the CPU."""
+    if not isinstance(value, Tensor):
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"`{name}` must be a number or a tensor [B], got {describe(value)}")
+        if is_traced() and not isinstance(value, bool):
+            # A symbol, which has a value where the graph runs.
+            return torch.as_tensor(value, dtype=torch.float64).expand(batch)
+        level = check_real(value, name, low=0.0, above=not allow_zero)
+        seen = [level]
+    else:
+        if check_tensor(value, name).dtype not in REAL_DTYPES:
+            raise TypeError(f"`{name}` must be real, got {describe(value)}")
+        if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != batch):
+            raise ValueError(
+                f"`{name}` must be a number or a tensor of shape [{batch}], got {describe(value)}"
+            )
+        level = value.to(device="cpu", dtype=torch.float64)
+        seen = _numbers(level) if has_readable_values(level) else []
+        level = level.expand(batch)
+    if not all(0 <= number < math.inf and (number > 0 or allow_zero) for number in seen):
+        bound = "not negative" if allow_zero else "positive"
+        raise ValueError(f"`{name}` must be finite and {bound}, got {describe(value)}")
+    if derivatives and 0 in seen:
+        _refuse_derivatives(value)
+    return level
+
+
+def check_noise(levels: Levels) -> None:
+    """Noise levels, checked but for 0, at which posteriors have derivatives."""
+    sigma = levels.sigma
+    if 0 in (_numbers(sigma) if isinstance(sigma, Tensor) else [sigma]):
+        _refuse_derivatives(sigma)
+
+
+def _refuse_derivatives(sigma: object) -> NoReturn:
+    raise ValueError(
+        "`sigma` must be positive for derivatives, which have no limit as it falls to 0, got "
+        f"{describe(sigma)}"
+    )
+
+
+def _numbers(level: Tensor) -> list[float]:
+    """The values of a tensor of levels, [] or [B]."""
+    with outside_transforms():
+        return without_derivatives(level).reshape(-1).tolist()

@@ -63,8 +63,10 @@ def check_float_tensor(value: object, name: str, *, finite: bool = True) -> Tens
     return tensor
 
 
-def check_batch(x: object, image_shape: Sequence[int], device: torch.device, name: str) -> Tensor:
-    """A batch of finite images of the given shape: [B, C, H, W], on the given device."""
+def check_batch(
+    x: object, image_shape: Sequence[int], device: torch.device, name: str, *, finite: bool = True
+) -> Tensor:
+    """A batch of images of the given shape: [B, C, H, W], on the given device."""
     expected = tuple(image_shape)
     if isinstance(x, Tensor):
         # An error of the place says more of a tensor without values than that it has none.
@@ -76,7 +78,21 @@ def check_batch(x: object, image_shape: Sequence[int], device: torch.device, nam
         if x.ndim != len(expected) + 1 or tuple(x.shape[1:]) != expected:
             shape = ", ".join(["B", *map(str, expected)])
             raise ValueError(f"`{name}` must have shape [{shape}], got {describe(x)}")
-    return check_float_tensor(x, name)
+    return check_float_tensor(x, name, finite=finite)
+
+
+def check_directions(directions: object, x: Tensor, name: str) -> Tensor:
+    """K batches in the space of noisy images x, of their dtype: [K, B, C, H, W]."""
+    shape = tuple(x.shape)
+    if isinstance(directions, Tensor) and directions.device != x.device:
+        raise ValueError(f"`{name}` must be on {x.device} like `x`, got {describe(directions)}")
+    along = check_float_tensor(directions, name, finite=False)
+    if along.ndim != 5 or tuple(along.shape[1:]) != shape:
+        expected = ", ".join(["K", *map(str, shape)])
+        raise ValueError(f"`{name}` must have shape [{expected}], got {describe(along)}")
+    if along.dtype != x.dtype:
+        raise TypeError(f"`{name}` must be {x.dtype} like `x`, got {describe(along)}")
+    return along
 
 
 def check_compute_dtype(dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
