@@ -10,13 +10,14 @@ import typer
 
 from pyflocality._support.outputs import Outputs
 from pyflocality._support.streams import answer, listed
-from pyflocality.cli import _options as common
 from pyflocality.cli._errors import reported
-from pyflocality.cli._options import given_path
+from pyflocality.cli._groups import OUTPUT
+from pyflocality.cli._options import ResultOptions, given_path
 
 
 @reported()
 def bench(
+    *,
     quick: Annotated[
         bool,
         typer.Option("--quick", help="Tiny sizes, in less than a minute: the numbers mean little."),
@@ -33,12 +34,10 @@ def bench(
             metavar="PATH",
             help="JSON file for all that was measured. Interrupted, a run with the same file goes "
             "on where it was.",
-            rich_help_panel=common.OUTPUT,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
-    force: common.Force = False,
-    as_json: common.Json = False,
-    progress: common.Progress = True,
+    results: ResultOptions,
 ) -> None:
     """Time every operation beside other ways to compute the same, on synthetic images.
 
@@ -60,20 +59,23 @@ def bench(
     if list_cases:
         answer("\n".join(case.id for case in chosen), only_here=True)
         return
-    asked = {"command": "bench", "quick": quick, "filter": filter}
-    with nullcontext() if file is None else Outputs([file], force=force, run=asked) as outputs:
+    written = nullcontext()
+    if file is not None:
+        asked = {"command": "bench", "quick": quick, "filter": filter}
+        written = Outputs([file], force=results.force, run=asked)
+    with written as outputs:
         report = run_suite(
             chosen,
             BenchmarkSet.build(plan.images, plan.shape, None),
             plan,
             quick=quick,
             unfinished=None if file is None else unfinished_twin(file),
-            progress=progress,
+            progress=results.progress,
         )
         if outputs is not None:
             write_json(report, outputs.temporary[file])
             outputs.commit()
-    if as_json:
+    if results.as_json:
         answer(json.dumps(report, indent=2), only_here=True)
         return
     lines = [table(report["results"], report["summary"])]

@@ -3,100 +3,71 @@
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pyflocality._support.outputs import Outputs
+import typer
+
 from pyflocality._support.paths import checked_path
-from pyflocality._support.record import Stages, software
 from pyflocality._support.streams import answer, listed
-from pyflocality.cli import _generate_options as options
-from pyflocality.cli import _options as common
 from pyflocality.cli._denoisers import DENOISERS, DenoiserOptions, split_options
 from pyflocality.cli._errors import reported
-from pyflocality.cli._generate_options import Sampling
-from pyflocality.cli._models import (
-    backends_record,
+from pyflocality.cli._options import (
+    DENOISERS_HELP,
+    DeviceSourceOptions,
+    EveryModelOptions,
+    FolderOptions,
+    SamplingOptions,
+    given_path,
+)
+from pyflocality.cli._recorded import RecordedDenoiser
+from pyflocality.cli._work import (
+    Work,
     complete_moments,
     data_record,
     draw,
-    finished,
-    given_options,
     neighbour_record,
     neighbour_values,
     neighbours_of,
-    sampling_record,
+    text_of,
+    working,
 )
-from pyflocality.cli._options import SourceOptions, given_path
-from pyflocality.cli._record import ObservedDenoiser
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pyflocality import Moments, SampleResult, TrainingSet
+
 _FILES = ("compare.png", "samples.npz", "run.json")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A checked run: what to read, what to compare and where to write."""
+@dataclass(frozen=True, kw_only=True)
+class _Models(EveryModelOptions):
+    """Several models, and the one that the others are measured against."""
 
-    source: SourceOptions
-    methods: list[DenoiserOptions]
-    against: str
-    sampling: Sampling
-    flip: bool
-    moments: Path | None
-    memory_budget: str | None
-    files: list[Path]
-    progress: bool
-
-    def check(self) -> None:
-        """Refuse everything that can be refused without the images."""
-        self.source.check()
-        for method in self.methods:
-            method.check()
-        names = [method.name for method in self.methods]
-        if self.against not in names:
-            raise ValueError(f"`against` must be one of {', '.join(names)}, got {self.against!r}")
-        self.sampling.check()
-        needed = any(method.entry.needs_moments != "no" for method in self.methods)
-        if self.moments is not None and not needed:
-            raise ValueError(f"`moments` is of no use to {', '.join(names)}")
+    methods: Annotated[
+        str,
+        typer.Option(
+            help=f"Which models, in the order of the rows, as in local,optimal. {DENOISERS_HELP}."
+        ),
+    ] = "pca-locality,local,wiener,optimal"
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="The model that the others are measured against; the first if not given."
+        ),
+    ] = None
 
 
 @reported(mask_threshold="threshold", batch_size="loader_batch")
 def compare(
-    source: common.Source,
-    out: options.Out,
-    methods: options.Methods = "pca-locality,local,wiener,optimal",
-    against: options.Against = None,
-    threshold: options.Threshold = None,
-    window: options.Window = None,
-    boundary: options.Boundary = None,
-    temperature: options.Temperature = None,
-    aggregation: options.Aggregation = None,
-    loader_batch: options.LoaderBatch = None,
-    moments: options.MomentsFile = None,
-    backend: options.Backend = None,
-    memory_budget: options.MemoryBudget = None,
-    device: common.Device = "cpu",
-    n: options.Count = 8,
-    steps: options.Steps = 10,
-    schedule: options.Schedule = options.ScheduleName["ddpm"],
-    spacing: options.Spacing = None,
-    sampler: options.Sampler = options.SamplerName["ddim"],
-    seed: options.Seed = 0,
-    resolution: common.Resolution = None,
-    channels: common.Channels = None,
-    split: common.Split = None,
-    layout: common.Layout = None,
-    label: common.Label = None,
-    flip: options.Flip = False,
-    force: common.Force = False,
-    as_json: common.Json = False,
-    progress: common.Progress = True,
+    *,
+    source: DeviceSourceOptions,
+    models: _Models,
+    sampling: SamplingOptions,
+    results: FolderOptions,
 ) -> None:
     """Draw what several models make of the same noise, one row for each.
 
@@ -105,44 +76,39 @@ def compare(
     images nearest to that row), samples.npz (the values of each row) and run.json (settings,
     numbers, versions, timings).
     """
-    given = given_options(
-        window,
-        threshold=threshold,
-        boundary=boundary,
-        temperature=temperature,
-        aggregation=aggregation,
-        loader_batch=loader_batch,
-        backend=backend,
-        memory_budget=memory_budget,
-    )
-    names, folder = _names(methods), checked_path(out, "out")
-    plan = Plan(
-        SourceOptions(source, resolution, channels, split, label, device, layout),
-        split_options(names, given),
-        names[0] if against is None else against,
-        Sampling(
-            n,
-            steps,
-            schedule.value,
-            sampler.value,
-            seed,
-            None if spacing is None else spacing.value,
-        ),
-        flip,
-        given_path(moments, "moments"),
-        memory_budget,
-        [folder / name for name in _FILES],
-        progress,
-    )
-    plan.check()
-    start = time.perf_counter()
-    asked = {"command": "compare", **asdict(plan), "progress": None}
-    with Outputs(plan.files, force=force, folder=folder, run=asked) as outputs:
-        record = _run(plan, outputs)
-        text = finished(record, start)
-        outputs.temporary[plan.files[-1]].write_text(text + "\n", encoding="utf-8")
-        outputs.commit()
-    answer(text if as_json else _table(record, plan.files), only_here=as_json)
+    from pyflocality import Moments
+
+    names, folder = _names(models.methods), checked_path(results.out, "out")
+    methods = split_options(names, models.given)
+    against = names[0] if models.against is None else models.against
+    stored = given_path(models.moments, "moments")
+    source.check()
+    for method in methods:
+        method.check()
+    if against not in names:
+        raise ValueError(f"`against` must be one of {', '.join(names)}, got {against!r}")
+    sampling.check()
+    needs_moments = any(method.needs_moments for method in methods)
+    if stored is not None and not needs_moments:
+        raise ValueError(f"`moments` is of no use to {', '.join(names)}")
+    files = [folder / name for name in _FILES]
+    asked = asdict(source), asdict(models), asdict(sampling)
+    with working("compare", files, results, asked, folder=folder) as work:
+        moments = None if stored is None else Moments.load(stored)
+        with work.stages("load", f"loading {source.source}"):
+            data = source.load(progress=results.progress).augmented(flip=models.flip)
+        if needs_moments:
+            moments = complete_moments(data, moments, work.stages)
+        runs, described = _sampled(work, data, moments, methods, sampling, results.progress)
+        record = _scored(work, files, data, runs, described, against, models.memory_budget) | {
+            "data": data_record(data, flip=models.flip),
+            "moments": None if stored is None else str(stored),
+            "sampling": sampling.settings | {"timesteps": runs[against].timesteps.tolist()},
+            "backends": work.backends_by_operation(),
+        }
+        record = work.finish(source, record)
+    shown = text_of(record) if results.as_json else _table(record, files)
+    answer(shown, only_here=results.as_json)
 
 
 def _names(methods: str) -> list[str]:
@@ -156,46 +122,59 @@ def _names(methods: str) -> list[str]:
     return names
 
 
-def _run(plan: Plan, outputs: Outputs) -> dict[str, Any]:
-    """Load, sample with every model and draw; the record of it."""
-    from pyflocality import Moments, trace_backends
+def _sampled(
+    work: Work,
+    data: TrainingSet,
+    moments: Moments | None,
+    methods: Sequence[DenoiserOptions],
+    sampling: SamplingOptions,
+    progress: bool,
+) -> tuple[dict[str, SampleResult], list[dict[str, Any]]]:
+    """What every model makes, by name, and what is told of it."""
+    runs, described = {}, []
+    for method in methods:
+        denoiser = method.build(data, moments)
+        recorded = RecordedDenoiser(denoiser)
+        doing = f"sampling {method.name}"
+        with work.stages(doing, f"{doing}: {sampling.n} images"):
+            runs[method.name] = draw(recorded, sampling, progress=progress)
+        settings = {"name": method.name, **method.in_force(denoiser)}
+        described.append(settings | {"calls": recorded.calls})
+    return runs, described
 
-    stages = Stages(announce=plan.progress)
-    moments = None if plan.moments is None else Moments.load(plan.moments)
-    with trace_backends() as backends:
-        with stages("load", f"loading {plan.source.source}"):
-            data = plan.source.load(progress=plan.progress).augmented(flip=plan.flip)
-        if any(method.entry.needs_moments != "no" for method in plan.methods):
-            moments = complete_moments(data, moments, stages)
-        rows, described = {}, []
-        for method in plan.methods:
-            denoiser = method.build(data, moments)
-            observed = ObservedDenoiser(denoiser)
-            doing = f"sampling {method.name}"
-            with stages(doing, f"{doing}: {plan.sampling.n} images"):
-                result = draw(observed, plan.sampling, progress=plan.progress)
-            rows[method.name] = result.images.cpu()
-            settings = {"name": method.name, **method.in_force(denoiser)}
-            described.append(settings | {"calls": observed.calls})
-        target = rows[plan.against].to(data.device)
-        neighbours = neighbours_of(target, data, plan.memory_budget, stages)
+
+def _scored(
+    work: Work,
+    files: Sequence[Path],
+    data: TrainingSet,
+    runs: dict[str, SampleResult],
+    described: Sequence[dict[str, Any]],
+    against: str,
+    memory_budget: str | None,
+) -> dict[str, Any]:
+    """Write picture and values under their temporary names; the scores, for the record."""
+    import numpy as np
+
+    from pyflocality import pictures
+
+    neighbours = neighbours_of(runs[against].images, data, memory_budget, work.stages)
+    rows = {name: run.images.cpu() for name, run in runs.items()}
     nearest = neighbour_values(neighbours, data)
-    scores = {name: _score(images, rows[plan.against]) for name, images in rows.items()}
-    near_score = _score(nearest, rows[plan.against])
-    _write(plan, outputs, rows, scores, nearest, near_score)
+    scores = {name: _score(images, rows[against]) for name, images in rows.items()}
+    near_score = _score(nearest, rows[against])
+    captioned = [
+        (name if name == against else f"{name}  {_caption(scores[name])}", images)
+        for name, images in rows.items()
+    ]
+    captioned.append((f"nearest training images  {_caption(near_score)}", nearest))
+    picture, values, _ = map(work.temporary, files)
+    pictures.captioned_rows(captioned).save(picture)
+    arrays = {name: images.float().numpy() for name, images in rows.items()}
+    np.savez(values, **arrays, nearest_training_images=nearest.numpy())
     return {
-        "command": "compare",
-        "source": asdict(plan.source),
-        "data": data_record(data, flip=plan.flip),
-        "against": plan.against,
+        "against": against,
         "methods": [entry | scores[entry["name"]] for entry in described],
         "nearest": neighbour_record(neighbours, data) | near_score,
-        "moments": None if plan.moments is None else str(plan.moments),
-        "sampling": sampling_record(plan.sampling, result.timesteps),
-        "software": software(),
-        "backends": backends_record(backends),
-        "seconds": stages.seconds,
-        "files": list(_FILES),
     }
 
 
@@ -225,30 +204,9 @@ def _shown(score: dict[str, Any]) -> tuple[str, str]:
     return f"{mse:.4f}", "-" if r2 is None else f"{r2:.3f}"
 
 
-def _write(
-    plan: Plan,
-    outputs: Outputs,
-    rows: dict[str, Tensor],
-    scores: dict[str, dict[str, Any]],
-    nearest: Tensor,
-    near_score: dict[str, Any],
-) -> None:
-    """Write picture and values under their temporary names."""
-    import numpy as np
-
-    from pyflocality import pictures
-
-    captioned = []
-    for name, images in rows.items():
-        mse, r2 = _shown(scores[name])
-        told = "" if name == plan.against else f"  MSE {mse}  r2 {r2}"
-        captioned.append((name + told, images))
-    mse, r2 = _shown(near_score)
-    captioned.append((f"nearest training images  MSE {mse}  r2 {r2}", nearest))
-    files = {path.name: temporary for path, temporary in outputs.temporary.items()}
-    pictures.captioned_rows(captioned).save(files["compare.png"])
-    values = {name: images.float().numpy() for name, images in rows.items()}
-    np.savez(files["samples.npz"], **values, nearest_training_images=nearest.numpy())
+def _caption(score: dict[str, Any]) -> str:
+    mse, r2 = _shown(score)
+    return f"MSE {mse}  r2 {r2}"
 
 
 def _table(record: dict[str, Any], files: list[Path]) -> str:

@@ -136,6 +136,11 @@ class DenoiserOptions:
         return DENOISERS[self.name]
 
     @property
+    def needs_moments(self) -> bool:
+        """Whether it is made of moments."""
+        return self.entry.needs_moments != "no"
+
+    @property
     def depends_on_threads(self) -> bool:
         """Whether the number of threads changes the rounding of the answers: not by our kernels."""
         from pyflocality.backends.selection import machine_reason, requested_backend

@@ -11,14 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from traceback import format_exception
 from types import TracebackType
-from typing import ParamSpec
 
 import typer
 
 from pyflocality._support.signals import last_word
 from pyflocality._support.streams import tell
-
-P = ParamSpec("P")
+from pyflocality.cli._groups import expanded
 
 # Wrong arguments and inputs; everything else that is foreseen is the machine's fault.
 _INPUT_ERRORS = (
@@ -31,8 +29,8 @@ _INPUT_ERRORS = (
 )
 
 
-def reported(**aliases: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Decorate a command: foreseen errors become one line and an exit code.
+def reported(**aliases: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command: its groups become options, foreseen errors one line and an exit code.
 
     Messages of the library name its arguments; the line names the command's options instead.
 
@@ -40,7 +38,8 @@ def reported(**aliases: str) -> Callable[[Callable[P, None]], Callable[P, None]]
         **aliases: Parameter of the command for each library argument of another name.
     """
 
-    def decorate(command: Callable[P, None]) -> Callable[P, None]:
+    def decorate(grouped: Callable[..., None]) -> Callable[..., None]:
+        command = expanded(grouped)
         parameters = {name: name for name in inspect.signature(command).parameters}
         options = {
             argument: "SOURCE" if name == "source" else f"--{name.replace('_', '-')}"
@@ -48,11 +47,11 @@ def reported(**aliases: str) -> Callable[[Callable[P, None]], Callable[P, None]]
         }
 
         @functools.wraps(command)
-        def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        def run(**given: object) -> None:
             with warnings.catch_warnings(), _log_told():
                 warnings.showwarning = _show_warning
                 try:
-                    command(*args, **kwargs)
+                    command(**given)
                 except KeyboardInterrupt as error:
                     words, code = last_word(error)
                     tell(f"pyflocality: {words}")

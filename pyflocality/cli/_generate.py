@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from pyflocality._support.devices import parse_device
-from pyflocality._support.outputs import Outputs
 from pyflocality._support.paths import checked_path
 from pyflocality._support.record import Stages, software
 from pyflocality._support.streams import answer, listed
-from pyflocality.cli import _generate_options as options
-from pyflocality.cli import _options as common
-from pyflocality.cli._checkpoint import KeptAnswers
-from pyflocality.cli._denoisers import DenoiserOptions, SubsetOptions
+from pyflocality.cli._denoisers import DENOISERS, SUBSETS, DenoiserOptions, SubsetOptions
 from pyflocality.cli._errors import reported
-from pyflocality.cli._generate_options import Sampling
-from pyflocality.cli._models import (
-    backends_record,
+from pyflocality.cli._groups import OneOf
+from pyflocality.cli._options import (
+    DENOISERS_HELP,
+    DeviceSourceOptions,
+    EveryModelOptions,
+    FolderOptions,
+    SamplingOptions,
+    given_path,
+)
+from pyflocality.cli._ranks import is_first, joined, split_in_force
+from pyflocality.cli._recorded import RecordedDenoiser
+from pyflocality.cli._work import (
+    Work,
     data_record,
     draw,
-    finished,
-    given_options,
     moments_of,
     neighbour_record,
     neighbour_values,
     neighbours_of,
-    sampling_record,
+    text_of,
     with_eigenvectors,
+    working,
 )
-from pyflocality.cli._options import SourceOptions, given_path
-from pyflocality.cli._ranks import joined, split_in_force
-from pyflocality.cli._record import ObservedDenoiser
 
 if TYPE_CHECKING:
     from pyflocality import Moments, SampleResult, TrainingSet
@@ -44,35 +48,93 @@ if TYPE_CHECKING:
 _WHOLE_SET = ("ledoit-wolf", "nearest")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A checked run: what to read, what to do and what to write."""
+@dataclass(frozen=True, kw_only=True)
+class _Model(EveryModelOptions):
+    """One model, and what of the set it searches."""
 
-    source: SourceOptions
-    denoiser: DenoiserOptions
-    subset: SubsetOptions | None
-    sampling: Sampling
-    flip: bool
-    moments: Path | None
-    global_share: float | None
-    split_over: str | None
-    out: Path
-    individual: bool
-    trajectory: bool
-    nearest: bool
-    progress: bool
+    denoiser: Annotated[
+        str, typer.Option(help=f"Which model. {DENOISERS_HELP}."), OneOf(*DENOISERS)
+    ] = "pca-locality"
+    subset: Annotated[
+        str | None,
+        typer.Option(
+            help="Search part of the images. golden: the nearest to each noisy image, a twentieth "
+            "to a tenth of the set, without a bound on the difference; certified, for optimal: "
+            "until the rest holds at most a thousandth of the posterior, proven."
+        ),
+        OneOf(*SUBSETS),
+    ] = None
+    global_share: Annotated[
+        float | None,
+        typer.Option(
+            help="With --label: weight, from 0 to 1, of the covariance of the images of all "
+            "classes in that of the class, which is mostly noise where the class has few images. "
+            "--moments are then those of all classes. 0 if not given."
+        ),
+    ] = None
+    split_over: Annotated[
+        str | None,
+        typer.Option(
+            help="Under torchrun, what the ranks divide among them. images: every rank searches "
+            "its part of the training images; samples: every rank makes its part of the --n "
+            "images, with all training images in its memory or mapped. images if not given."
+        ),
+        OneOf("images", "samples"),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Results(FolderOptions):
+    """What is drawn beside the images."""
+
+    nearest: Annotated[
+        bool, typer.Option(help="Draw under each image the training image nearest to it.")
+    ] = True
+    trajectory: Annotated[bool, typer.Option(help="Draw the way from noise to image.")] = True
+    individual: Annotated[
+        bool, typer.Option("--individual", help="Also write every image to a file of its own.")
+    ] = False
+
+
+class _Plan:
+    """A run: what to read, what to do and what to write."""
+
+    def __init__(
+        self,
+        source: DeviceSourceOptions,
+        model: _Model,
+        sampling: SamplingOptions,
+        results: _Results,
+    ) -> None:
+        self.source, self.model, self.sampling, self.results = source, model, sampling, results
+        self.denoiser = DenoiserOptions(model.denoiser, model.given)
+        self.subset = None if model.subset is None else SubsetOptions(model.subset)
+        self.moments = given_path(model.moments, "moments")
+        self.split_over = split_in_force(model.split_over)
+        self.out = checked_path(results.out, "out")
+        names = ["samples.png", "samples.npy", *["trajectory.png"] * results.trajectory]
+        number = sampling.n if results.individual else 0
+        self.singles = [self.out / f"sample-{index:03d}.png" for index in range(number)]
+        # The record last.
+        self.files = [*(self.out / name for name in names), *self.singles, self.out / "run.json"]
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether anything is made of moments."""
+        by_subset = self.subset is not None and self.subset.needs_moments
+        return self.denoiser.needs_moments or by_subset
 
     def check(self) -> None:
         """Refuse everything that can be refused without the images."""
         self.source.check()
         self.denoiser.check()
         if self.subset is not None:
-            self.subset.check(self.denoiser, flip=self.flip)
+            self.subset.check(self.denoiser, flip=self.model.flip)
         self.sampling.check()
         if self.moments is not None and not self.needs_moments:
             raise ValueError(f"`moments` is of no use to the denoiser {self.denoiser.name}")
-        if self.global_share is not None:
-            self._check_share(self.global_share)
+        if self.model.global_share is not None:
+            self._check_share(self.model.global_share)
         if self.split_over is not None:
             self._check_ranks()
 
@@ -81,7 +143,7 @@ class Plan:
             raise ValueError(f"`global_share` must lie in [0, 1], got {share}")
         if self.source.label is None:
             raise ValueError("`global_share` is of a class: it needs `label`")
-        if self.denoiser.entry.needs_moments == "no":
+        if not self.denoiser.needs_moments:
             raise ValueError(f"`global_share` is of no use to the denoiser {self.denoiser.name}")
 
     def _check_ranks(self) -> None:
@@ -118,66 +180,10 @@ class Plan:
             )
         return shard(data)
 
-    @property
-    def asked(self) -> dict[str, Any]:
-        """What tells one run from another."""
-        return {"command": "generate", **asdict(self), "progress": None}
-
-    @property
-    def needs_moments(self) -> bool:
-        """Whether anything is made of moments."""
-        by_subset = self.subset is not None and self.subset.needs_moments
-        return self.denoiser.entry.needs_moments != "no" or by_subset
-
-    @property
-    def singles(self) -> list[Path]:
-        """Files of the single images."""
-        number = self.sampling.n if self.individual else 0
-        return [self.out / f"sample-{index:03d}.png" for index in range(number)]
-
-    @property
-    def files(self) -> list[Path]:
-        """Everything that is written, the record last."""
-        names = ["samples.png", "samples.npy", *["trajectory.png"] * self.trajectory]
-        return [*(self.out / name for name in names), *self.singles, self.out / "run.json"]
-
 
 @reported(mask_threshold="threshold", batch_size="loader_batch")
 def generate(
-    source: common.Source,
-    out: options.Out,
-    denoiser: options.Denoiser = options.DenoiserName["pca-locality"],
-    threshold: options.Threshold = None,
-    window: options.Window = None,
-    boundary: options.Boundary = None,
-    temperature: options.Temperature = None,
-    aggregation: options.Aggregation = None,
-    loader_batch: options.LoaderBatch = None,
-    subset: options.Subset = None,
-    moments: options.MomentsFile = None,
-    global_share: options.GlobalShare = None,
-    split_over: options.SplitOver = None,
-    backend: options.Backend = None,
-    memory_budget: options.MemoryBudget = None,
-    device: common.Device = "cpu",
-    n: options.Count = 8,
-    steps: options.Steps = 10,
-    schedule: options.Schedule = options.ScheduleName["ddpm"],
-    spacing: options.Spacing = None,
-    sampler: options.Sampler = options.SamplerName["ddim"],
-    seed: options.Seed = 0,
-    resolution: common.Resolution = None,
-    channels: common.Channels = None,
-    split: common.Split = None,
-    layout: common.Layout = None,
-    label: common.Label = None,
-    flip: options.Flip = False,
-    nearest: options.Nearest = True,
-    trajectory: options.Trajectory = True,
-    individual: options.Individual = False,
-    force: common.Force = False,
-    as_json: common.Json = False,
-    progress: common.Progress = True,
+    *, source: DeviceSourceOptions, model: _Model, sampling: SamplingOptions, results: _Results
 ) -> None:
     """Make new images from a set of images, without training.
 
@@ -190,59 +196,32 @@ def generate(
     DIR -n 64`, the ranks share the work: see --split-over. Rank 0 alone writes files and prints.
     Start it again where a rank was lost.
     """
-    given = given_options(
-        window,
-        threshold=threshold,
-        boundary=boundary,
-        temperature=temperature,
-        aggregation=aggregation,
-        loader_batch=loader_batch,
-        backend=backend,
-        memory_budget=memory_budget,
-    )
-    plan = Plan(
-        SourceOptions(source, resolution, channels, split, label, device, layout),
-        DenoiserOptions(denoiser.value, given),
-        None if subset is None else SubsetOptions(subset.value),
-        Sampling(
-            n,
-            steps,
-            schedule.value,
-            sampler.value,
-            seed,
-            None if spacing is None else spacing.value,
-        ),
-        flip,
-        given_path(moments, "moments"),
-        global_share,
-        split_in_force(None if split_over is None else split_over.value),
-        checked_path(out, "out"),
-        individual,
-        trajectory,
-        nearest,
-        progress,
-    )
+    plan, start = _Plan(source, model, sampling, results), time.perf_counter()
+    if not is_first():
+        # What can be wrong so far rank 0 finds, and tells, before it joins the others.
+        with joined() as ranks:
+            _sampled(plan, Stages(announce=False), ranks, progress=False)
+        return
     plan.check()
-    start = time.perf_counter()
-    with joined() as ranks:
-        if ranks is not None and ranks.rank > 0:
-            _find(replace(plan, progress=False), Stages(announce=False), ranks)
-            return
-        with Outputs(plan.files, force=force, folder=plan.out, run=plan.asked) as outputs:
-            record, kept = _run(plan, outputs, ranks)
-            text = finished(record, start)
-            outputs.temporary[plan.files[-1]].write_text(text + "\n", encoding="utf-8")
-            outputs.commit()
-            kept.forget()
-    if as_json:
-        answer(text, only_here=True)
+    asked = asdict(source), asdict(model), asdict(sampling), results.nearest, plan.split_over
+    with (
+        working("generate", plan.files, results, asked, folder=plan.out) as work,
+        joined() as ranks,
+    ):
+        sampled = _sampled(plan, work.stages, ranks, progress=results.progress)
+        _write(plan, work, sampled)
+        record = work.finish(source, _told(plan, work, sampled))
+        sampled.recorded.forget()
+    if results.as_json:
+        answer(text_of(record), only_here=True)
     else:
         files = listed(plan.files[: -1 - len(plan.singles)] + plan.files[-1:])
-        answer(f"{n} images in {time.perf_counter() - start:.1f} s: {files}", only_here=False)
+        seconds = time.perf_counter() - start
+        answer(f"{sampling.n} images in {seconds:.1f} s: {files}", only_here=False)
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Sampled:
     """What a run came to, the same on every rank.
 
     `settings`, for the record, are those that the answers depend on; rank 0 alone has them.
@@ -250,117 +229,115 @@ class _Found:
 
     data: TrainingSet
     settings: dict[str, Any]
-    calls: list[dict[str, float]]
-    kept: KeptAnswers
+    recorded: RecordedDenoiser
     result: SampleResult
     neighbours: Neighbours | None
 
 
-def _run(plan: Plan, outputs: Outputs, ranks: Ranks | None) -> tuple[dict[str, Any], KeptAnswers]:
-    """Load, sample and draw; the record of it, and the answers that were kept on the way."""
-    from pyflocality import trace_backends
-
-    stages = Stages(announce=plan.progress)
-    with trace_backends() as backends:
-        found = _find(plan, stages, ranks)
-    _write(plan, outputs, found)
-    neighbours = found.neighbours
-    record = {
-        "command": "generate",
-        "source": asdict(plan.source),
-        **found.settings,
-        "moments": None if plan.moments is None else str(plan.moments),
-        "sampling": sampling_record(plan.sampling, found.result.timesteps),
-        "backends": backends_record(backends),
-        "seconds": stages.seconds,
-        "calls": found.calls,
-        "resumed_calls": found.kept.found,
-        "nearest": None if neighbours is None else neighbour_record(neighbours, found.data),
-        "files": [path.name for path in plan.files],
-    }
-    return record, found.kept
-
-
-def _find(plan: Plan, stages: Stages, ranks: Ranks | None) -> _Found:
+def _sampled(plan: _Plan, stages: Stages, ranks: Ranks | None, *, progress: bool) -> _Sampled:
     """Load and sample, on every rank alike."""
     from pyflocality import Moments
-    from pyflocality.backends.selection import requested_backend
     from pyflocality.distributed import shard, split_samples
 
-    given = None if plan.moments is None else Moments.load(plan.moments)
+    stored = None if plan.moments is None else Moments.load(plan.moments)
     with stages("load", f"loading {plan.source.source}"):
-        everything = plan.source.load_all(progress=plan.progress).augmented(flip=plan.flip)
+        everything = plan.source.load_all(progress=progress).augmented(flip=plan.model.flip)
         data = plan.source.of_label(everything)
         searched = plan.part(data).to(parse_device(plan.source.device))
     moments = None
     if plan.needs_moments:
-        moments = _moments(plan, everything, data, searched, given, stages)
-    denoiser = plan.denoiser.build(searched, moments)
-    over_subset = denoiser if plan.subset is None else plan.subset.build(denoiser, moments)
-    observed = ObservedDenoiser(over_subset)
-    # All that the answers depend on; rank 0 alone looks the answers up.
-    settings, others = {}, {}
+        moments = _moments(plan, everything, data, searched, stored, stages)
+    whole = plan.denoiser.build(searched, moments)
+    denoiser = whole if plan.subset is None else plan.subset.build(whole, moments)
+    divides = ranks is not None and plan.split_over == "samples"
+    recorded = RecordedDenoiser(
+        denoiser, ask=split_samples(denoiser) if divides else None, ranks=ranks
+    )
+    settings: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     if ranks is None or ranks.rank == 0:
         settings = {
-            "data": data_record(data, flip=plan.flip),
-            "denoiser": {"name": plan.denoiser.name, **plan.denoiser.in_force(denoiser)},
-            "subset": None if plan.subset is None else plan.subset.in_force(over_subset),
-            "global_share": plan.global_share,
+            "data": data_record(data, flip=plan.model.flip),
+            "denoiser": {"name": plan.denoiser.name, **plan.denoiser.in_force(whole)},
+            "subset": None if plan.subset is None else plan.subset.in_force(denoiser),
+            "global_share": plan.model.global_share,
             "ranks": ranks and {"count": ranks.count, "split_over": plan.split_over},
-            "software": software(),
         }
-        others = {
-            "all_classes": None if plan.global_share is None else everything.content_key(),
-            "moments": None if given is None else given.content_key(),
-            "sampling": plan.sampling.settings,
-            "backend": requested_backend(None),
-        }
-        if not plan.denoiser.depends_on_threads:
-            others["software"] = settings["software"] | {"threads": None}
-    asked = split_samples(observed) if plan.split_over == "samples" else observed
-    kept = KeptAnswers(asked, plan.out, settings | others, ranks)
-    with stages("sampling", f"sampling {plan.sampling.n} images in {plan.sampling.steps} steps"):
-        result = draw(kept, plan.sampling, progress=plan.progress)
+        others = _further(plan, everything, stored)
+    recorded.keep_in(plan.out, settings | others)
+    sampling = plan.sampling
+    with stages("sampling", f"sampling {sampling.n} images in {sampling.steps} steps"):
+        result = draw(recorded, sampling, progress=progress)
     neighbours = None
-    if plan.nearest:
-        budget = plan.denoiser.given.get("memory_budget")
-        divided = plan.split_over == "samples" and len(searched) >= ranks.count
-        scanned = shard(searched) if divided else searched
-        neighbours = neighbours_of(result.images, scanned, budget, stages)
-    return _Found(data, settings, observed.calls, kept, result, neighbours)
+    if plan.results.nearest:
+        scanned = searched
+        if ranks is not None and divides and len(searched) >= ranks.count:
+            scanned = shard(searched)
+        neighbours = neighbours_of(result.images, scanned, plan.model.memory_budget, stages)
+    return _Sampled(data, settings, recorded, result, neighbours)
+
+
+def _further(plan: _Plan, everything: TrainingSet, stored: Moments | None) -> dict[str, Any]:
+    """What else the answers depend on, which the record tells elsewhere or not at all."""
+    from pyflocality.backends.selection import requested_backend
+
+    threads = {} if plan.denoiser.depends_on_threads else {"threads": None}
+    return {
+        "all_classes": None if plan.model.global_share is None else everything.content_key(),
+        "moments": None if stored is None else stored.content_key(),
+        "sampling": plan.sampling.settings,
+        "backend": requested_backend(None),
+        "software": software() | threads,
+    }
 
 
 def _moments(
-    plan: Plan,
+    plan: _Plan,
     everything: TrainingSet,
     data: TrainingSet,
     searched: TrainingSet,
-    given: Moments | None,
+    stored: Moments | None,
     stages: Stages,
 ) -> Moments:
     """What the denoiser is made of: the moments of the data, leaning on those of all classes."""
-    if plan.global_share is None:
-        return with_eigenvectors(moments_of(data, searched, given, stages), stages)
+    if plan.model.global_share is None:
+        return with_eigenvectors(moments_of(data, searched, stored, stages), stages)
     # Both on the CPU, where moments of a file are.
-    overall = moments_of(everything, plan.part(everything), given, stages)
+    overall = moments_of(everything, plan.part(everything), stored, stages)
     own = moments_of(data, plan.part(data), None, stages)
-    return with_eigenvectors(own.blended(overall, plan.global_share), stages)
+    return with_eigenvectors(own.blended(overall, plan.model.global_share), stages)
 
 
-def _write(plan: Plan, outputs: Outputs, found: _Found) -> None:
+def _told(plan: _Plan, work: Work, sampled: _Sampled) -> dict[str, Any]:
+    """What is told of the run."""
+    neighbours = sampled.neighbours
+    return {
+        **sampled.settings,
+        "moments": None if plan.moments is None else str(plan.moments),
+        "sampling": plan.sampling.settings | {"timesteps": sampled.result.timesteps.tolist()},
+        "backends": work.backends_by_operation(),
+        "calls": sampled.recorded.calls,
+        "resumed_calls": sampled.recorded.resumed,
+        "nearest": None if neighbours is None else neighbour_record(neighbours, sampled.data),
+    }
+
+
+def _write(plan: _Plan, work: Work, sampled: _Sampled) -> None:
     """Write values and pictures under their temporary names."""
     import numpy as np
 
     from pyflocality import pictures
 
-    files = {path.name: temporary for path, temporary in outputs.temporary.items()}
-    result, neighbours = found.result, found.neighbours
+    def file(name: str) -> Path:
+        return work.temporary(plan.out / name)
+
+    result, neighbours = sampled.result, sampled.neighbours
     images = result.images.cpu()
-    nearest = None if neighbours is None else neighbour_values(neighbours, found.data)
-    pictures.sample_sheet(images, nearest).save(files["samples.png"])
-    np.save(files["samples.npy"], images.float().numpy())
-    if plan.trajectory:
+    nearest = None if neighbours is None else neighbour_values(neighbours, sampled.data)
+    pictures.sample_sheet(images, nearest).save(file("samples.png"))
+    np.save(file("samples.npy"), images.float().numpy())
+    if plan.results.trajectory:
         strip = pictures.trajectory_strip(result.x_t, result.x0, result.timesteps)
-        strip.save(files["trajectory.png"])
+        strip.save(file("trajectory.png"))
     for path, image in zip(plan.singles, images, strict=False):
-        pictures.image_grid(image[None], pad=0, scale=1).save(files[path.name])
+        pictures.image_grid(image[None], pad=0, scale=1).save(work.temporary(path))

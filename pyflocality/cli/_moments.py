@@ -9,24 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyflocality._support.outputs import Outputs
 from pyflocality._support.paths import checked_path
-from pyflocality._support.record import Stages, peak_memory_bytes, software
+from pyflocality._support.record import peak_memory_bytes, software
 from pyflocality._support.streams import answer, listed
 from pyflocality.cli._errors import reported
-from pyflocality.cli._options import (
-    Channels,
-    Force,
-    Json,
-    Label,
-    Layout,
-    Progress,
-    Resolution,
-    Source,
-    SourceOptions,
-    Split,
-    given_path,
-)
+from pyflocality.cli._options import ResultOptions, SourceOptions, given_path
+from pyflocality.cli._work import complete_moments, working
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,7 +27,8 @@ _DRAWN = 15
 
 @reported()
 def moments(
-    source: Source,
+    *,
+    source: SourceOptions,
     out: Annotated[
         str,
         typer.Option(
@@ -53,53 +42,37 @@ def moments(
             help="Also draw the mean and the leading eigenvectors into this PNG file.",
         ),
     ] = None,
-    resolution: Resolution = None,
-    channels: Channels = None,
-    split: Split = None,
-    layout: Layout = None,
-    label: Label = None,
-    as_json: Json = False,
-    force: Force = False,
-    progress: Progress = True,
+    results: ResultOptions,
 ) -> None:
     """Compute mean and covariance of a set, once, for `generate --moments`.
 
     Exact for 8-bit images: the same for every order of the images.
     """
-    from pyflocality import Moments, trace_backends
-
     file, drawing = checked_path(out, "out"), given_path(picture, "picture")
     if drawing is not None and drawing.suffix.lower() != ".png":
         raise ValueError(f"`picture` must end in .png, got {picture!r}")
     if drawing is not None and os.path.realpath(drawing) == os.path.realpath(file):
         raise ValueError(f"`picture` must be another file than `out`, got {picture!r} twice")
-    options = SourceOptions(source, resolution, channels, split, label, layout=layout)
-    options.check()
-    stages = Stages(announce=progress)
+    source.check()
     files = [file] if drawing is None else [file, drawing]
-    asked = {"command": "moments", "source": asdict(options), "files": files}
-    with Outputs(files, force=force, run=asked) as outputs, trace_backends() as backends:
-        with stages("load", f"loading {source}"):
-            data = options.load(progress=progress)
-        with stages("moments", f"covariance of {len(data):,} images"):
-            found = Moments.from_data(data, progress=progress)
-        size = data.num_values
-        with stages("eigenvectors", f"eigenvectors of the covariance ({size:,} x {size:,})"):
-            found.eigh()
-        found.save(outputs.temporary[file], force=True)
+    with working("moments", files, results, asdict(source), files) as work:
+        with work.stages("load", f"loading {source.source}"):
+            data = source.load(progress=results.progress)
+        computed = complete_moments(data, None, work.stages)
+        computed.save(work.temporary(file), force=True)
         if drawing is not None:
-            draw_moments(found).save(outputs.temporary[drawing])
-        outputs.commit()
-    record = summary(found) | {
-        "source": source,
-        "backends": sorted({backend for _, backend in backends}),
-        "seconds": stages.seconds,
+            draw_moments(computed).save(work.temporary(drawing))
+        work.commit()
+    record = summary(computed) | {
+        "source": source.source,
+        "backends": sorted({backend for _, backend in work.backends}),
+        "seconds": work.stages.seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "software": software(),
         "files": [str(path) for path in files],
     }
-    text = json.dumps(record, indent=2) if as_json else _table(record)
-    answer(text, only_here=as_json)
+    text = json.dumps(record, indent=2) if results.as_json else _table(record)
+    answer(text, only_here=results.as_json)
 
 
 def summary(moments: Moments) -> dict[str, Any]:

@@ -1,24 +1,37 @@
-"""Options that several commands share, their checks, and the training set they describe."""
+"""The options that several commands share, in groups, and what they describe."""
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pyflocality._support.devices import parse_device
 from pyflocality._support.paths import checked_path
+from pyflocality.cli._denoisers import DENOISERS
+from pyflocality.cli._groups import IMAGES, MODEL, OUTPUT, SAMPLING, Group, OneOf
 from pyflocality.sources.layout import check_layout
 
 if TYPE_CHECKING:
     from pyflocality import TrainingSet
+    from pyflocality.noise import NoiseSchedule
 
-# Headings of the options in the help.
-IMAGES, MODEL, OUTPUT = "Training images", "Model", "Results"
+_SCHEDULES = {
+    "ddpm": "DDPMSchedule",
+    "cosine": "CosineSchedule",
+    "karras": "KarrasSchedule",
+    "flow": "FlowSchedule",
+}
+# Those whose steps may be spaced in several ways.
+_SPACED = ("ddpm", "cosine")
+
+
+DENOISERS_HELP = "; ".join(f"{name}: {entry.summary}" for name, entry in DENOISERS.items())
+
 
 Source = Annotated[
     str,
@@ -28,84 +41,41 @@ Source = Annotated[
         "of images, a .npy or .npz file, MNIST idx files, a folder of CIFAR batches, a folder "
         "that `pyflocality pack` wrote.",
         show_default=False,
-    ),
-]
-Resolution = Annotated[
-    str | None,
-    typer.Option(
-        help="Bring all images to this size: 32, or 32x48 for height x width.",
-        rich_help_panel=IMAGES,
-    ),
-]
-Channels = Annotated[
-    int | None, typer.Option(help="1 for grey, 3 for RGB.", rich_help_panel=IMAGES)
-]
-Split = Annotated[
-    str | None,
-    typer.Option(help="Part of a set that has parts: train, test, ...", rich_help_panel=IMAGES),
-]
-Layout = Annotated[
-    str | None,
-    typer.Option(
-        help="How the axes of a .npy or .npz file are to be read: NCHW, NHWC or NHW.",
-        rich_help_panel=IMAGES,
-    ),
-]
-Label = Annotated[
-    str | None,
-    typer.Option(
-        help="Use the images of one class alone: its name or number.", rich_help_panel=IMAGES
-    ),
-]
-Device = Annotated[
-    str, typer.Option(help="cpu, or cuda with or without a number.", rich_help_panel=MODEL)
-]
-Force = Annotated[
-    bool,
-    typer.Option("--force", help="Replace files that are there already.", rich_help_panel=OUTPUT),
-]
-Json = Annotated[
-    bool,
-    typer.Option(
-        "--json",
-        help="Print the record of the run as JSON on standard output.",
-        rich_help_panel=OUTPUT,
-    ),
-]
-Progress = Annotated[
-    bool,
-    typer.Option(
-        help="Say on standard error what is being done, with progress bars.", rich_help_panel=OUTPUT
+        rich_help_panel="Arguments",
     ),
 ]
 
 
-def given_path(text: str | None, name: str) -> Path | None:
-    """The path of an option, where it is given."""
-    return None if text is None else checked_path(text, name)
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions(Group):
+    """How images are read."""
+
+    heading = IMAGES
+
+    resolution: Annotated[
+        str | None,
+        typer.Option(help="Bring all images to this size: 32, or 32x48 for height x width."),
+    ] = None
+    channels: Annotated[int | None, typer.Option(help="1 for grey, 3 for RGB.")] = None
+    split: Annotated[
+        str | None, typer.Option(help="Part of a set that has parts: train, test, ...")
+    ] = None
 
 
-@dataclass(frozen=True)
-class SourceOptions:
-    """A training set as it is asked for.
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions(ReadingOptions):
+    """A training set as it is asked for."""
 
-    Attributes:
-        source: Builtin name or path.
-        resolution: Size as typed, "32" or "32x48", or None.
-        channels: 1, 3 or None.
-        split: Name of a part, or None.
-        label: Name or number of a class, or None.
-        device: Name of a torch device.
-        layout: How the axes of arrays are to be read, or None.
-    """
-
-    source: str
-    resolution: str | None = None
-    channels: int | None = None
-    split: str | None = None
-    label: str | None = None
+    source: Source
+    layout: Annotated[
+        str | None,
+        typer.Option(help="How the axes of a .npy or .npz file are to be read: NCHW, NHWC or NHW."),
+    ] = None
+    label: Annotated[
+        str | None,
+        typer.Option(help="Use the images of one class alone: its name or number."),
+    ] = None
     device: str = "cpu"
-    layout: str | None = None
 
     def check(self) -> None:
         """Raise ValueError for what can be told without the images."""
@@ -137,6 +107,238 @@ class SourceOptions:
         named = self.label in (data.label_names or ())
         number = re.fullmatch(r"-?\d+", self.label) is not None and not named
         return data.with_label(int(self.label) if number else self.label)
+
+
+Device = Annotated[
+    str, typer.Option(help="cpu, or cuda with or without a number.", rich_help_panel=MODEL)
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSourceOptions(SourceOptions):
+    """A training set that is searched on a device."""
+
+    device: Device = "cpu"
+
+
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="Working memory, such as 2GB or 512MB. 1GB if not given.", rich_help_panel=MODEL
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Group):
+    """What goes to a model, where it is given."""
+
+    heading = MODEL
+
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="pca-locality: share of the largest sensitivity that an input needs to count, in "
+            "[0, 1). Smaller keeps more of an image together. 0.02 if not given; published: 0.005 "
+            "for MNIST, 0.02 for faces, 0.05 for CIFAR-10."
+        ),
+    ] = None
+    window: Annotated[
+        str | None,
+        typer.Option(
+            help="local, equivariant: side of the window in pixels, odd; patch-set: side of the "
+            "patches; or a table of noise level (sigma / alpha) and side, such as "
+            "10:15,1:7,0.1:3. 7 if not given; patch-set needs one."
+        ),
+    ] = None
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Divides the logits of every posterior. 1 if not given."),
+    ] = None
+    memory_budget: MemoryBudget = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options of models that were given, by name, as the library takes their values."""
+        names = dict.fromkeys(name for entry in DENOISERS.values() for name in entry.options)
+        given = {name: getattr(self, name, None) for name in names}
+        if self.window is not None:
+            given["window"] = parse_window(self.window)
+        if given["aggregation"] is not None:
+            given["aggregation"] = given["aggregation"].replace("-", "_")
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentsModelOptions(ModelOptions):
+    """What goes to a model that may be made of moments."""
+
+    moments: Annotated[
+        str | None,
+        typer.Option(
+            "--moments",
+            metavar="PATH",
+            help="Moments of the set, as `pyflocality moments` writes them.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EveryModelOptions(MomentsModelOptions):
+    """Every option of every model."""
+
+    boundary: Annotated[
+        str | None,
+        typer.Option(
+            help="equivariant: circular goes on periodically; broken cuts windows at the border "
+            "and keeps positions near it apart. circular if not given."
+        ),
+        OneOf("circular", "broken"),
+    ] = None
+    aggregation: Annotated[
+        str | None,
+        typer.Option(
+            help="pca-locality: exact is the posterior over the whole set; batch-mean averages "
+            "posteriors over batches, as the published code does. exact if not given."
+        ),
+        OneOf("exact", "batch-mean"),
+    ] = None
+    loader_batch: Annotated[
+        int | None,
+        typer.Option(help="Images a batch of --aggregation batch-mean. 256 if not given."),
+    ] = None
+    backend: Annotated[
+        str | None,
+        typer.Option(help="What runs the denoiser; the first that can if not given."),
+        OneOf("auto", "reference", "cpu", "triton", "cuda"),
+    ] = None
+    flip: Annotated[
+        bool,
+        typer.Option(
+            "--flip",
+            help="Learn from the images mirrored left to right, too, without keeping them in "
+            "memory.",
+        ),
+    ] = False
+
+
+Seed = Annotated[int, typer.Option(help="Seed of the starting noise.", rich_help_panel=SAMPLING)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseOptions(Group):
+    """How to sample, of which the schedule and the seed are to be chosen."""
+
+    heading = SAMPLING
+
+    n: int = 1
+    steps: int = 1
+    schedule: Annotated[
+        str,
+        typer.Option(help="Noise levels of the steps."),
+        OneOf(*_SCHEDULES),
+    ] = "ddpm"
+    sampler: str = "ddim"
+    seed: Seed = 0
+    spacing: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, as plain values."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot be run."""
+        from pyflocality._support.checks import check_count
+
+        check_count(self.n, "n")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"`seed` must lie in [0, 2^63), got {self.seed}")
+        if self.spacing is not None and self.schedule not in _SPACED:
+            raise ValueError(
+                f"`spacing` is of the schedules {' and '.join(_SPACED)}, it is of no use to "
+                f"{self.schedule}"
+            )
+        self.noise_schedule().timesteps(self.steps)
+
+    def noise_schedule(self) -> NoiseSchedule:
+        """The schedule itself."""
+        from pyflocality import noise
+
+        options = {} if self.spacing is None else {"spacing": self.spacing}
+        return getattr(noise, _SCHEDULES[self.schedule])(**options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepsOptions(NoiseOptions):
+    """How to sample, of which number and steps are to be chosen, too."""
+
+    # torchrun's parser takes --n for the beginning of options of its own.
+    n: Annotated[int, typer.Option("--n", "-n", help="How many images to make.")] = 8
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(StepsOptions):
+    """How to sample, all of it to be chosen."""
+
+    spacing: Annotated[
+        str | None,
+        typer.Option(
+            help="ddpm, cosine: which times of the schedule the steps visit. leading, as diffusers "
+            "does if not told otherwise, may start far from noise where the steps do not divide "
+            "the schedule; trailing and linspace start at its end. leading if not given."
+        ),
+        OneOf("leading", "trailing", "linspace"),
+    ] = None
+    sampler: Annotated[
+        str,
+        typer.Option(help="How a step follows from the denoised image."),
+        OneOf("ddim", "euler", "heun"),
+    ] = "ddim"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TellingOptions(Group):
+    """What a command says."""
+
+    heading = OUTPUT
+
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print the record of the run as JSON on standard output."),
+    ] = False
+    progress: Annotated[
+        bool, typer.Option(help="Say on standard error what is being done, with progress bars.")
+    ] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultOptions(TellingOptions):
+    """What a command writes and says."""
+
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace files that are there already.")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions(ResultOptions):
+    """What a command writes into a folder, and says."""
+
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH",
+            help="Folder for the results; it is made if need be.",
+            show_default=False,
+        ),
+    ]
+
+
+def given_path(text: str | None, name: str) -> Path | None:
+    """The path of an option, where it is given."""
+    return None if text is None else checked_path(text, name)
 
 
 def parse_resolution(text: str | None) -> int | tuple[int, int] | None:

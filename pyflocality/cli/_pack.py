@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 
 from pyflocality._support.streams import answer, listed
-from pyflocality.cli import _options as common
 from pyflocality.cli._errors import reported
-from pyflocality.cli._options import parse_resolution
+from pyflocality.cli._groups import IMAGES
+from pyflocality.cli._options import ReadingOptions, TellingOptions, parse_resolution
 
 
 @reported()
 def pack(
+    *,
     source: Annotated[
         str,
         typer.Argument(
@@ -26,20 +27,18 @@ def pack(
         ),
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
-    resolution: common.Resolution = None,
-    channels: common.Channels = None,
-    split: common.Split = None,
+    reading: ReadingOptions,
     image_column: Annotated[
         str | None,
         typer.Option(
-            help="Column of images of a dataset that has several.", rich_help_panel=common.IMAGES
+            help="Column of images of a dataset that has several.", rich_help_panel=IMAGES
         ),
     ] = None,
     label_column: Annotated[
         str | None,
         typer.Option(
             help="Column of classes of a dataset that has several, such as fine_label.",
-            rich_help_panel=common.IMAGES,
+            rich_help_panel=IMAGES,
         ),
     ] = None,
     sort_by_label: Annotated[
@@ -48,8 +47,7 @@ def pack(
             "--sort-by-label", help="Bring the images of a class together, to be used by class."
         ),
     ] = False,
-    as_json: common.Json = False,
-    progress: common.Progress = True,
+    telling: TellingOptions,
 ) -> None:
     """Decode a big set once, into a folder that every other command maps into memory.
 
@@ -63,17 +61,17 @@ def pack(
     folder = packing.pack(
         source,
         out,
-        resolution=parse_resolution(resolution),
-        channels=channels,
-        split=split,
+        resolution=parse_resolution(reading.resolution),
+        channels=reading.channels,
+        split=reading.split,
         image_column=image_column,
         label_column=label_column,
         sort_by_label=sort_by_label,
-        progress=progress,
+        progress=telling.progress,
     )
     manifest = read_manifest(folder)
     seconds = time.perf_counter() - start
-    if as_json:
+    if telling.as_json:
         names = ("name", "shape", "bytes", "label_names")
         record = {name: manifest[name] for name in names} | {"seconds": round(seconds, 4)}
         answer(json.dumps(record, indent=2), only_here=True)

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from pyflocality._support.streams import answer
-from pyflocality.cli import _generate_options as options
-from pyflocality.cli import _options as common
 from pyflocality.cli._errors import reported
+from pyflocality.cli._options import MemoryBudget, TellingOptions
 
 
 @reported()
 def plan(
+    *,
     images: Annotated[int, typer.Option(help="Training images.", show_default=False)],
     shape: Annotated[
         str,
@@ -28,7 +28,7 @@ def plan(
             help="cpu measures how long a step takes here; of a100, h100 and h200 costs are told."
         ),
     ] = "cpu",
-    memory_budget: options.MemoryBudget = None,
+    memory_budget: MemoryBudget = None,
     mask_share: Annotated[
         float,
         typer.Option(
@@ -36,8 +36,7 @@ def plan(
             "0.5; masks of neighbours share most of their sums. CIFAR-10's mean by default."
         ),
     ] = 0.022,
-    as_json: common.Json = False,
-    progress: common.Progress = True,
+    telling: TellingOptions,
 ) -> None:
     """Tell what one denoising step of every model costs: operations, bytes, time and memory."""
     from dataclasses import asdict
@@ -56,7 +55,8 @@ def plan(
         memory_budget,
         _checked_share(mask_share),
     )
-    models = progress_bar(COSTS, description="measuring", enabled=progress and device == "cpu")
+    measures = telling.progress and device == "cpu"
+    models = progress_bar(COSTS, description="measuring", enabled=measures)
     record: dict[str, Any] = {
         "images": images,
         "shape": list(setting.shape),
@@ -70,7 +70,7 @@ def plan(
             for model in models
         },
     }
-    answer(json.dumps(record, indent=2) if as_json else _table(record), only_here=True)
+    answer(json.dumps(record, indent=2) if telling.as_json else _table(record), only_here=True)
 
 
 def _checked_share(share: float) -> float:

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pyflocality._support.streams import tell
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 # How long a rank that failed waits to hear whether rank 0 failed alike, in seconds.
 _PATIENCE = 10.0
-# Characters that are kept of what rank 0 said last.
-_REMEMBERED = 4000
+# What is noted of a rank 0 that has lost another one; else its exit code.
+_LOST = "lost"
 
 
 def in_job() -> bool:
@@ -26,6 +26,11 @@ def in_job() -> bool:
     count = os.environ.get("WORLD_SIZE", "1")
     # Of another program, where it is no number.
     return count.isdecimal() and int(count) > 1
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0, or alone."""
+    return not in_job() or os.environ.get("RANK") == "0"
 
 
 def split_in_force(asked: str | None) -> str | None:
@@ -75,31 +80,25 @@ def _told_to_end(*_: object) -> None:
 def one_voice(run: Callable[[], int]) -> int:
     """Run the command line; of the ranks of a job rank 0 speaks for all.
 
-    The others print nothing, unless they fail in a way of their own. Where a rank was lost, it is
-    told how to go on.
+    The others print nothing, unless they fail in another way than rank 0 does. Where a rank was
+    lost, it is told how to go on.
 
     Args:
         run: Runs the command line and answers its exit code.
     """
-    if not in_job():
-        return run()
-    if os.environ.get("RANK") == "0":
-        heard = _Heard(sys.stderr)
-        with redirect_stderr(heard):
-            code, _ = _ended(run)
+    if is_first():
+        code, lost = _ended(run)
         if code:
-            _tell(heard.text)
+            _told(_LOST if lost else str(code))
         return code
     held = io.StringIO()
     with redirect_stdout(io.StringIO()), redirect_stderr(held):
         code, lost = _ended(run)
-    words = held.getvalue()
     if code:
         first = _told()
         # Whoever lost a rank has no more to say than rank 0, whatever that said.
-        alike = first is not None and (lost or words.strip().rpartition("\n")[2] in first)
-        if not alike:
-            sys.stderr.write(words)
+        if first is None or not (lost or first == str(code)):
+            sys.stderr.write(held.getvalue())
     return code
 
 
@@ -117,55 +116,30 @@ def _ended(run: Callable[[], int]) -> tuple[int, bool]:
         return 1, True
 
 
-class _Heard:
-    """A stream that remembers the end of what was written to it."""
+def _told(end: str | None = None) -> str | None:
+    """How rank 0 failed, in the store that torchrun keeps for its ranks.
 
-    def __init__(self, stream: Any) -> None:  # noqa: ANN401
-        self.text = ""
-        self._stream = stream
+    Args:
+        end: What rank 0 notes; None waits for it.
 
-    def write(self, text: str) -> int:
-        """Write, and remember."""
-        self.text = (self.text + text)[-_REMEMBERED:]
-        return self._stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        """Everything else is the stream's."""
-        return getattr(self._stream, name)
-
-
-def _tell(words: str) -> None:
-    """Let the other ranks know what rank 0 said."""
-    try:
-        store, key = _store()
-        store.set(key, words)
-        # The answer tells that it arrived: this process ends next.
-        store.get(key)
-    except (RuntimeError, KeyError):
-        # They say it themselves.
-        return
-
-
-def _told() -> str | None:
-    """What rank 0 said when it failed, or None if it did not in time."""
-    try:
-        store, key = _store()
-        return store.get(key).decode()
-    except (RuntimeError, KeyError):
-        return None
-
-
-def _store() -> tuple[Any, str]:
-    """The store that torchrun keeps for its ranks, and the key of rank 0's words in it."""
+    Returns:
+        The note, which has then arrived: rank 0 may end; None where there was none in time.
+    """
     from datetime import timedelta
 
     from torch.distributed import TCPStore
 
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        timeout=timedelta(seconds=_PATIENCE),
-        wait_for_workers=False,
-    )
-    return store, f"pyflocality/told/{attempt}"
+    key = f"pyflocality/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    try:
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            timeout=timedelta(seconds=_PATIENCE),
+            wait_for_workers=False,
+        )
+        if end is not None:
+            store.set(key, end)
+        return store.get(key).decode()
+    except (RuntimeError, KeyError):
+        # Each rank speaks for itself.
+        return None

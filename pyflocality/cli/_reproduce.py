@@ -10,15 +10,15 @@ import typer
 
 from pyflocality._support.paths import checked_path
 from pyflocality._support.streams import answer, listed
-from pyflocality.cli import _generate_options as options
-from pyflocality.cli import _options as common
 from pyflocality.cli._errors import reported
-from pyflocality.cli._options import MODEL
+from pyflocality.cli._groups import MODEL
+from pyflocality.cli._options import Device, FolderOptions, Seed, Source
 
 
 @reported()
 def reproduce(
-    source: common.Source,
+    *,
+    source: Source,
     network: Annotated[
         list[str],
         typer.Option(
@@ -28,7 +28,6 @@ def reproduce(
             show_default=False,
         ),
     ],
-    out: options.Out,
     threshold: Annotated[
         float,
         typer.Option(
@@ -37,7 +36,7 @@ def reproduce(
         ),
     ] = 0.005,
     samples: Annotated[int, typer.Option(help="Images that every model makes.")] = 128,
-    seed: options.Seed = 0,
+    seed: Seed = 0,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -58,10 +57,8 @@ def reproduce(
         int,
         typer.Option(help="equivariant models: images that are made.", rich_help_panel=MODEL),
     ] = 32,
-    device: common.Device = "cpu",
-    force: common.Force = False,
-    as_json: common.Json = False,
-    progress: common.Progress = True,
+    device: Device = "cpu",
+    results: FolderOptions,
 ) -> None:
     """Fill the table of the papers: every model against trained networks, from the same noise.
 
@@ -81,20 +78,20 @@ def reproduce(
     plan = table.Plan(
         source,
         tuple(checked_path(file, "network") for file in network),
-        checked_path(out, "out"),
+        checked_path(results.out, "out"),
         threshold,
         samples,
         seed,
         names,
         els_images,
         els_samples,
-        force,
-        progress,
+        results.force,
+        results.progress,
         device,
     )
     record = table.reproduce(plan)
-    if as_json:
+    if results.as_json:
         text = json.dumps(record, indent=2, allow_nan=False)
     else:
         text = table.markdown(record) + "\n" + listed(plan.files)
-    answer(text, only_here=as_json)
+    answer(text, only_here=results.as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import inspect
 import json
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 import warnings
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -252,6 +254,18 @@ def test_the_table_of_denoisers_fits_library_and_command():
         accepted = inspect.signature(getattr(denoisers, entry.class_name)).parameters
         assert set(entry.options) <= set(parameters)
         assert set(entry.options.values()) <= set(accepted)
+
+
+def test_commands_take_groups_of_options():
+    for command in (info.callback for info in cli.app.registered_commands):
+        grouped, flat = inspect.unwrap(command), inspect.signature(command).parameters
+        own = inspect.signature(grouped).parameters
+        assert len(own) <= 10, command.__name__
+        groups = [
+            kind for kind in get_type_hints(grouped).values() if dataclasses.is_dataclass(kind)
+        ]
+        options = {field.name for group in groups for field in dataclasses.fields(group)}
+        assert set(flat) <= set(own) | options, command.__name__
 
 
 def test_individual_files_hold_the_samples(run, source, tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 from pyflocality.backends import machine_reason
 from pyflocality.cli import main
-from pyflocality.cli._record import ObservedDenoiser
+from pyflocality.cli._recorded import RecordedDenoiser
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
@@ -28,7 +28,7 @@ def record(out):
 @pytest.fixture
 def stop_after(monkeypatch):
     """Stop a run in the middle of a call of the denoiser."""
-    whole = ObservedDenoiser.__call__
+    whole = RecordedDenoiser.__call__
 
     def stop(calls, error=KeyboardInterrupt):
         def call(self, *arguments):
@@ -36,7 +36,7 @@ def stop_after(monkeypatch):
                 raise error
             return whole(self, *arguments)
 
-        monkeypatch.setattr(ObservedDenoiser, "__call__", call)
+        monkeypatch.setattr(RecordedDenoiser, "__call__", call)
 
     yield stop
 
@@ -90,12 +90,12 @@ def test_damaged_answers_are_made_again(tmp_path, stop_after, damage):
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, capsys):
-    from pyflocality.cli import _checkpoint
+    from pyflocality.cli import _recorded
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_checkpoint, "open", full, raising=False)
+    monkeypatch.setattr(_recorded, "open", full, raising=False)
     assert generate(tmp_path / "out") == 0
     assert capsys.readouterr().err.count("could not be resumed") == 1
 

@@ -15,18 +15,18 @@ from pathlib import Path
 from torch import Tensor
 
 from pyflocality.cli import main
-from pyflocality.cli._record import ObservedDenoiser
+from pyflocality.cli._recorded import RecordedDenoiser
 
-_whole = ObservedDenoiser.__call__
+_whole = RecordedDenoiser.__call__
 
 
 def _run(commands: list[list[str]], killed: tuple[int, int] | None) -> int:
-    def call(self: ObservedDenoiser, x: Tensor, sigma: float, alpha: float) -> Tensor:
+    def call(self: RecordedDenoiser, x: Tensor, sigma: float, alpha: float) -> Tensor:
         if killed is not None and [int(os.environ["RANK"]), len(self.calls)] == list(killed):
             os.kill(os.getpid(), signal.SIGKILL)
         return _whole(self, x, sigma, alpha)
 
-    ObservedDenoiser.__call__ = call
+    RecordedDenoiser.__call__ = call
     return max(main(command) for command in commands)
 
 

@@ -1,35 +1,112 @@
-"""What the commands that run denoisers share: from options to samples and records."""
+"""What commands that run models share: files claimed, time kept, a record told at the end."""
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import warnings
-from collections.abc import Iterable
-from enum import Enum
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyflocality._support.record import Stages
-from pyflocality.cli._options import parse_window
-from pyflocality.cli._record import ObservedDenoiser
+from pyflocality._support.outputs import Outputs
+from pyflocality._support.record import Stages, peak_memory_bytes, software
+from pyflocality.cli._options import NoiseOptions, ResultOptions, SourceOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pyflocality import Moments, SampleResult, TrainingSet
-    from pyflocality.cli._checkpoint import KeptAnswers
-    from pyflocality.cli._generate_options import Sampling
+    from pyflocality.cli._recorded import RecordedDenoiser
     from pyflocality.ops.nearest import Neighbours
 
 
-def given_options(window: str | None, **others: object) -> dict[str, Any]:
-    """The options of models that were given, by name, as the library takes their values."""
-    given = {"window": None if window is None else parse_window(window), **others}
-    return {
-        name: value.value.replace("-", "_") if isinstance(value, Enum) else value
-        for name, value in given.items()
-        if value is not None
-    }
+class Work:
+    """A command at work; see `working`.
+
+    Attributes:
+        stages: The stopwatch.
+        backends: Operation and backend of each call so far.
+    """
+
+    def __init__(
+        self, command: str, outputs: Outputs, stages: Stages, backends: Sequence[tuple[str, str]]
+    ) -> None:
+        self.stages, self.backends = stages, backends
+        self._command, self._outputs = command, outputs
+        self._start = time.perf_counter()
+
+    def temporary(self, file: Path) -> Path:
+        """Where a result is written until all are there."""
+        return self._outputs.temporary[file]
+
+    def commit(self) -> None:
+        """Give all results their names."""
+        self._outputs.commit()
+
+    def finish(self, source: SourceOptions, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the record, the last of the files, and give all their names; what it tells.
+
+        Args:
+            source: The training set.
+            record: What there is to tell beside the source, the time and the software.
+        """
+        total = round(time.perf_counter() - self._start, 4)
+        *_, file = files = self._outputs.paths
+        whole = {
+            "command": self._command,
+            "source": asdict(source),
+            **record,
+            "software": software(),
+            "seconds": self.stages.seconds | {"total": total},
+            "files": [path.name for path in files],
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        self.temporary(file).write_text(text_of(whole) + "\n", encoding="utf-8")
+        self.commit()
+        return whole
+
+    def backends_by_operation(self) -> dict[str, list[str]]:
+        """Backends that ran, by operation."""
+        operations = dict.fromkeys(operation for operation, _ in self.backends)
+        return {
+            name: sorted({backend for operation, backend in self.backends if operation == name})
+            for name in operations
+        }
+
+
+def text_of(record: Mapping[str, Any]) -> str:
+    """A record as JSON."""
+    return json.dumps(record, indent=2, allow_nan=False)
+
+
+@contextmanager
+def working(
+    command: str,
+    files: Sequence[Path],
+    results: ResultOptions,
+    *asked: object,
+    folder: Path | None = None,
+) -> Iterator[Work]:
+    """Claim the files of a command for a `with` block, which writes them.
+
+    Args:
+        command: Its name.
+        files: What it writes.
+        results: How.
+        *asked: What tells one run from another.
+        folder: The folder that all of them are in, where it is the run's own.
+    """
+    from pyflocality import trace_backends
+
+    with (
+        Outputs(files, force=results.force, folder=folder, run=[command, *asked]) as outputs,
+        trace_backends() as backends,
+    ):
+        yield Work(command, outputs, Stages(announce=results.progress), backends)
 
 
 def complete_moments(data: TrainingSet, moments: Moments | None, stages: Stages) -> Moments:
@@ -75,9 +152,7 @@ def with_eigenvectors(moments: Moments, stages: Stages) -> Moments:
     return moments
 
 
-def draw(
-    observed: ObservedDenoiser | KeptAnswers, sampling: Sampling, *, progress: bool
-) -> SampleResult:
+def draw(observed: RecordedDenoiser, sampling: NoiseOptions, *, progress: bool) -> SampleResult:
     """Sample; the same seed starts every denoiser from the same noise."""
     import torch
 
@@ -118,17 +193,16 @@ def neighbour_values(neighbours: Neighbours, data: TrainingSet) -> Tensor:
     from pyflocality.storage.reader import Reader, training_values
 
     positions = neighbours.indices[:, 0].to(data.device)
-    found = Reader.of(data).at(positions)
-    return training_values(found, torch.float32).cpu()
+    return training_values(Reader.of(data).at(positions), torch.float32).cpu()
 
 
 def neighbour_record(neighbours: Neighbours, data: TrainingSet) -> dict[str, list[float]]:
     """Positions in the set, and root mean square differences in units of the values."""
     distance = (neighbours.distances[:, 0].double() / data.num_values).sqrt()
-    found = neighbours.indices[:, 0]
+    positions = neighbours.indices[:, 0]
     return {
-        "index": (found % len(data)).tolist(),
-        "mirrored": (found >= len(data)).tolist(),
+        "index": (positions % len(data)).tolist(),
+        "mirrored": (positions >= len(data)).tolist(),
         "rms_difference": distance.tolist(),
     }
 
@@ -143,27 +217,3 @@ def data_record(data: TrainingSet, *, flip: bool) -> dict[str, Any]:
         "dtype": str(data.dtype).removeprefix("torch."),
         "content_key": data.content_key(),
     }
-
-
-def sampling_record(sampling: Sampling, timesteps: Tensor) -> dict[str, Any]:
-    """What the record of a run tells of the sampling."""
-    return sampling.settings | {"timesteps": timesteps.tolist()}
-
-
-def backends_record(calls: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Backends that ran, by operation."""
-    ran: dict[str, set[str]] = {}
-    for operation, backend in calls:
-        ran.setdefault(operation, set()).add(backend)
-    return {operation: sorted(backends) for operation, backends in ran.items()}
-
-
-def finished(record: dict[str, Any], start: float) -> str:
-    """The record as JSON text, with total time and memory."""
-    import json
-
-    from pyflocality._support.record import peak_memory_bytes
-
-    record["seconds"]["total"] = round(time.perf_counter() - start, 4)
-    record["peak_memory_bytes"] = peak_memory_bytes()
-    return json.dumps(record, indent=2, allow_nan=False)
