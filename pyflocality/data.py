@@ -238,7 +238,8 @@ class TrainingSet:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width (C, H, W)."""
-        return tuple(self.images.shape[1:])
+        _, channels, height, width = self.images.shape
+        return channels, height, width
 
     @property
     def num_values(self) -> int:
@@ -355,26 +356,23 @@ class TrainingSet:
             raise TypeError(f"`label` must be a whole number or a name, got {describe(label)}")
         if self.labels is None:
             raise ValueError(f"`label` cannot be {describe(label)}: {self.name} has no labels")
-        number = label
+        names = self.label_names
         if isinstance(label, str):
-            names = self.label_names or ()
-            number = names.index(label) if label in names else -1
+            number = names.index(label) if names is not None and label in names else None
+        else:
+            number = int(label)
         # Of labels beyond 64 bits there are none.
-        known = not (isinstance(label, str) and number == -1) and abs(int(number)) < 2**63
-        positions = (self.labels == int(number)).nonzero()[:, 0] if known else ()
-        if len(positions) == 0:
-            raise ValueError(
-                f"`label` must be one of {self._available_labels()}, the labels of {self.name}, "
-                f"got {describe(label)}"
-            )
-        return self.subset(positions)
-
-    def _available_labels(self) -> str:
+        if number is not None and abs(number) < 2**63:
+            positions = (self.labels == number).nonzero()[:, 0]
+            if len(positions):
+                return self.subset(positions)
         present = self.labels.unique().tolist()
-        if self.label_names is not None:
-            present = [f"{number} ({self.label_names[number]!r})" for number in present]
-        shown = ", ".join(map(str, present[:20]))
-        return shown if len(present) <= 20 else f"{shown}, .. ({len(present)} labels)"
+        shown = [str(one) if names is None else f"{one} ({names[one]!r})" for one in present[:20]]
+        more = f", .. ({len(present)} labels)" if len(present) > 20 else ""
+        raise ValueError(
+            f"`label` must be one of {', '.join(shown)}{more}, the labels of {self.name}, got "
+            f"{describe(label)}"
+        )
 
     def to(self, device: torch.device | str) -> TrainingSet:
         """This set with its images and labels on a device; itself if they are there already.
@@ -449,5 +447,5 @@ class TrainingSet:
 def _content_key(images: Tensor) -> str:
     digest = hashlib.sha256(f"{tuple(images.shape)} {images.dtype}".encode())
     for _, block in blocks(images):
-        digest.update(block.contiguous().cpu().numpy())
+        digest.update(block.contiguous().cpu().numpy().data)
     return digest.hexdigest()

@@ -42,6 +42,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from pyflocality._support.checks import check_callable, check_real, describe
 from pyflocality.data import TrainingSet
@@ -93,9 +95,9 @@ def ranks(*, timeout: float = 600.0) -> Iterator[None]:
         torch.cuda.set_device(local)
     backend = "cuda:nccl,cpu:gloo" if has_gpus else "gloo"
     patience = timedelta(seconds=seconds)
-    store, rank, count = next(dist.rendezvous("env://", timeout=patience))
+    store, rank, count = next(rendezvous("env://", timeout=patience))
     # The addresses of an earlier block's ranks are still in the store.
-    store = dist.PrefixStore(f"pyflocality/{next(_blocks)}", store)
+    store = PrefixStore(f"pyflocality/{next(_blocks)}", store)
     store.set_timeout(patience)
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=patience)
     try:

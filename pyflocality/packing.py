@@ -365,14 +365,15 @@ def _begin_array(array: IO[bytes], shape: list[int]) -> int:
         np.lib.format.write_array_header_1_0(array, header)
         _flush(array)
     array.seek(0)
+    told: object
     try:
-        header = read_header(array)
+        told = read_header(array)
     except ValueError as error:
-        header = error
+        told = error
     expected = tuple(shape), False, np.dtype(np.uint8)
-    if header != expected:
+    if told != expected:
         raise ValueError(
-            f"{array.name}: damaged: its header says {header}, expected {expected}: remove "
+            f"{array.name}: damaged: its header says {told}, expected {expected}: remove "
             "the folder and pack again"
         )
     return array.tell()

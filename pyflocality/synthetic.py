@@ -247,7 +247,7 @@ def _check_sizes(n: object, size: object) -> tuple[int, int]:
     return check_within_memory(n, 8 * size * size, "n"), size
 
 
-def _check_parameters(parameters: object) -> DiskParameters:
+def _check_parameters(parameters: DiskParameters) -> DiskParameters:
     """Coordinates of disks: floating-point tensors [n], one n for all."""
     check_instance(parameters, "parameters", DiskParameters)
     count = None

@@ -21,8 +21,7 @@ from typing import IO
 try:
     import fcntl
 except ImportError:
-    # Not on Windows.
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # not on Windows
 
 logger = logging.getLogger("pyflocality")
 

@@ -122,7 +122,7 @@ def resolve_links(
     for link in links:
         target: str | None = link
         for _ in range(_MAX_LINKS):
-            if target not in links:
+            if target is None or target not in links:
                 break
             target = links[target]
         if wanted(link):

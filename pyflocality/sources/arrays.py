@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,7 +137,7 @@ def convert(loaded: Loaded, request: Request) -> Loaded:
     except (TypeError, ValueError) as error:
         raise type(error)(f"{loaded.name}: {error}") from error
 
-    def converted() -> Iterator[np.ndarray]:
+    def converted() -> Generator[np.ndarray, None, None]:
         for block in Reader(stored).blocks(_CONVERTED_AT_A_TIME):
             for image in block.numpy():
                 yield convert_array(image, resolution, channels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Request:
         size = _checked_resolution(resolution)
         return cls(size, channels, split, folder, progress, check_layout(layout))
 
-    def with_columns(self, image_column: object, label_column: object) -> Request:
+    def with_columns(self, image_column: str | None, label_column: str | None) -> Request:
         """This request, with the columns of a table that are asked for, checked."""
         for name, column in (("image_column", image_column), ("label_column", label_column)):
             if column is not None and not isinstance(column, str):
@@ -124,4 +124,4 @@ class DecodeJob:
 
     shape: tuple[int, int, int, int]
     dtype: np.dtype
-    images: Callable[[], Iterator[np.ndarray]]
+    images: Callable[[], Generator[np.ndarray, None, None]]

@@ -197,7 +197,7 @@ def _write(job: DecodeJob, source: Loaded, request: Request, place: Path) -> Non
             # Plain writes, not a map: a full disk is then an error and not a bus error.
             with closing(job.images()) as decoded:
                 for image in _shown(decoded, job, source, request):
-                    file.write(np.ascontiguousarray(image))
+                    file.write(np.ascontiguousarray(image).data)
             file.flush()
             entry = {
                 "version": VERSION,

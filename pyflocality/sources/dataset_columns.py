@@ -12,8 +12,10 @@ from pyflocality._support.caller import caller_level
 from pyflocality._support.text import printable
 from pyflocality.sources.base import Request
 
-_LABELS = ("label", "labels", "class", "class_id", "class_label", "target", "targets", "y")
-_LABELS += ("cls", "fine_label", "coarse_label", "category")
+_LABELS = frozenset(
+    "label labels class class_id class_label target targets y cls fine_label coarse_label "
+    "category".split()
+)
 
 
 def choose(features: Mapping[str, Any], where: str, request: Request) -> tuple[str, str | None]:

@@ -66,5 +66,6 @@ def _regular(shape: tuple[int, ...], decay: float, generator: torch.Generator) -
     amplitude = torch.where(squared > 0, squared, torch.inf) ** (-0.5 * decay)
     noise = torch.randn(shape[0], *double, generator=generator, dtype=torch.float64, device="cpu")
     series = torch.fft.irfftn(torch.fft.rfftn(noise, dim=axes) * amplitude, dim=axes)
-    series = series[(slice(None), *(slice(length) for length in shape[1:]))]
+    inside = (slice(None), *(slice(length) for length in shape[1:]))
+    series = series[inside]
     return series / series.abs().amax(dim=axes, keepdim=True)

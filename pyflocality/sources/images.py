@@ -16,7 +16,7 @@ from __future__ import annotations
 import io
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -132,7 +132,7 @@ class _Decoder:
         """Decode the files from `start` on, a block of them."""
         return [self.decode(name) for name in self.files.names[start : start + _BLOCK]]
 
-    def decode_all(self, first: int = 0) -> Iterator[np.ndarray]:
+    def decode_all(self, first: int = 0) -> Generator[np.ndarray, None, None]:
         """Decode all files from one on, in order, large images in several threads."""
         starts = range(first, len(self.files.names), _BLOCK)
         if self.files.total_bytes < _MIN_BYTES_FOR_THREADS * len(self.files.names):
@@ -165,7 +165,7 @@ class _Decoder:
         grey = image.mode in ("L", "1", "LA", "La")
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            if image.getextrema()[3][0] < 255:
+            if np.asarray(image.getchannel("A")).min() < 255:
                 if self.request.channels is None:
                     raise _RefusedError(
                         "has transparent pixels: pass channels=1 or 3 to put it on white"
@@ -216,7 +216,7 @@ def decode_job(files: ImageFiles, request: Request, *, colour: bool = False) -> 
 
 def decode_from(
     files: ImageFiles, request: Request, shape: tuple[int, ...], first: int
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """Go on with a job of `decode_job` whose images have a known shape [C, H, W].
 
     Args:

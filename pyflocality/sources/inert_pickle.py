@@ -14,8 +14,9 @@ import codecs
 import io
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from pickletools import code2op
+from pickletools import opcodes
 from typing import Any, NoReturn
 
 import numpy as np
@@ -101,7 +102,7 @@ class _Reader:
             code = self._file.read(1)
             if not code:
                 _refuse("it ends too early")
-            instruction = code2op.get(code.decode("latin-1"))
+            instruction = _BY_CODE.get(code)
             name = "" if instruction is None else instruction.name
             if name == "STOP":
                 return _finished(self._stack.pop())
@@ -248,7 +249,8 @@ class _Reader:
             # Fields of a structure, and the like.
             if any(part is not None for part in parts[:3]):
                 _refuse("it holds an array whose values are no numbers")
-            target.dtype = target.dtype.newbyteorder(_text(order))
+            told: Any = _text(order)
+            target.dtype = target.dtype.newbyteorder(told)
         elif type(target) is _Array and target.values is None:
             _, shape, kind, fortran, content = state
             target.values = _array(content, kind, shape, fortran is True)
@@ -319,6 +321,7 @@ def _finished_item(value: Any) -> Any:  # noqa: ANN401
     return value
 
 
+_BY_CODE = {instruction.code.encode("latin-1"): instruction for instruction in opcodes}
 # Instructions of protocols 0 to 5, by their names in `pickletools`. Those followed by their value:
 _VALUES = frozenset(
     "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT UNICODE BINUNICODE "
@@ -327,9 +330,9 @@ _VALUES = frozenset(
 # What Python 2 called text is bytes.
 _STRINGS = frozenset(("BINSTRING", "SHORT_BINSTRING"))
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK}
-_EMPTY = {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict}
+_EMPTY: dict[str, type] = {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_OF_ITEMS = {"LIST": list, "TUPLE": tuple, "DICT": _dict_of}
+_OF_ITEMS: dict[str, Callable[[list[Any]], Any]] = {"LIST": list, "TUPLE": tuple, "DICT": _dict_of}
 _PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"))
 _GETS = frozenset(("GET", "BINGET", "LONG_BINGET"))
 # How the file is laid out.

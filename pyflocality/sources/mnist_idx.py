@@ -7,11 +7,11 @@ dimension as a big-endian 32-bit number; the values follow.
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import re
 import zlib
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from pyflocality.sources.base import Loaded, Request, refuse_split
 from pyflocality.sources.splits import choose_split
 from pyflocality.storage.mapped import remember
 
+_Opened = io.BufferedReader | gzip.GzipFile
 _IMAGE_FILE = re.compile(r"(.*?)-?images[-.]idx3-ubyte(\.gz)?")
 # What DEFLATE can make of a byte at the most.
 _MAX_RATIO = 1032
@@ -103,7 +104,7 @@ def _read(path: Path, dimensions: int) -> np.ndarray:
     return images
 
 
-def _read_header(file: IO[bytes], path: Path, dimensions: int) -> tuple[int, ...]:
+def _read_header(file: _Opened, path: Path, dimensions: int) -> tuple[int, ...]:
     """The shape that the values behind the header have."""
     start = 4 + 4 * dimensions
     content = file.read(start)
@@ -115,10 +116,10 @@ def _read_header(file: IO[bytes], path: Path, dimensions: int) -> tuple[int, ...
     return tuple(int(length) for length in np.frombuffer(content, ">u4", dimensions, 4))
 
 
-def _read_values(file: IO[bytes], path: Path, shape: tuple[int, ...], start: int) -> np.ndarray:
+def _read_values(file: _Opened, path: Path, shape: tuple[int, ...], start: int) -> np.ndarray:
     """Exactly the values that the header announces, and the end of the file behind them."""
     values = np.empty(shape, np.uint8)
-    rest, filled = memoryview(values.reshape(-1)), 0
+    rest, filled = values.reshape(-1).data, 0
     while filled < len(rest) and (count := file.readinto(rest[filled : filled + _PIECE])):
         filled += count
     # Reading the end also compares the checksum of a gzipped file.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _orientation(image: Image.Image) -> int:
     return _of_xmp(image.info) if orientation is None else orientation
 
 
-def _of_tiff(tags: object) -> int | None:
+def _of_tiff(tags: Mapping[int, object]) -> int | None:
     try:
         value = tags.get(_TAG)
     # Values are decoded when they are asked for, and the file may hold anything.

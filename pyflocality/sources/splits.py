@@ -83,10 +83,8 @@ def find_parts(names: Iterable[str]) -> list[str]:
 
 def are_parts(names: Sequence[str]) -> bool:
     """Whether names that have nothing beside them are parts, one of a main kind at least."""
-    parts = [_part(name) for name in names]
-    if not all(part is not None and not part.of for part in parts):
-        return False
-    return any(part.kind in _MAIN for part in parts)
+    parts = [part for name in names if (part := _part(name)) is not None and not part.of]
+    return len(parts) == len(names) and any(part.kind in _MAIN for part in parts)
 
 
 def is_main(name: str) -> bool:
@@ -170,9 +168,9 @@ def _matching(split: str | None, available: Sequence[str]) -> list[str]:
     part = _part(wanted)
     if alike or part is None or part.which:
         return alike
-    kinds = ((name, _part(name)) for name in available)
-    same = [name for name, of in kinds if of is not None and of.kind == part.kind]
-    return [name for name in same if not part.of or _part(name).of == part.of]
+    parts = [(name, of) for name in available if (of := _part(name)) is not None]
+    same = [(name, of) for name, of in parts if of.kind == part.kind]
+    return [name for name, of in same if not part.of or of.of == part.of]
 
 
 def requested(split: str, names: Sequence[str]) -> str | None:

@@ -42,11 +42,11 @@ class _Header(tarfile.TarInfo):
     """A header, by its own format: `tarfile` takes the times that GNU tar notes for a folder."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> _Header:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
         """The header of a block."""
         header = super().frombuf(buf, encoding, errors)
         if buf[257:265] == _OLD_GNU_MAGIC:
-            header.name = tarfile.nts(buf[:100], encoding, errors)
+            header.name = bytes(buf[:100]).partition(b"\0")[0].decode(encoding, errors)
             if header.isdir():
                 header.name = header.name.rstrip("/")
         return header
@@ -147,7 +147,7 @@ def _members(file: BinaryIO, size: int) -> list[_Member]:
                 _check_extension(file, max(position, 0), info)
             position = archive.offset
             # Otherwise the archive keeps them all.
-            archive.members.clear()
+            archive.members.clear()  # type: ignore[attr-defined]  # a list that stubs leave out
             if info.isreg() and info.offset_data + info.size > size and not info.issparse():
                 raise ValueError(
                     f"has {size} bytes, expected {info.offset_data + info.size} at least"
@@ -163,11 +163,10 @@ def _check_extension(file: BinaryIO, start: int, info: tarfile.TarInfo) -> None:
     position, header = start, info.offset_data - tarfile.BLOCKSIZE
     while position < header:
         file.seek(position)
-        block = file.read(tarfile.BLOCKSIZE)
-        size = tarfile.nti(block[124:136])
-        if block[156:157] in _RECORDS:
-            _check_records(file.read(size), position)
-        position += (1 + -(-size // tarfile.BLOCKSIZE)) * tarfile.BLOCKSIZE
+        head = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+        if head.type in _RECORDS:
+            _check_records(file.read(head.size), position)
+        position += (1 + -(-head.size // tarfile.BLOCKSIZE)) * tarfile.BLOCKSIZE
     if start == header:
         return
     # The header has the beginning of a name that is too long for it.
@@ -185,9 +184,9 @@ def _check_records(content: bytes, position: int) -> None:
     at, content = 0, content.rstrip(b"\0")
     while at < len(content):
         match = _RECORD.match(content, at)
-        end = at + int(match[1]) if match else 0
-        known = match and (b"." in match[2] or match[2] in _KEYWORDS)
-        if not known or end <= match.end() or content[end - 1 : end] != b"\n":
+        known = match is not None and (b"." in match[2] or match[2] in _KEYWORDS)
+        end = at + int(match[1]) if match is not None and known else at
+        if match is None or end <= match.end() or content[end - 1 : end] != b"\n":
             raise ValueError(f"damaged: the records at byte {position} cannot be read")
         at = end
 

@@ -282,4 +282,5 @@ def _note_left(
 def _key(name: str) -> str:
     """What the files of a sample have in common."""
     folder, slash, base = name.rpartition("/")
-    return f"{folder}{slash}{_KEY.match(base)[0]}"
+    match = _KEY.match(base)
+    return f"{folder}{slash}{match[0] if match else base}"

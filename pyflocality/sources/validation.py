@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from pyflocality._support.budget import memory_budget_bytes
 from pyflocality._support.caller import caller_level
@@ -63,7 +64,7 @@ def as_image_tensor(images: object) -> Tensor:
         return torch.from_numpy(images if images.flags.writeable else np.asarray(_Alias(images)))
     if hasattr(images, "__dlpack__"):
         try:
-            return torch.from_dlpack(images)
+            return from_dlpack(images)
         # What other libraries raise for the arrays that they cannot hand over.
         except Exception as error:
             raise TypeError(

@@ -16,7 +16,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pyflocality._support.paths import regular_file
@@ -67,12 +67,11 @@ class ZipReader:
         links: What each symbolic link holds, by its tidied name.
     """
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
+    def __init__(self, path: Path, archive: zipfile.ZipFile, descriptor: int) -> None:
         self._where = printable(str(path))
-        self._archive = archive
-        self._descriptor = archive.fp.fileno()
+        self._archive, self._descriptor = archive, descriptor
         infos = archive.infolist()
-        _check_end(archive, infos, os.fstat(self._descriptor).st_size)
+        _check_end(archive, infos, descriptor)
         self._check_layout(infos)
         files, links = self._kinds(infos)
         written = _written_names(self._where, files + links)
@@ -215,7 +214,8 @@ class ZipReader:
         self, infos: list[zipfile.ZipInfo]
     ) -> tuple[list[zipfile.ZipInfo], list[zipfile.ZipInfo]]:
         """The files and the symbolic links; raises for members that are neither nor a folder."""
-        files, links = [], []
+        files: list[zipfile.ZipInfo] = []
+        links: list[zipfile.ZipInfo] = []
         for info in infos:
             mode = info.external_attr >> 16 if info.create_system in _UNIX else 0
             kind = stat.S_IFMT(mode)
@@ -273,14 +273,12 @@ def open_zip(path: Path, kind: str = "zip archive") -> Iterator[ZipReader]:
     """
     regular_file(path)
     where = printable(str(path))
-    try:
-        archive = zipfile.ZipFile(path)
-    # Damaged directories raise nearly anything.
-    except Exception as error:
-        raise ValueError(f"{where}: not a readable {kind}: {error}") from error
-    with archive:
+    with ExitStack() as stack:
         try:
-            reader = ZipReader(path, archive)
+            file = stack.enter_context(open(path, "rb"))
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            reader = ZipReader(path, archive, file.fileno())
+        # Damaged directories raise nearly anything.
         except Exception as error:
             told = str(error)
             if not told.startswith(f"{where}: "):
@@ -295,9 +293,9 @@ def check_zip(path: Path, kind: str) -> None:
         archive.check_entries(archive.files)
 
 
-def _check_end(archive: zipfile.ZipFile, infos: list[zipfile.ZipInfo], size: int) -> None:
+def _check_end(archive: zipfile.ZipFile, infos: list[zipfile.ZipInfo], descriptor: int) -> None:
     """Compare the end record with the directory that was read and with the file's size."""
-    descriptor = archive.fp.fileno()
+    size = os.fstat(descriptor).st_size
     start = max(0, size - _END.size - 0xFFFF)
     tail = read_at(descriptor, size - start, start)
     at = tail.rfind(b"PK\x05\x06")

@@ -111,10 +111,10 @@ class MappedFile:
     """
 
     def __init__(
-        self, array: np.memmap, address: int, descriptor: int | None, by_name: bool
+        self, array: np.memmap, address: int, size: int, descriptor: int | None, by_name: bool
     ) -> None:
-        self.path = os.fspath(array.filename)
-        self.address, self.size = address, len(array._mmap)
+        self.path = os.fspath(array.filename or "")
+        self.address, self.size = address, size
         # Maps start at whole pages of the file.
         self._start = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
         # Also what was deleted or replaced can be read on, as it can be from the map.
@@ -134,7 +134,7 @@ class MappedFile:
         if os.fstat(self._descriptor).st_size < self._start + self.size:
             return False
         result = np.empty_like(content)
-        self._fill(memoryview(result), self._start)
+        self._fill(result.data, self._start)
         return bool((result == content).all())
 
     def check(self) -> None:
@@ -161,8 +161,11 @@ class MappedFile:
     def view(self, part: Tensor) -> MappedView:
         """How to map some of it again."""
         start = self._start + part.data_ptr() - self.address
-        geometry = part.dtype, tuple(part.shape), part.stride()
-        return MappedView(self.path, *self._identity[2:], self._by_name, start, *geometry)
+        _, _, size, modified = self._identity
+        shape, strides = tuple(part.shape), part.stride()
+        return MappedView(
+            self.path, size, modified, self._by_name, start, part.dtype, shape, strides
+        )
 
     def guarded(self) -> Guarded:
         """A `with` block that reads the map: see `Guarded`."""
@@ -188,7 +191,7 @@ class MappedFile:
         outer = stored.shape[: stored.ndim - inner]
         target = buffer[: part.numel()].reshape(stored.shape)
         run = part.nbytes // max(1, int(np.prod(outer)))
-        content = memoryview(target.reshape(-1).view(torch.uint8).numpy())
+        content = target.reshape(-1).view(torch.uint8).numpy().data
         first, steps = self._start + part.data_ptr() - self.address, stored.stride()
         for number, index in enumerate(np.ndindex(*outer)):
             ahead = sum(i * step for i, step in zip(index, steps, strict=False))
@@ -291,21 +294,22 @@ def _useless(path: str, what: str) -> str:
     )
 
 
-def _identity_of(path: str) -> tuple[int, ...] | None:
+def _identity_of(path: str) -> tuple[int, int, int, int] | None:
     try:
         return _identity(os.stat(path))
     except OSError:
         return None
 
 
-def _identity(status: os.stat_result) -> tuple[int, ...]:
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
     """What tells a file and its contents from others, without reading it."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _file_order(part: Tensor) -> list[int]:
     """The dimensions of a tensor, those of the largest steps in memory first."""
-    return sorted(range(part.ndim), key=lambda axis: (part.shape[axis] > 1, -part.stride(axis)))
+    strides = part.stride()
+    return sorted(range(part.ndim), key=lambda axis: (part.shape[axis] > 1, -strides[axis]))
 
 
 def _dense_dimensions(stored: Tensor) -> int:
@@ -334,7 +338,7 @@ def remember(array: object, descriptor: int | None = None, *, by_name: bool = Tr
     if address in _files:
         return
     try:
-        file = MappedFile(array, address, descriptor, by_name)
+        file = MappedFile(array, address, len(memory), descriptor, by_name)
     except OSError:
         # Deleted by now: the map is all there is.
         return

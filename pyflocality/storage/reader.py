@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ class StoredSet(Protocol):
     augmentation: Augmentation | None
 
 
-class Block(NamedTuple):
+@dataclass(frozen=True)
+class Block:
     """Images that were read together: how many from which position on, and whether from a file.
 
     Positions count through all copies.
