@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 TESTS = Path(__file__).resolve().parent
 # What tests of several rooms share.
@@ -125,6 +126,20 @@ def ctrl_c() -> Iterator[Callable[[float], None]]:
     for timer in timers:
         timer.join()
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Make this process a rank of a job whose store is there, without torchrun."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+
+    def become(rank: int) -> None:
+        for name, value in (job | {"RANK": str(rank)}).items():
+            monkeypatch.setenv(name, value)
+
+    become.store = store
+    return become
 
 
 @pytest.fixture

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,6 @@ from truth import random_images
 
 import pyflocality as pf
 from pyflocality import masks
-from pyflocality.storage import cache as _cache
 from pyflocality.weights import QueryWeights
 
 
@@ -91,7 +93,7 @@ def test_large_masks_are_kept_as_files(large, monkeypatch):
     first = masks.cached_pca_locality_weights(large, 0.3, 1.0, 0.05)
     other = masks.cached_pca_locality_weights(large, 0.3, 1.0, 0.1)
     assert not np.array_equal(first.bits, other.bits)
-    folder = _cache.default_cache_dir() / "masks"
+    folder = Path(os.environ["PYFLOCALITY_CACHE_DIR"]) / "masks"
     assert len(list(folder.iterdir())) == 2
     monkeypatch.setattr(masks, "pca_locality_weights", lambda *a: pytest.fail("built again"))
     again = masks.cached_pca_locality_weights(large, 0.3, 1.0, 0.05)
@@ -103,7 +105,7 @@ def test_large_masks_are_kept_as_files(large, monkeypatch):
 )
 def test_a_damaged_file_is_made_anew(damage, large):
     first = masks.cached_pca_locality_weights(large, 0.3, 1.0, 0.05)
-    (path,) = (_cache.default_cache_dir() / "masks").iterdir()
+    (path,) = (Path(os.environ["PYFLOCALITY_CACHE_DIR"]) / "masks").iterdir()
     content = path.read_bytes()
     damaged = damage(content)
     assert damaged != content
@@ -125,7 +127,7 @@ def test_an_unwritable_cache_warns(large, monkeypatch, tmp_path):
 def test_small_and_signed_weights_are_not_kept(moments, large):
     masks.cached_pca_locality_weights(moments, 0.3, 1.0, 0.05)
     masks.cached_pca_locality_weights(large, 0.3, 1.0, 0)
-    assert not (_cache.default_cache_dir() / "masks").exists()
+    assert not (Path(os.environ["PYFLOCALITY_CACHE_DIR"]) / "masks").exists()
 
 
 def test_the_key_of_moments_is_that_of_the_images():

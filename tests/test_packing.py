@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sealed_json import sealed
 
 import pyflocality as pf
 from pyflocality import packing
-from pyflocality._support.json import sealed
 from pyflocality.cli import main
 from pyflocality.packing import pack, verify
 from pyflocality.sources import packed

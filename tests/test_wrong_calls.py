@@ -16,7 +16,6 @@ import torch
 import wrong_calls
 
 import pyflocality as pf
-from pyflocality._support import checks as _checks
 
 SHAPE = (1, 4, 4)
 
@@ -148,16 +147,6 @@ def test_images_that_change_are_looked_at_again():
     pf.ops.global_posterior_mean(x, images, 0.5)
 
 
-def test_what_is_known_is_forgotten_with_its_memory():
-    from pyflocality._support.checks import tensors
-
-    for _ in range(3 * tensors._MOST_KNOWN):
-        _checks.check_finite(torch.zeros(3), "zeros")
-    assert len(tensors._known) <= tensors._MOST_KNOWN
-    kept = [_checks.known_finite(torch.zeros(3)) for _ in range(2 * tensors._MOST_KNOWN)]
-    assert len(tensors._known) <= tensors._MOST_KNOWN < len(kept)
-
-
 def test_negative_views_are_read_as_they_count():
     """Kernels read the memory, which holds the opposite of a negative view's values."""
     x, images = _images(2), _images()
@@ -221,23 +210,3 @@ def test_a_number_of_images_beyond_memory_is_named():
 class _Unfriendly:
     def __repr__(self):
         raise RuntimeError("no repr")
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (_Unfriendly(), "a _Unfriendly"),
-        ("x" * 1000, "a str"),
-        (torch.zeros(2, 3), "a torch.float32 tensor of shape (2, 3) on cpu"),
-        (torch.zeros(2, device="meta"), "a torch.float32 tensor of shape (2,) on meta"),
-        (torch.eye(2).to_sparse(), "a sparse_coo torch.float32 tensor of shape (2, 2) on cpu"),
-        (torch.nn.parameter.UninitializedParameter(), "a torch.float32 tensor without a shape"),
-    ],
-)
-def test_anything_can_be_described(value, expected):
-    assert _checks.describe(value).startswith(expected)
-
-
-def test_nested_tensors_can_be_described():
-    nested = torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)])
-    assert _checks.describe(nested) == "a nested torch.float32 tensor without a shape on cpu"

@@ -20,15 +20,12 @@ from benchmarks.kernels.workload import Yardstick
 from benchmarks.kernels.workloads import make_workload
 from benchmarks.publish.plots import curves, draw
 from benchmarks.publish.summary import summarise, table
-from pyflocality.backends.selection import OPERATIONS, Implementation, machine_reason, select
+from pyflocality.backends import machine_reason
 from pyflocality.ops import (
     global_posterior_mean,
     masked_posterior_mean,
     window_posterior_mean,
 )
-from pyflocality.ops.operation import OPERATIONS as DECLARATIONS
-from pyflocality.posterior.call import Call
-from pyflocality.storage.reader import training_values
 from pyflocality.weights import QueryWeights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,20 +130,6 @@ def test_picture_of_the_scaling_curves(report):
     picture = draw(out)
     assert picture == out.with_suffix(".png")
     assert picture.read_bytes()[:4] == b"\x89PNG"
-
-
-def test_a_wrong_result_is_never_timed(data, monkeypatch):
-    module = "pyflocality.kernels.cpu.window_posterior"
-    right = OPERATIONS["window_posterior"]["cpu"].load()
-
-    def zeros(*arguments, **options):
-        state = right(*arguments, **options)
-        return state._replace(weighted=torch.zeros_like(state.weighted))
-
-    monkeypatch.setattr(f"{module}.scan", zeros)
-    monkeypatch.setattr(runner, "time_in_turns", lambda *_: pytest.fail("it was timed"))
-    with pytest.raises(runner.CheckError, match="local_score/window_posterior.*is wrong by"):
-        runner.run_case(WINDOW, data)
 
 
 def test_a_result_that_is_not_a_number_is_wrong(data, monkeypatch):
@@ -258,7 +241,7 @@ def test_eager_algorithms_answer_as_the_reference(data, chunk, monkeypatch):
         monkeypatch.setattr(baselines, "LOADER_BATCH", chunk)
         monkeypatch.setattr(baselines, "_images", lambda bytes_per_image: chunk)
     images, timestep = data.images[:60], 400
-    values = training_values(images, torch.float32)
+    values = pf.TrainingSet(images).values()
     x, (alpha, sigma) = data.queries(timestep, 3), data.level(timestep)
     weights = data.weights(timestep)
     mask = weights.dense(torch.float32).T
@@ -337,51 +320,6 @@ def test_names_of_cases_are_unique_and_complete():
     for op in ("masked_posterior", "window_posterior", "global_posterior", "covariance"):
         assert max(case.images for case in scaling if case.op == op) == 50_000
         assert {case.threads for case in scaling if case.op == op} == {1, 2}
-
-
-def test_every_declared_operation_has_a_case():
-    timed = {case.op for case in cases(FULL)}
-    for operation in DECLARATIONS.values():
-        for kind, variant in operation.variants.items():
-            if kind == "scan" or "cpu" in variant.backends:
-                assert operation.variant_name(kind) in timed
-
-
-def test_derivatives_are_timed_once_they_are_there(monkeypatch):
-    op = "masked_posterior_jvp"
-    monkeypatch.delitem(OPERATIONS, op, raising=False)
-    assert all(case.op != op for case in cases(FULL))
-    monkeypatch.setitem(OPERATIONS, op, {"cpu": Implementation("nowhere", "nothing")})
-    found = [case for case in cases(FULL) if case.op == op]
-    assert found and all(case.tangents == 8 for case in found)
-
-
-def test_derivatives_run_beside_the_plain_operation(data, monkeypatch):
-    op = "global_posterior_jvp"
-
-    def derivative(x, tangents, images, sigma, alpha, *, backend):
-        select(op, Call(x.device, x.dtype), backend)
-        values = training_values(images, x.dtype).flatten(1)
-
-        def mean(x):
-            squares = (x.flatten(1)[:, None] - alpha * values).square().sum(2)
-            return (torch.softmax(-squares / (2 * sigma**2), 1) @ values).reshape(x.shape)
-
-        products = [torch.func.jvp(mean, (x,), (tangent,))[1] for tangent in tangents]
-        return mean(x), torch.stack(products)
-
-    anywhere = Implementation("pyflocality.ops", "global_posterior_mean")
-    monkeypatch.setitem(OPERATIONS, op, {"cpu": anywhere, "reference": anywhere})
-    monkeypatch.setattr(pf.ops, op, derivative, raising=False)
-    case = Case("tangents", op, 40, 2, timestep=400, tangents=2, yardsticks=("no_tangents",))
-    record = runner.run_case(case, data)
-    assert record["id"] == "tangents/global_posterior_jvp/cpu/N40-B2-t400-K2"
-    # 5 operations a value and 2 a pair, and for each of the two tangents 4 and 1.
-    assert record["flops"] == (5 * 432 + 2 + 2 * (4 * 432 + 1)) * 80 == 449_600
-    assert record["bytes"] == 40 * 432 + (2 * 2 + 2 * 2 * 2) * 432 * 4
-    (entry,) = summarise([record])
-    ratio = record["yardsticks"]["no_tangents"]["ratio"]["median"]
-    assert entry["bar"] == "<= 3.9" and entry["value"] == pytest.approx(1 / ratio)
 
 
 def test_an_existing_file_is_not_overwritten(tmp_path, capsys, monkeypatch):

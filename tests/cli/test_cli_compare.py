@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 
@@ -13,9 +12,6 @@ from PIL import Image
 
 import pyflocality as pf
 from pyflocality import cli, pictures
-from pyflocality.cli._compare import compare
-from pyflocality.cli._denoisers import DENOISERS
-from pyflocality.cli._generate import generate
 
 # The sets of these tests have fewer images than values.
 pytestmark = pytest.mark.filterwarnings("ignore:.* images are too few for:UserWarning")
@@ -216,11 +212,3 @@ def test_patch_sets_are_generated(run, source, images, tmp_path, window):
 def test_patch_sets_need_a_window(run, source, tmp_path):
     code, _, stderr = run("generate", source, "--out", tmp_path / "o", "--denoiser", "patch-set")
     assert code == 2 and "`--window` must be given for patch-set" in stderr
-
-
-def test_both_commands_take_every_option_of_the_models():
-    for command in (generate, compare):
-        parameters = inspect.signature(command).parameters
-        for entry in DENOISERS.values():
-            assert set(entry.options) <= set(parameters)
-            assert set(entry.required) <= set(entry.options)

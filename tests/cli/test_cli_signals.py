@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from pyflocality import cli
-from pyflocality._support import signals as _signals
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
@@ -199,31 +198,6 @@ sys.exit(main())
         process.send_signal(number)
     assert process.communicate("\n", timeout=60) == ("", "")
     assert process.returncode == 0
-
-
-def test_handlers_are_put_back_and_those_of_others_stay():
-    def mine(*_):
-        raise AssertionError
-
-    before = {name: signal.getsignal(getattr(signal, name)) for name in _signals._DEFAULTS}
-    signal.signal(signal.SIGTERM, mine)
-    try:
-        with _signals.ended_by_signals():
-            assert signal.getsignal(signal.SIGTERM) is mine
-            assert signal.getsignal(signal.SIGHUP) is not before["SIGHUP"]
-            with pytest.raises(_signals.Ended) as ended:
-                signal.raise_signal(signal.SIGHUP)
-            assert _signals.last_word(ended.value) == ("ended by SIGHUP", 129)
-        with _signals.ended_by_signals():
-            try:
-                signal.raise_signal(signal.SIGINT)
-            except KeyboardInterrupt:
-                # The second one does not cut off what is done about the first.
-                signal.raise_signal(signal.SIGHUP)
-    finally:
-        signal.signal(signal.SIGTERM, before["SIGTERM"])
-    assert before == {name: signal.getsignal(getattr(signal, name)) for name in before}
-    assert _signals.last_word(KeyboardInterrupt()) == ("interrupted", 130)
 
 
 @pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 
 from pyflocality import cli
-from pyflocality._support import streams as _streams
 
 FILES = ["run.json", "samples.npy", "samples.png", "trajectory.png"]
 POSIX = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
@@ -133,11 +133,7 @@ def test_warnings_are_one_line_each(run, source, tmp_path, monkeypatch):
     )
 
 
-def test_what_is_logged_and_faults_are_fit_to_be_shown(run, source, tmp_path, monkeypatch, capsys):
-    import logging
-
-    from pyflocality.cli._errors import show_traceback
-
+def test_what_is_logged_is_fit_to_be_shown(run, source, tmp_path, monkeypatch):
     def load(*arguments, **options):
         logging.getLogger("pyflocality").warning("waiting for %s", "a\x1b[31m\nb")
         raise ValueError("refused")
@@ -145,13 +141,6 @@ def test_what_is_logged_and_faults_are_fit_to_be_shown(run, source, tmp_path, mo
     monkeypatch.setattr("pyflocality.TrainingSet.load", load)
     _, _, stderr = run(*words(source, tmp_path / "x", "--no-progress"))
     assert stderr == "pyflocality: waiting for a\\x1b[31m b\npyflocality: error: refused\n"
-    try:
-        raise RuntimeError("a\x1b[31m\u202e")
-    except RuntimeError as error:
-        show_traceback(RuntimeError, error, error.__traceback__)
-    shown = capsys.readouterr().err
-    assert shown.startswith("Traceback (most recent call last):\n")
-    assert shown.endswith("RuntimeError: a\\x1b[31m\\u202e\n")
 
 
 def test_mistakes_of_the_parser_are_one_line(run):
@@ -166,17 +155,3 @@ def test_mistakes_of_the_parser_are_one_line(run):
         assert "--help)" in stderr
     code, stdout, stderr = run()
     assert (code, stderr) == (2, "") and "generate" in stdout
-
-
-def test_a_forgiving_stream_passes_on_what_it_can():
-    import io
-
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
-    door = _streams.Forgiving(stream)
-    door.write("caf\xe9 \u4e2d\n")
-    door.flush()
-    assert stream.buffer.getvalue() == b"caf\xe9 \\u4e2d\n"
-    assert door.failure is None and door.encoding == "latin-1" and not door.isatty()
-    stream.close()
-    door.write("lost")
-    assert isinstance(door.failure, ValueError)

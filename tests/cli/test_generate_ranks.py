@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import pyflocality as pf
-from pyflocality.cli import _ranks, main
+from pyflocality.cli import main
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo here"
@@ -208,83 +207,12 @@ def test_mistakes_are_told_once(mistake, source, tmp_path):
         assert not out.exists()
 
 
-@pytest.fixture
-def as_rank(monkeypatch):
-    """Make this process a rank of a job whose store is there, without torchrun."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    monkeypatch.setattr(_ranks, "_PATIENCE", 1.0)
-    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-
-    def become(rank):
-        for name, value in (job | {"RANK": str(rank)}).items():
-            monkeypatch.setenv(name, value)
-
-    become.store = store
-    return become
-
-
-def failing(words, code=2):
-    def run():
-        print("on standard output")
-        sys.stderr.write(words)
-        return code
-
-    return run
-
-
-def test_others_fail_silently_where_rank_0_failed_alike(as_rank, capsys):
-    as_rank(0)
-    assert _ranks.one_voice(failing("a warning\nno such set\n")) == 2
-    assert capsys.readouterr() == ("on standard output\n", "a warning\nno such set\n")
-    as_rank(1)
-    assert _ranks.one_voice(failing("no such set\n")) == 2
-    assert capsys.readouterr() == ("", "")
-    assert _ranks.one_voice(failing("no memory\n", 1)) == 1
-    assert capsys.readouterr() == ("", "no memory\n")
-    assert _ranks.one_voice(failing("only a warning\n", 0)) == 0
-    assert capsys.readouterr() == ("", "")
-
-    def lost():
-        raise pf.distributed.RankLostError("rank 1 is alone")
-
-    assert _ranks.one_voice(lost) == 1
-    assert capsys.readouterr() == ("", "")
-
-
-def test_others_speak_where_rank_0_does_not(as_rank, capsys):
-    as_rank(1)
-    assert _ranks.one_voice(failing("no such set\n")) == 2
-    assert capsys.readouterr() == ("", "no such set\n")
-
-
-def test_a_rank_without_a_store_speaks(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    assert _ranks.one_voice(failing("no such set\n")) == 2
-    assert capsys.readouterr() == ("", "no such set\n")
-
-
 def test_a_set_with_fewer_images_than_ranks_is_refused(source, tmp_path):
     words = arguments(source, tmp_path / "out", *SAMPLES["few"], "--no-progress")
     code, _, stderr = ended(launched(2, "-m", "pyflocality", *words))
     assert code == 1
     assert "`--split-over` must be samples for 2 ranks and a set of 1 images" in stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_being_told_to_end_is_an_error_unless_there_is_one():
-    before = signal.signal(signal.SIGTERM, _ranks._told_to_end)
-    try:
-        with pytest.raises(pf.distributed.RankLostError, match="told to end"):
-            signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(ValueError, match="on its way"):
-            try:
-                raise ValueError("on its way")
-            finally:
-                signal.raise_signal(signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def test_moments_of_a_class_lean_on_those_of_all(source, tmp_path):

@@ -6,6 +6,7 @@ answers of its denoiser after which that rank is killed.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -14,19 +15,21 @@ from pathlib import Path
 
 from torch import Tensor
 
+import pyflocality as pf
 from pyflocality.cli import main
-from pyflocality.cli._recorded import RecordedDenoiser
 
-_whole = RecordedDenoiser.__call__
+_whole = pf.Denoiser.__call__
 
 
 def _run(commands: list[list[str]], killed: tuple[int, int] | None) -> int:
-    def call(self: RecordedDenoiser, x: Tensor, sigma: float, alpha: float) -> Tensor:
-        if killed is not None and [int(os.environ["RANK"]), len(self.calls)] == list(killed):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return _whole(self, x, sigma, alpha)
+    answered = itertools.count()
 
-    RecordedDenoiser.__call__ = call
+    def call(denoiser: pf.Denoiser, *arguments: object) -> Tensor:
+        if killed is not None and [int(os.environ["RANK"]), next(answered)] == list(killed):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return _whole(denoiser, *arguments)
+
+    pf.Denoiser.__call__ = call
     return max(main(command) for command in commands)
 
 

@@ -34,7 +34,6 @@ from public_calls import Call
 from wrong_values import Try
 
 import pyflocality as pf
-from pyflocality._support.text import printable
 
 # Where errors of the library are raised, and those of the test of this module.
 OURS = Path(pf.__file__).parent, Path(__file__).parents[1] / "test_wrong_calls.py"
@@ -201,6 +200,11 @@ def judge(call: object, parameter: str, attempt: object, expected: object) -> tu
     return "taken", ""
 
 
+def _letters(text: str) -> str:
+    """Without what is escaped where it is shown."""
+    return "".join(filter(str.isalnum, text))
+
+
 def _judge_error(
     call: object, value: object, error: Exception, trace: list, took: float
 ) -> tuple[str, str]:
@@ -215,7 +219,7 @@ def _judge_error(
     if not set(re.findall(r"`(\w+)[`(\[.]", text)) & set(call.parameters()) | call.names:
         # A file that is not as it should be is named by its path.
         is_path = isinstance(value, (str, os.PathLike))
-        is_named_path = is_path and text.startswith(f"{printable(os.fspath(value))}: ")
+        is_named_path = is_path and _letters(text).startswith(_letters(os.fspath(value)))
         named = isinstance(error, OSError) or "torchrun" in text or is_named_path
         if not named:
             return "unnamed", detail

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import os
 import pickle
 import re
@@ -13,7 +14,6 @@ import pytest
 import torch
 
 import pyflocality as pf
-from pyflocality._support import locks as _locks
 from pyflocality.backends import machine_reason, trace_blocks
 from pyflocality.moments import Moments
 from pyflocality.moments import files as _moment_files
@@ -322,7 +322,7 @@ def test_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     for name in ("link", "replace"):
-        monkeypatch.setattr(_locks.os, name, fail)
+        monkeypatch.setattr(os, name, fail)
     with pytest.raises(OSError, match="disk full"):
         Moments.from_data(byte_images(5)).save(tmp_path / "moments.safetensors")
     assert list(tmp_path.iterdir()) == []
@@ -480,7 +480,7 @@ def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
         file.write_bytes(b"half")
     moments = Moments.from_data(byte_images(20))
     with open(left[1], "r+b") as file:
-        _locks.hold(file.fileno())
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         moments.save(path)
         assert sorted(tmp_path.iterdir()) == sorted([path, left[1], other])
 

@@ -8,30 +8,7 @@ import numpy as np
 import pytest
 
 from pyflocality import TrainingSet
-from pyflocality._support.text import printable
 from pyflocality.sources.left_out import LeftOut
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("cat/1.png", "cat/1.png"),
-        ("C:\\cat\\1.png", "C:\\cat\\1.png"),
-        ("каt 猫 é e\u0301", "каt 猫 é e\u0301"),
-        ("\x1b[2J\x07", r"\x1b[2J\x07"),
-        ("a\nb\r\t\0", r"a\nb\r\t\x00"),
-        ("\x9b31m\x7f", r"\x9b31m\x7f"),
-        ("\u202egnp.\u2066", r"\u202egnp.\u2066"),
-        ("a\u200bb\ufeff\u00ad", r"a\u200bb\ufeff\xad"),
-        ("\u2028\u2029\u0085", r"\u2028\u2029\x85"),
-        ("\udcff.png", r"\udcff.png"),
-        ("\U000e0041", r"\U000e0041"),
-    ],
-)
-def test_what_does_not_show_is_escaped(text, shown):
-    assert printable(text) == shown
-    assert printable(shown) == shown
-    shown.encode("utf-8")
 
 
 def test_one_warning_says_how_many_which_first_and_why():

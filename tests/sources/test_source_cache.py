@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -18,6 +20,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from sealed_json import sealed, unsealed
 from source_files import (
     COLOUR,
     GREY,
@@ -29,11 +32,8 @@ from source_files import (
     write_tree,
 )
 
-from pyflocality._support import json as _json
-from pyflocality._support import locks as _locks
 from pyflocality.data import TrainingSet
 from pyflocality.sources import cache, images, npy
-from pyflocality.storage import cache as _cache
 
 RNG = np.random.default_rng(5)
 
@@ -139,8 +139,8 @@ def damage_nesting(array, entry):
 
 def rewritten(entry, **changes):
     """An entry with other fields and the right checksum: written by somebody else."""
-    found = _json.unsealed(entry.read_text())
-    entry.write_text(_json.sealed(found | changes))
+    found = unsealed(entry.read_text())
+    entry.write_text(sealed(found | changes))
 
 
 def damage_kinds(array, entry):
@@ -259,7 +259,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_once(cached_zip, monkeypatch
             raise OSError(code, os.strerror(code), name)
         return opened(name, flags, *arguments, **options)
 
-    monkeypatch.setattr(_locks.os, "open", read_only)
+    monkeypatch.setattr(os, "open", read_only)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_cached_zip(load(path, cache_dir=folder))
@@ -276,7 +276,7 @@ def test_a_full_disk_leaves_the_images_in_memory(cached_zip, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_cache.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.warns(UserWarning, match="No space left on device") as told:
         for _ in range(2):
             assert_images(load(path, cache_dir=folder), GREY[ZIP_ORDER][:, None])
@@ -468,7 +468,10 @@ def test_a_lock_file_of_a_run_that_was_killed_when_it_was_done(cached_zip):
 
 
 def test_without_locks_every_process_finishes(cold_starts, monkeypatch):
-    monkeypatch.setattr(_locks, "fcntl", None)
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     start, path, folder = cold_starts
     found, _ = start(3)
     assert len(set(found)) == 1

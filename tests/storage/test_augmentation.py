@@ -21,11 +21,16 @@ from pyflocality.ops import (
     nearest_images,
     window_posterior_jvp,
 )
-from pyflocality.storage.augmentation import Augmentation
 
 SHAPE = (3, 6, 5)
 VALUES = 90
 AUGMENTATIONS = [{"flip": True}, {"shifts": 1}, {"flip": True, "shifts": 1}]
+
+
+def augmentation(**options):
+    """The copies of a set, as operations take them."""
+    large = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
+    return pf.TrainingSet(large).augmented(**options).augmentation
 
 
 def enlarged(images: Tensor, *, flip: bool = False, shifts: int = 0) -> Tensor:
@@ -142,7 +147,7 @@ def test_derivatives_are_those_of_the_enlarged_set(op, backend, images, rng):
         tangents.float(),
         images,
         backend=backend,
-        augmentation=Augmentation(**options),
+        augmentation=augmentation(**options),
     )
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
 
@@ -176,12 +181,12 @@ def test_neighbours_are_counted_copy_by_copy(images):
     options = {"flip": True, "shifts": 1}
     x = noisy(images)
     exact = nearest_images(x, enlarged(images, **options), 0.8, k=100)
-    found = nearest_images(x, images, 0.8, k=100, augmentation=Augmentation(**options))
+    found = nearest_images(x, images, 0.8, k=100, augmentation=augmentation(**options))
     assert torch.equal(found.indices, exact.indices)
     torch.testing.assert_close(found.distances, exact.distances)
     assert (found.indices >= len(images)).any()
     with pytest.raises(ValueError, match="`k` must be at most the number of images 100"):
-        nearest_images(x, images, k=101, augmentation=Augmentation(flip=True))
+        nearest_images(x, images, k=101, augmentation=augmentation(flip=True))
 
 
 def test_float_images_are_copied_alike(rng):
@@ -206,7 +211,7 @@ def test_a_set_keeps_its_augmentation(images):
         copy.deepcopy(data),
         pickle.loads(pickle.dumps(data)),
     ):
-        assert twin.augmentation == Augmentation(True, 1) and twin.copies == 18
+        assert twin.augmentation == augmentation(flip=True, shifts=1) and twin.copies == 18
     assert len(data) == len(images) and data.images.data_ptr() == images.data_ptr()
     assert repr(data) == (
         "TrainingSet('array': 50 images 3x6x5, uint8, 3 labels, 18 copies each, flipped and "
@@ -243,7 +248,7 @@ def test_operations_refuse_what_is_no_augmentation(images):
     with pytest.raises(TypeError, match="`augmentation` must be that of a TrainingSet"):
         nearest_images(noisy(images), images, augmentation="flip")
     with pytest.raises(ValueError, match="`shifts` must be less than 5"):
-        nearest_images(noisy(images), images, augmentation=Augmentation(shifts=5))
+        nearest_images(noisy(images), images, augmentation=augmentation(shifts=5))
 
 
 def test_generate_takes_the_mirrored_images(tmp_path, images):

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from test_masked_posterior import KERNELS, SMALL, band_masks, problem_on
+from test_masked_kernel import KERNELS, SMALL, band_masks, problem_on
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from truth import random_images

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_global_posterior import VIEWS, noisy_batch
+from test_global_kernel import VIEWS, noisy_batch
 from triton_gates import compile_ahead
 from truth import random_images
 

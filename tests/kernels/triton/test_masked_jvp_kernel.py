@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_masked_posterior import band_masks, noisy_batch, problem_on
+from test_masked_kernel import band_masks, noisy_batch, problem_on
 from truth import random_images
 
 from pyflocality.kernels.triton import _masked_products
