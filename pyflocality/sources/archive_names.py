@@ -21,30 +21,42 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 _MAX_LINKS = 40
 
 
-def backslash_separates(where: str, names: Sequence[str], windows: Sequence[bool]) -> bool:
-    """Whether a backslash stands between folders, rather than in the name of a file.
+def tidied(
+    where: str, written: Sequence[str], windows: Sequence[bool] = ()
+) -> tuple[list[str], bool]:
+    """Names in the spelling of this module, and whether a backslash separates folders in them.
 
-    It does in an archive that was made on Windows, and where no name has a slash.
+    It does in an archive that was made on Windows, and where no name has a slash; else it is part
+    of a name.
 
     Args:
-        where: The archive, for messages.
-        names: Names of its files, as written.
+        where: The archive or folder, for messages.
+        written: Names of its files, as written.
         windows: For each whether the archive says that it was added on Windows.
 
     Raises:
-        ValueError: Some were and some were not, so that it cannot be told.
+        ValueError: It cannot be told what a backslash is, a name is unsafe, or two are one.
     """
-    first = next((name for name in names if "\\" in name), None)
-    if first is None:
-        return False
-    if not any("/" in name.removeprefix("./") for name in names):
-        return True
-    if any(windows) and not all(windows):
+    first = next((name for name in written if "\\" in name), None)
+    backslash = first is not None and any(windows)
+    if first is not None and not any("/" in name.removeprefix("./") for name in written):
+        backslash = True
+    elif first is not None and backslash and not all(windows):
         raise ValueError(
             f"{where}: cannot tell whether the backslash in '{printable(first)}' separates "
             "folders: only some of the members were added on Windows; archive the files again"
         )
-    return any(windows)
+    names = [tidy_name(where, name, backslash) for name in written]
+    seen: dict[str, str] = {}
+    for name, spelling in zip(names, written, strict=True):
+        if name in seen:
+            spellings = "" if seen[name] == spelling else f", once as {ascii(spelling)}"
+            raise ValueError(
+                f"{where}: holds '{printable(name)}' twice{spellings}: which of them counts cannot "
+                "be told"
+            )
+        seen[name] = spelling
+    return names, backslash
 
 
 def tidy_name(where: str, name: str, backslash: bool) -> str:
@@ -71,19 +83,6 @@ def tidy_name(where: str, name: str, backslash: bool) -> str:
             f"{where}: has a member of the name '{printable(name)}', damaged or unsafe"
         )
     return unicodedata.normalize("NFC", "/".join(parts))
-
-
-def refuse_repeats(where: str, names: Iterable[str], written: Iterable[str]) -> None:
-    """Raise if two members have one name, also where they were written differently."""
-    seen: dict[str, str] = {}
-    for name, spelling in zip(names, written, strict=True):
-        if name in seen:
-            spellings = "" if seen[name] == spelling else f", once as {ascii(spelling)}"
-            raise ValueError(
-                f"{where}: holds '{printable(name)}' twice{spellings}: which of them counts cannot "
-                "be told"
-            )
-        seen[name] = spelling
 
 
 def link_target(name: str, target: str) -> str | None:

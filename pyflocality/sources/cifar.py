@@ -6,7 +6,6 @@ plain values and numeric arrays and calls nothing, so a file cannot run code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,15 +31,60 @@ class _Layout:
 
     Attributes:
         parts: Files of each split.
-        read: Reads images [n, 3072] and labels [n] of one file.
-        names: Reads the names of the classes in a folder.
+        labels: Name of the labels in a pickle; None for records of a label and an image.
+        names: The file of the names of the classes.
+        names_key: Their name in a pickle; None for lines of text.
         mark: File that must lie beside those of the splits where their names say too little.
     """
 
     parts: dict[str, tuple[str, ...]]
-    read: Callable[[Path], tuple[np.ndarray, np.ndarray]]
-    names: Callable[[Path], tuple[str, ...] | None]
+    labels: str | None
+    names: str
+    names_key: str | None
     mark: str | None = None
+
+    def read(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Images [n, 3072] and labels [n] of one file."""
+        if self.labels is not None:
+            return _checked(path, *_unpickle(path, "data", self.labels))
+        size = path.stat().st_size
+        if size == 0 or size % (1 + _VALUES) != 0:
+            raise ValueError(
+                f"{path}: expected records of {1 + _VALUES} bytes, a label and an image; {size} "
+                "bytes are not a whole number of them"
+            )
+        records = np.fromfile(path, np.uint8).reshape(-1, 1 + _VALUES)
+        return _checked(path, records[:, 1:], records[:, 0])
+
+    def class_names(self, folder: Path) -> tuple[str, ...] | None:
+        """The names of the classes, where they lie in the folder."""
+        path, key = folder / self.names, self.names_key
+        if not path.is_file():
+            return None
+        if key is None:
+            return tuple(path.read_text(encoding="utf-8").split())
+        names = _unpickle(path, key)[0]
+        if not isinstance(names, list) or not all(type(name) in (bytes, str) for name in names):
+            raise ValueError(f"{path}: expected a list of names as {key!r}")
+        try:
+            return tuple(map(_text, names))
+        except ValueError as error:
+            raise ValueError(f"{path}: {key!r} holds a name that is no text: {error}") from error
+
+
+_TRAIN_10 = tuple(f"data_batch_{number}" for number in range(1, 6))
+_LAYOUTS = (
+    _Layout({"train": _TRAIN_10, "test": ("test_batch",)}, "labels", "batches.meta", "label_names"),
+    _Layout(
+        {"train": tuple(f"{part}.bin" for part in _TRAIN_10), "test": ("test_batch.bin",)},
+        None,
+        "batches.meta.txt",
+        None,
+    ),
+    _Layout(
+        {"train": ("train",), "test": ("test",)}, "fine_labels", "meta", "fine_label_names", "meta"
+    ),
+)
 
 
 def find_layout(folder: Path) -> _Layout | None:
@@ -72,7 +116,7 @@ def load_cifar(folder: Path, request: Request) -> Loaded:
     images = np.concatenate([values for values, _ in batches]).reshape(-1, *_SHAPE)
     labels = np.concatenate([numbers for _, numbers in batches])
     name = f"{folder.resolve().name}/{split}"
-    return convert(Loaded(images, name, labels, layout.names(folder)), request)
+    return convert(Loaded(images, name, labels, layout.class_names(folder)), request)
 
 
 def _unpickle(path: Path, *keys: str) -> list[Any]:
@@ -114,64 +158,3 @@ def _checked(path: Path, values: Any, labels: Any) -> tuple[np.ndarray, np.ndarr
             f"{labels.max()}"
         )
     return values, labels.astype(np.int64)
-
-
-def _read_pickled_10(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    return _checked(path, *_unpickle(path, "data", "labels"))
-
-
-def _read_pickled_100(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    return _checked(path, *_unpickle(path, "data", "fine_labels"))
-
-
-def _read_binary_10(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    size = path.stat().st_size
-    if size == 0 or size % (1 + _VALUES) != 0:
-        raise ValueError(
-            f"{path}: expected records of {1 + _VALUES} bytes, a label and an image; {size} bytes "
-            "are not a whole number of them"
-        )
-    records = np.fromfile(path, np.uint8).reshape(-1, 1 + _VALUES)
-    return _checked(path, records[:, 1:], records[:, 0])
-
-
-def _pickled_names(file: str, key: str) -> Callable[[Path], tuple[str, ...] | None]:
-    def read(folder: Path) -> tuple[str, ...] | None:
-        path = folder / file
-        if not path.is_file():
-            return None
-        names = _unpickle(path, key)[0]
-        if not isinstance(names, list) or not all(type(name) in (bytes, str) for name in names):
-            raise ValueError(f"{path}: expected a list of names as {key!r}")
-        try:
-            return tuple(map(_text, names))
-        except ValueError as error:
-            raise ValueError(f"{path}: {key!r} holds a name that is no text: {error}") from error
-
-    return read
-
-
-def _listed_names(folder: Path) -> tuple[str, ...] | None:
-    path = folder / "batches.meta.txt"
-    return tuple(path.read_text(encoding="utf-8").split()) if path.is_file() else None
-
-
-_TRAIN_10 = tuple(f"data_batch_{number}" for number in range(1, 6))
-_LAYOUTS = (
-    _Layout(
-        {"train": _TRAIN_10, "test": ("test_batch",)},
-        _read_pickled_10,
-        _pickled_names("batches.meta", "label_names"),
-    ),
-    _Layout(
-        {"train": tuple(f"{part}.bin" for part in _TRAIN_10), "test": ("test_batch.bin",)},
-        _read_binary_10,
-        _listed_names,
-    ),
-    _Layout(
-        {"train": ("train",), "test": ("test",)},
-        _read_pickled_100,
-        _pickled_names("meta", "fine_label_names"),
-        mark="meta",
-    ),
-)

@@ -15,12 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 from pyflocality._support.paths import regular_file
 from pyflocality._support.text import printable
-from pyflocality.sources.archive_names import (
-    backslash_separates,
-    link_target,
-    refuse_repeats,
-    tidy_name,
-)
+from pyflocality.sources.archive_names import link_target, tidied, tidy_name
 
 _END_BYTES = 2 * tarfile.BLOCKSIZE
 _OLD_GNU_MAGIC = b"ustar  \0"
@@ -111,9 +106,7 @@ def index_tar(path: Path) -> TarIndex:
     except Exception as error:
         raise ValueError(f"{where}: not a readable tar archive: {error}") from error
     written = [member.name for member in members]
-    backslash = backslash_separates(where, written, [False] * len(written))
-    names = [tidy_name(where, name, backslash) for name in written]
-    refuse_repeats(where, names, written)
+    names, backslash = tidied(where, written)
     files: dict[str, Extent] = {}
     links: dict[str, str | None] = {}
     others: dict[str, str] = {}

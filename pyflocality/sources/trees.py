@@ -11,13 +11,7 @@ from typing import Any, Protocol
 
 from pyflocality._support.paths import regular_file
 from pyflocality._support.text import printable
-from pyflocality.sources.archive_names import (
-    backslash_separates,
-    link_target,
-    refuse_repeats,
-    resolve_links,
-    tidy_name,
-)
+from pyflocality.sources.archive_names import link_target, resolve_links, tidied
 from pyflocality.sources.zip_directory import open_zip
 
 
@@ -75,15 +69,14 @@ def folder_tree(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Tree]:
         path = printable(str(error.filename))
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     # Backslashes are left where an archive of Windows was unpacked by a tool that knows none.
-    backslash = backslash_separates(where, written, [False] * len(written))
-    tidied = [tidy_name(where, name, backslash) for name in written]
-    refuse_repeats(where, tidied, written)
-    paths = {name: folder / raw for name, raw in zip(tidied, written, strict=True)}
+    # Backslashes are left where an archive of Windows was unpacked by a tool that knows none.
+    names, _ = tidied(where, written)
+    paths = {name: folder / raw for name, raw in zip(names, written, strict=True)}
     files: dict[str, tuple[int, int]] = {}
-    for name in filter(wanted, tidied):
+    for name in filter(wanted, names):
         status = regular_file(paths[name])
         files[name] = status.st_size, status.st_mtime_ns
-    others = [name for name in tidied if name not in files]
+    others = [name for name in names if name not in files]
 
     def read(name: str, limit: int | None = None) -> bytes:
         if limit is not None and files[name][0] > limit:

@@ -22,11 +22,7 @@ from pathlib import Path
 from pyflocality._support.paths import regular_file
 from pyflocality._support.read_at import read_at
 from pyflocality._support.text import printable
-from pyflocality.sources.archive_names import (
-    backslash_separates,
-    refuse_repeats,
-    tidy_name,
-)
+from pyflocality.sources.archive_names import tidied
 
 _END = struct.Struct("<4s4H2LH")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
@@ -76,9 +72,7 @@ class ZipReader:
         files, links = self._kinds(infos)
         written = _written_names(self._where, files + links)
         windows = [info.create_system in _WINDOWS for info in files + links]
-        backslash = backslash_separates(self._where, written, windows)
-        names = [tidy_name(self._where, name, backslash) for name in written]
-        refuse_repeats(self._where, names, written)
+        names, _ = tidied(self._where, written, windows)
         self.files = dict(zip(names, files, strict=False))
         self.links = {
             name: os.fsdecode(self._link_content(name, info))
