@@ -6,6 +6,8 @@ import re
 import textwrap
 from collections.abc import Callable
 
+from pyflocality.backends.report import backend_table
+
 from . import quality_tables
 from .report_figures import CAPTIONS
 from .results_files import NOT_MEASURED, Results, cpu_results, latest
@@ -168,6 +170,7 @@ def _study(
 
 
 _SECTIONS: dict[str, Section] = {
+    "backends": lambda results: backend_table(),
     "speed": speed_section,
     "quality": _quality(),
     "quality_cifar10": _quality("cifar10", picture=False),

@@ -17,7 +17,7 @@ import torch
 import pyflocality as pf
 from pyflocality._support.progress import progress_bar
 from pyflocality.kernels.cpu.masked_posterior import difference_tree
-from pyflocality.planner import COSTS, WINDOW, Setting, seconds_of
+from pyflocality.planner import WINDOW, Setting, cost_of, seconds_of
 
 from ..plotting import picture
 
@@ -79,7 +79,7 @@ def run(*, quick: bool) -> tuple[list[dict[str, Any]], None]:
                 # The shortest, as in the forecast: what else the machine does slows single runs.
                 "measured_seconds": min(times),
                 "measured_median_seconds": sorted(times)[len(times) // 2],
-                "flops": COSTS[model](part).flops,
+                "flops": cost_of(model, part).flops,
             }
         )
     return records, None

@@ -30,6 +30,26 @@ _PACKAGES = {
     "diffusers": ("diffusers",),
 }
 
+# What the backends are, in the order of the README.
+_KINDS = {
+    "reference": "plain torch on any device, float32 and float64, in chunks that fit the memory "
+    "budget",
+    "cpu": "C++ for CPU tensors, built on installation, AVX2 and AVX-512 where the processor has "
+    "them; float32, masks of zeros and ones",
+    "triton": "tensor-core kernels for GPU tensors, compiled at first use; float32 from 8-bit "
+    "images",
+    "cuda": "CUDA C++ for GPU tensors, compiled at first use by NVRTC through CuPy; float32",
+}
+
+
+def backend_table() -> str:
+    """The backends and the operations that they implement, as a table in Markdown."""
+    lines = ["| backend | what it is | operations |", "|---|---|---|"]
+    for backend, kind in _KINDS.items():
+        served = [f"`{op}`" for op, table in sorted(OPERATIONS.items()) if backend in table]
+        lines.append(f"| `{backend}` | {kind} | {', '.join(served)} |")
+    return "\n".join(lines)
+
 
 def _installed(distributions: tuple[str, ...]) -> str | None:
     for name in distributions:

@@ -44,7 +44,7 @@ def plan(
     from pyflocality._support.budget import memory_budget_bytes
     from pyflocality._support.checks import check_choice, check_count
     from pyflocality._support.progress import progress_bar
-    from pyflocality.planner import COSTS, Setting, cost_of, seconds_of
+    from pyflocality.planner import Setting, cost_of, models, seconds_of
 
     memory_budget_bytes(memory_budget)
     check_choice(device, "device", ("cpu", "a100", "h100", "h200"))
@@ -56,7 +56,7 @@ def plan(
         _checked_share(mask_share),
     )
     measures = telling.progress and device == "cpu"
-    models = progress_bar(COSTS, description="measuring", enabled=measures)
+    planned = progress_bar(models(), description="measuring", enabled=measures)
     record: dict[str, Any] = {
         "images": images,
         "shape": list(setting.shape),
@@ -67,7 +67,7 @@ def plan(
         "models": {
             model: asdict(cost_of(model, setting))
             | {"seconds": seconds_of(model, setting) if device == "cpu" else None}
-            for model in models
+            for model in planned
         },
     }
     answer(json.dumps(record, indent=2) if telling.as_json else _table(record), only_here=True)

@@ -1,7 +1,7 @@
 """The CUDA kernels on arrays of other libraries: CuPy, or any producer of DLPack capsules.
 
-The functions are those of `pyflocality.ops` of the same names on the cuda backend, with arrays in
-the place of tensors; what is answered is as x is, CuPy or torch.
+Every function of `pyflocality.ops` that the cuda backend serves has one of the same name here, with
+arrays in the place of tensors; what is answered is as x is, CuPy or torch.
 
 Training images are read where they lie if they are contiguous, else copied a piece at a time. x
 and directions, which are of the size of the batch, are copied into the units of the kernels.
@@ -15,8 +15,10 @@ torch's, so keep it, too, until other streams are done with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,108 +27,12 @@ from pyflocality import ops
 from pyflocality._support.checks import check_level, check_tensor
 from pyflocality.backends.selection import BackendUnavailableError, reason
 from pyflocality.kernels.cuda.window_rows import window_posterior_rows as _rows_of_problem
+from pyflocality.ops.operation import OPERATIONS
 from pyflocality.ops.window_posterior import check_window
 from pyflocality.posterior.problem import posterior_problem
 
 # An array with `__dlpack__`.
 Array = Any
-
-
-def window_posterior_mean(
-    x: Array,
-    images: Array,
-    window: int,
-    sigma: float | Tensor,
-    alpha: float | Tensor = 1.0,
-    *,
-    temperature: float = 1.0,
-) -> Array:
-    """Posterior means over square windows, one posterior for each pixel.
-
-    Args:
-        x: Noisy images on a GPU, an array with `__dlpack__`, float32 [B, C, H, W].
-        images: Training images on the same GPU, likewise, uint8 or float32 [N, C, H, W].
-        window: Odd side of the window.
-        sigma: Noise level, a number or a torch tensor [B].
-        alpha: Signal coefficient, a number or a torch tensor [B].
-        temperature: Divides the logits.
-
-    Returns:
-        Posterior means in [-1, 1], [B, C, H, W]: a CuPy array where x is one, else a tensor.
-
-    Raises:
-        TypeError: An array does not offer its memory through DLPack.
-        ValueError: An argument has the wrong shape, device or range.
-        BackendUnavailableError: The cuda backend cannot serve this call.
-    """
-    arrays = {"x": x, "images": images}
-    return _answer(ops.window_posterior_mean, arrays, window, sigma, alpha, temperature=temperature)
-
-
-def window_posterior_jvp(
-    x: Array,
-    tangents: Array,
-    images: Array,
-    window: int,
-    sigma: float | Tensor,
-    alpha: float | Tensor = 1.0,
-    *,
-    temperature: float = 1.0,
-) -> tuple[Array, Array]:
-    """`window_posterior_mean` and its derivatives along K tangents.
-
-    Args:
-        x: Noisy images, float32 [B, C, H, W].
-        tangents: Directions in the space of x, float32 [K, B, C, H, W].
-        images: Training images, uint8 or float32 [N, C, H, W].
-        window: Odd side of the window.
-        sigma: Noise level, a number or a torch tensor [B], positive.
-        alpha: Signal coefficient, a number or a torch tensor [B].
-        temperature: Divides the logits.
-
-    Returns:
-        Posterior means [B, C, H, W] and derivatives [K, B, C, H, W].
-
-    Raises:
-        TypeError: An array does not offer its memory through DLPack.
-        ValueError: An argument has the wrong shape, device or range.
-        BackendUnavailableError: The cuda backend cannot serve this call.
-    """
-    arrays = {"x": x, "tangents": tangents, "images": images}
-    return _answer(ops.window_posterior_jvp, arrays, window, sigma, alpha, temperature=temperature)
-
-
-def window_posterior_vjp(
-    x: Array,
-    cotangents: Array,
-    images: Array,
-    window: int,
-    sigma: float | Tensor,
-    alpha: float | Tensor = 1.0,
-    *,
-    temperature: float = 1.0,
-) -> Array:
-    """Transposed derivatives of `window_posterior_mean` along K cotangents.
-
-    Args:
-        x: Noisy images, float32 [B, C, H, W].
-        cotangents: Directions in the space of the means, float32 [K, B, C, H, W].
-        images: Training images, uint8 or float32 [N, C, H, W].
-        window: Odd side of the window.
-        sigma: Noise level, a number or a torch tensor [B], positive.
-        alpha: Signal coefficient, a number or a torch tensor [B].
-        temperature: Divides the logits.
-
-    Returns:
-        Transposed derivatives, [K, B, C, H, W].
-
-    Raises:
-        TypeError: An array does not offer its memory through DLPack.
-        ValueError: An argument has the wrong shape, device or range.
-        BackendUnavailableError: The cuda backend cannot serve this call.
-    """
-    arrays = {"x": x, "cotangents": cotangents, "images": images}
-    return _answer(ops.window_posterior_vjp, arrays, window, sigma, alpha, temperature=temperature)
 
 
 def window_posterior_rows(
@@ -158,40 +64,8 @@ def window_posterior_rows(
         ValueError: An argument has the wrong shape, device or range.
         BackendUnavailableError: The cuda backend cannot serve this call.
     """
-    return _answer(
-        _rows, {"x": x, "images": images}, outputs, window, sigma, alpha, temperature=temperature
-    )
-
-
-def patch_set_mean(
-    x: Array,
-    images: Array,
-    window: int,
-    sigma: float | Tensor,
-    alpha: float | Tensor = 1.0,
-    *,
-    temperature: float = 1.0,
-) -> Array:
-    """Posterior means of all square windows inside an image, laid over one another.
-
-    Args:
-        x: Noisy images, float32 [B, C, H, W].
-        images: Training images, uint8 or float32 [N, C, H, W].
-        window: Side of the window, odd or even.
-        sigma: Noise level, a number or a torch tensor [B].
-        alpha: Signal coefficient, a number or a torch tensor [B].
-        temperature: Divides the logits.
-
-    Returns:
-        Blended posterior means in [-1, 1], [B, C, H, W].
-
-    Raises:
-        TypeError: An array does not offer its memory through DLPack.
-        ValueError: An argument has the wrong shape, device or range.
-        BackendUnavailableError: The cuda backend cannot serve this call.
-    """
-    arrays = {"x": x, "images": images}
-    return _answer(ops.patch_set_mean, arrays, window, sigma, alpha, temperature=temperature)
+    given = {"outputs": outputs, "window": window, "sigma": sigma, "alpha": alpha}
+    return _answer(_rows, {"x": x, "images": images, **given}, ("x", "images"), temperature)
 
 
 def as_tensor(array: Array, name: str) -> Tensor:
@@ -219,15 +93,15 @@ def as_tensor(array: Array, name: str) -> Tensor:
 
 
 def _answer(
-    operation: Callable[..., Any],
-    arrays: dict[str, Array],
-    *arguments: Any,  # noqa: ANN401
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    arrays: Sequence[str],
     temperature: float,
-) -> Any:  # noqa: ANN401
-    """What an operation answers to arrays and its further arguments, in the kind of array of x."""
-    tensors = [as_tensor(array, name) for name, array in arrays.items()]
-    result = operation(*tensors, *arguments, temperature=temperature, backend="cuda")
-    if type(arrays["x"]).__module__.partition(".")[0] != "cupy":
+) -> Any:  # noqa: ANN401  (arrays of x's library)
+    """What a function answers, some of whose arguments are arrays, in the kind of array of x."""
+    tensors = {name: as_tensor(arguments[name], name) for name in arrays}
+    result = function(**{**arguments, **tensors}, temperature=temperature, backend="cuda")
+    if type(arguments["x"]).__module__.partition(".")[0] != "cupy":
         return result
     import cupy
 
@@ -255,3 +129,46 @@ def _rows(
     if why_not is not None:
         raise BackendUnavailableError(backend, "window_posterior_rows", why_not, ())
     return _rows_of_problem(problem, outputs, window).to(x.dtype)
+
+
+def _on_arrays(function: Callable[..., Any]) -> Callable[..., Array]:
+    """A function of `pyflocality.ops` on the cuda backend, with arrays in the place of tensors."""
+    parameters = [
+        one.replace(annotation=Array if one.annotation == "Tensor" else one.annotation)
+        for one in inspect.signature(function).parameters.values()
+        if one.name not in ("backend", "options")
+    ]
+    arrays = [one.name for one in parameters if one.annotation is Array]
+    temperature = inspect.Parameter("temperature", inspect.Parameter.KEYWORD_ONLY, default=1.0)
+    signature = inspect.Signature([*parameters, temperature], return_annotation=Array)
+
+    def on_arrays(*arguments: Any, **named: Any) -> Array:  # noqa: ANN401
+        bound = signature.bind(*arguments, **named)
+        bound.apply_defaults()
+        given = dict(bound.arguments)
+        return _answer(function, given, arrays, given.pop("temperature"))
+
+    name = function.__name__
+    on_arrays.__name__ = on_arrays.__qualname__ = name
+    on_arrays.__signature__ = signature  # type: ignore[attr-defined]  # what `help` shows
+    options = "        temperature: Divides the logits.\n"
+    text = re.sub(r"        backend: .*\n        options: .*\n", options, function.__doc__ or "")
+    on_arrays.__doc__ = text.replace("    Args:\n", f"{_ARRAYS}    Args:\n", 1)
+    return on_arrays
+
+
+# What the functions are told of in addition to those of `pyflocality.ops`.
+_ARRAYS = """    x, images and directions are arrays with `__dlpack__` on one GPU, float32; images
+    may be uint8. What is answered is a CuPy array where x is one, else a tensor.
+
+"""
+
+for _operation in OPERATIONS.values():
+    for _kind, _variant in _operation.variants.items():
+        if "cuda" in _variant.backends:
+            _name = f"{_operation.name}_{'mean' if _kind == 'scan' else _kind}"
+            globals()[_name] = _on_arrays(getattr(ops, _name))
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Callable[..., Array]: ...

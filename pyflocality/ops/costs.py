@@ -3,8 +3,8 @@
 One rule for all formulas: an addition, a multiplication and an exponential count as one each, a sum
 of n terms as n - 1, and a sum over a square window as 4, since a running sum takes in one value and
 lets go of another along either axis. Sums over all images count one for each image. What is done
-once for an image or a noisy image is left out beside what is done for their pairs, and so is what
-only keeps numbers in range: the smallest distance and its subtraction.
+once for an image, a noisy image or a pair of them is left out beside what is done for their values,
+and so is what only keeps numbers in range: the smallest distance and its subtraction.
 """
 
 from __future__ import annotations
@@ -59,5 +59,5 @@ class Work:
     """
 
     flops: float
-    bytes: float
+    bytes: int
     scans: int

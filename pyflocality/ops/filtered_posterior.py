@@ -42,20 +42,23 @@ FILTERED_POSTERIOR = declare(
                 per_pair(lambda s: 12 * s.values + 3 * s.terms),
                 scans=2,
             ),
-            # And for a tangent its products with the values and a sum for every term, twice, their
-            # weighted sum, what is left of it and its share, and the way back: 8 D and the terms.
+            # The shares are sums with weights here, 2 for every term. For a tangent its products
+            # with the values and a sum for every term, twice, 2 D; their weighted sum and what is
+            # left of it times the weight, 4 D; the sums of that with the weights, 2 for every term;
+            # and their products with the values and the sums, 2 D.
             "jvp": Variant(
                 {"reference": Served()},
                 per_pair(
-                    lambda s: (12 + 8 * s.directions) * s.values + 3 * (1 + s.directions) * s.terms
+                    lambda s: (12 + 8 * s.directions) * s.values + 4 * (1 + s.directions) * s.terms
                 ),
                 scans=2,
             ),
-            # The same without the shares themselves.
+            # The same without the shares; a cotangent is summed with weights, twice, and spread
+            # without.
             "vjp": Variant(
                 {"reference": Served()},
                 per_pair(
-                    lambda s: (10 + 8 * s.directions) * s.values + (2 + 3 * s.directions) * s.terms
+                    lambda s: (10 + 8 * s.directions) * s.values + (2 + 5 * s.directions) * s.terms
                 ),
                 scans=2,
             ),

@@ -16,7 +16,7 @@ NEAREST = declare(
     Operation(
         "nearest",
         # Differences, their squares and the sum of these.
-        {"scan": Variant({"reference": Served()}, per_pair(lambda s: 3 * s.values - 1))},
+        {"scan": Variant({"reference": Served()}, per_pair(lambda s: 3 * s.values))},
         answers_state=False,
         parameters=("k",),
         example=lambda size, generator: (1,),

@@ -135,7 +135,7 @@ class Operation:
     inputs: Callable[..., Tensor | None] = _all_inputs
     example: Callable[[Size, torch.Generator], Query] = _no_example
     model: str | None = None
-    beside: Callable[[Size], float] | None = None
+    beside: Callable[[Size], int] | None = None
 
     def mean(
         self,
@@ -256,7 +256,7 @@ class Operation:
         if self.beside is None:
             answers = {"scan": 1, "jvp": 1 + directions, "vjp": directions}[kind]
             batches = 1 + directions + answers
-            beside = float(_FLOAT_BYTES * batches * size.batch * size.values)
+            beside = _FLOAT_BYTES * batches * size.batch * size.values
         else:
             beside = self.beside(size)
         stored = variant.scans * size.images * size.values * size.image_bytes
