@@ -94,7 +94,7 @@ def apply_weights(
     def added(first: tuple, second: tuple, scale: Tensor) -> tuple:
         return (first[0] + second[0],)
 
-    sums = stored.noisy[0].numel() * max(1, rows[0].shape[1] if rows else 1)
+    sums = stored.noisy.shape[1:].numel() * max(1, rows[0].shape[1] if rows else 1)
     rows = (state.minimum, state.total, *rows)
     options["isa"] = instruction_set or ""
     (total,) = _over_images(stored, kernel_of_one, sums * BYTES_PER_SUM, rows, added, options)
