@@ -15,7 +15,7 @@ def scan(problem: PosteriorProblem, window: int, *, instruction_set: str | None 
     """The means, [B, C, H, W]."""
     stored = StoredProblem(problem)
     options = {"image_shape": image_shape(problem), "window": window}
-    per_image = problem.x[0, 0].numel() * BYTES_PER_SUM
+    per_image = problem.x.shape[2:].numel() * BYTES_PER_SUM
     kernel = native_module().patch_set_scan
     state = scan_images(stored, kernel, per_image, instruction_set, **options)
     state = problem.merged(state, stored.scale)
