@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from pyflocality._support.checks import describe
-from pyflocality._support.transforms import has_readable_values
 from pyflocality.ops.operation import OPERATIONS
-from pyflocality.posterior.problem import PosteriorOptions, posterior_problem
+from pyflocality.posterior.problem import PosteriorOptions
 from pyflocality.weights import QueryWeights
 
 if TYPE_CHECKING:
@@ -61,12 +58,7 @@ def posterior_log_sum_exp(
     query = {name: value for name, value in asked.items() if value is not None}
     if len(query) > 1:
         raise ValueError("give `window` or `weights`, not both")
-    problem = posterior_problem(x, images, sigma, alpha, **options)
-    # Also where the square of a small one is no number above 0.
-    if has_readable_values(problem.scale) and torch.isinf(problem.scale).any():
-        raise ValueError(f"`sigma` must be positive, got {describe(sigma)}")
     operation = next(
         one for one in OPERATIONS.values() if one.answers_state and one.parameters == tuple(query)
     )
-    checked = operation.check(problem.image_shape, *query.values())
-    return operation.log_sum_exp_of(problem, checked, backend)
+    return operation.log_sum_exp(x, images, (*query.values(),), sigma, alpha, backend, options)

@@ -20,7 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyflocality._support.checks import LevelLike, Pixel
+from pyflocality._support.checks import LevelLike, Pixel, describe
+from pyflocality._support.transforms import has_readable_values
 from pyflocality.backends.selection import UNPROVEN, Implementation, register
 from pyflocality.ops.costs import Size, Work
 from pyflocality.ops.path import Query, answered
@@ -182,6 +183,23 @@ class Operation:
         problem = posterior_problem(x, images, sigma, alpha, derivatives=True, **options)
         cotangents = check_directions(cotangents, x, "cotangents")
         return self.vjp_of(problem, cotangents, self.check(problem.image_shape, *given), backend)
+
+    def log_sum_exp(
+        self,
+        x: Tensor,
+        images: Tensor,
+        given: Query,
+        sigma: LevelLike,
+        alpha: float | Tensor,
+        backend: str | None,
+        options: PosteriorOptions,
+    ) -> Tensor:
+        """Log of the sum that normalises each posterior, float64 [B, Q]."""
+        problem = posterior_problem(x, images, sigma, alpha, **options)
+        # Also where the square of a small one is no number above 0.
+        if has_readable_values(problem.scale) and torch.isinf(problem.scale).any():
+            raise ValueError(f"`sigma` must be positive, got {describe(sigma)}")
+        return self.log_sum_exp_of(problem, self.check(problem.image_shape, *given), backend)
 
     def mean_of(
         self, problem: PosteriorProblem, query: Query = (), backend: str | None = None

@@ -8,7 +8,6 @@ from torch import Tensor
 from pyflocality.backends import machine_reason
 from pyflocality.ops.costs import Size
 from pyflocality.ops.operation import OPERATIONS, Operation
-from pyflocality.posterior.problem import posterior_problem
 
 SHAPE = (2, 5, 6)
 
@@ -60,6 +59,5 @@ class Problem:
 
     def log_sum_exp(self, backend: str) -> Tensor:
         """Log-sum-exps of the posteriors."""
-        problem = posterior_problem(self.x.float(), self.images, 0.8, 0.9)
-        query = self.operation.check(SHAPE, *self.given)
-        return self.operation.log_sum_exp_of(problem, query, backend)
+        x, level = self.x.float(), (0.8, 0.9)
+        return self.operation.log_sum_exp(x, self.images, self.given, *level, backend, {})

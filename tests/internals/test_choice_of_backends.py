@@ -218,7 +218,7 @@ def test_every_implementation_is_there():
     for table in OPERATIONS.values():
         for implementation in table.values():
             # Not loaded: a kernel's module imports Triton.
-            source = Path(importlib.util.find_spec(implementation.module).origin)
+            source = Path(importlib.util.find_spec(implementation.file).origin)
             assert f"def {implementation.function}(" in source.read_text(encoding="utf-8")
 
 

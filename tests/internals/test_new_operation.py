@@ -20,7 +20,6 @@ from pyflocality.cli import main
 from pyflocality.ops import operation as declarations
 from pyflocality.ops.operation import Operation, Served, Variant, declare, per_pair
 from pyflocality.planner import Setting, cost_of, models, seconds_of
-from pyflocality.posterior.problem import posterior_problem
 
 NAME = "strided_posterior"
 REFERENCE = '''
@@ -90,7 +89,7 @@ def test_it_is_chosen_and_answers(toy, given):
 
 def test_it_has_log_sum_exps(toy, given):
     x, images = given
-    found = toy.log_sum_exp_of(posterior_problem(x, images, 0.5, 0.9), (1,))
+    found = toy.log_sum_exp(x, images, (1,), 0.5, 0.9, None, {})
     whole = pf.ops.posterior_log_sum_exp(x, images, 0.5, 0.9, backend="reference")
     torch.testing.assert_close(found, whole, rtol=1e-6, atol=1e-6)
 
