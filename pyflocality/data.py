@@ -404,7 +404,7 @@ class TrainingSet:
         key = f"{self._content_key} {self.augmentation}"
         return hashlib.sha256(key.encode()).hexdigest()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TrainingSet:
+    def __deepcopy__(self, memo: dict[int, object]) -> TrainingSet:
         """A set that shares the images: they are immutable by convention."""
         return copy.copy(self)
 
@@ -414,7 +414,7 @@ class TrainingSet:
         twin.__dict__.update(self.__dict__)
         return twin
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """What is pickled: the path of a memory-mapped set, the images of any other.
 
         Raises:
@@ -436,7 +436,7 @@ class TrainingSet:
             state["images"] = self.images.clone()
         return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         """Restore a pickled set; raises ValueError if the file it maps is not the same any more."""
         self.__dict__.update({"_content_key": None, "augmentation": None} | state)
         if isinstance(self.images, MappedView):

@@ -136,14 +136,14 @@ def shard(data: TrainingSet, group: dist.ProcessGroup | None = None) -> Training
     _check_group("shard", group)
     if ranks_of(data.images) is not None:
         raise ValueError(f"`data` must be the whole set, {data!r} is sharded already")
-    members = Ranks(group)
-    members.agree(f"shard of {len(data)} images {data.image_shape} {data.dtype}")
-    if len(data) < members.count:
+    holders = Ranks(group)
+    holders.agree(f"shard of {len(data)} images {data.image_shape} {data.dtype}")
+    if len(data) < holders.count:
         raise ValueError(
-            f"`data` must have at least {members.count} images, one for each rank, got {len(data)}"
+            f"`data` must have at least {holders.count} images, one for each rank, got {len(data)}"
         )
-    part = copy.copy(data.subset(members.part(len(data))))
-    part.images = ShardedImages.of(part.images, members)
+    part = copy.copy(data.subset(holders.part(len(data))))
+    part.images = ShardedImages.of(part.images, holders)
     return part
 
 

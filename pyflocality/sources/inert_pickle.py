@@ -131,13 +131,25 @@ class _Reader:
             self._put(len(self._memo) if argument is None else argument)
         elif name in _GETS:
             self._stack.append(self._memo[argument])
-        elif name in _TUPLES:
-            items = [self._pop() for _ in range(_TUPLES[name])]
-            self._stack.append(tuple(reversed(items)))
-        elif name in _OF_ITEMS:
-            self._stack.append(_OF_ITEMS[name](self._pop_to_mark()))
+        elif name in _ITEMS:
+            self._take_items(name, self._items(_ITEMS[name]))
+        elif name == "DUP":
+            self._stack.append(self._stack[-1])
         elif name not in _LAYOUT:
-            getattr(self, f"_{name.lower()}")(*() if argument is None else (argument,))
+            {"STACK_GLOBAL": self._stack_name, "REDUCE": self._reduce, "BUILD": self._build}[name]()
+
+    def _take_items(self, name: str, items: list[Any]) -> None:
+        """Make a value of items, or put them into the list or dict that lies below them."""
+        if name in _MAKERS:
+            self._stack.append(_MAKERS[name](items))
+        elif name.startswith("APPEND"):
+            if type(self._stack[-1]) is not list:
+                _refuse("it appends to what is no list")
+            self._stack[-1].extend(items)
+        elif name.startswith("SETITEM"):
+            if type(self._stack[-1]) is not dict:
+                _refuse("it sets items of what is no dict")
+            self._stack[-1].update(_dict_of(items))
 
     def _quoted(self) -> bytes:
         """Bytes in quotes, as Python 2 wrote them in the oldest protocol."""
@@ -152,7 +164,10 @@ class _Reader:
             _refuse("its values are out of order")
         return value
 
-    def _pop_to_mark(self) -> list[Any]:
+    def _items(self, count: int | None) -> list[Any]:
+        """The last values, so many or down to the mark, in their order."""
+        if count is not None:
+            return [self._pop() for _ in range(count)][::-1]
         # From the end: it lies right below the items.
         start = len(self._stack) - 1
         while self._stack[start] is not _MARK:
@@ -168,44 +183,12 @@ class _Reader:
             _refuse("its values are out of order")
         self._memo[place] = self._stack[-1]
 
-    # Instructions that have a method of their own, by their names.
-
-    def _pop_mark(self) -> None:
-        self._pop_to_mark()
-
-    def _dup(self) -> None:
-        self._stack.append(self._stack[-1])
-
-    def _append(self) -> None:
-        self._extend([self._pop()])
-
-    def _appends(self) -> None:
-        self._extend(self._pop_to_mark())
-
-    def _extend(self, items: list[Any]) -> None:
-        target = self._stack[-1]
-        if type(target) is not list:
-            _refuse("it appends to what is no list")
-        target.extend(items)
-
-    def _setitem(self) -> None:
-        self._update([self._pop(), self._pop()][::-1])
-
-    def _setitems(self) -> None:
-        self._update(self._pop_to_mark())
-
-    def _update(self, items: list[Any]) -> None:
-        target = self._stack[-1]
-        if type(target) is not dict:
-            _refuse("it sets items of what is no dict")
-        target.update(_dict_of(items))
-
     def _push_name(self, module: str, name: str) -> None:
         if (module, name) not in _NAMES:
             _refuse(f"it asks for {module}.{name}, which is not allowed")
         self._stack.append(_Name(module, name))
 
-    def _stack_global(self) -> None:
+    def _stack_name(self) -> None:
         name, module = self._pop(), self._pop()
         if type(module) is not str or type(name) is not str:
             _refuse("it asks for what has no name")
@@ -331,15 +314,16 @@ _VALUES = frozenset(
 _STRINGS = frozenset(("BINSTRING", "SHORT_BINSTRING"))
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK}
 _EMPTY: dict[str, type] = {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_OF_ITEMS: dict[str, Callable[[list[Any]], Any]] = {"LIST": list, "TUPLE": tuple, "DICT": _dict_of}
+# How many of the last values instructions take; None is all of them down to the mark.
+_ITEMS = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None, "LIST": None, "DICT": None}
+_ITEMS |= {"APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None, "POP": 1, "POP_MARK": None}
+_MAKERS: dict[str, Callable[[list[Any]], Any]] = {"LIST": list, "DICT": _dict_of}
+_MAKERS |= dict.fromkeys(("TUPLE1", "TUPLE2", "TUPLE3", "TUPLE"), tuple)
 _PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"))
 _GETS = frozenset(("GET", "BINGET", "LONG_BINGET"))
 # How the file is laid out.
 _LAYOUT = frozenset(("PROTO", "FRAME"))
-_METHODS = frozenset(
-    "POP POP_MARK DUP APPEND APPENDS SETITEM SETITEMS STACK_GLOBAL REDUCE BUILD".split()
-)
+_OTHERS = frozenset(("DUP", "STACK_GLOBAL", "REDUCE", "BUILD"))
 _INSTRUCTIONS = frozenset().union(
-    _VALUES, _STRINGS, _CONSTANTS, _EMPTY, _TUPLES, _OF_ITEMS, _PUTS, _GETS, _LAYOUT, _METHODS
+    _VALUES, _STRINGS, _CONSTANTS, _EMPTY, _ITEMS, _PUTS, _GETS, _LAYOUT, _OTHERS
 )
