@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from pyflocality.kernels.cuda.geometry import WindowPlan, WindowShape, plan_adjoint, plan_window
+from pyflocality.kernels.cuda._geometry import WindowPlan, WindowShape, plan_vjp, plan_window
 from pyflocality.kernels.devices import CAPABILITY, SHARED_BYTES, shared_bytes_of
 from pyflocality.posterior.call import Call
 
@@ -88,9 +88,9 @@ def window_posterior_limits(call: Call) -> str | None:
     return _window_limits(call, plan_window)
 
 
-def window_adjoint_limits(call: Call) -> str | None:
-    """Limits of the CUDA pass that spreads weights over whole windows."""
-    return _window_limits(call, plan_adjoint)
+def window_vjp_limits(call: Call) -> str | None:
+    """Limits of the CUDA pass that applies weights to whole windows."""
+    return _window_limits(call, plan_vjp)
 
 
 def _window_limits(call: Call, plan: Callable[[WindowShape], WindowPlan]) -> str | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyflocality._support.budget import memory_budget_bytes
+from pyflocality.kernels.devices import LARGEST_GRID
 from pyflocality.posterior.problem import PosteriorProblem
 from pyflocality.posterior.tangents import jacobian_factor
 from pyflocality.storage.reader import BYTES_PER_UNIT, values_to_bytes
@@ -98,6 +99,21 @@ class StoredProblem:
         problem = self.problem
         x, alpha, scale = problem.x[rows], problem.alpha[rows], problem.scale[rows]
         return StoredProblem(replace(problem, x=x, alpha=alpha, scale=scale))
+
+    def parts(self, bytes_each: int, multiple: int = 1) -> list[tuple[slice, StoredProblem]]:
+        """As many noisy images at a time as fit the budget and a grid, and which they are.
+
+        Args:
+            bytes_each: Working memory for each of them.
+            multiple: What their number is a multiple of, but for the last ones.
+
+        Returns:
+            At least one part: it is empty where there are no noisy images.
+        """
+        together = max(1, self.budget // (bytes_each * multiple)) * multiple
+        step, batch = min(together, LARGEST_GRID), len(self.problem.x)
+        slices = [slice(first, first + step) for first in range(0, max(1, batch), step)]
+        return [(rows, self.part(rows)) for rows in slices]
 
     def distances(self, minimum: Tensor) -> Tensor:
         """Distances of the formulas from stored ones [B, Q]."""

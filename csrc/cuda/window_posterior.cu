@@ -158,10 +158,10 @@ extern __shared__ float pyflocality_shared[];
 //   partial   [splits, B, 1 + kStateSums, H W]
 extern "C" __global__ void __launch_bounds__(pyflocality::ScanTraits::kThreads,
                                              pyflocality::ScanTraits::kMinBlocks)
-    window_posterior_scan(const pyflocality::Stored* __restrict__ images, long long count,
-                          long long images_per_split, const float* __restrict__ noisy,
-                          const float* __restrict__ factor, const float* __restrict__ tangents,
-                          float* __restrict__ partial) {
+    window_posterior(const pyflocality::Stored* __restrict__ images, long long count,
+                     long long images_per_split, const float* __restrict__ noisy,
+                     const float* __restrict__ factor, const float* __restrict__ tangents,
+                     float* __restrict__ partial) {
   using namespace pyflocality;
   using T = ScanTraits;
   const long long b = blockIdx.x, split = blockIdx.y;

@@ -13,9 +13,9 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from pyflocality.kernels.cuda.geometry import batch_slices, ceil_div
-from pyflocality.kernels.cuda.launch import Launch, run
-from pyflocality.kernels.cuda.window_posterior import merge_sums
+from pyflocality.kernels.cuda._geometry import ceil_div
+from pyflocality.kernels.cuda._launch import Launch, run
+from pyflocality.kernels.cuda._windows import merge_sums
 from pyflocality.kernels.stored import StoredProblem
 from pyflocality.posterior.problem import PosteriorProblem
 
@@ -26,7 +26,7 @@ _SPLITS = 64
 def window_posterior_rows(
     problem: PosteriorProblem, outputs: Sequence[tuple[int, int, int]], window: int
 ) -> Tensor:
-    r"""The derivatives of chosen values of the posterior mean by the noisy image.
+    r"""The derivatives of chosen values of the posterior mean with respect to the noisy image.
 
     .. math::
         J[m, d] = \frac{\alpha}{\sigma^2 \tau} \, [d \in \Omega_q] \,
@@ -59,8 +59,7 @@ def window_posterior_rows(
     # Distances and weights of all images, four times in double precision and twice in single; sums
     # of every split, and the merged ones twice.
     bytes_each = 40 * len(problem.images) + 4 * (_SPLITS + 4) * problem.images[0].numel()
-    slices = batch_slices(len(problem.x), stored.budget // bytes_each)
-    parts = [stored.part(chosen) for chosen in slices]
+    parts = [part for _, part in stored.parts(bytes_each)]
     rows = [
         torch.cat([_row_of_output(part, output, window) for part in parts]) for output in outputs
     ]
@@ -107,7 +106,7 @@ def _distances(stored: StoredProblem, images: Tensor, where: Tensor, window: int
     grid = (ceil_div(len(images), _IMAGES_PER_BLOCK), len(where), 1)
     macros = _macros(images, window)
     launch = Launch("window_rows", "window_distances", grid, _THREADS, 4 * _THREADS, macros)
-    run(launch, images.device, (images, len(images), stored.noisy, where, distance))
+    run(launch, images, len(images), stored.noisy, where, distance)
     return distance
 
 
@@ -124,6 +123,5 @@ def _weighted_sums(
     macros = _macros(images, window)
     launch = Launch("window_rows", "window_weighted_sums", grid, _THREADS, 0, macros)
     base = stored.centre
-    arguments = (images, len(images), per_split, base, where, weight, partial)
-    run(launch, images.device, arguments)
+    run(launch, images, len(images), per_split, base, where, weight, partial)
     return merge_sums(partial)

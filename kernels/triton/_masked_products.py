@@ -1,28 +1,34 @@
-"""Triton kernels behind the masked posterior: gathered products with and without a softmax.
+"""Gathered products behind the masked posterior: Triton kernels, each with its launcher.
 
 All work on a transposed, centred float16 copy of the images, [D, columns]: the values of input d
 at consecutive images lie side by side, so a list of inputs is a gather of whole rows. The copy
 holds integers of at most 255 and is exact. Lists, tiles, levels and places are those of
-`_mask_plan`; the rows of a tile are its 16 outputs times BATCH noisy images, row = output * BATCH
-+ image.
+`_masked_levels`; the rows of a tile are its 16 outputs times BATCH noisy images,
+row = output * BATCH + image.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from pyflocality.kernels.triton._launch import Launch
+from pyflocality.kernels.triton._masked_levels import OUTPUTS, Level, MaskLevels
+from pyflocality.kernels.triton._masked_plan import Config
 
 
 @triton.jit
 def pack_queries_kernel(
     noisy_ptr,  # scaled, centred noisy images, float32 [G * BATCH, D]
     inputs_ptr,  # lists of inputs, int32 [blocks * BLOCK_D]
-    members_ptr,  # weights of the listed inputs, float16 [blocks, MEMBER_PARTS, 16, BLOCK_D]
-    queries_ptr,  # result, float16 [G, blocks, PARTS, ROWS, BLOCK_D]
+    mask_weights_ptr,  # weights of the listed inputs, float16 [blocks, WEIGHT_HALVES, 16, BLOCK_D]
+    queries_ptr,  # result, float16 [G, blocks, HALVES, ROWS, BLOCK_D]
     dim,
     blocks,
-    MEMBER_PARTS: tl.constexpr,
-    PARTS: tl.constexpr,
+    WEIGHT_HALVES: tl.constexpr,
+    HALVES: tl.constexpr,
     OUTPUTS: tl.constexpr,
     BATCH: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -35,25 +41,64 @@ def pack_queries_kernel(
     block, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
-    member_place = (row // BATCH)[:, None] * BLOCK_D + column[None, :]  # [ROWS, BLOCK_D]
-    member_base = members_ptr + block * (MEMBER_PARTS * OUTPUTS * BLOCK_D)
-    weight = tl.load(member_base + member_place).to(tl.float32)
-    if MEMBER_PARTS == 2:
-        weight += tl.load(member_base + OUTPUTS * BLOCK_D + member_place).to(tl.float32)
+    weight_place = (row // BATCH)[:, None] * BLOCK_D + column[None, :]  # [ROWS, BLOCK_D]
+    weight_base = mask_weights_ptr + block * (WEIGHT_HALVES * OUTPUTS * BLOCK_D)
+    weight = tl.load(weight_base + weight_place).to(tl.float32)
+    if WEIGHT_HALVES == 2:
+        weight += tl.load(weight_base + OUTPUTS * BLOCK_D + weight_place).to(tl.float32)
     entry = tl.load(inputs_ptr + block * BLOCK_D + column)
     image = group * BATCH + row % BATCH
     value = weight * tl.load(noisy_ptr + image[:, None] * dim + entry[None, :])
     high = value.to(tl.float16)
-    start = (group * blocks + block) * (PARTS * ROWS * BLOCK_D)
+    start = (group * blocks + block) * (HALVES * ROWS * BLOCK_D)
     place = start + row[:, None] * BLOCK_D + column[None, :]
     tl.store(queries_ptr + place, high)
-    if PARTS == 2:
+    if HALVES == 2:
         low = (value - high.to(tl.float32)).to(tl.float16)
         tl.store(queries_ptr + ROWS * BLOCK_D + place, low)
 
 
+def pack_queries(queries: Tensor, levels: MaskLevels, config: Config, halves: int) -> list[Tensor]:
+    """Weighted values of the queries of some groups [G, BATCH, D] at the lists of every level."""
+    packed = []
+    for level in levels.levels:
+        rows = OUTPUTS * config.batch
+        shape = (len(queries), level.blocks, halves, rows, config.block_d)
+        packed.append(torch.empty(shape, dtype=torch.float16, device=queries.device))
+        pack_queries_kernel[(level.blocks, len(queries))](
+            noisy_ptr=queries,
+            inputs_ptr=level.inputs,
+            mask_weights_ptr=level.mask_weights,
+            queries_ptr=packed[-1],
+            dim=queries.shape[-1],
+            blocks=level.blocks,
+            WEIGHT_HALVES=level.halves,
+            HALVES=halves,
+            OUTPUTS=OUTPUTS,
+            BATCH=config.batch,
+            BLOCK_D=config.block_d,
+            num_warps=4,
+        )
+    return packed
+
+
+def list_arguments(level: Level, config: Config, launch: Launch) -> dict[str, object]:
+    """What every kernel that goes along the lists of a level takes of it."""
+    return {
+        "inputs_ptr": level.inputs,
+        "starts_ptr": level.starts,
+        "parents_ptr": level.parents,
+        "HAS_PARENTS": level.has_parents,
+        "OUTPUTS": OUTPUTS,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": config.block_d,
+        "NUM_STAGES": launch.num_stages,
+        **launch.options(),
+    }
+
+
 @triton.jit
-def _gathered_products(
+def gathered_products(
     images_ptr,
     queries_ptr,
     inputs_ptr,
@@ -61,7 +106,7 @@ def _gathered_products(
     last,
     column,  # [BLOCK_N]
     stride_image,
-    PARTS: tl.constexpr,
+    HALVES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -76,8 +121,8 @@ def _gathered_products(
     entry = tl.arange(0, BLOCK_D)
     query_place = tl.arange(0, ROWS)[:, None] * BLOCK_D + entry[None, :]  # [ROWS, BLOCK_D]
     product = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    for step in tl.range(first * PARTS, last * PARTS, num_stages=NUM_STAGES):
-        listed = tl.load(inputs_ptr + (step // PARTS) * BLOCK_D + entry).to(tl.int64)
+    for step in tl.range(first * HALVES, last * HALVES, num_stages=NUM_STAGES):
+        listed = tl.load(inputs_ptr + (step // HALVES) * BLOCK_D + entry).to(tl.int64)
         images = tl.load(images_ptr + listed[:, None] * stride_image + column[None, :])
         query = tl.load(queries_ptr + tl.cast(step, tl.int64) * (ROWS * BLOCK_D) + query_place)
         product = tl.dot(query, images, product)
@@ -87,7 +132,7 @@ def _gathered_products(
 @triton.jit
 def core_sums_kernel(
     images_ptr,  # float16 [D, columns]
-    queries_ptr,  # float16 [G, blocks, PARTS, ROWS, BLOCK_D]
+    queries_ptr,  # float16 [G, blocks, HALVES, ROWS, BLOCK_D]
     inputs_ptr,
     starts_ptr,
     parents_ptr,  # place of each tile's core above, int32 [tiles]
@@ -98,7 +143,7 @@ def core_sums_kernel(
     stride_image,
     stride_sum,
     HAS_PARENTS: tl.constexpr,
-    PARTS: tl.constexpr,
+    HALVES: tl.constexpr,
     OUTPUTS: tl.constexpr,
     BATCH: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -114,15 +159,15 @@ def core_sums_kernel(
     tile, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
     column = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, ROWS)
-    sums = _gathered_products(
+    sums = gathered_products(
         images_ptr,
-        queries_ptr + group * blocks * (PARTS * ROWS * BLOCK_D),
+        queries_ptr + group * blocks * (HALVES * ROWS * BLOCK_D),
         inputs_ptr,
         tl.load(starts_ptr + tile),
         tl.load(starts_ptr + tile + 1),
         column,
         stride_image,
-        PARTS,
+        HALVES,
         ROWS,
         BLOCK_N,
         BLOCK_D,
@@ -136,10 +181,35 @@ def core_sums_kernel(
     tl.store(sums_ptr + line[:, None] * stride_sum + column[None, :], sums)
 
 
+def core_sums(
+    columns: Tensor, packed: list[Tensor], levels: MaskLevels, config: Config, halves: int
+) -> Tensor | None:
+    """Sums that the tiles of the first level share, [groups, places, batch, columns]."""
+    above, width = None, columns.shape[1]
+    for level, queries in reversed(list(zip(levels.levels, packed, strict=True))[1:]):
+        shape = (len(queries), level.tiles * OUTPUTS, config.batch, width)
+        sums = torch.empty(shape, device=columns.device)
+        core_sums_kernel[(level.tiles, len(queries), width // config.block_n)](
+            images_ptr=columns,
+            queries_ptr=queries,
+            above_ptr=sums if above is None else above,
+            sums_ptr=sums,
+            blocks=level.blocks,
+            places_above=0 if above is None else above.shape[1],
+            stride_image=columns.stride(0),
+            stride_sum=width,
+            HALVES=halves,
+            BATCH=config.batch,
+            **list_arguments(level, config, config.cores),
+        )
+        above = sums
+    return above
+
+
 @triton.jit
 def squared_norms_kernel(
     images_ptr,  # float16 [D, columns]
-    members_ptr,  # float16 [blocks, PARTS, 16, BLOCK_D]
+    mask_weights_ptr,  # float16 [blocks, HALVES, 16, BLOCK_D]
     inputs_ptr,
     starts_ptr,
     parents_ptr,
@@ -151,7 +221,7 @@ def squared_norms_kernel(
     stride_above,
     stride_norm,
     HAS_PARENTS: tl.constexpr,
-    PARTS: tl.constexpr,
+    HALVES: tl.constexpr,
     OUTPUTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -179,11 +249,11 @@ def squared_norms_kernel(
         square = value.to(tl.float32) * value.to(tl.float32)
         upper = tl.floor(square * (1.0 / 256.0))
         lower = (square - upper * 256.0).to(tl.float16)
-        base = members_ptr + tl.cast(block, tl.int64) * (PARTS * OUTPUTS * BLOCK_D)
+        base = mask_weights_ptr + tl.cast(block, tl.int64) * (HALVES * OUTPUTS * BLOCK_D)
         weight = tl.load(base + place)
         high = tl.dot(weight, upper.to(tl.float16), high)
         low = tl.dot(weight, lower, low)
-        if PARTS == 2:
+        if HALVES == 2:
             weight = tl.load(base + OUTPUTS * BLOCK_D + place)
             high = tl.dot(weight, upper.to(tl.float16), high)
             low = tl.dot(weight, lower, low)
@@ -197,99 +267,36 @@ def squared_norms_kernel(
     tl.store(norms_ptr + line[:, None] * stride_norm + column[None, :], norm)
 
 
-@triton.jit
-def masked_posterior_kernel(
-    images_ptr,  # float16 [D, columns]
-    queries_ptr,  # float16 [G, blocks, PARTS, ROWS, BLOCK_D]
-    inputs_ptr,
-    starts_ptr,
-    parents_ptr,
-    cores_ptr,  # sums of the level above, float32 [G, places above, BATCH, columns]
-    norms_ptr,  # float32 [tiles * 16, columns]
-    outputs_ptr,  # output at each place, int32 [tiles * 16]
-    row_scale_ptr,  # float32 [tiles * 16]
-    gain_ptr,  # factor of the products in a distance, float32 [G * BATCH]
-    factor_ptr,  # factor of a distance in the power of two, float32 [G * BATCH]
-    minimum_ptr,  # results, float32 [splits, G, tiles * ROWS]
-    total_ptr,
-    weighted_ptr,
-    blocks,
-    places_above,
-    column_blocks,
-    split_blocks,
-    stride_image,
-    stride_norm,
-    stride_sum,
-    HAS_PARENTS: tl.constexpr,
-    PARTS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    BATCH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-):
-    """Posterior scan of one split of the images for a tile of outputs and a group of queries.
+def squared_norms(
+    columns: Tensor, count: int, levels: MaskLevels, config: Config, target: Tensor | None = None
+) -> Tensor:
+    """Squared norms of some images over all masks, [places, columns].
 
-    A distance is norm - gain * product, up to a term that all images share. Columns without an
-    image have an infinite norm and so no weight.
-
-    Grid: (tiles, G, splits); each program handles 16 outputs of BATCH noisy images over
-    `split_blocks` blocks of BLOCK_N training images. Tiles vary fastest: programs that run
-    together read the same images.
+    Args:
+        columns: The images, [D, columns].
+        count: How many columns hold one; the norms of others are infinite.
+        levels: The masks.
+        config: Shapes of the kernels.
+        target: Where the norms go; None makes a tensor.
     """
-    ROWS: tl.constexpr = OUTPUTS * BATCH
-    tile, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    place = tile.to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)  # [OUTPUTS]
-    image = group * BATCH + tl.arange(0, BATCH)  # [BATCH]
-    gain = tl.load(row_scale_ptr + place)[:, None] * tl.load(gain_ptr + image)[None, :]
-    factor = tl.load(factor_ptr + image)[None, :]  # [1, BATCH]
-    norm_line = norms_ptr + place * stride_norm
-    value_line = images_ptr + tl.load(outputs_ptr + place).to(tl.int64) * stride_image
-    core_line = cores_ptr + tl.zeros((BATCH,), tl.int64)
-    if HAS_PARENTS:
-        parent = group * places_above + tl.load(parents_ptr + tile)
-        core_line += (parent * BATCH + tl.arange(0, BATCH)) * stride_sum
-    first, last = tl.load(starts_ptr + tile), tl.load(starts_ptr + tile + 1)
-    minimum = tl.full((OUTPUTS, BATCH), float("inf"), tl.float32)
-    total = tl.zeros((OUTPUTS, BATCH), tl.float32)
-    weighted = tl.zeros((OUTPUTS, BATCH), tl.float32)
-    start = tl.program_id(2) * split_blocks
-    for column_block in range(start, min(start + split_blocks, column_blocks)):
-        column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
-        product = _gathered_products(
-            images_ptr,
-            queries_ptr + group * blocks * (PARTS * ROWS * BLOCK_D),
-            inputs_ptr,
-            first,
-            last,
-            column,
-            stride_image,
-            PARTS,
-            ROWS,
-            BLOCK_N,
-            BLOCK_D,
-            NUM_STAGES,
+    above = None
+    for level in reversed(levels.levels):
+        outputs = level is levels.levels[0]
+        norms = target
+        if target is None or not outputs:
+            norms = torch.empty(level.tiles * OUTPUTS, columns.shape[1], device=columns.device)
+        squared_norms_kernel[(level.tiles, columns.shape[1] // config.block_n)](
+            images_ptr=columns,
+            mask_weights_ptr=level.mask_weights,
+            above_ptr=norms if above is None else above,
+            row_scale_ptr=level.row_scale,
+            norms_ptr=norms,
+            count=count if outputs else columns.shape[1],
+            stride_image=columns.stride(0),
+            stride_above=norms.stride(0) if above is None else above.stride(0),
+            stride_norm=norms.stride(0),
+            HALVES=level.halves,
+            **list_arguments(level, config, config.norms),
         )
-        # In three dimensions what rows share is loaded once and never spread out: tensors of the
-        # accumulator's size loaded beside it would pass through shared memory, at the price of
-        # the products themselves.
-        product = tl.reshape(product, (OUTPUTS, BATCH, BLOCK_N))
-        if HAS_PARENTS:
-            product += tl.load(core_line[:, None] + column[None, :])[None, :, :]
-        norm = tl.load(norm_line[:, None] + column[None, :])
-        distance = norm[:, None, :] - gain[:, :, None] * product
-        smaller = tl.minimum(minimum, tl.min(distance, axis=2))
-        # The difference is taken before the factor: at no noise the factor is the largest one,
-        # and the nearest images still weigh exactly 1.
-        weight = tl.exp2((smaller[:, :, None] - distance) * factor[:, :, None])
-        decay = tl.exp2((smaller - minimum) * factor)
-        value = tl.load(value_line[:, None] + column[None, :]).to(tl.float32)
-        total = total * decay + tl.sum(weight, axis=2)
-        weighted = weighted * decay + tl.sum(weight * value[:, None, :], axis=2)
-        minimum = smaller
-    split_group = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + group
-    row = tl.arange(0, OUTPUTS)[:, None] * BATCH + tl.arange(0, BATCH)[None, :]
-    state = (split_group * tl.num_programs(0) + tile) * ROWS + row
-    tl.store(minimum_ptr + state, minimum)
-    tl.store(total_ptr + state, total)
-    tl.store(weighted_ptr + state, weighted)
+        above = norms
+    return above

@@ -128,23 +128,21 @@ def converted_images(
     chunk = problem.chunk_size or images_per_chunk(budget, geometry.bytes_per_image, len(images))
     chunk = max(1, min(chunk, _MOST_KEYS // math.prod(geometry.patches)))
     converted = max(1, _CONVERTED_BYTES // (4 * height * width * geometry.channels))
-    for part in images.split(chunk):
+    for block in images.split(chunk):
         # Runs of the last patches reach beyond the last image, where queries are zero: NaN there
         # would not vanish.
-        size = len(part) * height * width * geometry.channels
+        size = len(block) * height * width * geometry.channels
         keys = torch.empty(size + 8 * geometry.run, dtype=torch.float16, device=images.device)
         keys[size:] = 0
-        norm_size = 4 * len(part) * math.prod(geometry.patches)
+        norm_size = 4 * len(block) * math.prod(geometry.patches)
         norms = torch.empty(norm_size + STEP, dtype=torch.float16, device=images.device)
         norms[norm_size:] = 0
-        pixels = keys[:size].view(len(part), height, width, geometry.channels)
-        digits = norms[:norm_size].view(len(part), *geometry.patches, 4)
-        blocks = zip(
-            part.split(converted), pixels.split(converted), digits.split(converted), strict=True
-        )
-        for stored, pixel, digit in blocks:
-            _convert(stored, pixel, digit, geometry)
-        yield keys, norms, len(part)
+        pixels = keys[:size].view(len(block), height, width, geometry.channels)
+        digits = norms[:norm_size].view(len(block), *geometry.patches, 4)
+        pieces = (some.split(converted) for some in (block, pixels, digits))
+        for piece in zip(*pieces, strict=True):
+            _convert(*piece, geometry)
+        yield keys, norms, len(block)
 
 
 def _convert(stored: Tensor, pixels: Tensor, digits: Tensor, geometry: Geometry) -> None:

@@ -155,7 +155,7 @@ def merge_kernel(
 ):
     """Add the sums of all splits to the totals, above the diagonal.
 
-    Grid: (tiles of the upper triangle, parts of a tile); each program handles BLOCK entries, of
+    Grid: (tiles of the upper triangle, pieces of a tile); each program handles BLOCK entries, of
     which it is the only writer.
     """
     tile = tl.program_id(0).to(tl.int64)
@@ -175,7 +175,7 @@ def merge_kernel(
     tl.store(gram_ptrs, totals + sums, mask=upper)
 
 
-def accumulate_covariance(
+def scan(
     images: Tensor, gram: Tensor, total: Tensor, *, config: CovarianceConfig = _CONFIG
 ) -> None:
     """Add centred sums to `gram` and `total`, as `pyflocality.ops.accumulate_covariance`.
@@ -192,8 +192,8 @@ def accumulate_covariance(
     tiles = torch.tensor(tiles, dtype=torch.int32, device=images.device)
     at_a_time = max(config.block_images, min(IMAGES_PER_PASS, _PASS_BYTES // images.shape[1]))
     with on_device_of(images):
-        for part in images.split(at_a_time):
-            _add_pass(part.contiguous(), gram, total, tiles, config)
+        for block in images.split(at_a_time):
+            _add_pass(block.contiguous(), gram, total, tiles, config)
 
 
 def upper_tiles(values: int, config: CovarianceConfig) -> list[tuple[int, int]]:
@@ -233,8 +233,8 @@ def _add_pass(
     num_images, num_values = images.shape
     block = config.block_images
     blocks = ceil(num_images / block)
-    parts = tiles.split(max(1, _PARTIAL_BYTES // config.tile_bytes))
-    splits = splits_of(len(parts[0]), blocks, config)
+    tile_slices = tiles.split(max(1, _PARTIAL_BYTES // config.tile_bytes))
+    splits = splits_of(len(tile_slices[0]), blocks, config)
     steps = ceil(blocks / splits)
     padded_images = splits * steps * block
     width = max(config.block_rows, config.block_columns)
@@ -257,9 +257,11 @@ def _add_pass(
         num_warps=config.num_warps,
     )
     total += partial_total[:, :num_values].sum(0)
-    partial = total.new_empty((splits, len(parts[0]), config.tile_bytes // 4), dtype=torch.int32)
+    partial = total.new_empty(
+        (splits, len(tile_slices[0]), config.tile_bytes // 4), dtype=torch.int32
+    )
     entries = min(1024, config.tile_bytes // 4)
-    for some in parts:
+    for some in tile_slices:
         product_kernel[(len(some), splits)](
             centred,
             some,

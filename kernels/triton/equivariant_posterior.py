@@ -8,15 +8,15 @@ that :math:`v = K / 255`, and, with :math:`X = 255 x / \alpha` and a power of tw
     \lVert x - \alpha v \rVert^2 = (\alpha / 255)^2 \left( \lVert X \rVert^2 - 2 g s \right),
     \qquad s = \frac{X}{g} \cdot K - \frac{\lVert K \rVert^2}{2 g} .
 
-Both terms of the score s are products of float16 numbers with float32 sums: the norm of a patch
+Both terms of the logit s are products of float16 numbers with float32 sums: the norm of a patch
 is an integer of three 11-bit digits, each exact. The norm of the query is added last, in float64.
 The products are those of an attention whose keys are all patches, which nobody ever writes down:
 images are kept with channels innermost, so the run of a patch's values in one image row is
 contiguous, and a tile of keys is an overlapping view. Queries are zero where a run of fixed
 length reaches beyond the window.
 
-A query is split into two float16 parts, or one where precision="auto" permits it, and so are the
-weights of the values, see `query_parts`. Weights below 2^-40 of the largest count as 0: even a
+A query is split into two float16 halves, or one where precision="auto" permits it, and so are the
+weights of the values, see `query_halves`. Weights below 2^-40 of the largest count as 0: even a
 billion patches of less weight would move no answer by 1e-3.
 """
 
@@ -32,7 +32,8 @@ from torch import Tensor
 from pyflocality._support.budget import memory_budget_bytes
 from pyflocality.kernels.stored import LARGEST_FACTOR, power_factor
 from pyflocality.kernels.triton._launch import generation, on_device_of
-from pyflocality.kernels.triton._patch_scores import EquivariantConfig, default_config, scan_kernel
+from pyflocality.kernels.triton._merge import empty_state, merge_partials
+from pyflocality.kernels.triton._patch_logits import EquivariantConfig, default_config, scan_kernel
 from pyflocality.kernels.triton._patches import (
     DIGIT_BITS,
     STEP,
@@ -42,7 +43,6 @@ from pyflocality.kernels.triton._patches import (
     query_groups,
     query_windows,
 )
-from pyflocality.kernels.triton.state import empty_state, merge_parts
 from pyflocality.posterior.problem import PosteriorProblem
 from pyflocality.posterior.state import PosteriorState
 
@@ -53,61 +53,61 @@ _PROGRAMS_PER_IMAGE = 528
 _SMALLEST_UNIT, _LARGEST_UNIT = 2.0**6, 2.0**100
 # Weights are that much larger in the kernel, for the range of float16.
 _WEIGHT_SCALE = 2.0**15
-# Expected error of a logit up to which one part of the query is enough, see `query_parts`.
+# Expected error of a logit up to which one half of the query is enough, see `query_halves`.
 _LOGIT_ERROR = 5e-3
 
 
-def equivariant_posterior_state(
+def scan(
     problem: PosteriorProblem,
     window: int,
     circular: bool,
     *,
-    parts: int | None = None,
+    halves: int | None = None,
     config: EquivariantConfig | None = None,
 ) -> PosteriorState:
-    """Scan of all patches with a query per pixel, as the reference of this name.
+    """Scan of all patches with a query per pixel, as the reference.
 
     Args:
         problem: The problem; images must be uint8.
         window: Side of a patch.
         circular: Whether x goes on periodically; else windows are cut at the border.
-        parts: float16 parts of queries and weights, 1 or 2; None follows `query_parts` where the
+        halves: float16 halves of queries and weights, 1 or 2; None follows `query_halves` where the
             problem's precision is "auto", else takes 2, which is as accurate as float32.
         config: Tile sizes; None takes `default_config`.
     """
     shape = tuple(problem.images.shape[1:])
     geometry = Geometry(shape, window, 0 if circular else window // 2)
-    if parts is None and problem.precision == "auto":
-        chosen = query_parts(problem, window)
+    if halves is None and problem.precision == "auto":
+        chosen = query_halves(problem, window)
     else:
-        chosen = [parts or 2] * len(problem.x)
+        chosen = [halves or 2] * len(problem.x)
     result = PosteriorState(
         *(
             torch.empty(len(chosen), shape[1] * shape[2], *more, device=problem.x.device)
             for more in ((), (), (shape[0],))
         )
     )
-    # Runs and windows in float64, copies of both, and their parts.
+    # Runs and windows in float64, copies of both, and their halves.
     per_image = shape[1] * shape[2] * window * geometry.run * 40
     at_a_time = max(1, memory_budget_bytes(problem.memory_budget) // 4 // per_image)
     for count in sorted(set(chosen)):
-        members = torch.tensor([b for b, one in enumerate(chosen) if one == count])
-        for some in members.to(problem.x.device).split(at_a_time):
+        rows = torch.tensor([b for b, one in enumerate(chosen) if one == count])
+        for some in rows.to(problem.x.device).split(at_a_time):
             state = _scan(problem, some, geometry, circular, count, config)
-            for whole, part in zip(result, state, strict=True):
-                whole[some] = part
+            for whole, sums in zip(result, state, strict=True):
+                whole[some] = sums
     return result
 
 
-def query_parts(problem: PosteriorProblem, window: int) -> list[int]:
-    r"""How many float16 parts the query of each noisy image needs.
+def query_halves(problem: PosteriorProblem, window: int) -> list[int]:
+    r"""How many float16 halves the query of each noisy image needs.
 
-    Rounding x to one part moves it by about 2^-12 |x| a value, independently, and the logit of a
+    Rounding x to one half moves it by about 2^-12 |x| a value, independently, and the logit of a
     patch v by about :math:`2^{-12} \alpha / (\sigma^2 \tau) \sqrt{k^2 C / 3}\, |x|` with
     :math:`|v| \le 1` and :math:`|x|^2 \approx \alpha^2 + \sigma^2`. The answer is exactly that
     for a query moved so little, so answers move far less than logits: on CIFAR-10 with windows
     of 7 the largest of 900 errors was 3e-4 wherever this estimate is below 5e-3 (sigma above 0.55
-    in the DDPM schedule), which is where one part is taken, and 2e-3 at sigma 0.08. Two parts are
+    in the DDPM schedule), which is where one half is taken, and 2e-3 at sigma 0.08. Two halves are
     as good as float32.
     """
     values = problem.images.shape[1] * window**2
@@ -119,28 +119,28 @@ def query_parts(problem: PosteriorProblem, window: int) -> list[int]:
 
 def _scan(
     problem: PosteriorProblem,
-    members: Tensor,
+    rows: Tensor,
     geometry: Geometry,
     circular: bool,
-    parts: int,
+    halves: int,
     config: EquivariantConfig | None,
 ) -> PosteriorState:
     """State [b, H W] of some of the noisy images."""
     device, channels = problem.x.device, geometry.shape[0]
-    config = config or default_config(geometry.window, geometry.run, parts, generation(device))
-    alpha, x = problem.alpha[members], problem.x.detach()[members].double()
+    config = config or default_config(geometry.window, geometry.run, halves, generation(device))
+    alpha, x = problem.alpha[rows], problem.x.detach()[rows].double()
     largest = (255.0 / alpha) * x.flatten(1).abs().amax(1)
     unit = torch.exp2(largest.clamp(_SMALLEST_UNIT, _LARGEST_UNIT).log2().ceil())
-    # A score counts distances in this unit.
+    # A logit counts distances in this unit.
     distance_unit = 2.0 * unit * (alpha / 255.0).square()
-    factor = power_factor(problem.scale[members] * distance_unit)
+    factor = power_factor(problem.scale[rows] * distance_unit)
     windows = query_windows(x, geometry, circular)
     runs = F.pad(
         windows * (255.0 / alpha / unit)[:, None, None, None],
         (0, geometry.run - windows.shape[-1]),
     )
     groups = list(query_groups(geometry, circular, device))
-    scans = [_GroupScan(group, runs, unit, factor, geometry, parts, config) for group in groups]
+    scans = [_GroupScan(group, runs, unit, factor, geometry, halves, config) for group in groups]
     for keys, norms, count in converted_images(problem, geometry):
         for scan in scans:
             scan.take(keys, norms, count)
@@ -151,10 +151,9 @@ def _scan(
     weighted = torch.empty(len(x), pixels, channels, device=device)
     for group, scan in zip(groups, scans, strict=True):
         state = scan.state_of(len(x))
-        for whole, part in zip((minimum, total, weighted), state, strict=True):
-            whole[:, group.queries] = (
-                part[..., :channels] if part.ndim == 4 else part.to(whole.dtype)
-            )
+        minimum[:, group.queries] = state.minimum.double()
+        total[:, group.queries] = state.total
+        weighted[:, group.queries] = state.weighted[..., :channels]
     own = windows.square().sum((-2, -1))
     minimum = (own + minimum * distance_unit[:, None]).clamp_min_(0.0)
     return PosteriorState(
@@ -172,20 +171,20 @@ class _GroupScan:
         unit: Tensor,
         factor: Tensor,
         geometry: Geometry,
-        parts: int,
+        halves: int,
         config: EquivariantConfig,
     ) -> None:
-        self._group, self._geometry, self._parts, self._config = group, geometry, parts, config
+        self._group, self._geometry, self._halves, self._config = group, geometry, halves, config
         classes, per_image = group.queries.shape
         self._rows = triton.cdiv(len(runs) * per_image, config.block_queries) * config.block_queries
-        # [classes, b, Q, window, run] -> [classes, parts, rows, window, run]
+        # [classes, b, Q, window, run] -> [classes, halves, rows, window, run]
         wanted = runs[:, group.queries].transpose(0, 1).flatten(1, 2)
         self._queries = wanted.new_zeros(
-            (classes, parts, self._rows, *wanted.shape[2:]), dtype=torch.float16
+            (classes, halves, self._rows, *wanted.shape[2:]), dtype=torch.float16
         )
-        for part in range(parts):
+        for half in range(halves):
             rounded = wanted.half()
-            self._queries[:, part, : wanted.shape[1]] = rounded
+            self._queries[:, half, : wanted.shape[1]] = rounded
             wanted = wanted - rounded
         self._factor = factor.new_full((self._rows,), LARGEST_FACTOR)
         self._factor[: wanted.shape[1]] = factor.repeat_interleave(per_image)
@@ -210,40 +209,40 @@ class _GroupScan:
         sums = self._factor.new_empty(splits, classes * self._rows, answers)
         with on_device_of(keys):
             scan_kernel[(self._rows // config.block_queries, splits, classes)](
-                self._queries,
-                self._norm_queries,
-                self._factor,
-                keys,
-                norms,
-                group.origins,
-                best,
-                sums,
-                self._rows,
-                num_keys,
-                group.rows * group.columns,
-                group.columns,
-                math.prod(geometry.padded),
-                geometry.padded[1],
-                math.prod(geometry.patches),
-                geometry.patches[1],
-                steps,
+                query_ptr=self._queries,
+                norm_query_ptr=self._norm_queries,
+                factor_ptr=self._factor,
+                keys_ptr=keys,
+                norm_ptr=norms,
+                origin_ptr=group.origins,
+                best_ptr=best,
+                sums_ptr=sums,
+                num_rows=self._rows,
+                num_keys=num_keys,
+                keys_per_image=group.rows * group.columns,
+                keys_per_row=group.columns,
+                image_stride=math.prod(geometry.padded),
+                row_stride=geometry.padded[1],
+                norm_image_stride=math.prod(geometry.patches),
+                norm_row_stride=geometry.patches[1],
+                steps=steps,
                 WINDOW=window,
                 RUN=geometry.run,
                 CHANNELS=channels,
                 ANSWERS=answers,
-                PARTS=self._parts,
+                HALVES=self._halves,
                 RESIDENT=config.resident,
                 BLOCK_Q=config.block_queries,
                 BLOCK_KEYS=config.block_keys,
                 **config.launch.options(),
             )
-        found = PosteriorState(
+        partials = PosteriorState(
             -best, sums[..., channels].contiguous(), sums[..., :channels].contiguous()
         )
-        self._state = merge_parts(self._state, found, self._factor.repeat(classes))
+        self._state = merge_partials(self._state, partials, self._factor.repeat(classes))
 
     def state_of(self, batch: int) -> PosteriorState:
-        """The running state as [b, classes, Q] and [b, classes, Q, channels], in score units."""
+        """The running state [b, classes, Q] and [b, classes, Q, channels], in units of logits."""
         classes, per_image = self._group.queries.shape
         return PosteriorState(
             *(

@@ -1,363 +1,166 @@
-"""Global posterior scan on an NVIDIA GPU: two passes over the stored bytes.
+r"""Global posterior on an NVIDIA GPU: two passes over the stored bytes (`_global_products`).
 
-Distances come from integer tensor-core products. A noisy image in the units of the bytes is
-rounded to 24-bit fixed point and written in three digits of 8 bits; products of digits with the
-centred bytes u - 128 and their sums are integers, so a squared distance is exact but for that
-rounding, whatever cancels in it. No noise level needs another arithmetic.
-
-The second pass sums the images with their weights; parts of the set in which no image has any
-weight are not read again.
+With tangents the products :math:`c_i = \sum_d u[d] \, v_i[d]` are made as the distances are, of
+integers: c counts from x / alpha, cut to the range of images, before anything is rounded. With
+all distances at hand, the second pass sums the images by the weights :math:`p_i` and by
+:math:`p_i (c_i - \mathrm E[c])`, whose sum over the images is zero: no digits cancel from a
+covariance, however little noise there is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyflocality.kernels.stored import StoredProblem
-from pyflocality.kernels.triton._kept import Kept, version_of
-from pyflocality.kernels.triton._launch import Launch, generation, on_device_of
-from pyflocality.kernels.triton.state import empty_state, merge_parts
+from pyflocality.kernels.triton._global_products import (
+    CENTRE,
+    CONFIGS,
+    QUERIES,
+    Config,
+    coefficient_sums,
+    distances_of,
+    filled,
+    fixed_point,
+    splits_of,
+    squared_norms,
+    weighted_sums,
+)
+from pyflocality.kernels.triton._launch import generation, on_device_of
+from pyflocality.kernels.triton._merge import empty_state, merge_partials
 from pyflocality.posterior.problem import PosteriorProblem
-from pyflocality.posterior.state import PosteriorState
-
-# Queries of a program: the rows of the smallest tensor-core product.
-QUERIES = 16
-DIGITS = 3
-# Largest fixed-point number: its highest digit is at most 127.
-LARGEST = 127 * 2**16
-# Products of two 8-bit numbers that an int32 is sure to hold, with room to spare.
-SEGMENT = 65536
-# Bytes are counted from here, so that they fit 8 bits with a sign.
-CENTRE = 128
-# Weights are multiplied by this before they are split in float16 halves: what is then too small
-# for half precision is below 2^-38 of the largest weight.
-WEIGHT_UNIT = 16384.0
-# Programs of the second pass that keep a GPU busy.
-PROGRAMS = 4096
+from pyflocality.posterior.state import (
+    PosteriorState,
+    finite_factor,
+    init,
+    merge_tangents,
+    tangent_values,
+)
+from pyflocality.posterior.tangents import centre_of
+from pyflocality.storage.reader import BYTES_PER_UNIT, values_to_bytes
 
 
-@dataclass(frozen=True)
-class Config:
-    """Shapes of the kernels for one GPU generation.
-
-    Attributes:
-        distance_n: Images of a program of the first pass.
-        distance_d: Values of a step of the first pass.
-        distance: Layout of the first pass.
-        odd_d, odd: The same where D is no multiple of 16: bytes then come one by one. The sums
-            are integers, so the bits are the same.
-        sum_n: Images of a step of the second pass.
-        sum_d: Values of a program of the second pass.
-        weighted: Layout of the second pass.
-    """
-
-    distance_n: int
-    distance_d: int
-    distance: Launch
-    odd_d: int
-    odd: Launch
-    sum_n: int
-    sum_d: int
-    weighted: Launch
-
-
-CONFIGS = {
-    80: Config(64, 128, Launch(4, 4), 64, Launch(8, 3), 32, 128, Launch(4, 3)),
-    90: Config(64, 128, Launch(4, 4), 64, Launch(8, 3), 32, 128, Launch(4, 3)),
-}
-
-
-@triton.jit
-def distances_kernel(
-    images_ptr,  # uint8 [N, D]
-    digits_ptr,  # int8 [G * QUERIES, 3, D], highest digit first
-    norms_ptr,  # sums of (u - 128)^2, int64 [N]
-    quantum_ptr,  # value of one unit of the lowest digit in bytes, float64 [G * QUERIES]
-    common_ptr,  # squared norms of the fixed-point queries, float64 [G * QUERIES]
-    distances_ptr,  # result in bytes^2, float32 [G * QUERIES, N]
-    count,
-    dim,
-    QUERIES: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-):
-    """Squared distances of fixed-point queries to images.
-
-    Grid: (ceil(N / BLOCK_N), G); each program handles QUERIES noisy images and BLOCK_N training
-    images over all values.
-    """
-    image = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    query = tl.program_id(1).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
-    value = tl.arange(0, BLOCK_D)
-    # Images past the last one repeat it and are not stored.
-    line = images_ptr + tl.minimum(image, count - 1) * dim
-    digits = digits_ptr + query * (3 * dim)
-    product = tl.zeros((QUERIES, BLOCK_N), tl.int64)
-    for segment in range(0, dim, SEGMENT):
-        high = tl.zeros((QUERIES, BLOCK_N), tl.int32)
-        middle = tl.zeros((QUERIES, BLOCK_N), tl.int32)
-        low = tl.zeros((QUERIES, BLOCK_N), tl.int32)
-        for start in tl.range(segment, min(segment + SEGMENT, dim), BLOCK_D, num_stages=NUM_STAGES):
-            at = start + value
-            inside = at < dim
-            stored = tl.load(line[None, :] + at[:, None], mask=inside[:, None], other=0)
-            # The highest bit turned over is u - 128 in two's complement.
-            centred = (stored ^ 128).to(tl.int8, bitcast=True)
-            place = digits[:, None] + at[None, :]
-            mask = inside[None, :]
-            high = tl.dot(tl.load(place, mask=mask, other=0), centred, high, out_dtype=tl.int32)
-            middle = tl.dot(
-                tl.load(place + dim, mask=mask, other=0), centred, middle, out_dtype=tl.int32
-            )
-            low = tl.dot(
-                tl.load(place + 2 * dim, mask=mask, other=0), centred, low, out_dtype=tl.int32
-            )
-        product += (high.to(tl.int64) * 256 + middle) * 256 + low
-    here = image < count
-    norm = tl.load(norms_ptr + image, mask=here, other=0).to(tl.float64)
-    quantum, common = tl.load(quantum_ptr + query), tl.load(common_ptr + query)
-    distance = norm[None, :] + common[:, None] - 2.0 * quantum[:, None] * product.to(tl.float64)
-    place = query[:, None] * count + image[None, :]
-    tl.store(distances_ptr + place, distance.to(tl.float32), mask=here[None, :])
-
-
-@triton.jit
-def weighted_sums_kernel(
-    images_ptr,  # uint8 [N, D]
-    distances_ptr,  # float32 [G * QUERIES, N]
-    minimum_ptr,  # smallest distance of each query, float32 [G * QUERIES]
-    factor_ptr,  # float32 [G * QUERIES]
-    total_ptr,  # results, float32 [splits, G * QUERIES]
-    weighted_ptr,  # sums of weight * (u - 128), float32 [splits, G * QUERIES, D]
-    count,
-    dim,
-    split_images,
-    WEIGHT_UNIT: tl.constexpr,
-    QUERIES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-):
-    """Weights of the images of one split, and their weighted sum at some values.
-
-    Grid: (ceil(D / BLOCK_D), G, splits); each program handles BLOCK_D values of QUERIES noisy
-    images over `split_images` training images.
-    """
-    value = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    query = tl.program_id(1).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
-    first = tl.program_id(2) * split_images
-    last = min(first + split_images, count)
-    minimum, factor = tl.load(minimum_ptr + query), tl.load(factor_ptr + query)
-    line = distances_ptr + query * count
-    total = tl.zeros((QUERIES,), tl.float32)
-    for start in range(first, last, BLOCK_N):
-        image = start + tl.arange(0, BLOCK_N)
-        distance = tl.load(
-            line[:, None] + image[None, :], mask=(image < last)[None, :], other=float("inf")
-        )
-        weight = tl.exp2((minimum[:, None] - distance) * factor[:, None])
-        total += tl.sum(weight, axis=1)
-    sums = tl.zeros((QUERIES, BLOCK_D), tl.float32)
-    inside = value < dim
-    # Images without weight are not read: at low noise that is nearly all of them.
-    needed = tl.where(tl.max(total, axis=0) > 0.0, last, first)
-    for start in tl.range(first, needed, BLOCK_N, num_stages=NUM_STAGES):
-        image = start + tl.arange(0, BLOCK_N)
-        here = image < last
-        distance = tl.load(line[:, None] + image[None, :], mask=here[None, :], other=float("inf"))
-        weight = tl.exp2((minimum[:, None] - distance) * factor[:, None]) * WEIGHT_UNIT
-        stored = tl.load(
-            images_ptr + image.to(tl.int64)[:, None] * dim + value[None, :],
-            mask=here[:, None] & inside[None, :],
-            other=0,
-        )
-        centred = (stored.to(tl.float32) - 128.0).to(tl.float16)
-        upper = weight.to(tl.float16)
-        sums = tl.dot(upper, centred, sums)
-        sums = tl.dot((weight - upper.to(tl.float32)).to(tl.float16), centred, sums)
-    row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) * QUERIES + query
-    if tl.program_id(0) == 0:
-        tl.store(total_ptr + row, total)
-    place = row[:, None] * dim + value[None, :]
-    tl.store(weighted_ptr + place, sums * (1.0 / WEIGHT_UNIT), mask=inside[None, :])
-
-
-_norms: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def squared_norms(images: Tensor) -> Tensor:
-    """Sums of (u - 128)^2 over every image, int64 [N]; kept while the images are unchanged."""
-    version = version_of(images)
-    known, kept = _norms.get(images, (None, None))
-    if version is None or known != version:
-        step = max(1, 2**24 // images[0].numel())
-        kept = Kept(
-            torch.cat(
-                [
-                    (part.flatten(1).to(torch.int32) - 128).square().sum(1, dtype=torch.int64)
-                    for part in images.detach().split(step)
-                ]
-            )
-        )
-        if version is not None:
-            _norms[images] = (version, kept)
-    return kept.here()[0]
-
-
-def fixed_point(noisy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rounds queries [B, D] (float64) to 24 bits of their largest value.
-
-    Returns:
-        Digits in base 256, highest first, int8 [B, 3, D]; the value of one unit, float64 [B];
-        the squared norms of the rounded queries, float64 [B].
-    """
-    quantum = noisy.abs().amax(1) / LARGEST
-    quantum = torch.where(quantum > 0, quantum, 1.0)
-    whole = (noisy / quantum[:, None]).round()
-    common = (quantum * torch.linalg.vector_norm(whole, dim=1)).square()
-    rest, digits = whole.to(torch.int32), []
-    for _ in range(DIGITS - 1):
-        digit = ((rest + 128) & 255) - 128
-        digits.append(digit)
-        rest = (rest - digit) >> 8
-    digits = torch.stack([rest, *reversed(digits)], dim=1)
-    return digits.to(torch.int8), quantum, common
-
-
-def global_posterior_state(
-    problem: PosteriorProblem, *, config: Config | None = None
-) -> PosteriorState:
-    """Scan with one query per batch element, as the reference of this name.
+def scan(problem: PosteriorProblem, *, config: Config | None = None) -> PosteriorState:
+    """Scan with one query per batch element, as the reference.
 
     Args:
         problem: float32 queries against uint8 images.
         config: Shapes of the kernels; None takes those shipped for the device.
     """
     config = config or CONFIGS[generation(problem.x.device)]
-    batch, dim = len(problem.x), problem.images[0].numel()
-    stored = StoredProblem(problem)
-    noisy, factor = stored.exact.reshape(batch, dim) - CENTRE, stored.factor
+    stored, count, dim = StoredProblem(problem), len(problem.images), problem.images[0].numel()
     # Distances to all images and one more sum per split, for some groups of queries at a time.
-    splits, split_images = splits_of(len(problem.images), dim, config)
-    per_group = QUERIES * (4 * len(problem.images) + 4 * (splits + 2) * dim)
-    groups = max(1, stored.budget // per_group)
-    together = max(1, min(groups * QUERIES, batch))
-    parts = [
-        _scan(stored, queries, factors, split_images, config)
-        for queries, factors in zip(noisy.split(together), factor.split(together), strict=True)
-    ]
-    minimum, total, weighted = (torch.cat(part).double() for part in zip(*parts, strict=True))
-    weighted = weighted + CENTRE * total[:, None]
+    splits, split = splits_of(count, dim, config)
+    parts = stored.parts(4 * count + 4 * (splits + 2) * dim, QUERIES)
+    states = [_scan(part, split, config) for _, part in parts]
+    minimum, total, weighted = (torch.cat(sums).double() for sums in zip(*states, strict=True))
     minimum, total, weighted = minimum[:, None], total[:, None], weighted[:, None]
+    weighted = weighted + CENTRE * total[..., None]
     return PosteriorState(stored.distances(minimum), total, stored.values(weighted, total))
 
 
-def splits_of(count: int, dim: int, config: Config) -> tuple[int, int]:
-    """Number of splits and images of a split; of the set alone, so that the bits are too."""
-    wanted = max(1, PROGRAMS // triton.cdiv(dim, config.sum_d))
-    split = triton.cdiv(triton.cdiv(count, wanted), config.sum_n) * config.sum_n
-    split = max(split, 8 * config.sum_n)
-    return triton.cdiv(count, split), split
-
-
-def _scan(
-    stored: StoredProblem, noisy: Tensor, factor: Tensor, split: int, config: Config
-) -> PosteriorState:
+def _scan(stored: StoredProblem, split: int, config: Config) -> PosteriorState:
     """State of some queries in bytes: minimum [B], total [B], weighted u - 128 [B, D]."""
-    batch, device = len(noisy), noisy.device
-    rows = max(1, triton.cdiv(batch, QUERIES)) * QUERIES
-    padding = rows - batch
-    noisy = torch.nn.functional.pad(noisy, (0, 0, 0, padding))
-    factor = torch.nn.functional.pad(factor, (0, padding), value=1.0)
-    queries, norms = fixed_point(noisy), squared_norms(stored.problem.images)
-    state, first = empty_state(rows, noisy.shape[1], device), 0
+    noisy, factor = filled(stored.exact.flatten(1) - CENTRE), filled(stored.factor, 1.0)
+    queries, state = fixed_point(noisy), empty_state(*noisy.shape, noisy.device)
     with on_device_of(noisy):
-        for images in stored.rows():
-            own_norms = norms[first : first + len(images)]
-            first += len(images)
-            partials = _scan_chunk(images, own_norms, queries, factor, split, config)
-            state = merge_parts(state, partials, factor)
-    minimum, total, weighted = state
-    return PosteriorState(minimum[:batch], total[:batch], weighted[:batch])
+        for images, norms in _blocks(stored):
+            distances = distances_of(images, norms, queries, config)
+            partials = weighted_sums(images, distances, factor, split, config)
+            state = merge_partials(state, partials, factor)
+    return PosteriorState(*(sums[: len(stored.noisy)] for sums in state))
 
 
-def _scan_chunk(
-    images: Tensor,
-    norms: Tensor,
-    queries: tuple[Tensor, Tensor, Tensor],
-    factor: Tensor,
-    split: int,
-    config: Config,
+def _blocks(stored: StoredProblem) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images [n, D] and their squared norms [n]."""
+    norms, first = squared_norms(stored.problem.images), 0
+    for images in stored.rows():
+        yield images, norms[first : first + len(images)]
+        first += len(images)
+
+
+def jvp(
+    problem: PosteriorProblem, tangents: Tensor, *, config: Config | None = None
 ) -> PosteriorState:
-    """States of the splits of some images: [S, B], [S, B] and [S, B, D]."""
-    (count, dim), rows = images.shape, len(factor)
-    distances = distances_of(images, norms, queries, config)
-    # A minimum is exact in any order.
-    minimum = distances.amin(1)
-    splits = triton.cdiv(count, split)
-    assert all(tensor.is_contiguous() for tensor in (images, minimum, factor))
-    total = torch.empty(splits, rows, device=images.device)
-    weighted = torch.empty(splits, rows, dim, device=images.device)
-    weighted_sums_kernel[(triton.cdiv(dim, config.sum_d), rows // QUERIES, splits)](
-        images,
-        distances,
-        minimum,
-        factor,
-        total,
-        weighted,
-        count,
-        dim,
-        split,
-        WEIGHT_UNIT=WEIGHT_UNIT,
-        QUERIES=QUERIES,
-        BLOCK_N=config.sum_n,
-        BLOCK_D=config.sum_d,
-        NUM_STAGES=config.weighted.num_stages,
-        **config.weighted.options(),
-    )
-    return PosteriorState(minimum.expand(splits, rows).contiguous(), total, weighted)
-
-
-def distances_of(
-    images: Tensor, norms: Tensor, queries: tuple[Tensor, Tensor, Tensor], config: Config
-) -> Tensor:
-    """Squared distances of queries, a multiple of QUERIES of them, to images: [R, n].
+    """Scan with one query per batch element and K tangents, as the reference.
 
     Args:
-        images: Bytes [n, D].
-        norms: Their squared norms, int64 [n].
-        queries: What `fixed_point` answers.
-        config: Shapes of the kernels.
+        problem: float32 queries against uint8 images.
+        tangents: Directions, [K, B, C, H, W].
+        config: Shapes of the kernels; None takes those shipped for the device.
     """
-    (count, dim), (digits, quantum, common) = images.shape, queries
-    # The kernel knows no strides: of a view it would read other images.
-    assert all(tensor.is_contiguous() for tensor in (images, norms, *queries))
-    distances = torch.empty(len(digits), count, device=images.device)
-    block_d, launch = config.distance_d, config.distance
-    if dim % 16 != 0:
-        block_d, launch = config.odd_d, config.odd
-    distances_kernel[(triton.cdiv(count, config.distance_n), len(digits) // QUERIES)](
-        images,
-        digits,
-        norms,
-        quantum,
-        common,
-        distances,
-        count,
-        dim,
-        QUERIES=QUERIES,
-        SEGMENT=SEGMENT,
-        BLOCK_N=config.distance_n,
-        BLOCK_D=block_d,
-        NUM_STAGES=launch.num_stages,
-        **launch.options(),
-    )
-    return distances
+    config = config or CONFIGS[generation(problem.x.device)]
+    directions = tangents.detach().double().flatten(2).transpose(0, 1)
+    stored, count, dim = StoredProblem(problem), len(problem.images), directions.shape[2]
+    if len(directions) == 0:
+        return init(0, 1, tangent_values(dim, len(tangents)), problem.x.double())
+    # Distances, products and coefficients, one more of them in double precision, and the sums of
+    # every split, for one noisy image.
+    splits, _ = splits_of(count, dim, config)
+    per_image = (1 + len(tangents)) * (40 * count + 4 * (splits + 4) * dim)
+    states = [_jvp(part, directions[rows], config) for rows, part in stored.parts(per_image)]
+    return PosteriorState(*(torch.cat(sums) for sums in zip(*states, strict=True)))
+
+
+def _jvp(stored: StoredProblem, directions: Tensor, config: Config) -> PosteriorState:
+    """State of some noisy images: [b, 1], [b, 1] and [b, 1, D + K + K D], float64."""
+    noisy = stored.exact.flatten(1) - CENTRE
+    centre = values_to_bytes(centre_of(stored.problem).double().flatten(1)) - CENTRE
+    scale = finite_factor(stored.problem.scale, torch.float64)
+    queries = fixed_point(filled(noisy))
+    # A squared distance is norm + common - 2 quantum product: c - c of the centre is that, too.
+    digits, quantum, _ = fixed_point(filled(directions.flatten(0, 1)))
+    offsets = filled((directions * centre[:, None]).sum(2).flatten())
+    inner_queries = (digits, -0.5 * quantum, -offsets)
+    state: PosteriorState | None = None
+    with on_device_of(noisy):
+        for images, norms in _blocks(stored):
+            distance = distances_of(images, norms, queries, config)[: len(noisy)]
+            inner = distances_of(images, torch.zeros_like(norms), inner_queries, config)
+            inner = inner[: directions.shape[:2].numel()].unflatten(0, directions.shape[:2])
+            sums = _jvp_sums(stored, images, distance, inner, config)
+            dim = images.shape[1]
+            state = sums if state is None else merge_tangents(state, sums, scale, dim)
+    assert state is not None
+    return state
+
+
+def _jvp_sums(
+    stored: StoredProblem, images: Tensor, distance: Tensor, inner: Tensor, config: Config
+) -> PosteriorState:
+    """State of some images in bytes [n, D], from distances [b, n] and products [b, K, n]."""
+    # One noisy image at a time, so that the bits do not depend on the batch.
+    rows = [_coefficients(*row) for row in zip(distance, inner, stored.factor, strict=True)]
+    minimum, total, mean, coefficients = (torch.stack(some) for some in zip(*rows, strict=True))
+    sums = coefficient_sums(images, coefficients.flatten(0, 1), config)
+    sums = sums.unflatten(0, coefficients.shape[:2])
+    values = stored.values(sums[:, 0] + CENTRE * total[:, None], total)
+    # The coefficients add up to 0 but for their rounding: this counts the values from their mean.
+    left = coefficients[:, 1:].sum(2, dtype=torch.float64)[..., None]
+    cross = (sums[:, 1:] - left * (sums[:, 0] / total[:, None])[:, None]) / BYTES_PER_UNIT**2
+    inner = mean * total[:, None] / BYTES_PER_UNIT
+    weighted = torch.cat([values, inner, cross.flatten(1)], 1)
+    minimum = stored.distances(minimum.double()[:, None])
+    return PosteriorState(minimum, total[:, None], weighted[:, None])
+
+
+def _coefficients(distance: Tensor, inner: Tensor, factor: Tensor) -> tuple[Tensor, ...]:
+    """What a noisy image multiplies the training images by.
+
+    Args:
+        distance: Distances [n].
+        inner: Products c [K, n].
+        factor: Factor of a distance in the power of two.
+
+    Returns:
+        Smallest distance; sum of the weights and means of c [K], float64; the weights and, for
+        every tangent, the weights times c less its mean, float32 [1 + K, n].
+    """
+    minimum = distance.amin()
+    weight = torch.exp2((minimum - distance) * factor)
+    total = weight.sum(dtype=torch.float64)
+    mean = (weight * inner.double()).sum(1) / total
+    spread = (weight * (inner - mean[:, None])).float()
+    return minimum, total, mean, torch.cat([weight[None], spread])

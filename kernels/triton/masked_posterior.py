@@ -1,10 +1,17 @@
-"""Masked posterior scan on an NVIDIA GPU: tensor-core products with the softmax in the epilogue.
+r"""Masked posterior on an NVIDIA GPU: tensor-core products with the softmax in the epilogue.
 
 Distances are expanded: sum w (z - u)^2 = A - 2 sum w z u + sum w u^2 with the noisy image z in
 the units of the bytes u. The term A is the same for all images; the last one is the same for all
 noisy images; the middle one is a product of matrices, whose image side is exact in float16.
-`_mask_plan` says how neighbouring outputs share work, `_masked_products` holds the kernels, and
-`_masked_scan` cuts the scan up.
+`_masked_levels` says how neighbouring outputs share work, `_masked_products` and
+`_masked_softmax` hold the kernels, `_masked_plan` cuts a scan up and `_masked_scan` runs it.
+
+A tangent u needs the products :math:`c_i = \sum_d w[d] \, u[d] \, v_i[d]`, which are those of the
+distances with u in the place of the noisy image. So tangents are further queries: a program's 8
+queries are one noisy image with up to 7 tangents, or two with up to 3, or four with one, and only
+the epilogue knows: it takes the weights from the first query of each noisy image, and sums c and
+c v with them for the others. Values and c are counted from x / alpha, cut to the range of images:
+where noise is small all but the digits of their differences would cancel from a covariance.
 """
 
 from __future__ import annotations
@@ -18,27 +25,34 @@ from pyflocality._support.precision import TOLERANCE
 from pyflocality.kernels.stored import StoredProblem
 from pyflocality.kernels.triton._centred_images import centred_images
 from pyflocality.kernels.triton._launch import generation
-from pyflocality.kernels.triton._mask_plan import mask_plan
+from pyflocality.kernels.triton._masked_levels import mask_levels
+from pyflocality.kernels.triton._masked_plan import CONFIGS, JVP_CONFIGS, Config, config_for
 from pyflocality.kernels.triton._masked_scan import (
-    CONFIGS,
-    Config,
     MaskedScan,
+    TangentScan,
     centred_noisy,
-    config_for,
     sums_over_weights,
 )
 from pyflocality.posterior.problem import PosteriorProblem
-from pyflocality.posterior.state import PosteriorState
+from pyflocality.posterior.state import (
+    PosteriorState,
+    about_means,
+    init,
+    tangent_values,
+    uncentred,
+)
+from pyflocality.posterior.tangents import centre_of
 from pyflocality.weights import QueryWeights
 
+# Queries that a noisy image with its tangents takes up, by how many are left; 8 with more. Four
+# tangents are cheaper as three and one.
+SLOTS, LARGEST_SLOTS = (2, 2, 4, 4, 4), 8
 
-def masked_posterior_state(
-    problem: PosteriorProblem,
-    weights: QueryWeights,
-    *,
-    config: Config | None = None,
+
+def scan(
+    problem: PosteriorProblem, weights: QueryWeights, *, config: Config | None = None
 ) -> PosteriorState:
-    """Scan with a query per output value, as the reference of this name.
+    """Scan with a query per output value, as the reference.
 
     Args:
         problem: float32 queries against uint8 images. Precision "exact" splits every query in
@@ -48,31 +62,27 @@ def masked_posterior_state(
         weights: Masks, or real weights (each kept as two float16 halves, 22 bits).
         config: Shapes of the kernels; None takes those shipped for the device and the batch.
     """
-    x = problem.x.detach()
-    arch = generation(x.device)
+    stored, device = StoredProblem(problem), problem.x.device
+    arch = generation(device)
     block_d = (config or CONFIGS[arch]).block_d
-    plan = mask_plan(weights, tuple(problem.images.shape[1:]), block_d, x.device)
+    levels = mask_levels(weights, problem.images.shape[1:], block_d, device)
     images = centred_images(problem.images)
-    exact = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    exact = torch.ones(len(problem.x), dtype=torch.bool, device=device)
     if problem.precision == "auto":
-        exact = rounding_error(problem, images.variance, plan.strongest) > TOLERANCE
-    sums = [
-        torch.empty(len(x), weights.shape[0], *more, dtype=torch.float64, device=x.device)
-        for more in ((), (), (1,))
-    ]
-    for parts, chosen in ((1, ~exact), (2, exact)):
+        exact = rounding_error(problem, images.variance, levels.strongest) > TOLERANCE
+    result = init(len(exact), weights.shape[0], 1, exact.double())
+    for halves, chosen in ((1, ~exact), (2, exact)):
         rows = chosen.nonzero().flatten()
         if len(rows):
             shapes = config or config_for(len(rows), arch)
-            found = MaskedScan(problem, rows, images, plan, shapes, parts).run()
-            for whole, part in zip(sums, found, strict=True):
-                whole[rows] = part.double()
+            state = MaskedScan(stored.part(rows), images, levels, shapes, halves).run()
+            for whole, some in zip(result, state, strict=True):
+                whole[rows] = some.double()
     # What the scan leaves out: the common term, and the centre of the images.
-    minimum, total, weighted = sums
+    minimum, total, weighted = result
     centre = images.centre.double()
-    stored = StoredProblem(problem)
     minimum = stored.distances(minimum)
-    minimum += sums_over_weights(plan, centred_noisy(problem, centre).square())
+    minimum += sums_over_weights(levels, centred_noisy(problem, centre).square())
     weighted += total[..., None] * centre[:, None]
     return PosteriorState(minimum, total, stored.values(weighted, total))
 
@@ -91,3 +101,58 @@ def rounding_error(problem: PosteriorProblem, variance: float, strongest: float)
     apart = math.sqrt(2.0 * variance * strongest)
     error = 0.5 * problem.alpha * (2.0**-12 * size) * apart * 2.0 * problem.scale
     return torch.where(torch.isfinite(problem.scale), error, torch.inf)
+
+
+def jvp(
+    problem: PosteriorProblem,
+    tangents: Tensor,
+    weights: QueryWeights,
+    *,
+    config: Config | None = None,
+) -> PosteriorState:
+    """Scan with a query per output value and K tangents, as the reference.
+
+    Args:
+        problem: float32 queries against uint8 images.
+        tangents: Directions, [K, B, C, H, W].
+        weights: Masks, or real weights (each kept as two float16 halves, 22 bits).
+        config: Shapes of the kernels; None takes those shipped for the device.
+    """
+    device = problem.x.device
+    if len(problem.x) == 0:
+        return init(0, weights.shape[0], tangent_values(1, len(tangents)), problem.x.double())
+    stored, config = StoredProblem(problem), config or JVP_CONFIGS[generation(device)]
+    levels = mask_levels(weights, problem.images.shape[1:], config.block_d, device)
+    images = centred_images(problem.images)
+    directions = tangents.detach().double().flatten(2).transpose(0, 1)
+    minimum, total, means = None, None, None
+    inner, cross = [], []
+    for first, last, slots in tangent_groups(len(tangents)):
+        some = directions.new_zeros(len(directions), slots - 1, directions.shape[2])
+        some[:, : last - first] = directions[:, first:last]
+        sums = TangentScan(stored, some, images, levels, config).sums_of(last - first)
+        if means is None:
+            minimum, total, means = sums[:3]
+        # Each group has a total of its own, rounded in its own way.
+        share = (total / sums[1])[..., None]
+        inner.append(sums[3] * share)
+        cross.append(sums[4] * share)
+    minimum = stored.distances(minimum)
+    minimum += sums_over_weights(levels, centred_noisy(problem, images.centre).square())
+    state = PosteriorState(minimum, total, torch.cat([means, *inner, *cross], -1))
+    return uncentred(about_means(state, 1), centre_of(problem).flatten(1)[..., None])
+
+
+def tangent_groups(count: int) -> list[tuple[int, int, int]]:
+    """Which tangents are scanned together: first, last, and slots of a noisy image then.
+
+    K tangents take at most 4/3 (1 + K) slots together; without any the noisy image takes two.
+    """
+    groups, first = [], 0
+    while first < count or not groups:
+        left = count - first
+        slots = SLOTS[left] if left < len(SLOTS) else LARGEST_SLOTS
+        last = min(count, first + slots - 1)
+        groups.append((first, last, slots))
+        first = last
+    return groups

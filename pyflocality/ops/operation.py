@@ -305,43 +305,7 @@ def declare(operation: Operation) -> Operation:
     return operation
 
 
-# Where implementations are that do not have their place yet.
-_CUDA, _TRITON = (f"pyflocality.kernels.{backend}" for backend in ("cuda", "triton"))
-_ELSEWHERE = {
-    ("triton", "covariance", "scan"): (f"{_TRITON}.covariance", "accumulate_covariance"),
-    ("triton", "global_posterior", "scan"): (
-        f"{_TRITON}.global_posterior",
-        "global_posterior_state",
-    ),
-    ("triton", "global_posterior", "jvp"): (
-        f"{_TRITON}.global_posterior_jvp",
-        "global_posterior_jvp_state",
-    ),
-    ("triton", "masked_posterior", "scan"): (
-        f"{_TRITON}.masked_posterior",
-        "masked_posterior_state",
-    ),
-    ("triton", "masked_posterior", "jvp"): (
-        f"{_TRITON}.masked_posterior_jvp",
-        "masked_posterior_jvp_state",
-    ),
-    ("triton", "equivariant_posterior", "scan"): (
-        f"{_TRITON}.equivariant_posterior",
-        "equivariant_posterior_state",
-    ),
-    ("cuda", "window_posterior", "scan"): (f"{_CUDA}.window_posterior", "window_posterior_state"),
-    ("cuda", "window_posterior", "jvp"): (
-        f"{_CUDA}.window_posterior",
-        "window_posterior_jvp_state",
-    ),
-    ("cuda", "window_posterior", "vjp"): (f"{_CUDA}.window_adjoint", "window_posterior_vjp"),
-    ("cuda", "patch_set", "scan"): (f"{_CUDA}.window_adjoint", "patch_set_mean"),
-}
-
-
 def _place(backend: str, name: str, kind: Kind) -> tuple[str, str]:
     """Module and function of an implementation."""
-    if (backend, name, kind) in _ELSEWHERE:
-        return _ELSEWHERE[backend, name, kind]
     home = "reference" if backend == "reference" else f"kernels.{backend}"
     return f"pyflocality.{home}.{name}", kind

@@ -36,7 +36,7 @@ PATCH_SET = declare(
             # values, 2 D.
             "scan": Variant(
                 {
-                    "cuda": unproven("window_adjoint_limits"),
+                    "cuda": unproven("window_vjp_limits"),
                     "cpu": Served("float32_limits"),
                     "reference": Served(),
                 },

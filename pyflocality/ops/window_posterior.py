@@ -90,7 +90,7 @@ WINDOW_POSTERIOR = declare(
             "scan": Variant(_SCAN, per_pair(pair_flops)),
             "jvp": Variant(_SCAN, per_pair(pair_jvp_flops)),
             "vjp": Variant(
-                {**_SCAN, "cuda": unproven("window_adjoint_limits")},
+                {**_SCAN, "cuda": unproven("window_vjp_limits")},
                 per_pair(pair_vjp_flops),
                 scans=2,
             ),

@@ -1,6 +1,6 @@
 // Sizes of a window kernel, constants of one compilation. The launcher plans them
-// (`pyflocality/cuda/geometry.py`) and passes them as macros; what the two must agree on is
-// asserted here.
+// (`pyflocality/kernels/cuda/_geometry.py`) and passes them as macros; what the two must agree on
+// is asserted here.
 #pragma once
 
 #include "pyflocality/pixel.h"

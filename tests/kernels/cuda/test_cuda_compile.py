@@ -14,8 +14,8 @@ import subprocess
 
 import pytest
 
-from pyflocality.kernels.cuda.geometry import WindowShape, plan_adjoint, plan_window
-from pyflocality.kernels.cuda.sources import compile_options, kernel_source
+from pyflocality.kernels.cuda._geometry import WindowShape, plan_vjp, plan_window
+from pyflocality.kernels.cuda._launch import compile_options, kernel_source
 
 ARCHITECTURES = ("sm_80", "sm_90")
 FUTURE = "compute_100"
@@ -34,10 +34,10 @@ def window_case(channels, height, width, window, stored_bytes=True, tangents=0):
     return "window_posterior", plan.macros, plan.threads * plan.min_blocks
 
 
-def adjoint_case(channels, height, width, window, stored_bytes, cotangent):
-    plan = plan_adjoint(WindowShape(channels, height, width, window, stored_bytes, width % 4 == 0))
+def vjp_case(channels, height, width, window, stored_bytes, cotangent):
+    plan = plan_vjp(WindowShape(channels, height, width, window, stored_bytes, width % 4 == 0))
     macros = plan.macros | {"PYFLOCALITY_COTANGENT": cotangent}
-    return "window_adjoint", macros, plan.threads * plan.min_blocks
+    return "window_vjp", macros, plan.threads * plan.min_blocks
 
 
 # Name -> source, constants, threads that must fit on a multiprocessor.
@@ -52,7 +52,7 @@ CASES = {
     "floats 128x128 k=7": window_case(3, 128, 128, 7, stored_bytes=False),
     "floats 128x128 k=17": window_case(3, 128, 128, 17, stored_bytes=False),
     "bytes 96x96 k=9": window_case(3, 96, 96, 9),
-    "floats 28x28 patch set k=17": adjoint_case(3, 28, 28, 17, False, 0),
+    "floats 28x28 patch set k=17": vjp_case(3, 28, 28, 17, False, 0),
     "floats 64x64 k=17": window_case(3, 64, 64, 17, stored_bytes=False),
     "bytes 64x64 k=15": window_case(3, 64, 64, 15),
     "odd sizes": window_case(5, 31, 33, 3),
@@ -61,10 +61,10 @@ CASES = {
     "cifar, one tangent": window_case(3, 32, 32, 7, tangents=1),
     "cifar, two tangents": window_case(3, 32, 32, 7, tangents=2),
     "floats, four channels, two tangents": window_case(4, 48, 44, 9, False, tangents=2),
-    "cifar patch set": adjoint_case(3, 32, 32, 7, True, 0),
-    "cifar cotangent": adjoint_case(3, 32, 32, 7, True, 1),
-    "floats 64x64 cotangent k=17": adjoint_case(3, 64, 64, 17, False, 1),
-    "odd sizes patch set": adjoint_case(5, 31, 33, 4, True, 0),
+    "cifar patch set": vjp_case(3, 32, 32, 7, True, 0),
+    "cifar cotangent": vjp_case(3, 32, 32, 7, True, 1),
+    "floats 64x64 cotangent k=17": vjp_case(3, 64, 64, 17, False, 1),
+    "odd sizes patch set": vjp_case(5, 31, 33, 4, True, 0),
     "merge": ("merge", {}, 256),
     "rows": (
         "window_rows",

@@ -8,12 +8,12 @@ import itertools
 import numpy as np
 import pytest
 
-from pyflocality.kernels.cuda.geometry import (
+from pyflocality.kernels.cuda._geometry import (
     WindowPlan,
     WindowShape,
     ceil_div,
     images_per_split,
-    plan_adjoint,
+    plan_vjp,
     plan_window,
 )
 from pyflocality.kernels.devices import SHARED_BYTES
@@ -110,7 +110,7 @@ def test_every_pixel_of_a_whole_image_pass_has_one_thread():
         if window >= 2 * max(height, width):
             continue
         try:
-            plan = plan_adjoint(shape)
+            plan = plan_vjp(shape)
         except ValueError as error:
             assert height * width * 4 > SHARED_BYTES - 8192, (shape, error)
             continue
@@ -130,4 +130,4 @@ def test_larger_images_are_refused():
     with pytest.raises(ValueError, match="up to 256x256 pixels, got 257x3"):
         plan_window(WindowShape(3, 257, 3, 7, True, False))
     with pytest.raises(ValueError, match="200x200 image does not fit into the shared memory"):
-        plan_adjoint(WindowShape(3, 200, 200, 7, True, True))
+        plan_vjp(WindowShape(3, 200, 200, 7, True, True))

@@ -19,16 +19,12 @@ from pyflocality import ops
 from pyflocality.backends import selection as _backends
 from pyflocality.kernels import stored
 from pyflocality.kernels.cuda import (
-    geometry,
-    launch,
-    window_adjoint,
+    _geometry,
+    _launch,
+    _windows,
+    patch_set,
     window_posterior,
     window_rows,
-)
-from pyflocality.kernels.cuda.window_adjoint import patch_set_mean, window_posterior_vjp
-from pyflocality.kernels.cuda.window_posterior import (
-    window_posterior_jvp_state,
-    window_posterior_state,
 )
 from pyflocality.kernels.cuda.window_rows import window_posterior_rows
 from pyflocality.posterior.problem import posterior_problem
@@ -46,14 +42,14 @@ EPS = 1.2e-7
 def _simulated(monkeypatch):
     """CuPy's stand-in, and new memory full of NaN."""
     monkeypatch.setitem(sys.modules, "cupy", simulated_cupy())
-    monkeypatch.setattr(launch, "device_index", lambda device: 0)
-    monkeypatch.setattr(launch, "current_stream", lambda device: 0)
+    monkeypatch.setattr(_launch, "device_index", lambda device: 0)
+    monkeypatch.setattr(_launch, "current_stream", lambda device: 0)
     monkeypatch.setattr(SimulatedKernel, "order", 0)
-    launch._kernel.cache_clear()
+    _launch._kernel.cache_clear()
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-    launch._kernel.cache_clear()
+    _launch._kernel.cache_clear()
 
 
 def noisy_problem(shape, count, batch, dtype, rng, **options):
@@ -67,7 +63,7 @@ def noisy_problem(shape, count, batch, dtype, rng, **options):
 
 
 def mean_of(problem, window: int) -> Tensor:
-    state = window_posterior_state(problem, window)
+    state = window_posterior.scan(problem, window)
     return finalize(state).transpose(1, 2).reshape(problem.x.shape)
 
 
@@ -77,7 +73,7 @@ def plain_mean(x: Tensor, images: Tensor, window: int, sigma, alpha) -> Tensor:
 
 
 def jvp_of(problem, directions: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    state = window_posterior_jvp_state(problem, directions, window)
+    state = window_posterior.jvp(problem, directions, window)
     mean, jv = finalize_jvp(state, problem.x.shape[1], jacobian_factor(problem))
     mean, jv = mean.transpose(-1, -2), jv.transpose(-1, -2)
     return mean.reshape(problem.x.shape), jv.reshape(directions.shape)
@@ -123,13 +119,13 @@ def test_window_posterior(shape, count, batch, window, dtype, rng):
 
 
 def test_bands_are_planned_where_the_slow_test_means_them():
-    plan = geometry.plan_window(geometry.WindowShape(1, 150, 170, 299, True, False))
+    plan = _geometry.plan_window(_geometry.WindowShape(1, 150, 170, 299, True, False))
     assert plan.band_rows < plan.region_height and plan.tiles > 1
 
 
 def test_state_is_that_of_the_reference(rng):
     problem, sigma, alpha = noisy_problem((3, 6, 8), 77, 3, torch.uint8, rng)
-    found = window_posterior_state(problem, 3)
+    found = window_posterior.scan(problem, 3)
     exact_problem = posterior_problem(problem.x.double(), problem.images, sigma, alpha)
     exact = reference.scan(exact_problem, 3)
     assert {part.dtype for part in found} == {torch.float32}
@@ -150,7 +146,7 @@ def test_no_result_depends_on_the_order_of_threads(rng, monkeypatch):
             (
                 mean_of(problem, 3),
                 jvp_of(problem, directions, 3)[1],
-                patch_set_mean(problem, 4),
+                patch_set.scan(problem, 4),
                 window_posterior_rows(problem, [(1, 2, 3)], 3),
             )
         )
@@ -208,22 +204,21 @@ def test_directions_at_odd_addresses_are_moved(rng, monkeypatch):
     assert directions.data_ptr() % 16 == 4
     addresses = []
 
-    def note(launched, device, arguments):
+    def note(launched, *arguments):
         addresses.extend(
             argument.data_ptr()
             for argument in arguments
             if isinstance(argument, Tensor) and argument.numel() == directions.numel()
         )
-        launch.run(launched, device, arguments)
+        _launch.run(launched, *arguments)
 
-    monkeypatch.setattr(window_posterior, "run", note)
-    monkeypatch.setattr(window_adjoint, "run", note)
+    monkeypatch.setattr(_windows, "run", note)
     mean, found = jvp_of(problem, directions, 3)
-    adjoint = window_posterior_vjp(problem, directions, 3)
+    adjoint = window_posterior.vjp(problem, directions, 3)
     assert addresses and all(address % 16 == 0 for address in addresses)
     mean_too, found_too = jvp_of(problem, directions.clone(), 3)
     assert torch.equal(mean, mean_too) and torch.equal(found, found_too)
-    assert torch.equal(adjoint, window_posterior_vjp(problem, directions.clone(), 3))
+    assert torch.equal(adjoint, window_posterior.vjp(problem, directions.clone(), 3))
 
 
 @pytest.mark.parametrize("sigma", [0.0, 1e-30, 1e-3, 80.0, 1e6])
@@ -270,15 +265,15 @@ def test_no_noisy_images(rng, monkeypatch):
     x, none = torch.empty(0, 3, 6, 8), torch.empty(0)
     problem = posterior_problem(x, images, none, none)
     monkeypatch.setattr(SimulatedKernel, "__call__", None)
-    state = window_posterior_state(problem, 3)
+    state = window_posterior.scan(problem, 3)
     assert [part.shape for part in state] == [(0, 48), (0, 48), (0, 48, 3)]
-    assert patch_set_mean(problem, 3).shape == x.shape
+    assert patch_set.scan(problem, 3).shape == x.shape
     assert window_posterior_rows(problem, [(0, 0, 0), (2, 3, 4)], 3).shape == (0, 2, 3, 6, 8)
     for tangents in (0, 1, 3):
         directions = torch.empty(tangents, *x.shape)
         mean, found = jvp_of(problem, directions, 3)
         assert mean.shape == x.shape and found.shape == directions.shape
-        assert window_posterior_vjp(problem, directions, 3).shape == directions.shape
+        assert window_posterior.vjp(problem, directions, 3).shape == directions.shape
 
 
 def test_vjp_and_rows(rng):
@@ -291,10 +286,10 @@ def test_vjp_and_rows(rng):
     cotangent = torch.randn(problem.x.shape, generator=rng)
     exact = derivative(problem.x.double(), cotangent)
     plain = derivative(problem.x, cotangent)
-    found = window_posterior_vjp(problem, torch.stack([cotangent, -2 * cotangent]), 3)
+    found = window_posterior.vjp(problem, torch.stack([cotangent, -2 * cotangent]), 3)
     assert_within_budget(found[0], exact, plain, 27)
     assert torch.equal(found[1], -2 * found[0])
-    assert window_posterior_vjp(problem, found[:0], 3).shape == (0, *problem.x.shape)
+    assert window_posterior.vjp(problem, found[:0], 3).shape == (0, *problem.x.shape)
 
     outputs = [(0, 0, 0), (2, 3, 4), (1, 5, 7)]
     rows = window_posterior_rows(problem, outputs, 3)
@@ -338,7 +333,7 @@ def patch_set_truth(problem, window, sigma, alpha) -> np.ndarray:
 )
 def test_patch_set(shape, window, dtype, rng):
     problem, sigma, alpha = noisy_problem(shape, 45, 2, dtype, rng)
-    found = patch_set_mean(problem, window)
+    found = patch_set.scan(problem, window)
     exact = patch_set_truth(problem, window, sigma, alpha)
     np.testing.assert_allclose(found.double().numpy(), exact, rtol=0, atol=5e-6)
 
@@ -347,13 +342,13 @@ def test_patch_set(shape, window, dtype, rng):
 @pytest.mark.parametrize(("shape", "window"), [((1, 70, 72), 33), ((4, 64, 64), 9)])
 def test_a_pass_over_whole_images_finds_what_a_scan_of_tiles_found(shape, window, sigma, rng):
     """To the last bit: far from all images, at little noise, each bit of a distance counts."""
-    sizes = geometry.WindowShape(*shape, window, stored_bytes=True, vector=True)
-    assert geometry.plan_window(sizes).tiles > 1 and geometry.plan_adjoint(sizes).tiles == 1
+    sizes = _geometry.WindowShape(*shape, window, stored_bytes=True, vector=True)
+    assert _geometry.plan_window(sizes).tiles > 1 and _geometry.plan_vjp(sizes).tiles == 1
     images = random_images(rng, 5, shape, torch.uint8)
     x = torch.from_numpy(values_of(images[:1])).float() + 0.5 * torch.randn(
         1, *shape, generator=rng
     )
-    found = patch_set_mean(posterior_problem(x, images, sigma, 1.0), window)
+    found = patch_set.scan(posterior_problem(x, images, sigma, 1.0), window)
     exact = ops.patch_set_mean(x.double(), images, window, sigma, backend="reference")
     plain = ops.patch_set_mean(x, images, window, sigma, backend="reference")
     assert_within_budget(found, exact, plain, 1)
@@ -362,7 +357,7 @@ def test_a_pass_over_whole_images_finds_what_a_scan_of_tiles_found(shape, window
 def test_patch_sets_need_windows_that_fit(rng):
     problem, _, _ = noisy_problem((3, 6, 8), 5, 1, torch.uint8, rng)
     with pytest.raises(ValueError, match="`window` must be at most 6 to fit inside a 6x8 image"):
-        patch_set_mean(problem, 7)
+        patch_set.scan(problem, 7)
 
 
 def test_operations_by_name(rng, monkeypatch):
@@ -405,9 +400,9 @@ def test_rows_of_many_noisy_images_fit_the_budget(strided, rng, monkeypatch):
     monkeypatch.setattr(
         window_rows,
         "run",
-        lambda launched, device, arguments: (
+        lambda launched, *arguments: (
             batches.append(launched.grid[1]),
-            launch.run(launched, device, arguments),
+            _launch.run(launched, *arguments),
         ),
     )
     images = problem.images

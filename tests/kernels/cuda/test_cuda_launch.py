@@ -16,12 +16,18 @@ from pyflocality import ops
 from pyflocality.backends import selection as _backends
 from pyflocality.backends.selection import OPERATIONS, BackendUnavailableError, machine_reason
 from pyflocality.cuda.arrays import as_tensor
-from pyflocality.kernels.cuda import launch
-from pyflocality.kernels.cuda.geometry import batch_slices
-from pyflocality.kernels.cuda.launch import CudaKernelError, Launch, run
-from pyflocality.kernels.cuda.sources import compile_options, kernel_source
-from pyflocality.kernels.limits import window_adjoint_limits, window_posterior_limits
+from pyflocality.kernels.cuda import _launch
+from pyflocality.kernels.cuda._launch import (
+    CudaKernelError,
+    Launch,
+    compile_options,
+    kernel_source,
+    run,
+)
+from pyflocality.kernels.limits import window_posterior_limits, window_vjp_limits
+from pyflocality.kernels.stored import StoredProblem
 from pyflocality.posterior.call import Call
+from pyflocality.posterior.problem import posterior_problem
 
 CPU = torch.device("cpu")
 GPU = {"triton", "cuda"}
@@ -31,22 +37,22 @@ GPU = {"triton", "cuda"}
 def cupy(monkeypatch):
     module = simulated_cupy()
     monkeypatch.setitem(sys.modules, "cupy", module)
-    monkeypatch.setattr(launch, "device_index", lambda device: 0)
-    monkeypatch.setattr(launch, "current_stream", lambda device: 7)
-    launch._kernel.cache_clear()
+    monkeypatch.setattr(_launch, "device_index", lambda device: 0)
+    monkeypatch.setattr(_launch, "current_stream", lambda device: 7)
+    _launch._kernel.cache_clear()
     yield module
-    launch._kernel.cache_clear()
+    _launch._kernel.cache_clear()
 
 
 def test_nothing_imports_cupy():
-    modules = "launch, geometry, sources, window_posterior, window_adjoint, window_rows"
+    modules = "_launch, _geometry, _windows, window_posterior, patch_set, window_rows"
     code = "import sys; sys.modules['cupy'] = None\n"
     code += "from pyflocality.kernels import limits, stored\n"
     code += f"from pyflocality.kernels.cuda import {modules}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("name", ["window_posterior", "window_adjoint", "window_rows", "merge"])
+@pytest.mark.parametrize("name", ["window_posterior", "window_vjp", "window_rows", "merge"])
 def test_sources_stand_alone(name):
     text = kernel_source(name)
     assert '#include "' not in text and "#pragma once" not in text
@@ -65,7 +71,7 @@ def test_a_kernel_that_does_not_compile_names_itself_and_the_cause(cupy, monkeyp
     monkeypatch.setattr(cupy.RawModule, "get_function", refuse)
     message = "'merge_sums' could not be compiled: CompileException: line 7: expected a ;"
     with pytest.raises(CudaKernelError, match=message) as error:
-        run(Launch("merge", "merge_sums", (1, 1, 1), 256), CPU, ())
+        run(Launch("merge", "merge_sums", (1, 1, 1), 256), torch.zeros(1))
     assert error.value.kernel == "merge_sums"
 
 
@@ -76,7 +82,7 @@ def test_a_launch_that_fails_names_the_kernel_and_the_cause(cupy, monkeypatch):
     monkeypatch.setattr(cupy.RawModule, "get_function", lambda self, name: refuse)
     message = "'merge_sums' could not be launched: RuntimeError: CUDA_ERROR_LAUNCH_OUT_OF"
     with pytest.raises(CudaKernelError, match=message):
-        run(Launch("merge", "merge_sums", (1, 1, 1), 256), CPU, ())
+        run(Launch("merge", "merge_sums", (1, 1, 1), 256), torch.zeros(1))
 
 
 def test_a_cupy_that_finds_no_driver_is_the_cause(cupy, monkeypatch):
@@ -85,7 +91,7 @@ def test_a_cupy_that_finds_no_driver_is_the_cause(cupy, monkeypatch):
 
     cupy.cuda.Device = refuse
     with pytest.raises(CudaKernelError, match="'merge_sums' could not be launched: .*Insufficient"):
-        run(Launch("merge", "merge_sums", (1, 1, 1), 256), CPU, ())
+        run(Launch("merge", "merge_sums", (1, 1, 1), 256), torch.zeros(1))
 
 
 def test_the_cupy_of_the_cuda_of_torch_is_named(monkeypatch):
@@ -128,27 +134,27 @@ def test_launches_pass_pointers_on_the_current_stream(by_protocol, cupy, monkeyp
     cupy.cuda.ExternalStream = None if by_protocol else Stream
     monkeypatch.setattr(cupy.RawModule, "get_function", lambda self, name: kernel)
     values = torch.zeros(3)
-    run(Launch("merge", "merge_sums", (5, 2, 3), 96, 60_000), CPU, (values, 2**40))
+    run(Launch("merge", "merge_sums", (5, 2, 3), 96, 60_000), values, 2**40)
     assert seen["stream"] == (7, 0) and seen["entered"] is False
     assert (seen["grid"], seen["block"], seen["shared"]) == ((5, 2, 3), (96,), 60_000)
     assert seen["allowed"] == 60_000
     assert seen["args"] == (np.uintp(values.data_ptr()), np.int64(2**40))
     assert [argument.nbytes for argument in seen["args"]] == [8, 8]
     with pytest.raises(ValueError, match="contiguous memory, got strides"):
-        run(Launch("merge", "merge_sums", (1, 1, 1), 256), CPU, (torch.zeros(3, 4).T,))
+        run(Launch("merge", "merge_sums", (1, 1, 1), 256), torch.zeros(3, 4).T)
 
 
 @pytest.mark.filterwarnings("error")
 def test_streams_of_the_cupy_that_is_installed():
     pytest.importorskip("cupy", reason="the package 'cupy' is not installed")
     for handle in (0, 0x1234):
-        assert launch._stream(handle, 0).ptr == handle
+        assert _launch._stream(handle, 0).ptr == handle
 
 
 @need_compiler
 @pytest.mark.parametrize("splits", [1, 8, 13])
 def test_sums_of_splits(cupy, splits, rng):
-    from pyflocality.kernels.cuda.window_posterior import merge_sums
+    from pyflocality.kernels.cuda._windows import merge_sums
 
     partial = torch.randn(splits, 3, 15, generator=rng)
     # Single values, added in double precision: exact up to its rounding.
@@ -168,11 +174,11 @@ def test_limits():
     facts = {"images_dtype": torch.uint8, "image_shape": (3, 8, 8)}
     assert "computes in float32" in window_posterior_limits(Call(CPU, torch.float64, facts=facts))
     assert "no derivative" in window_posterior_limits(call((3, 8, 8), requires_grad=True))
-    assert window_adjoint_limits(call((3, 64, 64), 127)) is None
-    assert "does not fit into the shared memory" in window_adjoint_limits(call((3, 256, 256)))
+    assert window_vjp_limits(call((3, 64, 64), 127)) is None
+    assert "does not fit into the shared memory" in window_vjp_limits(call((3, 256, 256)))
     # The sums of a large window take up shared memory beside the image.
-    assert window_adjoint_limits(call((1, 80, 256))) is None
-    refused = window_adjoint_limits(call((1, 80, 256), 511))
+    assert window_vjp_limits(call((1, 80, 256))) is None
+    refused = window_vjp_limits(call((1, 80, 256), 511))
     assert "80x256 image does not fit into the shared memory" in refused
 
 
@@ -197,10 +203,12 @@ def test_operations_tell_the_limits_their_window(monkeypatch):
 
 @pytest.mark.parametrize("batch", [0, 1, 65535, 65536, 200_000])
 def test_parts_of_a_batch_fit_a_grid(batch):
+    x, images = torch.zeros(batch, 1, 1, 1), torch.zeros(1, 1, 1, 1, dtype=torch.uint8)
+    stored = StoredProblem(posterior_problem(x, images, 0.5, 1.0, memory_budget=2**30))
     for at_a_time in (1000, 65535, 10**9):
-        parts = batch_slices(batch, at_a_time)
-        assert [i for part in parts for i in range(batch)[part]] == list(range(batch))
-        assert all(part.stop - part.start <= min(at_a_time, 65535) for part in parts)
+        parts = stored.parts(2**30 // at_a_time)
+        assert [i for rows, _ in parts for i in range(batch)[rows]] == list(range(batch))
+        assert all(len(part.problem.x) <= min(at_a_time, 65535) for _, part in parts)
 
 
 def gpu_of(monkeypatch, capability, shared):

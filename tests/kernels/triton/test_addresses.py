@@ -9,11 +9,10 @@ import torch
 from truth import random_images
 
 from pyflocality.kernels.triton import (
+    _global_products,
     _masked_products,
-    global_posterior,
-    global_posterior_jvp,
+    _masked_softmax,
     masked_posterior,
-    masked_posterior_jvp,
 )
 from pyflocality.posterior.problem import posterior_problem
 from pyflocality.posterior.state import finalize
@@ -44,48 +43,52 @@ def spread(matrix: torch.Tensor, stride: int = STRIDE) -> torch.Tensor:
 class Spreading:
     """Stands for a kernel and launches it on matrices whose rows are far apart.
 
-    `matrices` are positions of arguments, each with the position of its stride; the last one
-    may be a result.
+    `matrices` are names of arguments, each with the name of its stride; the last one may be a
+    result.
     """
 
-    def __init__(self, kernel, matrices: dict[int, int]) -> None:
+    def __init__(self, kernel, matrices: dict[str, str]) -> None:
         self.kernel, self.matrices, self.launches = kernel, matrices, 0
 
     def __getitem__(self, grid):
-        def launch(*args, **options):
-            changed, far = list(args), {}
+        def launch(**arguments):
+            far = {}
             for matrix, stride in self.matrices.items():
-                columns = args[matrix].shape[-1]
-                far[matrix] = spread(args[matrix].reshape(-1, columns))
-                changed[matrix], changed[stride] = far[matrix], STRIDE
-            self.kernel[grid](*changed, **options)
-            for matrix, found in far.items():
-                args[matrix].copy_(found.reshape(args[matrix].shape))
+                columns = arguments[matrix].shape[-1]
+                far[matrix] = spread(arguments[matrix].reshape(-1, columns))
+                far[stride] = STRIDE
+            self.kernel[grid](**(arguments | far))
+            for matrix in self.matrices:
+                arguments[matrix].copy_(far[matrix].reshape(arguments[matrix].shape))
             self.launches += 1
 
         return launch
 
 
 # The matrices of every kernel: images; cores and sums; norms.
+IMAGES = {"images_ptr": "stride_image"}
+SCAN = IMAGES | {"cores_ptr": "stride_sum", "norms_ptr": "stride_norm"}
+
+
 @pytest.mark.parametrize(
-    "name, matrices",
+    "module, name, matrices",
     [
-        ("masked_posterior_kernel", {0: 18, 5: 20, 6: 19}),
-        ("core_sums_kernel", {0: 9, 6: 10}),
-        ("squared_norms_kernel", {0: 9, 7: 11}),
+        (_masked_softmax, "masked_scan_kernel", SCAN),
+        (_masked_products, "core_sums_kernel", IMAGES | {"sums_ptr": "stride_sum"}),
+        (_masked_products, "squared_norms_kernel", IMAGES | {"norms_ptr": "stride_norm"}),
     ],
 )
-def test_masked_kernels(monkeypatch, rng, name, matrices):
+def test_masked_kernels(monkeypatch, rng, module, name, matrices):
     images = random_images(rng, 130, (1, 8, 8), torch.uint8)
     x = torch.randn(2, 1, 8, 8, generator=rng)
     masks = torch.rand(64, 64, generator=rng) < 0.6
     masks[:, [1, 2, 30]] = True
     problem, weights = posterior_problem(x, images, 0.4, 0.9), QueryWeights(masks)
-    near = finalize(masked_posterior.masked_posterior_state(problem, weights))
-    far = Spreading(getattr(_masked_products, name), matrices)
-    monkeypatch.setattr(_masked_products, name, far)
+    near = finalize(masked_posterior.scan(problem, weights))
+    far = Spreading(getattr(module, name), matrices)
+    monkeypatch.setattr(module, name, far)
     other = posterior_problem(x, images.clone(), 0.4, 0.9)
-    assert torch.equal(finalize(masked_posterior.masked_posterior_state(other, weights)), near)
+    assert torch.equal(finalize(masked_posterior.scan(other, weights)), near)
     assert far.launches > 0
 
 
@@ -95,12 +98,11 @@ def test_masked_kernel_with_tangents(monkeypatch, rng):
     masks = torch.rand(64, 64, generator=rng) < 0.6
     masks[:, [1, 2, 30]] = True
     problem, weights = posterior_problem(x, images, 0.4, 0.9), QueryWeights(masks)
-    near = masked_posterior_jvp.masked_posterior_jvp_state(problem, tangents, weights)
-    # Images; cores; norms.
-    far = Spreading(masked_posterior_jvp.masked_posterior_jvp_kernel, {0: 19, 5: 21, 6: 20})
-    monkeypatch.setattr(masked_posterior_jvp, "masked_posterior_jvp_kernel", far)
+    near = masked_posterior.jvp(problem, tangents, weights)
+    far = Spreading(_masked_softmax.masked_jvp_kernel, SCAN)
+    monkeypatch.setattr(_masked_softmax, "masked_jvp_kernel", far)
     other = posterior_problem(x, images.clone(), 0.4, 0.9)
-    again = masked_posterior_jvp.masked_posterior_jvp_state(other, tangents, weights)
+    again = masked_posterior.jvp(other, tangents, weights)
     assert torch.equal(again.weighted, near.weighted)
     assert far.launches > 0
 
@@ -108,7 +110,7 @@ def test_masked_kernel_with_tangents(monkeypatch, rng):
 def test_coefficient_sums_of_the_global_posterior(rng):
     stored = torch.randint(0, 256, (40, 128), generator=rng, dtype=torch.uint8)
     sums = spread(torch.zeros(16, 128))
-    global_posterior_jvp.coefficient_sums_kernel[(1, 1, 1)](
+    _global_products.coefficient_sums_kernel[(1, 1, 1)](
         spread(stored),
         torch.full((16, 40), 2.0),
         sums,
@@ -127,7 +129,7 @@ def test_weighted_sums_of_the_global_posterior(rng):
     """Images and sums lie a whole image apart: one block of long ones is enough."""
     stored = torch.randint(0, 256, (40, 128), generator=rng, dtype=torch.uint8)
     sums, total = spread(torch.zeros(16, 128)), torch.empty(1, 16)
-    global_posterior.weighted_sums_kernel[(1, 1, 1)](
+    _global_products.weighted_sums_kernel[(1, 1, 1)](
         spread(stored),
         torch.zeros(16, 40),
         torch.zeros(16),
@@ -137,7 +139,7 @@ def test_weighted_sums_of_the_global_posterior(rng):
         40,
         STRIDE,
         40,
-        WEIGHT_UNIT=global_posterior.WEIGHT_UNIT,
+        WEIGHT_UNIT=_global_products.WEIGHT_UNIT,
         QUERIES=16,
         BLOCK_N=32,
         BLOCK_D=128,

@@ -8,7 +8,8 @@ import torch
 from triton_gates import compile_ahead
 
 from pyflocality.kernels.triton import covariance as kernels
-from pyflocality.kernels.triton.covariance import CovarianceConfig, accumulate_covariance
+from pyflocality.kernels.triton.covariance import CovarianceConfig
+from pyflocality.kernels.triton.covariance import scan as accumulate_covariance
 
 SMALL = CovarianceConfig(32, 32, 32, num_warps=4, num_stages=2)
 WIDE = CovarianceConfig(32, 64, 32, num_warps=4, num_stages=2)

@@ -18,8 +18,8 @@ from pyflocality.kernels.triton._patches import Geometry
 from pyflocality.kernels.triton.equivariant_posterior import (
     EquivariantConfig,
     default_config,
-    equivariant_posterior_state,
-    query_parts,
+    query_halves,
+    scan,
 )
 from pyflocality.posterior.call import Call
 from pyflocality.posterior.problem import PosteriorProblem, posterior_problem
@@ -92,7 +92,7 @@ def assert_like_float32(
 )
 def test_borders_windows_and_channels(shape, window, circular, config, rng, device):
     problem = problem_of(rng, shape, 0.3, 0.9, device=device)
-    state = equivariant_posterior_state(problem, window, circular, parts=2, config=config)
+    state = scan(problem, window, circular, halves=2, config=config)
     assert_like_float32(state, problem, window, circular)
 
 
@@ -100,13 +100,13 @@ def test_borders_windows_and_channels(shape, window, circular, config, rng, devi
 @pytest.mark.parametrize("window", [9, 11])
 def test_windows_longer_than_resident_ones(window, side, circular, rng, device):
     problem = problem_of(rng, (1, side, side), 0.5, 1.0, count=3, batch=1, device=device)
-    state = equivariant_posterior_state(problem, window, circular, parts=2, config=STREAMED)
+    state = scan(problem, window, circular, halves=2, config=STREAMED)
     assert_like_float32(state, problem, window, circular)
 
 
 def test_many_channels(rng, device):
     problem = problem_of(rng, (17, 4, 4), 0.5, 1.0, count=3, batch=1, device=device)
-    state = equivariant_posterior_state(problem, 3, True, parts=2, config=STREAMED)
+    state = scan(problem, 3, True, halves=2, config=STREAMED)
     assert_like_float32(state, problem, 3, True)
 
 
@@ -114,7 +114,7 @@ def test_many_channels(rng, device):
 @pytest.mark.parametrize("alpha", [1.0, 0.02])
 def test_noise_levels(sigma, alpha, rng, device):
     problem = problem_of(rng, (3, 6, 5), sigma, alpha, device=device)
-    state = equivariant_posterior_state(problem, 3, True, parts=2, config=RESIDENT)
+    state = scan(problem, 3, True, halves=2, config=RESIDENT)
     assert_like_float32(state, problem, 3, True)
 
 
@@ -125,7 +125,7 @@ def test_shipped_configuration_in_several_blocks(rng, device):
     queries, keys = 3 * 81, 7 * 49
     assert queries > config.block_queries and keys > 2 * config.block_keys
     assert keys % config.block_keys and queries % config.block_queries
-    state = equivariant_posterior_state(problem, 3, True, parts=2)
+    state = scan(problem, 3, True, halves=2)
     assert_like_float32(state, problem, 3, True)
 
 
@@ -134,38 +134,36 @@ def test_one_part_where_auto_permits_it_holds_its_budget(rng, device, launches):
     launches.watch(kernels, "scan_kernel")
     sizes = {"count": 20, "batch": 3, "device": device}
     problem = problem_of(rng, (3, 6, 6), 0.9, 0.44, **sizes)
-    assert query_parts(problem, 3) == [1, 1, 1]
-    assert_like_float32(
-        equivariant_posterior_state(problem, 3, True, config=RESIDENT), problem, 3, True
-    )
-    assert {options["PARTS"] for _, _, options in launches.calls} == {2}
+    assert query_halves(problem, 3) == [1, 1, 1]
+    assert_like_float32(scan(problem, 3, True, config=RESIDENT), problem, 3, True)
+    assert {options["HALVES"] for _, _, options in launches.calls} == {2}
     launches.calls.clear()
     problem = replace(problem, precision="auto")
-    state = equivariant_posterior_state(problem, 3, True, config=RESIDENT)
-    assert {options["PARTS"] for _, _, options in launches.calls} == {1}
+    state = scan(problem, 3, True, config=RESIDENT)
+    assert {options["HALVES"] for _, _, options in launches.calls} == {1}
     exact = truth_of(problem, 3, True, torch.float64)
     error = (finalize(state).cpu().double() - finalize(exact)).abs().max()
     assert 1e-6 < error < 1e-3
 
 
-def test_parts_follow_the_noise(rng):
+def test_halves_follow_the_noise(rng):
     sigma = torch.tensor([0.0, 0.01, 0.1, 3.0, 80.0])
     problem = problem_of(rng, (3, 8, 8), sigma, 1.0, batch=5)
-    assert query_parts(problem, 5) == [2, 2, 2, 1, 1]
+    assert query_halves(problem, 5) == [2, 2, 2, 1, 1]
 
 
 def test_bits_do_not_depend_on_the_batch(rng, device):
-    """An image alone, and among others with other noise levels and parts."""
+    """An image alone, and among others with other noise levels and halves."""
     sigma = torch.tensor([0.02, 1.5, 0.3, 2.0, 0.02])
     problem = problem_of(rng, (3, 7, 6), sigma, 0.9, batch=5, device=device, precision="auto")
-    parts = query_parts(problem, 3)
-    assert set(parts) == {1, 2}
+    halves = query_halves(problem, 3)
+    assert set(halves) == {1, 2}
     for circular in (True, False):
-        together = equivariant_posterior_state(problem, 3, circular, config=RESIDENT)
+        together = scan(problem, 3, circular, config=RESIDENT)
         for b in range(5):
             own = {name: getattr(problem, name)[b : b + 1] for name in ("x", "alpha", "scale")}
             alone = replace(problem, **own)
-            state = equivariant_posterior_state(alone, 3, circular, config=RESIDENT)
+            state = scan(alone, 3, circular, config=RESIDENT)
             for one, many in zip(state, together, strict=True):
                 assert torch.equal(one[0], many[b])
 
@@ -174,7 +172,7 @@ def test_chunks_of_images_and_of_queries(rng, device):
     problem = problem_of(rng, (3, 6, 5), 0.3, 0.9, batch=3, device=device)
     for options in ({"chunk_size": 4}, {"memory_budget": 1}):
         parts = PosteriorProblem(problem.x, problem.images, problem.alpha, problem.scale, **options)
-        state = equivariant_posterior_state(parts, 3, True, parts=2, config=RESIDENT)
+        state = scan(parts, 3, True, halves=2, config=RESIDENT)
         assert_like_float32(state, problem, 3, True)
 
 
@@ -185,7 +183,7 @@ def test_blocks_that_weigh_nothing_are_passed_over(rng, device, monkeypatch):
     x = images[20:21].float() / 127.5 - 1
     problem = posterior_problem(x.to(device), images.to(device), 1e-3, 1.0)
     monkeypatch.setattr(kernels, "_PROGRAMS_PER_IMAGE", 1)
-    state = equivariant_posterior_state(problem, 5, True, parts=2, config=RESIDENT)
+    state = scan(problem, 5, True, halves=2, config=RESIDENT)
     centre = finalize(state)[0, 12, 0].item()
     assert centre == pytest.approx(x[0, 0, 2, 2].item(), abs=1e-6)
 
@@ -193,7 +191,7 @@ def test_blocks_that_weigh_nothing_are_passed_over(rng, device, monkeypatch):
 @pytest.mark.parametrize("height", [1, 2, 3])
 def test_no_interior_and_one_image(height, rng, device):
     problem = problem_of(rng, (1, height, 4), 0.5, 1.0, count=1, batch=2, device=device)
-    state = equivariant_posterior_state(problem, 3, False, parts=2, config=RESIDENT)
+    state = scan(problem, 3, False, halves=2, config=RESIDENT)
     assert_like_float32(state, problem, 3, False)
 
 
@@ -233,7 +231,7 @@ def test_offsets_beyond_32_bits(device):
         RUN=16,
         CHANNELS=2,
         ANSWERS=16,
-        PARTS=1,
+        HALVES=1,
         RESIDENT=True,
         BLOCK_Q=block,
         BLOCK_KEYS=block,
@@ -279,12 +277,12 @@ SCAN = {
 # for one program, and streamed with runs of each length.
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
-    ("channels", "window", "parts"),
+    ("channels", "window", "halves"),
     [(3, 3, 2), (3, 5, 1), (3, 5, 2), (3, 7, 1), (3, 7, 2), (1, 7, 2), (3, 15, 2), (3, 31, 2)],
 )
-def test_compiled_code(channels, window, parts, arch):
+def test_compiled_code(channels, window, halves, arch):
     geometry = Geometry((channels, 64, 64), window, 0)
-    config = default_config(window, geometry.run, parts, arch)
+    config = default_config(window, geometry.run, halves, arch)
     code = compile_ahead(
         kernels.scan_kernel,
         SCAN,
@@ -293,7 +291,7 @@ def test_compiled_code(channels, window, parts, arch):
             "RUN": geometry.run,
             "CHANNELS": geometry.channels,
             "ANSWERS": 16,
-            "PARTS": parts,
+            "HALVES": halves,
             "RESIDENT": config.resident,
             "BLOCK_Q": config.block_queries,
             "BLOCK_KEYS": config.block_keys,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from triton_gates import compile_ahead
 
-from pyflocality.kernels.triton import global_posterior as kernels
-from pyflocality.kernels.triton.global_posterior import CONFIGS
+from pyflocality.kernels.triton import _global_products as kernels
+from pyflocality.kernels.triton._global_products import CONFIGS
 
 SINGLE, DOUBLE = "*fp32", "*fp64"
 DISTANCES = {

@@ -8,10 +8,9 @@ from test_global_kernel import VIEWS, noisy_batch
 from triton_gates import compile_ahead
 from truth import random_images
 
-from pyflocality.kernels.triton import global_posterior
-from pyflocality.kernels.triton import global_posterior_jvp as kernels
-from pyflocality.kernels.triton.global_posterior import CONFIGS, QUERIES, global_posterior_state
-from pyflocality.kernels.triton.global_posterior_jvp import LAUNCH, global_posterior_jvp_state
+from pyflocality.kernels.triton import _global_products as kernels
+from pyflocality.kernels.triton._global_products import CONFIGS, QUERIES
+from pyflocality.kernels.triton.global_posterior import jvp, scan
 from pyflocality.posterior.problem import posterior_problem
 from pyflocality.posterior.state import finalize, finalize_jvp, log_sum_exp, merge_tangents
 from pyflocality.posterior.tangents import jacobian_factor
@@ -32,7 +31,7 @@ def problem_on(device, x, images, sigma, alpha=1.0, **options):
 
 def answer(device, x, directions, images, sigma, alpha=1.0, **options):
     problem = problem_on(device, x, images, sigma, alpha, **options)
-    state = global_posterior_jvp_state(problem, directions.to(device))
+    state = jvp(problem, directions.to(device))
     found = finalize_jvp(state, images[0].numel(), jacobian_factor(problem))
     return tuple(part.cpu() for part in found)
 
@@ -59,7 +58,7 @@ def test_sizes_that_are_no_multiples_of_a_block(device, rng, launches, shape, co
     x = noisy_batch(images, 3, 0.4, 0.9, rng)
     directions = directions_like(x, tangents, rng)
     launches.watch(kernels, "coefficient_sums_kernel")
-    launches.watch(global_posterior, "distances_kernel", "weighted_sums_kernel")
+    launches.watch(kernels, "distances_kernel", "weighted_sums_kernel")
     assert_close(
         answer(device, x, directions, images, 0.4, 0.9), truth(x, directions, images, 0.4, 0.9)
     )
@@ -124,7 +123,7 @@ def test_chunks_and_shards_are_merged(device, rng):
     problem = posterior_problem(x.double(), images, 0.5, 0.8)
     exact = reference_state(problem, directions.double())
     halves = [
-        global_posterior_jvp_state(problem_on(device, x, part, 0.5, 0.8), directions.to(device))
+        jvp(problem_on(device, x, part, 0.5, 0.8), directions.to(device))
         for part in (images[:200], images[200:])
     ]
     scale = problem.scale.to(device)
@@ -148,7 +147,7 @@ def test_views_whose_images_are_apart(device, rng, view, chunk_size):
 
 def test_views_are_copied_in_parts_that_fit_the_budget(device, rng, launches):
     """The whole view was copied at once, whatever the budget."""
-    launches.watch(global_posterior, "distances_kernel")
+    launches.watch(kernels, "distances_kernel")
     images = random_images(rng, 400, SHAPE, torch.uint8).to(device)[::2]
     stored = images.cpu().contiguous()
     x = noisy_batch(stored, 1, 0.5, 0.9, rng)
@@ -165,11 +164,11 @@ def test_without_tangents_and_without_noisy_images(device, rng, tangents):
     images = random_images(rng, 60, SHAPE, torch.uint8)
     x = noisy_batch(images, 2, 0.5, 0.8, rng)
     problem = problem_on(device, x, images, 0.5, 0.8)
-    state = global_posterior_jvp_state(problem, directions_like(x, tangents, rng).to(device))
-    plain = finalize(global_posterior_state(problem))
+    state = jvp(problem, directions_like(x, tangents, rng).to(device))
+    plain = finalize(scan(problem))
     torch.testing.assert_close(finalize(state)[..., :VALUES], plain, rtol=0, atol=1e-6)
     nobody = problem_on(device, x[:0], images, 0.5)
-    state = global_posterior_jvp_state(nobody, directions_like(x[:0], tangents, rng).to(device))
+    state = jvp(nobody, directions_like(x[:0], tangents, rng).to(device))
     assert state.weighted.shape == (0, 1, VALUES + tangents + tangents * VALUES)
 
 
@@ -191,7 +190,7 @@ def test_compiled_code(arch, aligned):
         "QUERIES": QUERIES,
         "BLOCK_N": config.sum_n,
         "BLOCK_D": config.sum_d,
-        "NUM_STAGES": LAUNCH.num_stages,
+        "NUM_STAGES": CONFIGS[arch].weighted.num_stages,
     }
     code = compile_ahead(
         kernels.coefficient_sums_kernel,
@@ -199,7 +198,7 @@ def test_compiled_code(arch, aligned):
         values,
         arch=arch,
         divisible=["dim"] if aligned else [],
-        **vars(LAUNCH),
+        **vars(CONFIGS[arch].weighted),
     )
     code.assert_fits()
     # 16 rows are too few for a warpgroup.

@@ -9,8 +9,9 @@ import pytest
 import torch
 from truth import filtered_posterior_mean, random_images
 
-from pyflocality.kernels.triton import global_posterior as kernels
-from pyflocality.kernels.triton.global_posterior import CONFIGS, fixed_point, global_posterior_state
+from pyflocality.kernels.triton import _global_products as kernels
+from pyflocality.kernels.triton._global_products import CONFIGS, fixed_point
+from pyflocality.kernels.triton.global_posterior import scan
 from pyflocality.posterior.problem import posterior_problem
 from pyflocality.posterior.state import finalize, log_sum_exp, merge
 from pyflocality.reference.global_posterior import scan as reference_state
@@ -26,9 +27,7 @@ def noisy_batch(images, batch, sigma, alpha, generator):
 
 def state_on(device, x, images, sigma, alpha=1.0, **options):
     levels = [v.to(device) if isinstance(v, torch.Tensor) else v for v in (sigma, alpha)]
-    return global_posterior_state(
-        posterior_problem(x.to(device), images.to(device), *levels, **options)
-    )
+    return scan(posterior_problem(x.to(device), images.to(device), *levels, **options))
 
 
 def answer(device, x, images, sigma, alpha=1.0, **options):

@@ -9,11 +9,9 @@ import pytest
 from triton_gates import compile_ahead
 
 from pyflocality.kernels.triton import _masked_products as products
-from pyflocality.kernels.triton import state
-from pyflocality.kernels.triton._mask_plan import OUTPUTS
-from pyflocality.kernels.triton._masked_scan import FEW_CONFIGS
-from pyflocality.kernels.triton.masked_posterior import CONFIGS
-from pyflocality.kernels.triton.masked_posterior_jvp import JVP_CONFIGS
+from pyflocality.kernels.triton import _masked_softmax, _merge
+from pyflocality.kernels.triton._masked_levels import OUTPUTS
+from pyflocality.kernels.triton._masked_plan import CONFIGS, FEW_CONFIGS, JVP_CONFIGS
 
 HALF, SINGLE, INDEX = "*fp16", "*fp32", "*i32"
 LISTS = {"inputs_ptr": INDEX, "starts_ptr": INDEX, "parents_ptr": INDEX}
@@ -51,7 +49,7 @@ SUMS = {
 }
 NORMS = {
     "images_ptr": HALF,
-    "members_ptr": HALF,
+    "mask_weights_ptr": HALF,
     **LISTS,
     "above_ptr": SINGLE,
     "row_scale_ptr": SINGLE,
@@ -64,7 +62,7 @@ NORMS = {
 PACK = {
     "noisy_ptr": SINGLE,
     "inputs_ptr": INDEX,
-    "members_ptr": HALF,
+    "mask_weights_ptr": HALF,
     "queries_ptr": HALF,
     "dim": "i32",
     "blocks": "i32",
@@ -89,8 +87,8 @@ def compiled(kernel, types, arch, launch, values):
 
 def scan(arch, parts, parents, table=CONFIGS):
     config = table[arch]
-    values = constants(config, config.scan, BATCH=config.batch, PARTS=parts, HAS_PARENTS=parents)
-    return compiled(products.masked_posterior_kernel, SCAN, arch, config.scan, values)
+    values = constants(config, config.scan, BATCH=config.batch, HALVES=parts, HAS_PARENTS=parents)
+    return compiled(_masked_softmax.masked_scan_kernel, SCAN, arch, config.scan, values)
 
 
 @pytest.mark.parametrize("parents", [False, True])
@@ -126,7 +124,7 @@ def test_few_noisy_images_are_summed_in_the_order_of_many(arch, parts, parents):
     ],
 )
 def test_core_sums(arch, config, parts):
-    values = constants(config, config.cores, BATCH=config.batch, PARTS=parts, HAS_PARENTS=True)
+    values = constants(config, config.cores, BATCH=config.batch, HALVES=parts, HAS_PARENTS=True)
     code = compiled(products.core_sums_kernel, SUMS, arch, config.cores, values)
     code.assert_fits(wgmma=True)
     assert code.has_async_copies
@@ -137,7 +135,7 @@ def test_core_sums(arch, config, parts):
     ("arch", "config"), [(80, CONFIGS[80]), (80, JVP_CONFIGS[80]), (90, CONFIGS[90])]
 )
 def test_squared_norms(arch, config, parts):
-    values = constants(config, config.norms, PARTS=parts, HAS_PARENTS=True)
+    values = constants(config, config.norms, HALVES=parts, HAS_PARENTS=True)
     code = compiled(products.squared_norms_kernel, NORMS, arch, config.norms, values)
     code.assert_fits()
     # 16 rows are too few for a warpgroup.
@@ -149,8 +147,8 @@ def test_squared_norms(arch, config, parts):
 def test_pack_queries(arch, table):
     config = table[arch]
     values = {
-        "MEMBER_PARTS": 2,
-        "PARTS": 2,
+        "WEIGHT_HALVES": 2,
+        "HALVES": 2,
         "OUTPUTS": OUTPUTS,
         "BATCH": config.batch,
         "BLOCK_D": config.block_d,
@@ -163,9 +161,9 @@ def test_pack_queries(arch, table):
 @pytest.mark.parametrize("block_v", [1, 1024])
 @pytest.mark.parametrize("arch", [80, 90])
 def test_merge(arch, block_v):
-    types = {name: SINGLE for name in state.merge_states_kernel.arg_names if name.endswith("_ptr")}
-    types |= {"parts": "i32", "rows": "i32", "values": "i32"}
-    values = {"BLOCK_R": state.BLOCK_ELEMENTS // block_v, "BLOCK_V": block_v}
+    types = {name: SINGLE for name in _merge.merge_states_kernel.arg_names if name.endswith("_ptr")}
+    types |= {"splits": "i32", "rows": "i32", "values": "i32"}
+    values = {"BLOCK_R": _merge.BLOCK_ELEMENTS // block_v, "BLOCK_V": block_v}
     compile_ahead(
-        state.merge_states_kernel, types, values, arch=arch, **vars(state.LAUNCH)
+        _merge.merge_states_kernel, types, values, arch=arch, **vars(_merge.LAUNCH)
     ).assert_fits()

@@ -5,13 +5,9 @@ from __future__ import annotations
 import pytest
 from test_masked_compiles import SCAN, compiled, constants
 
-from pyflocality.kernels.triton.masked_posterior_jvp import (
-    JVP_CONFIGS,
-    LARGEST_SLOTS,
-    PARTS,
-    SLOTS,
-    masked_posterior_jvp_kernel,
-)
+from pyflocality.kernels.triton._masked_plan import JVP_CONFIGS
+from pyflocality.kernels.triton._masked_softmax import masked_jvp_kernel
+from pyflocality.kernels.triton.masked_posterior import LARGEST_SLOTS, SLOTS
 
 # In the order of the kernel's arguments.
 TYPES = {name: kind for name, kind in SCAN.items() if name not in ("total_ptr", "weighted_ptr")}
@@ -30,10 +26,10 @@ def test_scan(arch, slots, parents):
         config.scan,
         IMAGES=config.batch // slots,
         SLOTS=slots,
-        PARTS=PARTS,
+        HALVES=2,
         HAS_PARENTS=parents,
     )
-    code = compiled(masked_posterior_jvp_kernel, TYPES, arch, config.scan, values)
+    code = compiled(masked_jvp_kernel, TYPES, arch, config.scan, values)
     code.assert_fits(wgmma=True)
     assert code.has_async_copies
     # Products of two steps overlap: not every wait is for the last one.

@@ -9,15 +9,10 @@ import torch
 from test_masked_kernel import band_masks, noisy_batch, problem_on
 from truth import random_images
 
-from pyflocality.kernels.triton import _masked_products
-from pyflocality.kernels.triton import masked_posterior_jvp as kernels
+from pyflocality.kernels.triton import _masked_products, _masked_softmax
 from pyflocality.kernels.triton._centred_images import centred_images
-from pyflocality.kernels.triton.masked_posterior import masked_posterior_state
-from pyflocality.kernels.triton.masked_posterior_jvp import (
-    JVP_CONFIGS,
-    masked_posterior_jvp_state,
-    tangent_groups,
-)
+from pyflocality.kernels.triton._masked_plan import JVP_CONFIGS
+from pyflocality.kernels.triton.masked_posterior import jvp, scan, tangent_groups
 from pyflocality.posterior.problem import posterior_problem
 from pyflocality.posterior.state import finalize, finalize_jvp, log_sum_exp, merge_tangents
 from pyflocality.posterior.tangents import jacobian_factor
@@ -26,7 +21,7 @@ from pyflocality.weights import QueryWeights
 
 # Splits of two blocks, so that small sets have several.
 SMALL = dataclasses.replace(JVP_CONFIGS[90], split_blocks=2)
-JVP_KERNEL = "masked_posterior_jvp_kernel"
+JVP_KERNEL = "masked_jvp_kernel"
 ODD = (1, 7, 5)
 
 
@@ -36,7 +31,7 @@ def directions_like(x, tangents, rng):
 
 def answer(device, x, directions, images, weights, sigma, alpha=1.0, **options):
     problem = problem_on(device, x, images, sigma, alpha, **options)
-    state = masked_posterior_jvp_state(problem, directions.to(device), weights, config=SMALL)
+    state = jvp(problem, directions.to(device), weights, config=SMALL)
     return tuple(part.cpu() for part in finalize_jvp(state, 1, jacobian_factor(problem)))
 
 
@@ -68,8 +63,9 @@ def test_sizes_that_are_no_multiples_of_a_block(device, rng, shape, count, tange
 
 
 def test_every_kernel_with_cores_and_several_splits(device, rng, launches):
-    launches.watch(kernels, JVP_KERNEL)
-    launches.watch(_masked_products, "core_sums_kernel", "masked_posterior_kernel")
+    launches.watch(_masked_softmax, JVP_KERNEL)
+    launches.watch(_masked_products, "core_sums_kernel")
+    launches.watch(_masked_softmax, "masked_scan_kernel")
     shape, weights = (2, 8, 8), band_masks((2, 8, 8))
     images = random_images(rng, 300, shape, torch.uint8)
     x = noisy_batch(images, 3, 0.4, 0.9, rng)
@@ -81,10 +77,10 @@ def test_every_kernel_with_cores_and_several_splits(device, rng, launches):
     # 8 tiles, groups of two noisy images with three tangents and of four with one, two splits.
     assert [three[0], one[0]] == [(8, 2, 2), (8, 1, 2)]
     assert [(o["IMAGES"], o["SLOTS"]) for _, o in (three, one)] == [(2, 4), (4, 2)]
-    assert all(options["HAS_PARENTS"] and options["PARTS"] == 2 for _, options in (three, one))
+    assert all(options["HAS_PARENTS"] and options["HALVES"] == 2 for _, options in (three, one))
     # Cores of the tiles of both channels, for each group of tangents.
     assert [grid[0] for grid, _ in launches.of("core_sums_kernel")] == [1, 1]
-    assert launches.of("masked_posterior_kernel") == []
+    assert launches.of("masked_scan_kernel") == []
 
 
 @pytest.mark.parametrize("sigma", [0.01, 0.08, 0.3, 2.0, 80.0, 1e4])
@@ -162,8 +158,8 @@ def test_memory_budget_changes_no_bits(device, rng, launches):
     x = noisy_batch(images, 3, 0.4, 0.9, rng)
     directions = directions_like(x, 3, rng)
     roomy = answer(device, x, directions, images, band_masks(ODD), 0.4, 0.9)
-    assert centred_images(images).whole is not None
-    launches.watch(kernels, JVP_KERNEL)
+    assert centred_images(images).cached_whole is not None
+    launches.watch(_masked_softmax, JVP_KERNEL)
     tight = answer(
         device, x, directions, images.clone(), band_masks(ODD), 0.4, 0.9, memory_budget=50_000
     )
@@ -183,9 +179,7 @@ def test_state_is_that_of_the_reference_and_merges(device, rng):
     problem = posterior_problem(x.double(), images, 0.5, 0.8)
     exact = reference_state(problem, directions.double(), weights)
     halves = [
-        masked_posterior_jvp_state(
-            problem_on(device, x, part, 0.5, 0.8), directions.to(device), weights, config=SMALL
-        )
+        jvp(problem_on(device, x, part, 0.5, 0.8), directions.to(device), weights, config=SMALL)
         for part in (images[:100], images[100:])
     ]
     state = merge_tangents(*halves, problem.scale.to(device), 1)
@@ -205,14 +199,12 @@ def test_without_tangents_and_without_noisy_images(device, rng, tangents):
     images = random_images(rng, 60, ODD, torch.uint8)
     x = noisy_batch(images, 2, 0.5, 0.8, rng)
     problem = problem_on(device, x, images, 0.5, 0.8)
-    state = masked_posterior_jvp_state(
-        problem, directions_like(x, tangents, rng).to(device), band_masks(ODD)
-    )
-    plain = masked_posterior_state(problem, band_masks(ODD))
+    state = jvp(problem, directions_like(x, tangents, rng).to(device), band_masks(ODD))
+    plain = scan(problem, band_masks(ODD))
     torch.testing.assert_close(
         finalize(state)[..., :1], finalize(plain), rtol=0, atol=1e-6, check_dtype=False
     )
-    nobody = masked_posterior_jvp_state(
+    nobody = jvp(
         problem_on(device, x[:0], images, 0.5),
         directions_like(x[:0], tangents, rng),
         band_masks(ODD),

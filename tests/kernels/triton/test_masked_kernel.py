@@ -10,11 +10,10 @@ import pytest
 import torch
 from truth import filtered_posterior_mean, random_images
 
-from pyflocality.kernels.triton import _masked_products
-from pyflocality.kernels.triton import masked_posterior as kernels
+from pyflocality.kernels.triton import _masked_products, _masked_softmax
 from pyflocality.kernels.triton._centred_images import centred_images
-from pyflocality.kernels.triton._masked_scan import FEW_CONFIGS
-from pyflocality.kernels.triton.masked_posterior import CONFIGS, masked_posterior_state
+from pyflocality.kernels.triton._masked_plan import CONFIGS, FEW_CONFIGS
+from pyflocality.kernels.triton.masked_posterior import scan
 from pyflocality.posterior.problem import PosteriorProblem, posterior_problem
 from pyflocality.posterior.state import finalize, log_sum_exp, merge
 from pyflocality.reference.masked_posterior import scan as reference_state
@@ -22,12 +21,8 @@ from pyflocality.weights import QueryWeights
 
 # Splits of two blocks, so that small sets have several.
 SMALL = dataclasses.replace(CONFIGS[90], split_blocks=2)
-KERNELS = (
-    "pack_queries_kernel",
-    "core_sums_kernel",
-    "squared_norms_kernel",
-    "masked_posterior_kernel",
-)
+PRODUCTS = ("pack_queries_kernel", "core_sums_kernel", "squared_norms_kernel")
+SCAN = "masked_scan_kernel"
 
 
 @functools.lru_cache
@@ -60,7 +55,7 @@ def problem_on(device, x, images, sigma, alpha=1.0, **options) -> PosteriorProbl
 
 def answer(device, x, images, weights, sigma, alpha=1.0, *, config=SMALL, **options):
     problem = problem_on(device, x, images, sigma, alpha, **options)
-    state = masked_posterior_state(problem, weights, config=config)
+    state = scan(problem, weights, config=config)
     return finalize(state).reshape(x.shape).double().cpu()
 
 
@@ -81,7 +76,8 @@ def test_sizes_that_are_no_multiples_of_a_block(device, rng, shape, count):
 
 
 def test_every_kernel_with_cores_of_cores_and_several_splits(device, rng, launches):
-    launches.watch(_masked_products, *KERNELS)
+    launches.watch(_masked_products, *PRODUCTS)
+    launches.watch(_masked_softmax, SCAN)
     shape, weights = (3, 9, 10), band_masks((3, 9, 10))
     images = random_images(rng, 600, shape, torch.uint8)
     x = noisy_batch(images, 9, 0.4, 0.9, rng)
@@ -96,9 +92,9 @@ def test_every_kernel_with_cores_of_cores_and_several_splits(device, rng, launch
     )
     assert np.abs(found.numpy() - truth).max() < 1e-5
 
-    ((grid, options),) = launches.of("masked_posterior_kernel")
+    ((grid, options),) = launches.of(SCAN)
     # 3 x 3 tiles of 4 x 4 pixels in 3 channels, two groups of noisy images, three splits.
-    assert grid == (27, 2, 3) and options["HAS_PARENTS"] and options["PARTS"] == 2
+    assert grid == (27, 2, 3) and options["HAS_PARENTS"] and options["HALVES"] == 2
     # Cores of 9 tiles a channel, and of these over the channels.
     levels = launches.of("core_sums_kernel")
     assert [grid for grid, _ in levels] == [(1, 2, 5), (3, 2, 5)]
@@ -122,7 +118,7 @@ def test_every_noise_level(device, rng, sigma, alpha):
 
 
 def test_levels_and_precision_of_every_image_alone(device, rng, launches):
-    launches.watch(_masked_products, "masked_posterior_kernel")
+    launches.watch(_masked_softmax, SCAN)
     images = random_images(rng, 300, (3, 6, 6), torch.uint8)
     sigma, alpha = torch.linspace(0.05, 3.0, 11), torch.linspace(1.0, 0.4, 11)
     x = torch.cat([noisy_batch(images, 1, float(s), 1.0, rng) for s in sigma])
@@ -130,7 +126,7 @@ def test_levels_and_precision_of_every_image_alone(device, rng, launches):
     found = answer(device, x, images, weights, sigma, alpha, precision="auto")
     exact = exact_answer(x, images, weights, sigma, alpha)
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-3)
-    assert sorted(o["PARTS"] for _, o in launches.of("masked_posterior_kernel")) == [1, 2]
+    assert sorted(o["HALVES"] for _, o in launches.of(SCAN)) == [1, 2]
     for b in (0, 4, 10):
         alone = answer(device, x[b : b + 1], images, weights, sigma[b], alpha[b], precision="auto")
         assert torch.equal(alone[0], found[b])
@@ -139,7 +135,8 @@ def test_levels_and_precision_of_every_image_alone(device, rng, launches):
 @pytest.mark.parametrize("precision", ["exact", "auto"])
 def test_few_images_have_shapes_of_their_own_and_the_same_bits(device, rng, launches, precision):
     """One noisy image cost what eight did."""
-    launches.watch(_masked_products, *KERNELS)
+    launches.watch(_masked_products, *PRODUCTS)
+    launches.watch(_masked_softmax, SCAN)
     images = random_images(rng, 1100, (3, 6, 6), torch.uint8)
     # All of them take two halves.
     x, sigma = noisy_batch(images, 9, 0.1, 1.0, rng), torch.linspace(0.05, 0.1, 9)
@@ -149,9 +146,9 @@ def test_few_images_have_shapes_of_their_own_and_the_same_bits(device, rng, laun
         launches.calls.clear()
         some = answer(device, x[:count], images, band_masks((3, 6, 6)), sigma[:count], **options)
         assert torch.equal(some, found[:count])
-        for name in ("pack_queries_kernel", "core_sums_kernel", "masked_posterior_kernel"):
+        for name in ("pack_queries_kernel", "core_sums_kernel", SCAN):
             assert {options["BATCH"] for _, options in launches.of(name)} == {batch}
-        ((grid, options_of),) = launches.of("masked_posterior_kernel")
+        ((grid, options_of),) = launches.of(SCAN)
         # 3 tiles in 3 channels; splits of 1,024 images.
         assert grid == (9, 1, 2) and options_of["num_warps"] == batch
 
@@ -167,7 +164,8 @@ def test_both_shapes_of_a_generation_sum_alike():
 
 @pytest.mark.parametrize(("sigma", "parts"), [(0.05, 2), (2.0, 1)])
 def test_auto_takes_half_of_the_products_at_much_noise(device, rng, launches, sigma, parts):
-    launches.watch(_masked_products, "pack_queries_kernel", "masked_posterior_kernel")
+    launches.watch(_masked_products, "pack_queries_kernel")
+    launches.watch(_masked_softmax, SCAN)
     images = random_images(rng, 300, (3, 6, 6), torch.uint8)
     x = noisy_batch(images, 2, sigma, 1.0, rng)
     weights = band_masks((3, 6, 6))
@@ -176,7 +174,7 @@ def test_auto_takes_half_of_the_products_at_much_noise(device, rng, launches, si
         launches.calls.clear()
         options = {} if precision is None else {"precision": precision}
         found[precision] = answer(device, x, images, weights, sigma, **options)
-        parts_of[precision] = {options["PARTS"] for _, _, options in launches.calls}
+        parts_of[precision] = {options["HALVES"] for _, _, options in launches.calls}
     assert parts_of == {None: {2}, "exact": {2}, "auto": {parts}}
     assert torch.equal(found[None], found["exact"])
     assert torch.equal(found["auto"], found["exact"]) == (parts == 2)
@@ -206,7 +204,8 @@ def test_masks_without_inputs_give_the_mean(device, rng):
 
 
 def test_weights_that_are_no_masks(device, rng, launches):
-    launches.watch(_masked_products, *KERNELS)
+    launches.watch(_masked_products, *PRODUCTS)
+    launches.watch(_masked_softmax, SCAN)
     images = random_images(rng, 300, (3, 6, 6), torch.uint8)
     x = noisy_batch(images, 3, 0.4, 0.9, rng)
     values = torch.rand(108, 108, generator=rng) * torch.logspace(-6, 6, 108)[:, None]
@@ -217,7 +216,7 @@ def test_weights_that_are_no_masks(device, rng, launches):
     # Distances with weights of 1e6 are rounded accordingly; there is one nearest image there.
     torch.testing.assert_close(found, exact, rtol=0, atol=3e-5)
     ((_, options),) = launches.of("pack_queries_kernel")
-    assert options["MEMBER_PARTS"] == 2
+    assert options["WEIGHT_HALVES"] == 2
     signed = torch.randn(108, 108, generator=rng) / 30
     found = answer(device, x, images, QueryWeights(signed, signed=True), 0.4, 0.9)
     exact = exact_answer(x, images, QueryWeights(signed, signed=True), 0.4, 0.9)
@@ -229,29 +228,14 @@ def test_memory_budget_and_chunks_change_no_bits(device, rng, launches):
     images = random_images(rng, 900, shape, torch.uint8)
     x = noisy_batch(images, 17, 0.4, 0.9, rng)
     roomy = answer(device, x, images, weights, 0.4, 0.9)
-    assert centred_images(images).whole is not None
-    launches.watch(_masked_products, "masked_posterior_kernel")
+    assert centred_images(images).cached_whole is not None
+    launches.watch(_masked_softmax, SCAN)
     # Too little for the copy of the images, for the norms, and for all groups at once.
     tight = answer(device, x, images.clone(), weights, 0.4, 0.9, memory_budget=50_000)
     assert torch.equal(tight, roomy)
-    assert len(launches.of("masked_posterior_kernel")) == 12
+    assert len(launches.of(SCAN)) == 12
     chunked = answer(device, x, images.clone(), weights, 0.4, 0.9, chunk_size=300)
     torch.testing.assert_close(chunked, roomy, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("chunk_size", [None, 10**8])
-def test_slices_fit_a_grid(rng, chunk_size):
-    """A grid has at most 65,535 programs along its second and third dimension."""
-    shape, weights = (1, 4, 5), band_masks((1, 4, 5))
-    images = random_images(rng, 20, shape, torch.uint8)
-    problem = posterior_problem(images[:1].float(), images, 0.4, 0.9, chunk_size=chunk_size)
-    config = CONFIGS[90]
-    plan = kernels.mask_plan(weights, shape, config.block_d, images.device)
-    scan = kernels.MaskedScan(problem, torch.arange(1), centred_images(images), plan, config, 2)
-    width = scan._slice_width(10**15, 1, True, True)
-    split = config.block_n * config.split_blocks
-    assert width % split == 0
-    assert 65535 * config.block_n - split < width <= 65535 * config.block_n
 
 
 def test_images_made_in_inference_mode(device, rng):
@@ -287,7 +271,7 @@ def test_state_is_that_of_the_reference_and_merges(device, rng):
     x = noisy_batch(images, 2, 0.5, 0.8, rng)
     exact = reference_state(posterior_problem(x.double(), images, 0.5, 0.8), weights)
     halves = [
-        masked_posterior_state(problem_on(device, x, part, 0.5, 0.8), weights, config=SMALL)
+        scan(problem_on(device, x, part, 0.5, 0.8), weights, config=SMALL)
         for part in (images[:200], images[200:])
     ]
     scale = posterior_problem(x, images, 0.5, 0.8).scale.to(device)
@@ -312,7 +296,3 @@ def test_unknown_precision_is_refused(device, rng):
     images = random_images(rng, 20, (1, 4, 5), torch.uint8)
     with pytest.raises(ValueError, match="`precision` must be one of 'exact', 'auto'"):
         answer(device, images.float(), images, band_masks((1, 4, 5)), 0.5, precision="half")
-
-
-def test_table_has_every_generation():
-    assert set(kernels.CONFIGS) == {80, 90}

@@ -6,14 +6,14 @@ import weakref
 
 import pytest
 import torch
-from test_masked_kernel import KERNELS, SMALL, band_masks, problem_on
+from test_masked_kernel import PRODUCTS, SCAN, SMALL, band_masks, problem_on
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from truth import random_images
 
-from pyflocality.kernels.triton import _masked_products, masked_posterior_jvp, state
-from pyflocality.kernels.triton import masked_posterior as kernels
+from pyflocality.kernels.triton import _masked_products, _masked_softmax, _merge
 from pyflocality.kernels.triton._centred_images import centred_images
+from pyflocality.kernels.triton.masked_posterior import scan
 from pyflocality.weights import QueryWeights
 
 SHAPE = (3, 16, 16)
@@ -59,12 +59,12 @@ class Idle:
 @pytest.fixture
 def idle(monkeypatch):
     """The kernels by name, none of which runs."""
-    found = {name: Idle() for name in (*KERNELS, "merge_states_kernel")}
-    for name in KERNELS:
-        monkeypatch.setattr(_masked_products, name, found[name])
-    monkeypatch.setattr(state, "merge_states_kernel", found["merge_states_kernel"])
-    monkeypatch.setattr(masked_posterior_jvp, "masked_posterior_jvp_kernel", Idle())
-    return found
+    idle = {}
+    places = [(_masked_products, name) for name in PRODUCTS]
+    for module, name in (*places, (_masked_softmax, SCAN), (_merge, "merge_states_kernel")):
+        idle[name] = Idle()
+        monkeypatch.setattr(module, name, idle[name])
+    return idle
 
 
 def windows(reach):
@@ -85,7 +85,7 @@ def cold_call(device, rng, budget, batch=8, count=8000):
     problem = problem_on(device, x, images, 0.4, 0.9, memory_budget=budget)
     weights = windows(2)
     with PeakMemory() as memory:
-        kernels.masked_posterior_state(problem, weights, config=SMALL)
+        scan(problem, weights, config=SMALL)
     return memory.peak, centred_images(images)
 
 
@@ -98,19 +98,19 @@ def cold_call(device, rng, budget, batch=8, count=8000):
 def test_a_cold_call_stays_within_the_budget(device, rng, idle, megabytes, copy, norms, batch):
     """Packed queries, the plan and a copy of the norms came on top of the budget."""
     budget = megabytes * MEGABYTE
-    peak, kept = cold_call(device, rng, budget, batch)
-    assert (kept.whole is not None, "masked" in kept.norms) == (copy, norms)
+    peak, cached = cold_call(device, rng, budget, batch)
+    assert (cached.cached_whole is not None, "masked" in cached.norms) == (copy, norms)
     assert 0.4 * budget < peak <= budget
     # Several slices, so that their width is what the budget leaves.
-    assert len(idle["masked_posterior_kernel"].grids) > 1
+    assert len(idle[SCAN].grids) > 1
 
 
 def test_queries_are_packed_once_for_all_slices(device, rng, idle):
-    _, kept = cold_call(device, rng, 46 * MEGABYTE)
-    assert len(idle["masked_posterior_kernel"].grids) > 1
+    cold_call(device, rng, 46 * MEGABYTE)
+    assert len(idle[SCAN].grids) > 1
     # One for each level of the plan.
     assert len(idle["pack_queries_kernel"].grids) == 2
-    assert len(idle["core_sums_kernel"].grids) == len(idle["masked_posterior_kernel"].grids)
+    assert len(idle["core_sums_kernel"].grids) == len(idle[SCAN].grids)
 
 
 def test_masks_are_sent_to_the_device_once(device, rng, monkeypatch):
@@ -118,7 +118,7 @@ def test_masks_are_sent_to_the_device_once(device, rng, monkeypatch):
     images = random_images(rng, 30, (1, 4, 5), torch.uint8)
     problem = problem_on(device, images[:2].float() / 127.5 - 1, images, 0.4)
     weights = QueryWeights(band_masks((1, 4, 5)).dense(torch.bool))
-    first = kernels.masked_posterior_state(problem, weights)
+    first = scan(problem, weights)
     monkeypatch.delattr(weights, "bits")
-    again = kernels.masked_posterior_state(problem, weights)
+    again = scan(problem, weights)
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))

@@ -1,4 +1,4 @@
-"""The public operations on the Triton backend by name, and what its launchers keep."""
+"""The public operations on the Triton backend by name, and what its launchers cache."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from truth import random_images
 import pyflocality as pf
 from pyflocality import ops
 from pyflocality.backends import selection as _backends
-from pyflocality.kernels.triton import _kept, _masked_products, equivariant_posterior
+from pyflocality.kernels.triton import (
+    _cached,
+    _masked_softmax,
+    equivariant_posterior,
+    global_posterior,
+    masked_posterior,
+)
 from pyflocality.kernels.triton._centred_images import CentredImages
-from pyflocality.kernels.triton._mask_plan import OUTPUTS, mask_plan
-from pyflocality.kernels.triton.global_posterior import global_posterior_state, squared_norms
-from pyflocality.kernels.triton.masked_posterior import CONFIGS, masked_posterior_state
+from pyflocality.kernels.triton._global_products import squared_norms
+from pyflocality.kernels.triton._masked_levels import OUTPUTS, mask_levels
+from pyflocality.kernels.triton._masked_plan import CONFIGS
 from pyflocality.posterior.problem import posterior_problem
 from pyflocality.posterior.sharded import ShardedImages
 from pyflocality.weights import QueryWeights
@@ -146,15 +152,15 @@ def test_precision_reaches_the_kernels(given, launches):
         "copied": lambda: copy.deepcopy(pf.PCALocalityDenoiser(data, 0.05, **auto))(x, *level),
         "patches": lambda: pf.EquivariantDenoiser(data, 3, **auto)(x, *level),
     }
-    launches.watch(_masked_products, "masked_posterior_kernel")
+    launches.watch(_masked_softmax, "masked_scan_kernel")
     launches.watch(equivariant_posterior, "scan_kernel")
     for name, call in calls.items():
         launches.calls.clear()
         call()
-        assert {options["PARTS"] for _, _, options in launches.calls} == {1}, name
+        assert {options["HALVES"] for _, _, options in launches.calls} == {1}, name
     launches.calls.clear()
     ops.posterior_log_sum_exp(x, images, *level, weights=weights, **auto)
-    assert {options["PARTS"] for _, _, options in launches.calls} == {2}
+    assert {options["HALVES"] for _, _, options in launches.calls} == {2}
 
 
 def test_a_part_of_a_sharded_set(given):
@@ -172,17 +178,17 @@ def test_a_part_of_a_sharded_set(given):
     assert torch.equal(found, CALLS["global_posterior"](given, given.x, backend="triton"))
 
 
-def test_what_is_kept_is_found_again_for_a_sharded_set(given, monkeypatch):
+def test_what_is_cached_is_taken_again_for_a_sharded_set(given, monkeypatch):
     """Every call took another tensor for the set, and converted all of it anew."""
     ranks = SimpleNamespace(agree=lambda *what: None, merged=lambda state, scale: state)
     images = ShardedImages.of(given.images, ranks)
     converted = []
 
-    def fill(self, target, first, fill=CentredImages.fill):
+    def columns(self, first, last, columns=CentredImages.columns_of):
         converted.append(self.images.data_ptr())
-        fill(self, target, first)
+        return columns(self, first, last)
 
-    monkeypatch.setattr(CentredImages, "fill", fill)
+    monkeypatch.setattr(CentredImages, "columns_of", columns)
     for level in (SIGMA, 2 * SIGMA):
         ops.masked_posterior_mean(given.x, images, given.masks, level, ALPHA, backend="triton")
     assert converted == [given.images.data_ptr()]
@@ -206,20 +212,20 @@ class Stream:
         self.waited.append(event)
 
 
-def test_what_is_kept_is_ordered_between_streams(given, device, monkeypatch):
+def test_what_is_cached_is_ordered_between_streams(given, device, monkeypatch):
     """Copies made on one stream were read on another that did not wait for them."""
     if device.type != "cpu":
         pytest.skip("streams are simulated on the CPU; a GPU has a test of its own")
     streams = {"maker": Stream(), "user": Stream()}
     current = [streams["maker"]]
-    monkeypatch.setattr(_kept, "_current_stream", lambda device: current[0])
+    monkeypatch.setattr(_cached, "_current_stream", lambda device: current[0])
     monkeypatch.setattr(
         torch.Tensor, "record_stream", lambda tensor, stream: stream.read.append(tensor)
     )
     problem = posterior_problem(given.x, given.images, SIGMA, ALPHA)
 
     def run():
-        return masked_posterior_state(problem, given.masks), global_posterior_state(problem)
+        return masked_posterior.scan(problem, given.masks), global_posterior.scan(problem)
 
     states = run()
     made, current[0] = streams["maker"].recorded, streams["user"]
@@ -231,7 +237,7 @@ def test_what_is_kept_is_ordered_between_streams(given, device, monkeypatch):
     assert set(streams["user"].waited) == set(made)
     held = {tensor.data_ptr() for tensor in streams["user"].read if tensor.numel() > 0}
     assert squared_norms(given.images).data_ptr() in held
-    places = mask_plan(given.masks, SHAPE, CONFIGS[90].block_d, device).levels[0].tiles * OUTPUTS
+    places = mask_levels(given.masks, SHAPE, CONFIGS[90].block_d, device).levels[0].tiles * OUTPUTS
     shapes = {tuple(tensor.shape) for tensor in streams["user"].read}
     assert {(VALUES,), (VALUES, 128), (places, 128), (70,)} <= shapes
 

@@ -1,12 +1,18 @@
-"""What launchers keep from one call to the next: tensors derived from a set or from weights."""
+"""What launchers cache from one call to the next: tensors derived from a set or from weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+T = TypeVar("T")
 
 
-class Kept:
+class Cached:
     """Tensors made in one call and used in later ones, which may run on other CUDA streams.
 
     A stream that uses them first waits until they are written, and until it is done their memory
@@ -31,12 +37,22 @@ class Kept:
         return self._tensors
 
 
-def version_of(images: Tensor) -> int | None:
-    """Version of a tensor, which changes with its values; None where nothing counts it.
+def cached_with(cache: WeakTensorKeyDictionary, images: Tensor, make: Callable[[Tensor], T]) -> T:
+    """What `make` makes of images, cached until they change or are gone.
 
-    Tensors made in torch's inference mode have none: what is derived from them cannot be kept.
+    Args:
+        cache: Results by the images they were made of.
+        images: The images.
+        make: Takes the images as a view, which does not keep alive the tensor that the cache
+            watches.
     """
-    return None if images.is_inference() else images._version
+    # Tensors made in torch's inference mode have no version: nothing counts their changes.
+    if images.is_inference():
+        return make(images.detach())
+    state = (images._version, images.shape)
+    if images not in cache or cache[images][0] != state:
+        cache[images] = (state, make(images.detach()))
+    return cache[images][1]
 
 
 def _current_stream(device: torch.device) -> torch.cuda.Stream | None:

@@ -2,22 +2,27 @@
 
 A kernel is compiled by NVRTC for the GPU of its first use and kept on disk by CuPy, keyed by
 source, options, architecture and compiler. It runs on torch's current stream of its device, on
-torch's memory by pointer: nothing is copied, and nothing waits.
+torch's memory by pointer: nothing is copied, and nothing waits. The text of a kernel is one file,
+with the headers it includes put in their place: NVRTC gets no include path, so an installed wheel,
+a checkout and a zip archive behave alike, and what CuPy keeps on disk is keyed by every line that
+was compiled.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyflocality.kernels.cuda.sources import compile_options, kernel_source
-
+PACKAGE = "pyflocality.csrc"
+_INCLUDE = re.compile(r'^#include "(pyflocality/[\w/]+\.h)"$', re.MULTILINE)
 # What a block may use without asking for more.
 _DEFAULT_SHARED = 48 * 1024
 
@@ -56,14 +61,14 @@ class Launch:
     macros: Mapping[str, int] = field(default_factory=dict)
 
 
-def run(launch: Launch, device: torch.device, arguments: Sequence[Tensor | int]) -> None:
+def run(launch: Launch, first: Tensor, *others: Tensor | int) -> None:
     """Launch a kernel on torch's current stream of a device; a grid without blocks is done.
 
     Args:
         launch: The kernel and its sizes.
-        device: Device of the tensors.
-        arguments: Tensors, which must be contiguous, are passed by pointer; whole numbers as
-            64-bit integers.
+        first: First argument, on the device of all tensors. Tensors, which must be contiguous,
+            are passed by pointer.
+        others: Other arguments; whole numbers are passed as 64-bit integers.
 
     Raises:
         CudaKernelError: NVRTC or the driver refused; names the kernel and the cause.
@@ -71,12 +76,12 @@ def run(launch: Launch, device: torch.device, arguments: Sequence[Tensor | int])
     # An empty batch, which the driver would refuse.
     if 0 in launch.grid:
         return
-    passed = tuple(_argument(value) for value in arguments)
-    index = device_index(device)
+    passed = tuple(_argument(value) for value in (first, *others))
+    index = device_index(first.device)
     try:
         import cupy
 
-        with cupy.cuda.Device(index), _stream(current_stream(device), index):
+        with cupy.cuda.Device(index), _stream(current_stream(first.device), index):
             kernel = _kernel(
                 *(launch.source, launch.kernel, compile_options(launch.macros)),
                 *(launch.shared_bytes, index),
@@ -142,3 +147,32 @@ def _kernel(
     except Exception as error:
         raise CudaKernelError(name, "compiled", error) from error
     return kernel
+
+
+@functools.cache
+def kernel_source(name: str) -> str:
+    """The source `csrc/cuda/<name>.cu` with every header of the package in place, once.
+
+    Raises:
+        FileNotFoundError: The package holds no such source or header.
+    """
+    root = files(PACKAGE)
+    seen: set[str] = set()
+
+    def expand(text: str) -> str:
+        return _INCLUDE.sub(include, text)
+
+    def include(match: re.Match[str]) -> str:
+        header = match.group(1)
+        if header in seen:
+            return ""
+        seen.add(header)
+        text = root.joinpath("include", *header.split("/")).read_text(encoding="utf-8")
+        return expand(text.replace("#pragma once\n", ""))
+
+    return expand(root.joinpath("cuda", f"{name}.cu").read_text(encoding="utf-8"))
+
+
+def compile_options(macros: Mapping[str, int]) -> tuple[str, ...]:
+    """Options of the compiler: the language, and the constants of the kernel."""
+    return ("-std=c++17", *(f"-D{name}={value}" for name, value in sorted(macros.items())))

@@ -1,8 +1,8 @@
-// Spreads posterior weights over whole windows: the second pass of a patch set's posterior mean,
-// and the transposed derivative of the posterior mean over square windows.
+// Applies posterior weights to whole windows: the second pass of a patch set's posterior mean, and
+// the transposed derivative of the posterior mean over square windows.
 //
 // With p[q, i] the posterior weight of image i for the window of pixel q, from the distances and
-// the minimum and total of a scan (`window_posterior_scan`), the pass forms
+// the minimum and total of a scan (`window_posterior`), the pass forms
 //
 //     out[c, d] = sum_i (sum over the q whose window holds d of a[q, i]) v_i[c, d]
 //
@@ -18,7 +18,7 @@
 
 namespace pyflocality {
 
-struct AdjointTraits : WindowTraits {
+struct VjpTraits : WindowTraits {
   static constexpr bool kCotangent = PYFLOCALITY_COTANGENT;
   static constexpr int kAnswers = kChannels < 4 ? kChannels : 4;
   static constexpr int kSlices = (kChannels + kAnswers - 1) / kAnswers;
@@ -29,7 +29,7 @@ struct AdjointTraits : WindowTraits {
 
 // Pixels whose window takes part: all of them, or those whose window fits inside the image.
 __device__ inline bool has_window(int x, int y) {
-  using T = AdjointTraits;
+  using T = VjpTraits;
   if (T::kCotangent) return inside(x, y);
   return x >= T::kBefore && x + T::kAfter < T::kWidth && y >= T::kBefore &&
          y + T::kAfter < T::kHeight;
@@ -47,7 +47,7 @@ struct Posterior {
 // Distances of a quad become weights, in place.
 __device__ inline void weigh(int row, int column, const ImageGroup& images,
                              const Posterior& posterior, float* planes) {
-  using T = AdjointTraits;
+  using T = VjpTraits;
   float minimum[4], inverse[4];
   load_quad(posterior.minimum + row * T::kWidth, column, minimum);
   load_quad(posterior.inverse_total + row * T::kWidth, column, inverse);
@@ -89,8 +89,8 @@ __device__ inline void weigh(int row, int column, const ImageGroup& images,
 // Adds the weighted values of a group of images at a quad.
 __device__ inline void add_values(int row, int column, int slice, const ImageGroup& images,
                                   const float* noisy, const float* planes,
-                                  float (&sums)[AdjointTraits::kAnswers][4]) {
-  using T = AdjointTraits;
+                                  float (&sums)[VjpTraits::kAnswers][4]) {
+  using T = VjpTraits;
 #pragma unroll 1
   for (int m = 0; m < T::kImages && m < images.count; ++m) {
     const float* place = planes + m * T::kSumPlane + row * T::kSumStride + column;
@@ -108,7 +108,7 @@ __device__ inline void add_values(int row, int column, int slice, const ImageGro
           slice * T::kAnswers + c < T::kChannels ? slice * T::kAnswers + c : T::kChannels - 1;
       float values[4], base[4] = {};
       load_quad(images.row(m, channel, row), column, values);
-      // The weights of a cotangent sum to zero: only the spread of the values counts.
+      // The weights of a cotangent sum to zero: only the differences of the values count.
       if (T::kCotangent) load_quad(noisy + channel * T::kPixels + row * T::kWidth, column, base);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -129,15 +129,15 @@ extern __shared__ float pyflocality_shared[];
 //   minimum, inverse_total  [B, H, W], of the scan
 //   cotangent, mean         [B, C, H, W], read where there is a cotangent
 //   partial                 [splits, B, C, H, W]
-extern "C" __global__ void __launch_bounds__(pyflocality::AdjointTraits::kThreads,
-                                             pyflocality::AdjointTraits::kMinBlocks)
-    window_adjoint(const pyflocality::Stored* __restrict__ images, long long count,
-                   long long images_per_split, const float* __restrict__ noisy,
-                   const float* __restrict__ factor, const float* __restrict__ minimum,
-                   const float* __restrict__ inverse_total, const float* __restrict__ cotangent,
-                   const float* __restrict__ mean, float* __restrict__ partial) {
+extern "C" __global__ void __launch_bounds__(pyflocality::VjpTraits::kThreads,
+                                             pyflocality::VjpTraits::kMinBlocks)
+    window_vjp(const pyflocality::Stored* __restrict__ images, long long count,
+               long long images_per_split, const float* __restrict__ noisy,
+               const float* __restrict__ factor, const float* __restrict__ minimum,
+               const float* __restrict__ inverse_total, const float* __restrict__ cotangent,
+               const float* __restrict__ mean, float* __restrict__ partial) {
   using namespace pyflocality;
-  using T = AdjointTraits;
+  using T = VjpTraits;
   const long long b = blockIdx.x, split = blockIdx.y;
   const int slice = blockIdx.z % T::kSlices;
   const int own = blockIdx.z / T::kSlices * T::kThreads + threadIdx.x;

@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from pyflocality.kernels.triton._kept import Kept
+from pyflocality.kernels.triton._cached import Cached
 from pyflocality.weights import QueryWeights
 
 # Outputs of a tile.
@@ -41,18 +41,18 @@ class Level:
     Attributes:
         inputs: Lists of inputs, a whole number of blocks per tile, padded with input 0, int32
             [blocks * block_d].
-        members: Weight of each listed input in each set of its tile, float16
-            [blocks, parts, 16, block_d]: one part (0 and 1) for masks, for other weights a high
-            and a low half.
+        mask_weights: Weight of each listed input in each set of its tile, float16
+            [blocks, halves, 16, block_d]: one half (0 and 1) for masks, for other weights a high
+            and a low one.
         starts: First block of each tile and the end of the last, int32 [tiles + 1].
         parents: Place at the level above that holds the tile's core, int32 [tiles]; empty where
             there is no level above.
         places: Place of each set of this level, int64 [sets].
-        row_scale: Power of two by which `members` must be multiplied, float32 [tiles * 16].
+        row_scale: Power of two by which `mask_weights` must be multiplied, float32 [tiles * 16].
     """
 
     inputs: Tensor
-    members: Tensor
+    mask_weights: Tensor
     starts: Tensor
     parents: Tensor
     places: Tensor
@@ -66,12 +66,12 @@ class Level:
     @property
     def blocks(self) -> int:
         """Number of blocks of all lists."""
-        return len(self.members)
+        return len(self.mask_weights)
 
     @property
-    def parts(self) -> int:
+    def halves(self) -> int:
         """Halves a weight is kept in."""
-        return self.members.shape[1]
+        return self.mask_weights.shape[1]
 
     @property
     def has_parents(self) -> bool:
@@ -80,14 +80,14 @@ class Level:
 
 
 @dataclass(frozen=True)
-class MaskPlan:
+class MaskLevels:
     """The levels of a set of query weights, outputs first.
 
     Attributes:
         levels: The outputs' level, then the levels of their cores.
         outputs: Output at each place of the first level, int32 [tiles * 16]; 0 where none is.
         strongest: Largest sum over the inputs of a query's squared weights.
-        weights: The weights, bool or float32 [Q, D]; those of `mask_plan` keep masks as bits,
+        weights: The weights, bool or float32 [Q, D]; those of `mask_levels` keep masks as bits,
             uint8 [Q, ceil(D / 8)].
     """
 
@@ -98,7 +98,7 @@ class MaskPlan:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What the plan keeps on its device."""
+        """What the levels take up on their device."""
         lists = [tensor for level in self.levels for tensor in vars(level).values()]
         return [self.outputs, self.weights, *lists]
 
@@ -113,36 +113,35 @@ class MaskPlan:
         return sum(len(level.inputs) * OUTPUTS for level in self.levels)
 
 
-_plans: WeakKeyDictionary[QueryWeights, dict[tuple[object, ...], tuple[MaskPlan, Kept]]] = (
+_built: WeakKeyDictionary[QueryWeights, dict[tuple[object, ...], tuple[MaskLevels, Cached]]] = (
     WeakKeyDictionary()
 )
 
 
-def mask_plan(
-    weights: QueryWeights, image_shape: tuple[int, int, int], block_d: int, device: torch.device
-) -> MaskPlan:
-    """The plan of a set of weights, built once per device, for use on the current stream.
+def mask_levels(
+    weights: QueryWeights, image_shape: tuple[int, ...], block_d: int, device: torch.device
+) -> MaskLevels:
+    """The levels of a set of weights, built once per device, for use on the current stream.
 
     Args:
         weights: Weights with one row per value of an image, [D, D].
         image_shape: (C, H, W) with C H W = D.
         block_d: Inputs of a block; lists are padded to whole blocks.
-        device: Where the plan lives.
+        device: Where the levels live.
     """
-    plans = _plans.setdefault(weights, {})
+    built = _built.setdefault(weights, {})
     key = (tuple(image_shape), block_d, device)
-    if key not in plans:
+    if key not in built:
         if weights.is_mask:
             bits = torch.from_numpy(weights.bits).to(device)
-            plan = plan_of_masks(unpacked(bits, weights.shape[1]), image_shape, block_d)
-            plan = replace(plan, weights=bits)
+            levels = levels_of(unpacked(bits, weights.shape[1]), image_shape, block_d)
+            levels = replace(levels, weights=bits)
         else:
-            values = weights.dense(torch.float32, device)
-            plan = plan_of_values(values, image_shape, block_d)
-        plans[key] = (plan, Kept(*plan.tensors))
-    plan, kept = plans[key]
-    kept.here()
-    return plan
+            levels = levels_of(weights.dense(torch.float32, device), image_shape, block_d)
+        built[key] = (levels, Cached(*levels.tensors))
+    levels, cached = built[key]
+    cached.here()
+    return levels
 
 
 def unpacked(bits: Tensor, inputs: int) -> Tensor:
@@ -151,48 +150,35 @@ def unpacked(bits: Tensor, inputs: int) -> Tensor:
     return ((bits[:, :, None] >> shift) & 1).bool().flatten(1)[:, :inputs]
 
 
-def plan_of_masks(masks: Tensor, grid: tuple[int, int, int], block_d: int) -> MaskPlan:
-    """Plan of masks, bool [Q, D], whose outputs lie on a grid (planes, rows, columns)."""
-    levels, sets = [], masks
+def levels_of(weights: Tensor, grid: tuple[int, ...], block_d: int) -> MaskLevels:
+    """Levels of masks or values [Q, D] of outputs on a grid (planes, rows, columns).
+
+    Weights that are no masks have one level, without cores.
+    """
+    tiled, sets = [], weights
     while True:
-        members, grid = tiles_of_grid(grid)
-        members = members.to(masks.device)
-        listed, cores = unions_and_cores(sets, members)
-        last = len(members) == 1 or not bool(cores.any())
+        tile_outputs, grid = tiles_of_grid(grid)
+        tile_outputs = tile_outputs.to(weights.device)
+        listed, cores = unions_and_cores(sets != 0, tile_outputs)
+        last = len(tile_outputs) == 1 or sets.dtype != torch.bool or not bool(cores.any())
         if not last:
             listed &= ~cores
         # Longest lists first: programs start in this order, and short ones fill the end.
         order = torch.argsort(listed.sum(1), descending=True, stable=True)
-        levels.append((members[order], listed[order], order, sets))
+        tiled.append((tile_outputs[order], listed[order], order, sets))
         if last:
             break
         sets = cores
-    built, places = [], torch.zeros(0, dtype=torch.int64, device=masks.device)
-    for members, listed, order, sets in reversed(levels):
-        parents = places[order].int() if built else places.int()
-        level = _level(members, listed, sets, parents, block_d)
-        built.append(level)
-        places = level.places
-    built.reverse()
-    outputs = levels[0][0].clamp(min=0).flatten().int()
-    return MaskPlan(tuple(built), outputs, float(masks.sum(1).max()), masks)
+    levels: list[Level] = []
+    for tile_outputs, listed, order, sets in reversed(tiled):
+        parents = levels[-1].places[order] if levels else order[:0]
+        levels.append(_level(tile_outputs, listed, sets, parents.int(), block_d))
+    outputs = tiled[0][0].clamp(min=0).flatten().int()
+    strongest = float(weights.double().square().sum(1).max())
+    return MaskLevels(tuple(reversed(levels)), outputs, strongest, weights)
 
 
-def plan_of_values(values: Tensor, grid: tuple[int, int, int], block_d: int) -> MaskPlan:
-    """Plan of weights that are no masks, float32 [Q, D]: one level, no cores."""
-    members, _ = tiles_of_grid(grid)
-    members = members.to(values.device)
-    listed, _ = unions_and_cores(values != 0, members)
-    order = torch.argsort(listed.sum(1), descending=True, stable=True)
-    members, listed = members[order], listed[order]
-    parents = torch.zeros(0, dtype=torch.int32, device=values.device)
-    level = _level(members, listed, values, parents, block_d)
-    outputs = members.clamp(min=0).flatten().int()
-    strongest = float(values.double().square().sum(1).max())
-    return MaskPlan((level,), outputs, strongest, values)
-
-
-def tiles_of_grid(grid: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int, int]]:
+def tiles_of_grid(grid: tuple[int, ...]) -> tuple[Tensor, tuple[int, int, int]]:
     """Tiles of 16 neighbours of one plane: [tiles, 16] with -1 for none, and the tiles' grid."""
     planes, rows, columns = grid
     if rows * columns == 1 or planes * rows * columns <= OUTPUTS:
@@ -207,22 +193,24 @@ def tiles_of_grid(grid: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int, i
     return tiles.reshape(-1, OUTPUTS), (planes, down, right)
 
 
-def unions_and_cores(sets: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
+def unions_and_cores(sets: Tensor, tile_outputs: Tensor) -> tuple[Tensor, Tensor]:
     """Inputs in some and in every set of each tile, bool [tiles, D] each."""
-    # A missing member stands for the first one, which changes neither.
-    indices = torch.where(members < 0, members[:, :1], members)
+    # A missing output stands for the first one, which changes neither.
+    indices = torch.where(tile_outputs < 0, tile_outputs[:, :1], tile_outputs)
     step = max(1, _ELEMENTS_AT_A_TIME // (OUTPUTS * sets.shape[1]))
     unions, cores = [], []
     for tiles in indices.split(step):
-        parts = sets[tiles]
-        unions.append(parts.any(1))
-        cores.append(parts.all(1))
+        some = sets[tiles]
+        unions.append(some.any(1))
+        cores.append(some.all(1))
     return torch.cat(unions), torch.cat(cores)
 
 
-def _level(members: Tensor, listed: Tensor, sets: Tensor, parents: Tensor, block_d: int) -> Level:
-    """Lists of a level: `members` [tiles, 16] of `sets` [sets, D], inputs `listed` [tiles, D]."""
-    device, tiles = members.device, len(members)
+def _level(
+    tile_outputs: Tensor, listed: Tensor, sets: Tensor, parents: Tensor, block_d: int
+) -> Level:
+    """A level of `sets` [sets, D]: their tiles [tiles, 16], inputs `listed` [tiles, D]."""
+    device, tiles = tile_outputs.device, len(tile_outputs)
     lengths = listed.sum(1)
     counts = (lengths + block_d - 1) // block_d
     starts = torch.zeros(tiles + 1, dtype=torch.int64, device=device)
@@ -235,24 +223,24 @@ def _level(members: Tensor, listed: Tensor, sets: Tensor, parents: Tensor, block
     inputs = torch.zeros(blocks * block_d, dtype=torch.int32, device=device)
     inputs[slot] = entry.int()
 
-    present = members >= 0
+    present = tile_outputs >= 0
     places = torch.empty(len(sets), dtype=torch.int64, device=device)
-    places[members[present]] = present.flatten().nonzero().flatten()
+    places[tile_outputs[present]] = present.flatten().nonzero().flatten()
     row_scale = torch.ones(tiles * OUTPUTS, device=device)
-    parts = 1
+    halves = 1
     if sets.dtype != torch.bool:
-        parts = 2
+        halves = 2
         exponent = torch.frexp(sets.abs().amax(1)).exponent.clamp(-100, 100)
         row_scale[places] = torch.ldexp(torch.ones_like(sets[:, 0]), exponent)
-    kept = torch.zeros(blocks, parts, OUTPUTS, block_d, dtype=torch.float16, device=device)
+    mask_weights = torch.zeros(blocks, halves, OUTPUTS, block_d, dtype=torch.float16, device=device)
     step = max(1, _ELEMENTS_AT_A_TIME // OUTPUTS)
     for t, d, s in zip(tile.split(step), entry.split(step), slot.split(step), strict=True):
         block, column = s // block_d, s % block_d
-        value = sets[members[t].clamp(min=0), d[:, None]].float() * present[t]
-        if parts == 2:
+        value = sets[tile_outputs[t].clamp(min=0), d[:, None]].float() * present[t]
+        if halves == 2:
             value = value / row_scale.view(tiles, OUTPUTS)[t]
         high = value.half()
-        kept[block, 0, :, column] = high
-        if parts == 2:
-            kept[block, 1, :, column] = (value - high.float()).half()
-    return Level(inputs, kept, starts.int(), parents, places, row_scale)
+        mask_weights[block, 0, :, column] = high
+        if halves == 2:
+            mask_weights[block, 1, :, column] = (value - high.float()).half()
+    return Level(inputs, mask_weights, starts.int(), parents, places, row_scale)

@@ -10,13 +10,10 @@ same order in every batch and on every machine.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
-from pyflocality.kernels.devices import LARGEST_GRID, SHARED_BYTES
+from pyflocality.kernels.devices import SHARED_BYTES
 
 # Of a multiprocessor, on GPUs made for data centres: what the blocks that run at once share.
 _SHARED_OF_ALL = 160 * 1024
@@ -67,14 +64,6 @@ class WindowShape:
     stored_bytes: bool
     vector: bool
     tangents: int = 0
-
-
-def window_shape(images: Tensor, window: int, tangents: int = 0) -> WindowShape:
-    """What a window kernel must be compiled for to read these images, [n, C, H, W]."""
-    channels, height, width = images.shape[1:]
-    vector = width % _QUAD == 0 and images.data_ptr() % (_QUAD * images.element_size()) == 0
-    stored_bytes = images.dtype == torch.uint8
-    return WindowShape(channels, height, width, window, stored_bytes, vector, tangents)
 
 
 @dataclass(frozen=True)
@@ -252,8 +241,8 @@ def plan_window(shape: WindowShape) -> WindowPlan:
 
 
 @functools.lru_cache(maxsize=256)
-def plan_adjoint(shape: WindowShape) -> WindowPlan:
-    """The sizes of a pass that spreads weights over whole windows.
+def plan_vjp(shape: WindowShape) -> WindowPlan:
+    """The sizes of a pass that applies weights to whole windows.
 
     Its blocks hold whole images, and each answers as many pixels as it has threads for.
 
@@ -281,9 +270,3 @@ def plan_adjoint(shape: WindowShape) -> WindowPlan:
 def images_per_split(count: int) -> int:
     """Training images of a split, of `count` in all: the same for every batch and GPU."""
     return max(_IMAGES_PER_SPLIT, round_up(ceil_div(count, _SPLITS), _IMAGES[0]))
-
-
-def batch_slices(batch: int, at_a_time: int) -> Sequence[slice]:
-    """Slices of a batch that a grid can count; one, empty, of an empty batch."""
-    step = min(max(1, at_a_time), LARGEST_GRID)
-    return [slice(start, start + step) for start in range(0, max(1, batch), step)]

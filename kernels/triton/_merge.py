@@ -1,4 +1,4 @@
-"""Merging the states of parts of a scan, in a fixed order."""
+"""Merging the partial states of the splits of a scan, in a fixed order."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ def merge_states_kernel(
     minimum_ptr,  # running state, float32 [R], [R], [R, V]
     total_ptr,
     weighted_ptr,
-    part_minimum_ptr,  # states of the parts, float32 [S, R], [S, R], [S, R, V]
-    part_total_ptr,
-    part_weighted_ptr,
+    partial_minimum_ptr,  # states of the splits, float32 [S, R], [S, R], [S, R, V]
+    partial_total_ptr,
+    partial_weighted_ptr,
     new_minimum_ptr,  # results: apart from the running state, which several programs read
     new_total_ptr,
     factor_ptr,  # factor of a distance in the power of two, float32 [R]
-    parts,
+    splits,
     rows,
     values,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Take the states of S parts of a scan into a running state, one after the other.
+    """Take the states of S splits of a scan into a running state, one after the other.
 
-    One part at a time, so that the bits do not depend on how many parts a call brings.
+    One split at a time, so that the bits do not depend on how many splits a call brings.
 
     Grid: (ceil(R / BLOCK_R), ceil(V / BLOCK_V)); each program handles some values of some
-    queries over all parts. The first program of a row writes its minimum and total.
+    queries over all splits. The first program of a row writes its minimum and total.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     value = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)  # [BLOCK_V]
@@ -48,16 +48,17 @@ def merge_states_kernel(
     total = tl.load(total_ptr + row, mask=here, other=0.0)
     weighted = tl.load(weighted_ptr + place, mask=inside, other=0.0)
     size = tl.cast(rows, tl.int64)
-    for part in range(parts):
-        start = tl.cast(part, tl.int64) * size
-        found = tl.load(part_minimum_ptr + start + row, mask=here, other=float("inf"))
-        smaller = tl.minimum(minimum, found)
+    for split in range(splits):
+        start = tl.cast(split, tl.int64) * size
+        other = tl.load(partial_minimum_ptr + start + row, mask=here, other=float("inf"))
+        smaller = tl.minimum(minimum, other)
         # A state without images has an infinite minimum: its sums are 0 and must stay 0, where
         # the difference of two infinities is NaN.
         decay = tl.where(minimum == float("inf"), 0.0, tl.exp2((smaller - minimum) * factor))
-        gain = tl.where(found == float("inf"), 0.0, tl.exp2((smaller - found) * factor))
-        total = total * decay + gain * tl.load(part_total_ptr + start + row, mask=here, other=0.0)
-        more = tl.load(part_weighted_ptr + start * values + place, mask=inside, other=0.0)
+        gain = tl.where(other == float("inf"), 0.0, tl.exp2((smaller - other) * factor))
+        more = tl.load(partial_total_ptr + start + row, mask=here, other=0.0)
+        total = total * decay + gain * more
+        more = tl.load(partial_weighted_ptr + start * values + place, mask=inside, other=0.0)
         weighted = weighted * decay[:, None] + gain[:, None] * more
         minimum = smaller
     if tl.program_id(1) == 0:
@@ -75,16 +76,18 @@ def empty_state(rows: int, values: int, device: torch.device) -> PosteriorState:
     )
 
 
-def merge_parts(state: PosteriorState, parts: PosteriorState, factor: Tensor) -> PosteriorState:
-    """The state after the images of all parts; takes over the memory of `state`.
+def merge_partials(
+    state: PosteriorState, partials: PosteriorState, factor: Tensor
+) -> PosteriorState:
+    """The state after the images of all splits; takes over the memory of `state`.
 
     Args:
         state: Running state: minimum [R], total [R], weighted [R, V], float32, contiguous.
-        parts: States of parts of the scan, in order: [S, R], [S, R], [S, R, V].
+        partials: States of the splits, in order: [S, R], [S, R], [S, R, V].
         factor: Factors of the distances in the power of two, positive and finite, [R].
     """
     # The kernel knows no strides: of an expanded tensor it would read beyond the end.
-    assert all(tensor.is_contiguous() for tensor in (*state, *parts, factor))
+    assert all(tensor.is_contiguous() for tensor in (*state, *partials, factor))
     rows, values = state.weighted.shape
     block_v = min(triton.next_power_of_2(values), BLOCK_ELEMENTS)
     block_r = BLOCK_ELEMENTS // block_v
@@ -93,13 +96,13 @@ def merge_parts(state: PosteriorState, parts: PosteriorState, factor: Tensor) ->
     with on_device_of(factor):
         merge_states_kernel[grid](
             *state,
-            *parts,
-            minimum,
-            total,
-            factor,
-            len(parts.minimum),
-            rows,
-            values,
+            *partials,
+            new_minimum_ptr=minimum,
+            new_total_ptr=total,
+            factor_ptr=factor,
+            splits=len(partials.minimum),
+            rows=rows,
+            values=values,
             BLOCK_R=block_r,
             BLOCK_V=block_v,
             **LAUNCH.options(),

@@ -1,6 +1,6 @@
 """The Triton kernel of the equivariant posterior, and its tile sizes.
 
-`equivariant_posterior` says what a score is, `_patches` how queries and patches lie in memory.
+`equivariant_posterior` says what a logit is, `_patches` how queries and patches lie in memory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class EquivariantConfig:
     launch: Launch
 
 
-def default_config(window: int, run: int, parts: int, arch: int) -> EquivariantConfig:
+def default_config(window: int, run: int, halves: int, arch: int) -> EquivariantConfig:
     """Tile sizes for a window, by what fits the shared memory of a multiprocessor.
 
     Two programs a multiprocessor come first: one weighs while the other multiplies.
@@ -44,7 +44,7 @@ def default_config(window: int, run: int, parts: int, arch: int) -> EquivariantC
     Args:
         window: Side of a patch.
         run: Length of a run.
-        parts: float16 parts of a query.
+        halves: float16 halves of a query.
         arch: 80 or 90, as `generation` tells.
     """
     # Deeper pipelines of the shortest runs spill on Ampere with some compilers.
@@ -54,7 +54,7 @@ def default_config(window: int, run: int, parts: int, arch: int) -> EquivariantC
     if arch < 90 or window > 7:
         return streamed
     row = 2 * window * run
-    queries, keys = 128 * parts * row, 64 * row
+    queries, keys = 128 * halves * row, 64 * row
     if queries + 2 * keys <= _SHARED_OF_TWO:
         return EquivariantConfig(128, 64, True, Launch(8, 2, 128))
     if queries + keys <= _SHARED_OF_TWO:
@@ -91,13 +91,13 @@ def _key_tile(
 
 @triton.jit
 def scan_kernel(
-    query_ptr,  # float16 [classes, PARTS, rows, WINDOW, RUN]
+    query_ptr,  # float16 [classes, HALVES, rows, WINDOW, RUN]
     norm_query_ptr,  # float16 [rows, 16]: what a norm's digits count, negative
-    factor_ptr,  # float32 [rows]: of a score in the power of two
+    factor_ptr,  # float32 [rows]: of a logit in the power of two
     keys_ptr,  # float16 [N, padded height, padded width, CHANNELS], and zeros behind
     norm_ptr,  # float16 [N, patch rows, patch columns, 4]: digits, and zeros behind
     origin_ptr,  # int32 [classes, 2]: row and column of a class's first patch
-    best_ptr,  # results, float32 [splits, classes, rows]: largest score
+    best_ptr,  # results, float32 [splits, classes, rows]: largest logit
     sums_ptr,  # float32 [splits, classes, rows, ANSWERS]: weighted channels, then weights
     num_rows,  # a multiple of BLOCK_Q
     num_keys,
@@ -112,7 +112,7 @@ def scan_kernel(
     RUN: tl.constexpr,
     CHANNELS: tl.constexpr,
     ANSWERS: tl.constexpr,
-    PARTS: tl.constexpr,
+    HALVES: tl.constexpr,
     RESIDENT: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -130,7 +130,7 @@ def scan_kernel(
     first_row = tl.load(origin_ptr + 2 * group)
     first_column = tl.load(origin_ptr + 2 * group + 1)
     query_stride = tl.cast(num_rows, tl.int64) * (WINDOW * RUN)
-    high_ptr = query_ptr + group * PARTS * query_stride
+    high_ptr = query_ptr + group * HALVES * query_stride
     low_ptr = high_ptr + query_stride
     digit = tl.arange(0, 16)
     norm_query = tl.load(norm_query_ptr + rows[:, None] * 16 + digit[None, :])
@@ -138,15 +138,15 @@ def scan_kernel(
     if RESIDENT:
         if WINDOW & 1:
             high_1 = _query_tile(high_ptr, rows, 0, WINDOW, RUN, 1)
-            if PARTS == 2:
+            if HALVES == 2:
                 low_1 = _query_tile(low_ptr, rows, 0, WINDOW, RUN, 1)
         if WINDOW & 2:
             high_2 = _query_tile(high_ptr, rows, WINDOW & 1, WINDOW, RUN, 2)
-            if PARTS == 2:
+            if HALVES == 2:
                 low_2 = _query_tile(low_ptr, rows, WINDOW & 1, WINDOW, RUN, 2)
         if WINDOW & 4:
             high_4 = _query_tile(high_ptr, rows, WINDOW & 3, WINDOW, RUN, 4)
-            if PARTS == 2:
+            if HALVES == 2:
                 low_4 = _query_tile(low_ptr, rows, WINDOW & 3, WINDOW, RUN, 4)
 
     best = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -164,44 +164,44 @@ def scan_kernel(
         # In multiples of CHANNELS, which the compiler sees: it copies that much at a time.
         places = (image * image_stride + row * row_stride + column) * CHANNELS
         norm_places = (image * norm_image_stride + row * norm_row_stride + column) * 4
-        # A score is minus the distance, but for the query's own norm: [BLOCK_Q, BLOCK_KEYS].
+        # A logit is minus the distance, but for the query's own norm: [BLOCK_Q, BLOCK_KEYS].
         digits = tl.load(norm_ptr + norm_places[None, :] + digit[:, None])
-        score = tl.dot(norm_query, digits)
+        logit = tl.dot(norm_query, digits)
         if RESIDENT:
             if WINDOW & 4:
                 keys = _key_tile(keys_ptr, places, WINDOW & 3, row_stride, CHANNELS, RUN, 4)
-                score = tl.dot(high_4, keys, score)
-                if PARTS == 2:
-                    score = tl.dot(low_4, keys, score)
+                logit = tl.dot(high_4, keys, logit)
+                if HALVES == 2:
+                    logit = tl.dot(low_4, keys, logit)
             if WINDOW & 2:
                 keys = _key_tile(keys_ptr, places, WINDOW & 1, row_stride, CHANNELS, RUN, 2)
-                score = tl.dot(high_2, keys, score)
-                if PARTS == 2:
-                    score = tl.dot(low_2, keys, score)
+                logit = tl.dot(high_2, keys, logit)
+                if HALVES == 2:
+                    logit = tl.dot(low_2, keys, logit)
             if WINDOW & 1:
                 keys = _key_tile(keys_ptr, places, 0, row_stride, CHANNELS, RUN, 1)
-                score = tl.dot(high_1, keys, score)
-                if PARTS == 2:
-                    score = tl.dot(low_1, keys, score)
+                logit = tl.dot(high_1, keys, logit)
+                if HALVES == 2:
+                    logit = tl.dot(low_1, keys, logit)
         else:
             for down in range(0, WINDOW):
                 keys = _key_tile(keys_ptr, places, down, row_stride, CHANNELS, RUN, 1)
                 high = _query_tile(high_ptr, rows, down, WINDOW, RUN, 1)
-                score = tl.dot(high, keys, score)
-                if PARTS == 2:
+                logit = tl.dot(high, keys, logit)
+                if HALVES == 2:
                     low = _query_tile(low_ptr, rows, down, WINDOW, RUN, 1)
-                    score = tl.dot(low, keys, score)
+                    logit = tl.dot(low, keys, logit)
         # Only the last block has patches that are not there.
         if first + BLOCK_KEYS > num_keys:
-            score = tl.where(valid[None, :], score, float("-inf"))
-        largest = tl.max(score, 1)
+            logit = tl.where(valid[None, :], logit, float("-inf"))
+        largest = tl.max(logit, 1)
         # Weights are float16, 2^15 for the best: below 2^-40 of it they are exactly 0. A block
         # that holds nothing more for any query adds nothing and need not be weighed.
         matters = (largest - best) * factor > -41.0
         if tl.max(matters.to(tl.int32), 0) > 0:
             new_best = tl.maximum(best, largest)
-            # Scores are subtracted before the factor, which may be as large as 2^120.
-            weight = tl.exp2((score - new_best[:, None]) * factor[:, None] + 15.0)
+            # Logits are subtracted before the factor, which may be as large as 2^120.
+            weight = tl.exp2((logit - new_best[:, None]) * factor[:, None] + 15.0)
             sums = sums * tl.exp2((best - new_best) * factor)[:, None]
             # [BLOCK_KEYS, ANSWERS]: channels of the centre pixel, then a 1 that sums the weights.
             centre_ptr = keys_ptr + (WINDOW // 2) * (row_stride + 1) * CHANNELS
@@ -213,7 +213,7 @@ def scan_kernel(
             values = tl.where(answer[None, :] == CHANNELS, 1.0, values).to(tl.float16)
             high_weight = weight.to(tl.float16)
             sums = tl.dot(high_weight, values, sums)
-            if PARTS == 2:
+            if HALVES == 2:
                 low_weight = (weight - high_weight.to(tl.float32)).to(tl.float16)
                 sums = tl.dot(low_weight, values, sums)
             best = new_best
