@@ -44,6 +44,18 @@ from pyflocality.noise.schedulers import (
 from pyflocality.noise.schedules import NO_SIGNAL, check_times
 from pyflocality.noise.tables import TableSchedule
 
+__all__ = [
+    "AzulaDenoiser",
+    "AzulaPosterior",
+    "DiffusersModel",
+    "DiffusersOutput",
+    "TableSchedule",
+    "as_azula",
+    "as_diffusers",
+    "from_diffusers",
+    "from_edm",
+]
+
 _PREDICTIONS = {"epsilon": "noise", "sample": "x0", "v_prediction": "v"}
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,6 +51,7 @@ from pyflocality.noise import NO_SIGNAL, DDPMSchedule, NoiseSchedule
 
 DenoiserFunction = Callable[[Tensor, float, float], Tensor]
 Level = NoiseLevel[float] | tuple[float, float]
+Prediction = Callable[[Tensor, Level], tuple[Tensor, Tensor]]
 
 # Share of signal in the variance from which on a starting state is more than noise.
 _MOST_SIGNAL = 0.01
@@ -78,15 +78,14 @@ class SampleResult:
         return f"SampleResult(images={list(self.images.shape)}, steps={len(self.timesteps)})"
 
 
-class Sampler(ABC):
-    """One step from a noise level to the next, cleaner one."""
+class Sampler:
+    """One step from a noise level to the next, cleaner one; a subclass defines `_step`."""
 
     @property
     def stochastic(self) -> bool:
         """Whether `step` needs fresh noise."""
         return False
 
-    @abstractmethod
     def step(
         self,
         denoiser: DenoiserFunction,
@@ -114,6 +113,22 @@ class Sampler(ABC):
             TypeError: The denoiser returned no tensor, or a level is (sigma, alpha).
             ValueError: The denoiser returned another shape than that of x.
         """
+        clip = _check_step(denoiser, x, level, next_level, clip, noise)
+
+        def predict(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+            x0 = _predict(denoiser, x, level)
+            return x0, x0.clamp(-1.0, 1.0) if clip else x0
+
+        return self._step(predict, x, level, next_level, noise)
+
+    def _step(
+        self, predict: Prediction, x: Tensor, level: Level, next_level: Level, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """A step with checked arguments.
+
+        `predict(x, level)` is the denoiser's answer, as it came and as it is to be used.
+        """
+        raise AttributeError(f"{type(self).__name__} does not define _step")
 
 
 @dataclass(frozen=True)
@@ -147,25 +162,16 @@ class DDIM(Sampler):
         """Whether `step` needs fresh noise: eta above 0."""
         return self.eta > 0
 
-    def step(
-        self,
-        denoiser: DenoiserFunction,
-        x: Tensor,
-        level: Level,
-        next_level: Level,
-        *,
-        clip: bool = True,
-        noise: Tensor | None = None,
+    def _step(
+        self, predict: Prediction, x: Tensor, level: Level, next_level: Level, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """One step; see `Sampler.step`. Without noise eta must be 0."""
-        x, clip = _check_step(denoiser, x, level, next_level, clip, noise)
         if self.stochastic and noise is None:
             raise ValueError(f"`noise` must be given for eta {self.eta!r}, got None")
         (alpha, sigma), (next_alpha, next_sigma) = level, next_level
-        x0 = _predict(denoiser, x, level)
+        x0, used = predict(x, level)
         eps = _implied_noise(x, x0, level)
-        mean = next_alpha * _clipped(x0, clip)
-        if not self.stochastic or next_sigma == 0:
+        mean = next_alpha * used
+        if noise is None or not self.stochastic or next_sigma == 0:
             return mean + next_sigma * eps, x0
         # Levels a rounding error apart must not give a negative share.
         fresh = self.eta**2 * max(0.0, 1 - (alpha * next_sigma / (next_alpha * sigma)) ** 2)
@@ -178,23 +184,13 @@ class Euler(Sampler):
 
     y' = y + (s' - s) (y - x0) / s with y = x / alpha and s = sigma / alpha, which is
     x' = alpha' x0 + sigma' eps. With `clip`, the clipped x0 stands in eps as well: that is where
-    it differs from `DDIM` with eta = 0.
+    it differs from `DDIM` with eta = 0. No fresh noise is used.
     """
 
-    def step(
-        self,
-        denoiser: DenoiserFunction,
-        x: Tensor,
-        level: Level,
-        next_level: Level,
-        *,
-        clip: bool = True,
-        noise: Tensor | None = None,
+    def _step(
+        self, predict: Prediction, x: Tensor, level: Level, next_level: Level, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """One step; see `Sampler.step`. `noise` is not used."""
-        x, clip = _check_step(denoiser, x, level, next_level, clip, noise)
-        x0 = _predict(denoiser, x, level)
-        used = _clipped(x0, clip)
+        x0, used = predict(x, level)
         next_alpha, next_sigma = next_level
         return next_alpha * used + next_sigma * _implied_noise(x, used, level), x0
 
@@ -206,30 +202,19 @@ class Heun(Sampler):
     An Euler step to x', then y' = y + (s' - s) (eps + eps') / 2 with eps' the slope found at x'
     by a second denoiser call. The step to sigma' = 0 stays an Euler step, so `steps` steps cost
     2 * steps - 1 denoiser calls. With `clip`, both answers are clipped wherever they are used.
-    The error of a run falls with the square of the step size.
+    The error of a run falls with the square of the step size. No fresh noise is used.
     """
 
-    def step(
-        self,
-        denoiser: DenoiserFunction,
-        x: Tensor,
-        level: Level,
-        next_level: Level,
-        *,
-        clip: bool = True,
-        noise: Tensor | None = None,
+    def _step(
+        self, predict: Prediction, x: Tensor, level: Level, next_level: Level, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """One step; see `Sampler.step`. `noise` is not used."""
-        x, clip = _check_step(denoiser, x, level, next_level, clip, noise)
-        x0 = _predict(denoiser, x, level)
-        used = _clipped(x0, clip)
+        x0, used = predict(x, level)
         eps = _implied_noise(x, used, level)
         (alpha, sigma), (next_alpha, next_sigma) = level, next_level
         euler = next_alpha * used + next_sigma * eps
         if next_sigma == 0:
             return euler, x0
-        next_used = _clipped(_predict(denoiser, euler, next_level), clip)
-        next_eps = _implied_noise(euler, next_used, next_level)
+        next_eps = _implied_noise(euler, predict(euler, next_level)[1], next_level)
         # alpha' (s' - s), the factor of a slope of y in x'.
         stride = next_sigma - next_alpha * sigma / alpha
         return euler + 0.5 * stride * (next_eps - eps), x0
@@ -419,9 +404,9 @@ def _normal(
 
 
 def _check_step(
-    denoiser: object, x: object, level: object, next_level: object, clip: object, noise: object
-) -> tuple[Tensor, bool]:
-    """Check the arguments of a step, but for the values of the images; x and `clip`."""
+    denoiser: object, x: Tensor, level: object, next_level: object, clip: object, noise: object
+) -> bool:
+    """Check the arguments of a step, but for the values of the images; `clip`."""
     check_callable(denoiser, "denoiser")
     if check_float_tensor(x, "x", finite=False).ndim < 1:
         raise ValueError(f"`x` must have shape [B, C, H, W], got {describe(x)}")
@@ -434,7 +419,7 @@ def _check_step(
         raise ValueError(
             f"`noise` must have the shape of `x`, {list(x.shape)}, got {describe(noise)}"
         )
-    return x, check_flag(clip, "clip")
+    return check_flag(clip, "clip")
 
 
 def _predict(denoiser: DenoiserFunction, x: Tensor, level: Level) -> Tensor:
@@ -448,10 +433,6 @@ def _predict(denoiser: DenoiserFunction, x: Tensor, level: Level) -> Tensor:
             f"`denoiser` must return images of shape {list(x.shape)}, got {describe(x0)}"
         )
     return x0
-
-
-def _clipped(x0: Tensor, clip: bool) -> Tensor:
-    return x0.clamp(-1.0, 1.0) if clip else x0
 
 
 def _implied_noise(x: Tensor, x0: Tensor, level: Level) -> Tensor:
