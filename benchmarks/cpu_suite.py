@@ -78,7 +78,7 @@ def run_suite(
             software and data, goes on where that one was interrupted; it is gone at the end.
         progress: Whether to show a progress bar.
     """
-    report = {
+    report: Record = {
         "schema": SCHEMA,
         "suite": "cpu",
         "quick": quick,

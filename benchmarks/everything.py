@@ -126,7 +126,7 @@ def steps(options: argparse.Namespace) -> list[Step]:
         found += [_training(options, name, seed, paths[seed]) for seed in SEEDS]
     for kind in ("reproduce", *_PICTURES):
         found += [_comparison(options, kind, name, trained[name], stamp) for name in SETS]
-    words = ["report", "--results", _folder(options, "work") / "results", "--out"]
+    words: list[object] = ["report", "--results", _folder(options, "work") / "results", "--out"]
     return [*found, Step("report", _of_package(*words, options.out / "page", "--force"))]
 
 
@@ -149,7 +149,7 @@ def _training(options: argparse.Namespace, name: str, seed: int, made: Path) -> 
     """The training of a network."""
     folder = _folder(options, "work") / f"{name}-seed{seed}"
     on_cpu = parse_device(options.device).type == "cpu"
-    words = ["oracle.train", getattr(options, name), "--out", folder, "--seed", seed]
+    words: list[object] = ["oracle.train", getattr(options, name), "--out", folder, "--seed", seed]
     words += ["--minutes", options.minutes, "--device", options.device]
     words += _ON_CPU if on_cpu else ("--width", _WIDTH)
     words += _QUICK["train"] if options.quick else ()
@@ -162,7 +162,7 @@ def _comparison(
     options: argparse.Namespace, kind: str, name: str, trained: Sequence[Path], stamp: str
 ) -> Step:
     """The table of a set ("reproduce"), or a study beside networks."""
-    words = ["--threshold", SETS[name], "--device", options.device, "--force"]
+    words: list[object] = ["--threshold", SETS[name], "--device", options.device, "--force"]
     words += [word for path in trained for word in ("--network", path)]
     words += _QUICK[kind] if options.quick else ()
     source, made = getattr(options, name), options.out / f"{kind}-{name}-{stamp}"
@@ -170,13 +170,13 @@ def _comparison(
         folder = _folder(options, "work") / f"reproduce-{name}"
         ends = {"reproduce.json": ".json", "samples.png": "-samples.png", "steps.png": "-steps.png"}
         copies = {folder / file: made.with_name(made.name + end) for file, end in ends.items()}
-        words = ("pyflocality", "reproduce", source, "--out", folder, *words)
-        return Step(f"{kind} {name}", words, list(copies.values()), trained, copies)
+        command: Sequence[object] = ("pyflocality", "reproduce", source, "--out", folder, *words)
+        return Step(f"{kind} {name}", command, list(copies.values()), trained, copies)
     files = [made.with_name(f"{made.name}{end}.png") for end in _PICTURES[kind]]
     files.append(made.with_name(f"{made.name}.json"))
     words += ["--test", getattr(options, f"{name}_test")] if kind == "denoising" else []
-    words = _of_package(f"reproduce.{kind}", "--source", source, "--out", files[-1], *words)
-    return Step(f"{kind} {name}", words, files, trained)
+    command = _of_package(f"reproduce.{kind}", "--source", source, "--out", files[-1], *words)
+    return Step(f"{kind} {name}", command, files, trained)
 
 
 def _network(options: argparse.Namespace, file: str) -> Path:
@@ -190,7 +190,7 @@ def _folder(options: argparse.Namespace, name: str) -> Path:
     return options.out / f"{name}-{options.machine}"
 
 
-def _of_package(module: str, *words: object) -> tuple[object, ...]:
+def _of_package(module: object, *words: object) -> tuple[object, ...]:
     """The words of a command of this package, which is `pyflocality.benchmarks` if installed."""
     return (f"{__package__}.{module}", *words)
 

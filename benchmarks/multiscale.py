@@ -22,6 +22,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,12 +102,12 @@ def models(case: Case, windows: Sequence[int]) -> dict[tuple[str, int], Callable
     side = max(case.train.image_shape[1:])
     makers: dict[tuple[str, int], Callable[[], pf.Denoiser]] = {}
     for window in windows:
-        makers["pixel", window] = lambda w=window: pf.LocalDenoiser(
-            case.train, min(w, 2 * side - 1)
-        )
+        widest = min(window, 2 * side - 1)
+        makers["pixel", window] = partial(pf.LocalDenoiser, case.train, widest)
     for window in windows:
-        makers["wavelet", window] = lambda w=window: pf.MultiscaleDenoiser(
-            case.train, LEVELS, min(w, side - 1), coarse=COARSE
+        widest = min(window, side - 1)
+        makers["wavelet", window] = partial(
+            pf.MultiscaleDenoiser, case.train, LEVELS, widest, coarse=COARSE
         )
     return makers
 
@@ -114,7 +115,7 @@ def models(case: Case, windows: Sequence[int]) -> dict[tuple[str, int], Callable
 def global_models(case: Case) -> dict[str, Callable[[], pf.Denoiser]]:
     """The wavelet-domain model of window 5 with each global model of the low-pass image."""
     return {
-        name: lambda name=name: pf.MultiscaleDenoiser(case.train, LEVELS, 5, coarse=name)
+        name: partial(pf.MultiscaleDenoiser, case.train, LEVELS, 5, coarse=name)
         for name in ("optimal", "wiener", "pca_locality")
     }
 
@@ -125,16 +126,19 @@ def yardsticks(case: Case, networks: Path | None) -> dict[str, Callable[[], pf.D
     # Halved while sides are even and the low-pass image keeps 4 pixels.
     deepest = max(n for n in range(1, 9) if shape[1] % 2**n == 0 and shape[1] >> n >= 4)
     makers: dict[str, Callable[[], pf.Denoiser]] = {
-        "Fourier Wiener": lambda: pf.FourierWienerDenoiser(case.train),
-        "wavelet thresholds (bayes)": lambda: pf.WaveletShrinkageDenoiser(
-            shape, deepest, rule="bayes"
+        "Fourier Wiener": partial(pf.FourierWienerDenoiser, case.train),
+        "wavelet thresholds (bayes)": partial(
+            pf.WaveletShrinkageDenoiser, shape, deepest, rule="bayes"
         ),
-        "optimal": lambda: pf.OptimalDenoiser(case.train),
+        "optimal": partial(pf.OptimalDenoiser, case.train),
     }
     if networks is not None:
-        found = published(networks, shape)
-        makers |= {name: lambda d=denoiser: d for name, denoiser in found.items()}
+        makers |= {name: partial(_same, d) for name, d in published(networks, shape).items()}
     return makers
+
+
+def _same(denoiser: pf.Denoiser) -> pf.Denoiser:
+    return denoiser
 
 
 def measure(denoiser: pf.Denoiser, clean: Tensor) -> list[float]:

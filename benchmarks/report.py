@@ -18,14 +18,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from .command import path_option
+from .command import Record, path_option
 from .publish import quality_tables
 from .publish.plots import draw
 from .publish.readme_sections import rewritten
 from .publish.report_figures import (
     BASELINES,
     CAPTIONS,
-    Record,
     baselines_of,
     compared,
     draw_roofline,

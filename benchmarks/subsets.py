@@ -19,7 +19,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ _QUICK_IMAGES = 2000
 
 
 def golden_step(
-    setting: Setting, step: int, models: dict[str, tuple[pf.Denoiser, pf.Denoiser]]
+    setting: Setting, step: int, models: Mapping[str, tuple[pf.Denoiser, pf.GoldenSubset]]
 ) -> Record:
     """Time of golden subset and whole set, and how far apart their answers are."""
     x, sigma, alpha = setting.noisy(step)
@@ -57,8 +58,8 @@ def golden_step(
         # The first calls build masks and pooled images.
         difference = (golden(x, sigma, alpha) - whole(x, sigma, alpha)).double()
         calls = {
-            "whole": lambda model=whole: model(x, sigma, alpha),
-            "golden": lambda model=golden: model(x, sigma, alpha),
+            "whole": partial(whole, x, sigma, alpha),
+            "golden": partial(golden, x, sigma, alpha),
         }
         seconds = time_in_turns(calls, setting.repetitions)
         record[name] = {
@@ -84,14 +85,14 @@ def certified_step(setting: Setting, step: int, certified: CertifiedSubset) -> R
     if (error > found.error_bound).any():
         raise RuntimeError(f"t = {step}: an error of {error.max():.3g} exceeds its bound")
     forward = (certified(x, sigma, alpha).double() - truth).abs().max()
-    calls = {
-        "whole": lambda: whole(x, sigma, alpha),
-        "forward": lambda: certified(x, sigma, alpha),
-        "whole_one": lambda: whole(x[:1], sigma, alpha),
-        "forward_one": lambda: certified(x[:1], sigma, alpha),
+    calls: dict[str, Callable[[], object]] = {
+        "whole": partial(whole, x, sigma, alpha),
+        "forward": partial(certified, x, sigma, alpha),
+        "whole_one": partial(whole, x[:1], sigma, alpha),
+        "forward_one": partial(certified, x[:1], sigma, alpha),
     }
     if float(found.share_read.max()) < 0.1:
-        calls["certify"] = lambda: certified.certify(x, sigma, alpha)
+        calls["certify"] = partial(certified.certify, x, sigma, alpha)
     seconds = time_in_turns(calls, setting.repetitions)
     return {
         "step": step,
@@ -121,7 +122,7 @@ def measure(setting: Setting) -> Iterator[tuple[str, Record]]:
             "stages": list(index.stages),
         },
     )
-    models = {
+    models: dict[str, tuple[pf.Denoiser, pf.GoldenSubset]] = {
         "optimal": (optimal, pf.GoldenSubset(optimal)),
         "pca_locality": (local, pf.GoldenSubset(local)),
     }

@@ -10,10 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from .. import ROOT
+from ..command import Record
 
 # The package of the benchmarks finds the kernels where nothing is installed.
 _PYTEST = (
@@ -34,7 +34,7 @@ _SANITIZED = ("tests/kernels/cuda/test_cuda_gpu.py", "-k", "same_bits or jvp or 
 _TAIL = 15
 
 
-def run_tests(left: Callable[[], float]) -> dict[str, Any]:
+def run_tests(left: Callable[[], float]) -> Record:
     """The kernels' tests and all marked `gpu`, on the device.
 
     Args:
@@ -48,7 +48,7 @@ def run_tests(left: Callable[[], float]) -> dict[str, Any]:
     return _all_of({name: [*command, *words] for name, words in chosen.items()}, left)
 
 
-def run_sanitizers(left: Callable[[], float]) -> dict[str, Any]:
+def run_sanitizers(left: Callable[[], float]) -> Record:
     """Some tests of the CUDA kernels under compute-sanitizer, where it is installed."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
@@ -64,13 +64,13 @@ def run_sanitizers(left: Callable[[], float]) -> dict[str, Any]:
 
 
 def _all_of(
-    commands: dict[str, Sequence[str]], left: Callable[[], float], **variables: str
-) -> dict[str, Any]:
+    commands: Mapping[str, Sequence[str]], left: Callable[[], float], **variables: str
+) -> Record:
     runs = {name: _run(command, left(), variables) for name, command in commands.items()}
     return runs | {"exit_code": int(any(run["exit_code"] for run in runs.values()))}
 
 
-def _run(command: Sequence[str], seconds: float, variables: dict[str, str]) -> dict[str, Any]:
+def _run(command: Sequence[str], seconds: float, variables: dict[str, str]) -> Record:
     """Exit code of a command, 1 if it takes too long, and the last lines of what it prints."""
     start, end = time.perf_counter(), []
     with tempfile.TemporaryFile() as printed:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
 
 from pyflocality.backends import selection
 
+from ..command import Record
 from .runner import seconds_of
 
 # Larger than the L2 cache of any GPU so far.
@@ -63,7 +63,7 @@ class Timer:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def busy(self, function: Callable[[], object]) -> dict[str, Any]:
+    def busy(self, function: Callable[[], object]) -> Record:
         """How long one run keeps the GPU busy, and its longest kernels, by torch's profiler."""
         if not self._cuda:
             return {"unavailable": "a dry run has no CUDA device"}
@@ -77,14 +77,14 @@ class Timer:
             events = [
                 (event.name, event.time_range.elapsed_us() / 1e6)
                 for event in profiler.events()
-                if event.device_type == torch.autograd.DeviceType.CUDA
+                if event.device_type.name == "CUDA"
             ]
         except Exception as error:  # noqa: BLE001  (a profiler that fails must not cost the case)
             return {"unavailable": f"{type(error).__name__}: {error}"[:500]}
         return busy_times(events)
 
 
-def busy_times(events: Iterable[tuple[str, float]]) -> dict[str, Any]:
+def busy_times(events: Iterable[tuple[str, float]]) -> Record:
     """Sum of the seconds of all kernels, and the kernels that take the most of them."""
     calls: dict[str, list[float]] = {}
     for name, seconds in events:
@@ -103,9 +103,9 @@ def busy_times(events: Iterable[tuple[str, float]]) -> dict[str, Any]:
     }
 
 
-def gpu_facts(number: int = 0) -> dict[str, Any]:
+def gpu_facts(number: int = 0) -> Record:
     """GPU of a number, driver and the versions that matter."""
-    facts: dict[str, Any] = {"cuda": torch.version.cuda, "gpu": None}
+    facts: Record = {"cuda": torch.version.cuda, "gpu": None}
     for package in ("triton", "cupy"):
         found = importlib.util.find_spec(package)
         facts[package] = importlib.import_module(package).__version__ if found else None
@@ -139,13 +139,12 @@ def _smi(query: str) -> str | None:
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
     """Let the Triton backend serve CPU tensors in a block: its kernels run in the interpreter."""
-    reasons = {name: getattr(selection, name) for name in ("machine_reason", "_device_reason")}
 
-    def answer(name: str) -> Callable[..., str | None]:
-        def reason(backend: str, *device: object) -> str | None:
-            return None if backend == "triton" else reasons[name](backend, *device)
+    def unless_triton(reason: Callable[..., str | None]) -> Callable[..., str | None]:
+        return lambda backend, *more: None if backend == "triton" else reason(backend, *more)
 
-        return reason
-
-    with mock.patch.multiple(selection, **{name: answer(name) for name in reasons}):
+    with ExitStack() as stack:
+        for name in ("machine_reason", "_device_reason"):
+            reason = unless_triton(getattr(selection, name))
+            stack.enter_context(mock.patch.object(selection, name, reason))
         yield

@@ -38,7 +38,7 @@ _SECONDS, _LEAST_SECONDS = 100, 10
 
 def start_times(
     operations: Iterable[str] = OPERATIONS, left: Callable[[], float] = lambda: math.inf
-) -> dict[str, dict[str, object]]:
+) -> dict[str, dict[str, dict[str, object]]]:
     """First calls in a process of their own, with empty caches, then with those that it left.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from pyflocality.backends.selection import OPERATIONS
 from pyflocality.ops.operation import OPERATIONS as DECLARATIONS
@@ -59,7 +60,7 @@ class Case:
     data: str | None = None
     boundary: str = "circular"
     density: float | None = None
-    precision: str = "exact"
+    precision: Literal["exact", "auto"] = "exact"
     seconds: float = 6.0
 
     @property

@@ -16,6 +16,7 @@ from pyflocality.ops.costs import Size, Work
 from pyflocality.ops.operation import OPERATIONS, Kind
 from pyflocality.storage.reader import training_values
 
+from ..command import Record
 from . import baselines, libraries
 from .registry import Case
 from .sets import BenchmarkSet
@@ -85,8 +86,8 @@ class Workload(ABC):
         # A tensor of its own: what kernels keep beside a set goes with the case, so that every
         # case has a first call.
         self.images = data.images[: case.images]
-        self.shape: tuple[int, int, int] = tuple(self.images.shape[1:])
-        self.values = self.images[0].numel()
+        channels, height, width = self.images.shape[1:]
+        self.shape, self.values = (channels, height, width), channels * height * width
 
     @abstractmethod
     def answers(
@@ -128,7 +129,7 @@ class Workload(ABC):
         """Multiply-adds of one run where matmuls would do it; None where nobody counts them."""
         return None
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Record:
         """What else a reader of the timing wants to know."""
         return {}
 
@@ -178,6 +179,7 @@ class PosteriorWorkload(Workload):
         super().__init__(case, data, interpreted)
         if case.timestep is None:
             raise ValueError(f"{case.id}: `timestep` must be given")
+        self.timestep = case.timestep
         self.alpha, self.sigma = data.level(case.timestep)
         self.x = data.queries(case.timestep, case.batch)
         self.directions = data.directions(case.tangents, case.batch) if case.tangents else None
@@ -190,7 +192,7 @@ class PosteriorWorkload(Workload):
         """Inputs of the largest neighbourhood."""
         return self.values
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Record:
         """Further options of the operation."""
         exact = self.case.precision == "exact"
         return {} if exact else {"precision": self.case.precision}

@@ -17,6 +17,7 @@ from pyflocality.ops.operation import OPERATIONS
 from pyflocality.posterior.problem import PosteriorOptions
 from pyflocality.storage.reader import training_values
 
+from ..command import Record
 from . import baselines, libraries
 from .registry import DDIM_STEPS, Case
 from .sets import BenchmarkSet
@@ -33,10 +34,12 @@ class MaskedWorkload(PosteriorWorkload):
 
     def __init__(self, case: Case, data: BenchmarkSet, interpreted: bool = False) -> None:
         super().__init__(case, data, interpreted)
-        square = case.density is not None
-        self.weights = data.square_masks(case.density) if square else data.weights(case.timestep)
+        if case.density is None:
+            self.weights = data.weights(self.timestep)
+        else:
+            self.weights = data.square_masks(case.density)
         on_cpu = case.backend == "cpu"
-        self.schedule_terms = data.tree(case.timestep).terms if on_cpu else self.core_fringe
+        self.schedule_terms = data.tree(self.timestep).terms if on_cpu else self.core_fringe
 
     @cached_property
     def core_fringe(self) -> int:
@@ -60,7 +63,7 @@ class MaskedWorkload(PosteriorWorkload):
         """Inputs of the largest mask."""
         return int(self.weights.dense(torch.bool).sum(1).max())
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Record:
         """Masks, schedule and the arithmetic of core and fringe, as shares of D^2."""
         return {
             "mask_density": self.weights.density,
@@ -139,7 +142,7 @@ class EquivariantWorkload(WindowWorkload):
         _, height, width = self.shape
         return (height - self.window + 1) * (width - self.window + 1)
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Record:
         """The border rule, too."""
         return super().options() | {"boundary": self.case.boundary}
 
@@ -259,7 +262,7 @@ class CovarianceWorkload(Workload):
         return 0.0
 
     def _sums(self, images: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-        options: dict[str, Any] = {"dtype": torch.int64, "device": images.device}
+        options: Record = {"dtype": torch.int64, "device": images.device}
         gram = torch.zeros(self.values, self.values, **options)
         total = torch.zeros(self.values, **options)
         ops.accumulate_covariance(images.flatten(1), gram, total, backend=backend)

@@ -25,7 +25,6 @@ import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +34,7 @@ from pyflocality._support.devices import parse_device
 from pyflocality._support.progress import progress_bar
 from pyflocality.storage.reader import training_values
 
-from ..command import path_option
+from ..command import Record, path_option
 from ..machine import machine_facts
 from ..studies.pattern import WEIGHTS, planted
 from .unet import UNet
@@ -56,11 +55,12 @@ class Training:
         self.unet.to(self.device)
         self.average = copy.deepcopy(self.unet).eval()
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), options.rate, weight_decay=0.0)
-        self.steps, self.seconds, self.losses = 0, 0.0, []
+        self.steps, self.seconds = 0, 0.0
+        self.losses: list[float] = []
         self.schedule = pf.DDPMSchedule()
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Record:
         """What a state must agree with to be continued."""
         names = ["seed", "width", "multipliers", "batch", "rate"]
         names += [] if self.options.planted is None else ["planted"]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from ..command import Record
 
 _GROUP = 8
 
@@ -27,8 +28,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
         # The block is the identity at first.
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        silence(self.conv2)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         y = self.conv1(functional.silu(self.norm1(x)))
@@ -70,7 +70,7 @@ class UNet(nn.Module):
             "blocks": blocks,
             "dropout": dropout,
         }
-        self.facts: dict[str, Any] = {}
+        self.facts: Record = {}
         self.image_shape = tuple(image_shape)
         self.width, time = width, 4 * width
         self.time = nn.Sequential(nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time))
@@ -98,8 +98,7 @@ class UNet(nn.Module):
                 self.up.append(nn.Conv2d(channels, channels, 3, padding=1))
         self.norm = nn.GroupNorm(channels // _GROUP, channels)
         self.last = nn.Conv2d(channels, image_shape[0], 3, padding=1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        silence(self.last)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """The prediction of v, [B, C, H, W]."""
@@ -119,7 +118,7 @@ class UNet(nn.Module):
                 y = part(functional.interpolate(y, skips[-1].shape[2:], mode="nearest"))
         return self.last(functional.silu(self.norm(y)))
 
-    def save(self, path: Path | str, facts: dict[str, Any]) -> None:
+    def save(self, path: Path | str, facts: Record) -> None:
         """Write the parameters as float16, with the architecture and facts about the training."""
         from safetensors.torch import save_file
 
@@ -155,6 +154,12 @@ class UNet(nn.Module):
             raise ValueError(f"{path} is not a network of benchmarks.oracle: {error}") from error
         unet.facts = facts
         return unet.eval()
+
+
+def silence(layer: nn.Module) -> None:
+    """Let a layer answer 0."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def _waves(t: Tensor, count: int) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..command import path_option
+from ..command import Record, path_option
 
 _TITLES = {
     "masked_posterior": "masked (PCA locality)",
@@ -33,7 +33,7 @@ _FIXED = {"images": "N = {:,}", "batch": "B = {}", "threads": "{} threads"}
 _COLUMNS = 3
 
 
-def curves(records: Sequence[dict[str, Any]], axis: str) -> dict[str, list[dict[str, Any]]]:
+def curves(records: Sequence[Record], axis: str) -> dict[str, list[Record]]:
     """The records of the scaling suite that differ along one axis only, by operation.
 
     The other axes stay where most records are; a line of one point is none. Windows differ in the
@@ -44,7 +44,7 @@ def curves(records: Sequence[dict[str, Any]], axis: str) -> dict[str, list[dict[
     others = [name for name in _AXES if name != axis]
     found = {}
     for op in dict.fromkeys(record["op"] for record in scaling):
-        lines: dict[tuple[int | None, ...], list[dict[str, Any]]] = {}
+        lines: dict[tuple[int | None, ...], list[Record]] = {}
         for record in scaling:
             if record["op"] == op:
                 # Older files are of one D, and do not name it.
@@ -96,7 +96,7 @@ def draw(results: Path, picture: Path | None = None) -> Path | None:
     return picture
 
 
-def _draw_panel(panel: Any, axis: str, lines: dict[str, list[dict[str, Any]]]) -> None:
+def _draw_panel(panel: Any, axis: str, lines: dict[str, list[Record]]) -> None:
     """The lines of an axis; an operation has the same colour in all panels."""
     for op, records in lines.items():
         _draw_line(panel, axis, records, _TITLES[op], f"C{list(_TITLES).index(op)}")
@@ -107,16 +107,14 @@ def _draw_panel(panel: Any, axis: str, lines: dict[str, list[dict[str, Any]]]) -
     panel.grid(alpha=0.3)
 
 
-def _label(axis: str, lines: dict[str, list[dict[str, Any]]]) -> str:
+def _label(axis: str, lines: dict[str, list[Record]]) -> str:
     """The axis, and where the others stay."""
     record = next(iter(lines.values()))[0]
     fixed = [text.format(record[name]) for name, text in _FIXED.items() if name != axis]
     return f"{_AXES[axis]}   ({', '.join(fixed)})"
 
 
-def _draw_line(
-    panel: Any, axis: str, records: Sequence[dict[str, Any]], label: str, colour: str
-) -> None:
+def _draw_line(panel: Any, axis: str, records: Sequence[Record], label: str, colour: str) -> None:
     places = [record[axis] for record in records]
     seconds = {key: [r["seconds"][key] for r in records] for key in ("median", "p20", "p80")}
     panel.plot(places, seconds["median"], marker="o", markersize=4, label=label, color=colour)

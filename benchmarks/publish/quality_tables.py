@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from ..command import Record
 from ..reproduce.scores import shown
-
-Record = dict[str, Any]
 
 
 def sweeps(report: Record) -> str:

@@ -215,7 +215,8 @@ def rewritten(text: str, results: list[Results]) -> str:
         if counts != (1, 1) or between.search(text) is None:
             raise ValueError(f"{page}: expected one {start!r} and after it one {end!r}")
         body = f"{start}\n{section(results).replace('](benchmarks/results/', back)}\n{end}"
-        text = between.sub(lambda _, body=body: body, text)
+        before, after = between.split(text)
+        text = before + body + after
     if not marked:
         start = _COMMENT.format(edge="Begin", name="speed", page=page)
         raise ValueError(f"{page}: expected a section marked {start!r}")

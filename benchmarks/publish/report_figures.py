@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from ..command import Record
 from .summary import EAGER, size_of
-
-Record = dict[str, Any]
 
 # Families of yardsticks that do the same work in another way, by how their names begin.
 BASELINES = {

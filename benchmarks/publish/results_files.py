@@ -6,7 +6,8 @@ import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from ..command import Record
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 NOT_MEASURED = "not yet measured"
@@ -35,7 +36,7 @@ class Results:
     """
 
     path: Path
-    report: dict[str, Any]
+    report: Record
 
     @property
     def kind(self) -> str:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
+from ..command import Record
 from ..kernels.registry import DDIM_STEPS
-
-Record = dict[str, Any]
 
 # How the names of yardsticks begin that are the published algorithms in plain torch.
 EAGER = "eager"
@@ -187,8 +185,8 @@ def size_of(record: Record) -> str:
 
 def table(records: Sequence[Record], summary: Sequence[Record]) -> str:
     """Cases and summary as text."""
-    rows = [("operation", "backend", "shape", "case", "ms", "eager x", "GFLOP/s", "GB/s", "beside")]
-    rows += [_cells(record) for record in records]
+    head = ("operation", "backend", "shape", "case", "ms", "eager x", "GFLOP/s", "GB/s", "beside")
+    rows = [head, *map(_cells, records)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     lines = []
     for row in rows:
@@ -207,7 +205,7 @@ def table(records: Sequence[Record], summary: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def _cells(record: Record) -> tuple[str, ...]:
+def _cells(record: Record) -> Sequence[str]:
     faster = times_faster(record)
     beside = [
         f"{name} x{yardstick['ratio']['median']:.3g}"

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,8 +33,9 @@ from ..command import Record, write_json
 from ..plotting import picture, without_ticks
 from . import methods, networks
 from .draw import line_style
+from .methods import Settings
 from .networks import Network
-from .runs import KeptRuns, Run, Settings, now, starting_noise
+from .runs import KeptRuns, Run, now, starting_noise
 from .scores import summary
 from .study import Study
 from .windows import calibrated_windows
@@ -69,9 +70,7 @@ def models(
     moments = functools.cache(lambda: pf.Moments.from_data(data))
 
     def build(settings: Settings) -> Model:
-        searched = data
-        if settings.get("order") == "by class":
-            searched = data.subset(data.labels.argsort(stable=True))
+        searched = methods.in_order(data, settings.get("order"))
         needed = methods.METHODS[settings["model"]].needs_moments
         return methods.build(settings, searched, moments() if needed else None)
 
@@ -81,13 +80,14 @@ def models(
     for name in _NAMES:
         if name == "local" and windows is None:
             continue
+        tables = {} if windows is None else {"local": windows}
         settings = methods.settings_of(
-            name, data.image_shape, threshold, {"local": windows}, els_images=len(data)
+            name, data.image_shape, threshold, tables, els_images=len(data)
         )
         label = methods.METHODS[name].label
         yield label, settings, functools.partial(build, settings)
         if name == "pca-locality-batch-mean" and data.labels is not None:
-            settings = settings | {"order": "by class"}
+            settings = settings | {"order": methods.BY_CLASS}
             yield f"{label}, sorted by class", settings, functools.partial(build, settings)
 
 
@@ -129,7 +129,7 @@ def restore(
         progress: Whether to show a progress bar.
     """
     # The same at all noise levels.
-    noise = starting_noise(tuple(clean.shape[1:]), len(clean), _SEED)
+    noise = starting_noise(data.image_shape, len(clean), _SEED)
     schedule = pf.DDPMSchedule()
     records, drawn = [], {}
     for t in TIMES:
@@ -157,7 +157,8 @@ def draw(report: Record, drawn: dict[tuple[str, int], Tensor], pair: Tensor, pat
     rows = ["noisy", *names]
     size = (13, 4.8 + 0.9 * len(rows))
     with picture(path, 0, dpi=90, figsize=size, layout="constrained") as (figure, _):
-        top, bottom = figure.subfigures(2, 1, height_ratios=[4.8, 0.9 * len(rows)])
+        heights = [4.8, 0.9 * len(rows)]
+        top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
         titles = ("the clean test image", "the nearest training image")
         for axis, measure, title in zip(top.subplots(1, 2), _MEASURES, titles, strict=True):
             told = [record[measure] for record in report["results"]]
@@ -193,7 +194,7 @@ def draw(report: Record, drawn: dict[tuple[str, int], Tensor], pair: Tensor, pat
 
 
 def _draw_line(
-    axis: Axes, records: Sequence[Record], measure: str, floor: float, **style: object
+    axis: Axes, records: Sequence[Record], measure: str, floor: float, **style: Any
 ) -> None:
     """Means and standard errors of a model; bars end at the floor, below which is nothing."""
     means = [max(record[measure]["mean"], floor) for record in records]
@@ -222,17 +223,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if test.image_shape != data.image_shape:
         study.parser.error(f"--test must be images of {data.image_shape}, got {test.image_shape}")
     clean = test.values(0, options.samples)
-    folder, common = options.out.with_suffix(".runs"), {"images": data.content_key()}
     windows = None
     if study.trained:
-        windows = calibrated_windows(
-            *("local", data, study.trained[0], KeptRuns(folder, common, study.device)),
-            seed=_SEED + 1,
-            progress=progress,
-        )
-    common |= {"test": test.content_key(), "samples": len(clean), "seed": _SEED}
+        follow = ("local", data, study.trained[0], study.kept())
+        windows = calibrated_windows(*follow, seed=_SEED + 1, progress=progress)
     found = list(models(data, study.trained, windows, options.threshold))
-    kept = KeptRuns(folder, common, study.device)
+    kept = study.kept(test=test.content_key(), samples=len(clean), seed=_SEED)
     results, drawn = restore(clean, found, data, kept, progress=progress)
     report = study.report(
         results,

@@ -24,7 +24,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ from torch import Tensor
 import pyflocality as pf
 from pyflocality._support.progress import progress_bar
 
+from ..command import Record
 from .runs import STEPS
 from .scores import summary
 
@@ -86,7 +86,7 @@ def diagnose(
     batch_means: Sequence[tuple[str, pf.TrainingSet, int]],
     *,
     progress: bool,
-) -> dict[str, Any]:
+) -> Record:
     """Figures at the states of a network's run.
 
     Args:
@@ -115,23 +115,22 @@ def diagnose(
             images, threshold, aggregation="batch_mean", batch_size=size, moments=moments
         )
     variance = moments.covariance.diagonal().cpu()
-    found: dict[str, list[dict[str, Any]]] = {"network": []} | {name: [] for name in models}
+    found: dict[str, list[Record]] = {name: [] for name in ("network", *models)}
     visits = list(enumerate(run.timesteps.tolist()))
     for step, t in progress_bar(visits, description="diagnosis", enabled=progress):
         alpha, sigma = schedule(t)
         x, target = run.x_t[step], run.x0[step].clamp(-1, 1)
         found["network"].append(_sharpness(target))
-        of_exact = None
+        r2: dict[str, Tensor] = {}
         for name, model in models.items():
             answer = model(x, sigma, alpha).clamp(-1, 1)
-            r2 = pf.metrics.r2(answer, target)
-            of_exact = r2 if name == "exact" else of_exact
+            r2[name] = pf.metrics.r2(answer, target)
             sizes = effective_sizes(model, x, sigma, alpha).cpu()
             found[name].append(
                 {
                     "mse": summary(pf.metrics.mse(answer, target)),
-                    "r2": summary(r2),
-                    "r2_minus_exact": summary(r2 - of_exact),
+                    "r2": summary(r2[name]),
+                    "r2_minus_exact": summary(r2[name] - r2["exact"]),
                     **_sharpness(answer),
                     "effective_sample_size": weighted_quantiles(sizes, variance),
                 }
@@ -155,7 +154,7 @@ def weighted_quantiles(sizes: Tensor, weights: Tensor) -> list[float]:
     return values[places.clamp(max=len(values) - 1)].tolist()
 
 
-def _sharpness(images: Tensor) -> dict[str, Any]:
+def _sharpness(images: Tensor) -> Record:
     """Gradient energy, and variance of an image's values."""
     return {
         "gradient_energy": summary(gradient_energy(images)),

@@ -21,7 +21,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,9 +31,10 @@ from pyflocality import analysis
 from pyflocality.analysis import figures
 from pyflocality.analysis.sensitivity import SensitivityRun
 
-from ..command import write_json
+from ..command import Record, write_json
 from . import networks
-from .runs import KeptRuns, Run, Settings, now, starting_noise
+from .methods import Settings
+from .runs import KeptRuns, Run, now, starting_noise
 from .study import Study
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def similarity(field: Tensor, other: Tensor) -> float | None:
     return _known(u @ v / (u.norm() * v.norm()))
 
 
-def compare(runs: dict[str, SensitivityRun], reference: str) -> list[dict[str, Any]]:
+def compare(runs: dict[str, SensitivityRun], reference: str) -> list[Record]:
     """A record for each model and level of its field, and how it is like that of the reference."""
     records = []
     for name, run in runs.items():
@@ -110,11 +111,11 @@ def make_or_find(
         return Run(found.fields.cpu(), levels | {"seconds": seconds})
 
     run, _ = kept.get(settings["model"], settings | {"pixel": list(pixel)}, make)
-    levels = (torch.tensor(run.facts[name]) for name in ("timesteps", "alpha", "sigma"))
-    return SensitivityRun(run.x0, *levels, (pixel,)), run.facts["seconds"]
+    levels = {name: torch.tensor(run.facts[name]) for name in ("timesteps", "alpha", "sigma")}
+    return SensitivityRun(run.x0, **levels, pixels=(pixel,)), run.facts["seconds"]
 
 
-def draw(runs: dict[str, SensitivityRun], records: Sequence[dict[str, Any]]) -> Figure:
+def draw(runs: dict[str, SensitivityRun], records: Sequence[Record]) -> Figure:
     """The fields, each with its radius and similarity below it."""
     figure = figures.sensitivity_figure(runs)
     width, height = figure.get_size_inches()
@@ -143,13 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     channels, height, width = data.image_shape
     pixel = (channels // 2, height // 2, width // 2)
     noise = starting_noise(data.image_shape, options.samples, _SEED)
-    common = {
-        "images": data.content_key(),
-        "samples": options.samples,
-        "seed": _SEED,
-        "steps": options.steps,
-    }
-    kept = KeptRuns(options.out.with_suffix(".runs"), common, study.device)
+    kept = study.kept(samples=options.samples, seed=_SEED, steps=options.steps)
     runs, seconds = {}, {}
     for name, (settings, model) in _models(study).items():
         print(f"fields of {name}", flush=True)

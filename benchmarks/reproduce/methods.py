@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 import pyflocality as pf
+
+from ..command import Record
 
 # Images a batch of the published code for MNIST and CIFAR-10.
 LOADER_BATCH = 512
@@ -21,7 +22,9 @@ MULTISCALE_WINDOW = 7
 _MOST_LEVELS = 1
 _ORDER_SEED, _POOL_SEED = 0, 0
 
-Settings = dict[str, Any]
+Settings = Record
+# The order in which folders and zips come.
+BY_CLASS = "by class"
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def build(settings: Settings, data: pf.TrainingSet, moments: pf.Moments | None) 
     if name == "optimal":
         return pf.OptimalDenoiser(data)
     if name == "wiener":
-        return pf.WienerDenoiser(moments)
+        return pf.WienerDenoiser(data if moments is None else moments)
     if name == "local":
         return pf.LocalDenoiser(data, windows)
     if name in ("equivariant", "equivariant-broken"):
@@ -151,6 +154,18 @@ def build(settings: Settings, data: pf.TrainingSet, moments: pf.Moments | None) 
     return pf.GoldenSubset(pca) if name == "golden" else pca
 
 
+def in_order(data: pf.TrainingSet, order: int | str | None) -> pf.TrainingSet:
+    """The images in another order: by class, or a random one by its seed; None keeps theirs."""
+    if order is None:
+        return data
+    if isinstance(order, int):
+        generator = torch.Generator().manual_seed(order)
+        return data.subset(torch.randperm(len(data), generator=generator))
+    if data.labels is None:
+        raise ValueError(f"`order` must not be {order!r} where there are no labels")
+    return data.subset(data.labels.argsort(stable=True))
+
+
 def load_mixed(source: str, *, progress: bool) -> pf.TrainingSet:
     """A training set in a random order, always the same, and in memory.
 
@@ -159,5 +174,4 @@ def load_mixed(source: str, *, progress: bool) -> pf.TrainingSet:
     other model knows of the order.
     """
     data = pf.TrainingSet.load(source, progress=progress)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(_ORDER_SEED))
-    return data.subset(order)
+    return in_order(data, _ORDER_SEED)

@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import pyflocality as pf
 
+from ..command import Record
 from ..oracle.unet import UNet
 
 _NAMES = "ABCDEFGH"
@@ -33,14 +33,14 @@ class Network:
     path: Path
     sha256: str
     parameters: int
-    facts: dict[str, Any]
+    facts: Record
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Record:
         """All that the network's answers depend on."""
         return {"model": "network", "sha256": self.sha256}
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         """What a results file tells of the network; not where its file lies."""
         return {
             "name": self.name,
@@ -56,6 +56,13 @@ def load(path: Path, device: torch.device | str = "cpu") -> pf.NetworkDenoiser:
     unet = UNet.load(path).to(device)
     schedule = pf.DDPMSchedule()
     return pf.NetworkDenoiser(unet, "v", takes=schedule, image_shape=unet.image_shape)
+
+
+def facts_of(denoiser: pf.NetworkDenoiser) -> Record:
+    """What is known about the training of a network that was loaded."""
+    if not isinstance(denoiser.module, UNet):
+        raise TypeError(f"`denoiser` must be a network that `load` read, got {denoiser.module!r}")
+    return denoiser.module.facts
 
 
 def check_networks(

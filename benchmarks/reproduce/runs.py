@@ -30,10 +30,10 @@ from pyflocality._support.locks import locked
 from pyflocality._support.record import peak_memory_bytes
 from pyflocality.backends.selection import requested_backend
 
+from ..command import Record
 from ..machine import machine_facts
 from . import methods, networks
-
-Settings = dict[str, Any]
+from .methods import Settings
 
 STEPS = 10
 
@@ -49,7 +49,7 @@ class Run:
     """
 
     x0: Tensor
-    facts: dict[str, Any]
+    facts: Record
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ class Request:
         """What runs."""
         if self.network is not None:
             return networks.load(self.network, self.device)
+        if self.data is None:
+            raise ValueError(f"`data` must be given for {self.settings['model']}")
         return methods.build(self.settings, self.data, self.moments)
 
 
@@ -168,9 +170,12 @@ def perform_apart(request: Request) -> Run:
 def _end_with_parent() -> None:
     """Leave the terminal's signals to the parent, and end with it whatever ends it."""
 
+    parent = multiprocessing.parent_process()
+
     def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
+        if parent is not None:
+            parent.join()
+            os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
@@ -245,14 +250,14 @@ class _Timed:
     def __init__(self, denoiser: pf.Denoiser) -> None:
         self.denoiser = denoiser
         self.image_shape, self.device = denoiser.image_shape, denoiser.device
-        self.masks = getattr(denoiser, "denoiser", denoiser)
+        self.weights_at = getattr(getattr(denoiser, "denoiser", denoiser), "weights_at", None)
         self.seconds: list[float] = []
         self.preparing = 0.0
 
     def __call__(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
         clock = now(x.device)
-        if hasattr(self.masks, "weights_at"):
-            self.masks.weights_at(sigma, alpha)
+        if self.weights_at is not None:
+            self.weights_at(sigma, alpha)
         self.preparing += now(x.device) - clock
         clock = now(x.device)
         answer = self.denoiser(x, sigma, alpha)
@@ -287,7 +292,7 @@ def _memory_growth(device: torch.device) -> Callable[[], int | None]:
     if not _reset_peak():
         return lambda: None
     before = _resident_bytes()
-    return lambda: max(0, peak_memory_bytes() - before)
+    return lambda: max(0, (peak_memory_bytes() or 0) - before)
 
 
 def _reset_peak() -> bool:

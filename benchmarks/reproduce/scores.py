@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 import pyflocality as pf
 
+from ..command import Record
 
-def summary(values: Tensor) -> dict[str, Any]:
+
+def summary(values: Tensor) -> Record:
     """Mean, its standard error and median of some values [n], which are finite or left out.
 
     The r2 against an image of one colour is no number; such images are counted as `left_out`.
@@ -18,7 +18,7 @@ def summary(values: Tensor) -> dict[str, Any]:
     """
     kept = values[torch.isfinite(values)].double()
     count = len(kept)
-    told: dict[str, Any] = {
+    told: Record = {
         "mean": float(kept.mean()) if count else None,
         "standard_error": float(kept.std(correction=1)) / count**0.5 if count > 1 else None,
         "median": float(kept.quantile(0.5)) if count else None,
@@ -37,7 +37,7 @@ def by_image(x0: Tensor, target: Tensor) -> dict[str, Tensor]:
     }
 
 
-def score(x0: Tensor, target: Tensor) -> dict[str, Any]:
+def score(x0: Tensor, target: Tensor) -> Record:
     """MSE and r2 of a run against a network's, [steps, n, C, H, W] each.
 
     Returns:
@@ -54,7 +54,7 @@ def score(x0: Tensor, target: Tensor) -> dict[str, Any]:
     }
 
 
-def shown(told: dict[str, Any], digits: int) -> str:
+def shown(told: Record, digits: int) -> str:
     """A summary as text: mean and standard error."""
     mean, error = told["mean"], told["standard_error"]
     if mean is None:

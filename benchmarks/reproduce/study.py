@@ -15,6 +15,7 @@ from ..kernels.gpu_machine import gpu_facts
 from ..machine import machine_facts
 from . import methods, networks
 from .networks import Network
+from .runs import KeptRuns
 
 
 class Study:
@@ -93,6 +94,11 @@ class Study:
         except (ValueError, FileNotFoundError) as error:
             self.parser.error(str(error))
         self.data = data.to(self.device)
+
+    def kept(self, **common: object) -> KeptRuns:
+        """Where finished runs lie, found by the images and what else all of them have in common."""
+        common = {"images": self.data.content_key(), **common}
+        return KeptRuns(self.options.out.with_suffix(".runs"), common, self.device)
 
     def report(self, results: object, **further: object) -> Record:
         """The results with all that they depend on."""

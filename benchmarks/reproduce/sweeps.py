@@ -27,14 +27,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import pyflocality as pf
 
-from ..command import write_json
+from ..command import Record, write_json
 from . import diagnosis, networks, sweeps_draw
+from .methods import BY_CLASS, Settings, in_order
 from .networks import Network
 from .runs import STEPS, KeptRuns, Request, Run, perform, starting_noise
 from .scores import by_image, summary
@@ -51,8 +51,6 @@ ORDERS = (2, 3)
 FURTHER_THRESHOLDS = (0.4, 2.0)
 CLASS_ORDER = f"batch_mean {FURTHER}, sorted by class"
 
-Settings = dict[str, Any]
-
 
 def exact(threshold: float) -> Settings:
     """Settings of the exact model at temperature 1, which variants are compared with."""
@@ -63,15 +61,6 @@ def multiples(threshold: float, factors: Sequence[float]) -> list[float]:
     """A threshold itself, and multiples of it below 1 as numbers of few digits."""
     found = (threshold if factor == 1 else float(f"{factor * threshold:g}") for factor in factors)
     return [value for value in found if value < 1]
-
-
-def in_order(data: pf.TrainingSet, order: int | str | None) -> pf.TrainingSet:
-    """The images in another order: "by class", or a random one by its seed; None keeps theirs."""
-    if order is None:
-        return data
-    if order == "by class":
-        return data.subset(data.labels.argsort(stable=True))
-    return data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(order)))
 
 
 def variants(threshold: float, labelled: bool) -> dict[str, dict[str, Settings]]:
@@ -89,7 +78,7 @@ def variants(threshold: float, labelled: bool) -> dict[str, dict[str, Settings]]
     for order in ORDERS:
         aggregations[f"{further}, order {order}"] = base | {"batch_size": FURTHER, "order": order}
     if labelled:
-        aggregations[CLASS_ORDER] = base | {"batch_size": FURTHER, "order": "by class"}
+        aggregations[CLASS_ORDER] = base | {"batch_size": FURTHER, "order": BY_CLASS}
     for value in multiples(threshold, FURTHER_THRESHOLDS):
         aggregations[f"{further}, threshold {value:g}"] = exact(value) | {"batch_size": FURTHER}
     return {
@@ -152,7 +141,7 @@ class Sweep:
 
         return self.kept.get(settings["model"], settings, make)[0]
 
-    def record(self, run: Run) -> dict[str, Any]:
+    def record(self, run: Run) -> Record:
         """What is told of a run: how close it is to each network, and how sharp it is."""
         return {
             "against": {
@@ -171,7 +160,7 @@ class Sweep:
             "seconds_per_step": sum(run.facts["seconds"]) / STEPS,
         }
 
-    def difference(self, run: Run, base: Run) -> dict[str, Any]:
+    def difference(self, run: Run, base: Run) -> Record:
         """r2 of a run less that of another, image by image, against each network.
 
         With `positive_share`, the share of the images that are closer to the network's at the end.
@@ -187,16 +176,16 @@ class Sweep:
             }
         return found
 
-    def _told(self, values: torch.Tensor) -> dict[str, Any]:
+    def _told(self, values: torch.Tensor) -> Record:
         """Summary of values [seeds samples], and the mean of each seed."""
         seeds = values.reshape(self.seeds, self.samples)
         return summary(values) | {"by_seed": [summary(seed)["mean"] for seed in seeds]}
 
 
-def run_sweeps(sweep: Sweep, threshold: float) -> tuple[dict[str, Any], dict[str, Run]]:
+def run_sweeps(sweep: Sweep, threshold: float) -> tuple[Record, dict[str, Run]]:
     """The results, and the runs that are drawn."""
     asked = variants(threshold, sweep.data.labels is not None)
-    results: dict[str, Any] = {"networks_against_each_other": {}, "sweeps": {}}
+    results: Record = {"networks_against_each_other": {}, "sweeps": {}}
     for name, target in sweep.targets.items():
         results["networks_against_each_other"][name] = sweep.record(target)
     for kind, values in asked.items():
@@ -245,7 +234,7 @@ def masks(data: pf.TrainingSet, moments: pf.Moments, threshold: float) -> list[d
     return found
 
 
-def why(sweep: Sweep, threshold: float) -> dict[str, Any]:
+def why(sweep: Sweep, threshold: float) -> Record:
     """The diagnosis of exact posteriors and batch means, made unless it is kept."""
     network = sweep.trained[0]
     settings = {"diagnosis": diagnosis.VERSION, "network": network.sha256, "threshold": threshold}
@@ -254,7 +243,7 @@ def why(sweep: Sweep, threshold: float) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     batch_means = [(f"batch_mean {size}", sweep.data, size) for size in DIAGNOSED]
     if sweep.data.labels is not None:
-        batch_means.append((CLASS_ORDER, in_order(sweep.data, "by class"), FURTHER))
+        batch_means.append((CLASS_ORDER, in_order(sweep.data, BY_CLASS), FURTHER))
     found = diagnosis.diagnose(
         sweep.data,
         sweep.moments,
@@ -275,13 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     study.parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     study.start(arguments)
     options = study.options
-    common = {
-        "images": study.data.content_key(),
-        "samples": options.samples,
-        "seeds": options.seeds,
-        "steps": STEPS,
-    }
-    kept = KeptRuns(options.out.with_suffix(".runs"), common, study.device)
+    kept = study.kept(samples=options.samples, seeds=options.seeds, steps=STEPS)
     sweep = Sweep(study.data, study.trained, options.samples, options.seeds, kept, study.progress)
     results, runs = run_sweeps(sweep, options.threshold)
     results["why"] = why(sweep, options.threshold)

@@ -217,8 +217,8 @@ class _Table:
 
     def _nearest(self) -> Record:
         """The training image nearest to each network's x0, at each step."""
-        against, run = {}, None
-        for network in reversed(self.trained):
+        against: Record = {}
+        for network in self.trained:
             target = self.runs[network.name].x0
             run, reused = self.kept.get(
                 "nearest",
@@ -226,13 +226,11 @@ class _Table:
                 functools.partial(self._search, target),
             )
             against[network.name] = score(run.x0, target)
-        if reused:
-            self.reused.append("nearest")
-        # Those of the first network are drawn.
-        self.runs["nearest"] = run
-        row = self._row("nearest", METHODS["nearest"].label, {}, run)
-        names = [network.name for network in self.trained]
-        return row | {"against": {name: against[name] for name in names}}
+            # Those of the first network are drawn.
+            if self.runs.setdefault("nearest", run) is run and reused:
+                self.reused.append("nearest")
+        row = self._row("nearest", METHODS["nearest"].label, {}, self.runs["nearest"])
+        return row | {"against": against}
 
     def _search(self, target: torch.Tensor) -> Run:
         found, seconds = [], []

@@ -10,7 +10,6 @@ the principal angles between the five leading eigenvectors and the tangent space
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ import pyflocality as pf
 from pyflocality import analysis, synthetic
 from pyflocality._support.progress import progress_bar
 
+from ..command import Record
 from ..plotting import picture
 
 NEEDS: tuple[str, ...] = ()
@@ -28,7 +28,7 @@ _EIGENVALUES = 10
 _DIMENSION = 5
 
 
-def run(*, quick: bool) -> tuple[list[dict[str, Any]], None]:
+def run(*, quick: bool) -> tuple[list[Record], None]:
     """A record for each set size and noise level."""
     counts = (500,) if quick else (10_000, 100_000, 400_000)
     sigmas = (0.3,) if quick else (0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
@@ -74,7 +74,7 @@ def principal_cosines(vectors: Tensor, tangents: Tensor) -> Tensor:
     return torch.linalg.svdvals(vectors.double() @ basis).clamp(max=1.0)
 
 
-def draw(records: list[dict[str, Any]], pictures: None, path: Path) -> None:
+def draw(records: list[Record], pictures: None, path: Path) -> None:
     """Eigenvalues and cosines against the noise level, a column for each set size."""
     from matplotlib.ticker import NullFormatter
 

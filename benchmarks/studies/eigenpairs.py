@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ import pyflocality as pf
 from pyflocality import analysis
 from pyflocality._support.progress import progress_bar
 
+from ..command import Record
 from ..plotting import picture
 
 NEEDS = ("cifar10",)
@@ -24,7 +24,7 @@ _PAIRS = 20
 _TANGENTS = 8
 
 
-def run(*, quick: bool, cifar10: Path | None) -> tuple[list[dict[str, Any]], None]:
+def run(*, quick: bool, cifar10: Path | None) -> tuple[list[Record], None]:
     """A record for each model and noise level."""
     data = pf.TrainingSet.load("digits" if cifar10 is None else cifar10)
     alphas = (500,) if quick else (700, 300)
@@ -63,7 +63,7 @@ def run(*, quick: bool, cifar10: Path | None) -> tuple[list[dict[str, Any]], Non
     return records, None
 
 
-def draw(records: list[dict[str, Any]], pictures: None, path: Path) -> None:
+def draw(records: list[Record], pictures: None, path: Path) -> None:
     """Eigenvalues by rank, with the times in the legend."""
 
     with picture(path, figsize=(6, 4)) as (_, [[axis]]):

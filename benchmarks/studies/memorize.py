@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,6 +12,7 @@ import pyflocality as pf
 from pyflocality import analysis
 from pyflocality.analysis import MemorizationCurve
 
+from ..command import Record
 from ..plotting import picture, without_ticks
 
 NEEDS = ("mnist",)
@@ -20,13 +21,13 @@ _WINDOW = 7
 _THRESHOLD = 0.005
 
 
-def run(*, quick: bool, mnist: Path | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def run(*, quick: bool, mnist: Path | None) -> tuple[list[Record], Record]:
     """A record for each model, and the curves."""
     data = pf.TrainingSet.load("digits" if mnist is None else mnist)
     sizes = [1, 10, 100] if quick else [1, 10, 100, 1_000, 10_000, len(data) // 2]
     threshold = 0.002 if mnist is None else _THRESHOLD
     window = 3 if mnist is None else _WINDOW
-    models = {
+    models: dict[str, Callable[[pf.TrainingSet], pf.Denoiser]] = {
         "optimal": pf.OptimalDenoiser,
         f"local, window {window}": partial(pf.LocalDenoiser, window=window),
         f"PCA locality, threshold {threshold:g}": partial(
@@ -48,7 +49,7 @@ def run(*, quick: bool, mnist: Path | None) -> tuple[list[dict[str, Any]], dict[
     return records, curves
 
 
-def draw(records: list[dict[str, Any]], curves: dict[str, MemorizationCurve], path: Path) -> None:
+def draw(records: list[Record], curves: dict[str, MemorizationCurve], path: Path) -> None:
     """Similarities against N, and a sample of either model at every N."""
 
     with picture(path, 2, len(records), figsize=(4.2 * len(records), 5)) as (_, axes):

@@ -21,8 +21,9 @@ import pyflocality as pf
 from pyflocality import analysis, synthetic
 from pyflocality._support.progress import progress_bar
 
+from ..command import Record
 from ..plotting import picture, without_ticks
-from ..reproduce.networks import load
+from ..reproduce.networks import facts_of, load
 
 NEEDS = ("cifar10",)
 ACCEPTS = ("network",)
@@ -41,7 +42,7 @@ _TESTED = 4
 
 def run(
     *, quick: bool, cifar10: Path | None, network: Sequence[Path]
-) -> tuple[list[dict[str, Any]], list[Any]]:
+) -> tuple[list[Record], list[Any]]:
     """A record for each weight gamma and step, and the fields.
 
     Raises:
@@ -58,9 +59,9 @@ def run(
         )
     sets = {gamma: planted(data, gamma) if gamma else data for gamma in weights}
     for gamma, denoiser in networks.items():
-        if denoiser.module.facts["key"] != sets[gamma].content_key():
+        if facts_of(denoiser)["key"] != sets[gamma].content_key():
             raise ValueError(f"`network` of weight {gamma:g} was not trained on {data.name}")
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     pictures: list[Any] = []
     steps = (500, 100) if quick else _STEPS
     for gamma, chosen in progress_bar(sets.items(), description="patterns"):
@@ -87,7 +88,7 @@ def by_weight(paths: Sequence[Path], weights: Sequence[float]) -> dict[float, pf
     found: dict[float, pf.NetworkDenoiser] = {}
     for path in paths:
         denoiser = load(path)
-        gamma = denoiser.module.facts.get("planted", 0.0)
+        gamma = facts_of(denoiser).get("planted", 0.0)
         if gamma not in weights or gamma in found:
             told = ", ".join(f"{weight:g}" for weight in weights)
             raise ValueError(
@@ -100,7 +101,7 @@ def by_weight(paths: Sequence[Path], weights: Sequence[float]) -> dict[float, pf
 
 def _look(
     models: dict[str, pf.Denoiser], moments: pf.Moments, clean: Tensor, t: int
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+) -> tuple[Record, dict[str, Tensor]]:
     """The ratio at a step, how much of the pattern is in each model's field, and the fields."""
     pattern, output = cross(_SIZE), (1, _SIZE // 4, _SIZE // 4)
     direction = torch.zeros(clean.shape[1:])
@@ -109,7 +110,7 @@ def _look(
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(3))
     x = alpha * clean + sigma * noise
     ratio = float(analysis.snr_ruler(moments, direction, sigma, alpha))
-    record: dict[str, Any] = {"t": t, "snr": ratio, "visible": ratio > _VISIBLE}
+    record: Record = {"t": t, "snr": ratio, "visible": ratio > _VISIBLE}
     fields = {}
     for name, model in models.items():
         mean = analysis.sensitivity(model, x, sigma, alpha, pixel=output).mean(0)
@@ -150,7 +151,7 @@ def share_on_pattern(field: Tensor, pattern: Tensor, output: tuple[int, int]) ->
     return float(field[on].mean()) / mean_off if mean_off > 0 else 0.0
 
 
-def draw(records: list[dict[str, Any]], pictures: list[Any], path: Path) -> None:
+def draw(records: list[Record], pictures: list[Any], path: Path) -> None:
     """Fields by weight and model, a column for each step; marked where the ratio is high."""
 
     visible = {(record["gamma"], record["t"]): record["visible"] for record in records}

@@ -8,9 +8,9 @@ seconds.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,12 +19,14 @@ from pyflocality._support.progress import progress_bar
 from pyflocality.kernels.cpu.masked_posterior import difference_tree
 from pyflocality.planner import WINDOW, Setting, cost_of, seconds_of
 
+from ..command import Record
 from ..plotting import picture
 
 NEEDS: tuple[str, ...] = ()
 
-_MODELS = {
-    "optimal": lambda data: pf.OptimalDenoiser(data),
+_THRESHOLD, _SIGMA = 0.05, 1.0
+_MODELS: dict[str, Callable[[pf.TrainingSet], pf.Denoiser]] = {
+    "optimal": pf.OptimalDenoiser,
     "local": lambda data: pf.LocalDenoiser(data, WINDOW),
     "patch-set": lambda data: pf.PatchSetDenoiser(data, WINDOW),
     "equivariant": lambda data: pf.EquivariantDenoiser(data, WINDOW),
@@ -32,7 +34,6 @@ _MODELS = {
         data, _THRESHOLD, moments=photograph_moments(data.image_shape)
     ),
 }
-_THRESHOLD, _SIGMA = 0.05, 1.0
 # Images, shape and batch; the equivariant model searches all positions and gets fewer images.
 _SETTINGS = (
     Setting(60_000, (3, 32, 32), 8),
@@ -43,7 +44,7 @@ _EQUIVARIANT_SHARE = 400
 _MASKED_SHAPE = (1, 48, 48)
 
 
-def run(*, quick: bool) -> tuple[list[dict[str, Any]], None]:
+def run(*, quick: bool) -> tuple[list[Record], None]:
     """A record for each model and size."""
     settings = (Setting(400, (1, 12, 12), 2),) if quick else _SETTINGS
     records = []
@@ -58,12 +59,12 @@ def run(*, quick: bool) -> tuple[list[dict[str, Any]], None]:
         size = (part.images, *part.shape)
         images = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
         denoiser = _MODELS[model](pf.TrainingSet(images))
-        if model == "pca-locality":
-            tree = difference_tree(denoiser.weights_at(_SIGMA), part.shape)
+        if isinstance(denoiser, pf.PCALocalityDenoiser):
+            tree = difference_tree(denoiser.weights_at(_SIGMA), images.shape[1:])
             part = replace(part, mask_share=tree.terms / part.values**2)
         foreseen = seconds_of(model, part)
         x = torch.randn(part.batch, *part.shape, generator=generator)
-        times = []
+        times: list[float] = []
         while len(times) < 3 or sum(times) < 1.5:
             start = time.perf_counter()
             denoiser(x, _SIGMA)
@@ -98,7 +99,7 @@ def photograph_moments(shape: tuple[int, int, int]) -> pf.Moments:
     return pf.Moments.from_data((0.4 * images / images.std()).clamp(-1.0, 1.0))
 
 
-def draw(records: list[dict[str, Any]], pictures: None, path: Path) -> None:
+def draw(records: list[Record], pictures: None, path: Path) -> None:
     """Foreseen against measured time, with the band of 30%."""
 
     with picture(path, figsize=(6, 5)) as (_, [[axis]]):

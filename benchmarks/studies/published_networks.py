@@ -17,10 +17,8 @@ import pyflocality as pf
 from pyflocality.wavelets import analyse, synthesise
 
 FLAT = "bfcnn_rf13.pt"
-MULTISCALE = {
-    "low": "bfcnn_multiscale_rf13_low.pt",
-    "scales": ("bfcnn_multiscale_rf13_scale0.pt", "bfcnn_multiscale_rf13_scale1.pt"),
-}
+LOW = "bfcnn_multiscale_rf13_low.pt"
+SCALES = ("bfcnn_multiscale_rf13_scale0.pt", "bfcnn_multiscale_rf13_scale1.pt")
 
 
 class BiasFree(nn.Module):
@@ -55,8 +53,8 @@ class Multiscale(nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.low = BiasFree(folder / MULTISCALE["low"])
-        self.scales = nn.ModuleList(BiasFree(folder / name) for name in MULTISCALE["scales"])
+        self.low = BiasFree(folder / LOW)
+        self.scales = nn.ModuleList(BiasFree(folder / name) for name in SCALES)
 
     def forward(self, x: Tensor) -> Tensor:
         low, details = x, []

@@ -8,8 +8,9 @@ local posteriors, which recombine neighbourhoods, follow it further down.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ import pyflocality as pf
 from pyflocality import synthetic
 from pyflocality._support.progress import progress_bar
 
+from ..command import Record
 from ..plotting import picture
 
 NEEDS: tuple[str, ...] = ()
@@ -24,25 +26,24 @@ NEEDS: tuple[str, ...] = ()
 _SIZE = 32
 
 
-def run(*, quick: bool) -> tuple[dict[str, Any], None]:
+def run(*, quick: bool) -> tuple[Record, None]:
     """Errors by model, regularity and noise level, and fitted slopes."""
     count, tested = (300, 4) if quick else (50_000, 32)
     sigmas = (0.2, 0.4) if quick else (0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 0.8)
-    windows = (3, 7)
     curves = []
-    models = [("optimal", None), *((f"local, window {w}", w) for w in windows), ("wiener", None)]
-    cases = [(alpha, name, window) for alpha in (1.0, 2.0, 4.0) for name, window in models]
-    for alpha, name, window in progress_bar(cases, description="regularity"):
+    models: dict[str, Callable[[pf.TrainingSet], pf.Denoiser]] = {
+        "optimal": pf.OptimalDenoiser,
+        "local, window 3": partial(pf.LocalDenoiser, window=3),
+        "local, window 7": partial(pf.LocalDenoiser, window=7),
+        "wiener": pf.WienerDenoiser,
+    }
+    cases = [(alpha, *model) for alpha in (1.0, 2.0, 4.0) for model in models.items()]
+    for alpha, name, make in progress_bar(cases, description="regularity"):
         data = synthetic.c_alpha(count, _SIZE, alpha)
         test = synthetic.c_alpha(tested, _SIZE, alpha, generator=torch.Generator().manual_seed(1))
         clean = test.values()
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(2))
-        if name == "optimal":
-            denoiser = pf.OptimalDenoiser(data)
-        elif name == "wiener":
-            denoiser = pf.WienerDenoiser(data)
-        else:
-            denoiser = pf.LocalDenoiser(data, window)
+        denoiser = make(data)
         errors = [
             float((denoiser(clean + sigma * noise, sigma) - clean).square().mean())
             for sigma in sigmas
@@ -67,7 +68,7 @@ def _slope(sigmas: tuple[float, ...], errors: list[float]) -> float:
     return float((x * y).sum() / x.square().sum())
 
 
-def draw(results: dict[str, Any], pictures: None, path: Path) -> None:
+def draw(results: Record, pictures: None, path: Path) -> None:
     """Error against the noise variance, a panel for each regularity."""
 
     alphas = sorted({curve["alpha"] for curve in results["curves"]})

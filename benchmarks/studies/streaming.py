@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -28,6 +27,7 @@ import pyflocality as pf
 from pyflocality._support.progress import progress_bar
 from pyflocality.storage import mapped as _mapped
 
+from ..command import Record
 from ..plotting import picture
 
 NEEDS: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ def _count(scratch: Path | None) -> int:
     return _COUNT if free > 2 * _COUNT * math.prod(_SHAPE) else _FEWER
 
 
-def run(*, quick: bool, scratch: Path | None) -> tuple[dict[str, Any], None]:
+def run(*, quick: bool, scratch: Path | None) -> tuple[Record, None]:
     """Records of plain reads and of scans."""
     count, checked, budget = (2_000, 200, 2**20) if quick else (_count(scratch), 10_000, _BUDGET)
     with tempfile.TemporaryDirectory(dir=scratch, prefix="pyflocality-streaming-") as folder:
@@ -114,7 +114,7 @@ def plain_read(path: Path) -> None:
             pass
 
 
-def _measure(what: str, cache: str, path: Path, work: Callable[[], None]) -> dict[str, Any]:
+def _measure(what: str, cache: str, path: Path, work: Callable[[], None]) -> Record:
     """Time and memory of some work on a file."""
     if cache.startswith("cold"):
         descriptor = os.open(path, os.O_RDONLY)
@@ -167,7 +167,7 @@ def _peak_memory() -> Iterator[dict[str, int]]:
         watcher.join()
 
 
-def draw(results: dict[str, Any], pictures: None, path: Path) -> None:
+def draw(results: Record, pictures: None, path: Path) -> None:
     """Throughput and memory of every run."""
 
     records = results["records"]

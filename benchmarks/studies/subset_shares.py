@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ import pyflocality as pf
 from pyflocality.denoisers.bounds import ComponentIndex, DistanceBounds
 from pyflocality.kernels.cpu.masked_posterior import difference_tree
 from pyflocality.storage.reader import training_values
+
+from ..command import Record
 
 SCHEDULE = pf.DDPMSchedule()
 TOLERANCE = 1e-3
@@ -61,7 +63,7 @@ def exact_distances(y: Tensor, data: pf.TrainingSet) -> Tensor:
 def posterior_means(distances: Tensor, scale: float, data: pf.TrainingSet) -> Tensor:
     """Posterior means over the whole set, float64 [B, D]."""
     weights = torch.softmax(-scale * distances, 1)
-    means = 0.0
+    means = torch.zeros((), dtype=torch.float64)
     for start in range(0, len(data), _CHUNK):
         values = data.values(start, start + _CHUNK, dtype=torch.float64).flatten(1)
         means = means + weights[:, start : start + _CHUNK] @ values
@@ -73,7 +75,7 @@ def global_shares(
 ) -> dict[str, float]:
     """Mean share to be read by the number of components, and with exact distances as bounds."""
     every = torch.arange(distances.shape[1])
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = defaultdict(list)
     for image, exact in zip(y, distances, strict=True):
         bounds = DistanceBounds(index, image)
         for stage, components in enumerate(index.stages):
@@ -81,9 +83,9 @@ def global_shares(
                 bounds.sharpen(every)
             lowest = bounds.values.double() + bounds.energy
             share = share_needed(exact, lowest, scale)
-            found.setdefault(str(components), []).append(share)
-        found.setdefault("exact", []).append(share_needed(exact, exact, scale))
-    return {name: sum(shares) / len(shares) for name, shares in found.items()}
+            found[str(components)].append(share)
+        found["exact"].append(share_needed(exact, exact, scale))
+    return _means(found)
 
 
 def share_needed(exact: Tensor, bounds: Tensor, scale: float) -> float:
@@ -118,7 +120,8 @@ def local_shares(
     _, vectors = torch.linalg.eigh(covariance)
     vectors = vectors.flip(1)[:, : max(components)]
     coefficients, energies = images @ vectors, images.square().sum(1).double()
-    scale, found = 0.5 * (alpha / sigma) ** 2, {}
+    scale = 0.5 * (alpha / sigma) ** 2
+    found: dict[str, list[float]] = defaultdict(list)
     for noisy in x:
         y = noisy.flatten()[chosen] / alpha - centre
         energy, inside = float(y.square().sum()), y @ vectors
@@ -129,15 +132,19 @@ def local_shares(
             outside *= max(energy - float(ours.square().sum()), 0.0)
             lowest = energies + energy - 2.0 * (theirs @ ours) - 2.0 * outside.sqrt()
             share = share_needed(exact, lowest, scale)
-            found.setdefault(str(count), []).append(share)
-        found.setdefault("exact", []).append(share_needed(exact, exact, scale))
+            found[str(count)].append(share)
+        found["exact"].append(share_needed(exact, exact, scale))
+    return _means(found)
+
+
+def _means(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: sum(shares) / len(shares) for name, shares in found.items()}
 
 
-def windows_step(setting: Setting, step: int) -> dict[str, Any]:
+def windows_step(setting: Setting, step: int) -> Record:
     """Shares for single windows of the local score model, at the centre and in a corner."""
     channels, height, width = setting.data.image_shape
-    record: dict[str, Any] = {"step": step, "exact_terms": 2 * channels + 4}
+    record: Record = {"step": step, "exact_terms": 2 * channels + 4}
     for name, (row, column) in {"centre": (height // 2, width // 2), "corner": (0, 0)}.items():
         half = WINDOW // 2
         near = torch.zeros(channels, height, width, dtype=torch.bool)
@@ -148,20 +155,16 @@ def windows_step(setting: Setting, step: int) -> dict[str, Any]:
     return record
 
 
-def outputs_step(setting: Setting, step: int, model: pf.PCALocalityDenoiser) -> dict[str, Any]:
+def outputs_step(setting: Setting, step: int, model: pf.PCALocalityDenoiser) -> Record:
     """Shares for single outputs of PCA locality, and the terms of their exact distances."""
     alpha, sigma = SCHEDULE(step)
     weights = model.weights_at(sigma, alpha)
     masks = weights.dense(torch.bool).reshape(*setting.data.image_shape, -1)
     _, height, width = setting.data.image_shape
-    record: dict[str, Any] = {
-        "step": step,
-        "exact_terms": difference_tree(weights, setting.data.image_shape).terms / len(weights.bits),
-    }
-    for name, (row, column) in {
-        "centre": (height // 2, width // 2),
-        "side": (height // 4, width // 2),
-    }.items():
+    terms = difference_tree(weights, setting.data.images.shape[1:]).terms
+    record: Record = {"step": step, "exact_terms": terms / len(weights.bits)}
+    places = {"centre": (height // 2, width // 2), "side": (height // 4, width // 2)}
+    for name, (row, column) in places.items():
         mask = masks[0, row, column]
         counts = [count for count in (16, 64, 256) if count < int(mask.sum())]
         record[name] = local_shares(setting, step, mask, counts) if counts else {}
