@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pyflocality.backends.selection import OPERATIONS
 from pyflocality.ops.operation import OPERATIONS as DECLARATIONS
@@ -168,69 +168,58 @@ def cases(plan: Plan) -> list[Case]:
     return [case for case in listed if case.op in OPERATIONS]
 
 
+def _case(plan: Plan, suite: str, op: str, images: int, **more: Any) -> Case:
+    """A case in the middle of the noise, with the rounds of long ones."""
+    options = {"timestep": MIDDLE, "repetitions": plan.repetitions} | more
+    return Case(suite, op, images, **options)
+
+
 def _pca_locality(plan: Plan) -> Iterable[Case]:
     # Each noise level would be compiled again: one of them tells.
     compiled = {MIDDLE: plan.compiled("compiled")}
     for timestep in plan.steps:
         marks = ("eager", "matmul_same_terms", "matmul_core_fringe", *compiled.get(timestep, ()))
-        yield Case(
-            "pca_locality",
-            "masked_posterior",
-            plan.images,
+        yield _case(
+            *(plan, "pca_locality", "masked_posterior", plan.images),
             timestep=timestep,
             yardsticks=marks,
             eager_images=plan.eager_images,
-            repetitions=plan.repetitions,
         )
 
 
 def _local_score(plan: Plan) -> Iterable[Case]:
     compiled = {7: plan.compiled("compiled_patches", "compiled_differences")}
     for window in plan.windows:
-        yield Case(
-            "local_score",
-            "window_posterior",
-            plan.images,
-            timestep=MIDDLE,
+        yield _case(
+            *(plan, "local_score", "window_posterior", plan.images),
             window=window,
             yardsticks=("eager_patches", "eager_differences", *compiled.get(window, ())),
             # Unfolded patches grow with the window's area.
             eager_images=max(8, min(plan.eager_images // 4, 8_192 // window**2)),
-            repetitions=plan.repetitions,
         )
 
 
 def _single(plan: Plan) -> list[Case]:
     """Suites of one case."""
     return [
-        Case(
-            "equivariant",
-            "equivariant_posterior",
-            plan.equivariant_images,
-            timestep=MIDDLE,
+        _case(
+            *(plan, "equivariant", "equivariant_posterior", plan.equivariant_images),
             window=7,
             yardsticks=("eager_convolution", *plan.compiled("compiled_convolution")),
             eager_images=max(4, plan.equivariant_images // 20),
             check_images=3,
-            repetitions=plan.repetitions,
         ),
-        Case(
-            "patch_set",
-            "patch_set",
-            plan.tangent_images,
-            timestep=MIDDLE,
+        _case(
+            *(plan, "patch_set", "patch_set", plan.tangent_images),
             window=7,
             yardsticks=("window_mean",),
             check_images=67,
-            repetitions=plan.repetitions,
         ),
-        Case(
-            "covariance",
-            "covariance",
-            plan.images,
+        _case(
+            *(plan, "covariance", "covariance", plan.images),
+            timestep=None,
             yardsticks=("torch_cov",),
             check_images=plan.images,
-            repetitions=plan.repetitions,
         ),
     ]
 
@@ -240,25 +229,18 @@ def _optimal(plan: Plan) -> list[Case]:
     marks = ("eager", "attention", *plan.compiled("compiled", "keops"), "read_bytes")
     return [
         *(
-            Case(
-                "optimal",
-                "global_posterior",
-                plan.images,
-                batch,
-                timestep=MIDDLE,
+            _case(
+                *(plan, "optimal", "global_posterior", plan.images),
+                batch=batch,
                 yardsticks=marks,
                 eager_images=4 * plan.eager_images,
                 repetitions=3 * plan.repetitions,
             )
             for batch in (1, 8)
         ),
-        Case(
-            "nearest",
-            "nearest",
-            plan.tangent_images,
-            timestep=MIDDLE,
+        _case(
+            *(plan, "nearest", "nearest", plan.tangent_images),
             yardsticks=("faiss", "read_bytes"),
-            repetitions=plan.repetitions,
             backend="reference",
         ),
     ]
@@ -267,40 +249,34 @@ def _optimal(plan: Plan) -> list[Case]:
 def _tangents(plan: Plan) -> Iterable[Case]:
     for op in ("masked_posterior_jvp", "window_posterior_jvp", "global_posterior_jvp"):
         for timestep in (plan.steps[0], MIDDLE, plan.steps[-1]):
-            yield Case(
-                "tangents",
-                op,
-                plan.tangent_images,
+            yield _case(
+                *(plan, "tangents", op, plan.tangent_images),
                 timestep=timestep,
                 window=7 if op.startswith("window") else None,
                 tangents=8,
                 yardsticks=("no_tangents",),
                 check_images=67,
-                repetitions=plan.repetitions,
             )
 
 
 def _scaling(plan: Plan) -> list[Case]:
-    most = THREADS[-1]
+    most, some = THREADS[-1], plan.scaling_images
     points: list[tuple[int, int, int, int | None]]
     points = [(count, 8, most, None) for count in plan.image_counts]
-    points += [(plan.scaling_images, batch, most, None) for batch in plan.batches]
-    points += [(plan.scaling_images, 8, threads, None) for threads in THREADS]
-    points += [(plan.scaling_images, 8, most, side) for side in plan.sides]
+    points += [(some, batch, most, None) for batch in plan.batches]
+    points += [(some, 8, threads, None) for threads in THREADS]
+    points += [(some, 8, most, side) for side in plan.sides]
     found = [
-        Case(
-            "scaling",
-            op,
-            images,
+        _case(
+            *(plan, "scaling", op, images),
             # There are no noisy images in a covariance.
-            8 if op == "covariance" else batch,
+            batch=8 if op == "covariance" else batch,
             timestep=None if op == "covariance" else MIDDLE,
             window=7 if op.startswith("window") else None,
             side=side,
             threads=threads,
             yardsticks=("matmul_same_terms" if op.startswith("masked") else "read_bytes",),
             check_images=max(19, 131 // batch),
-            repetitions=plan.repetitions,
         )
         for op in ("masked_posterior", "window_posterior", "global_posterior", "covariance")
         for images, batch, threads, side in points
@@ -316,15 +292,11 @@ def _others(plan: Plan, known: set[str]) -> Iterable[Case]:
             backend = next((name for name in ("cpu", "reference") if name in served), None)
             if op in known or backend is None or (kind != "scan" and backend == "reference"):
                 continue
-            yield Case(
-                "others",
-                op,
-                plan.tangent_images,
-                timestep=MIDDLE,
+            yield _case(
+                *(plan, "others", op, plan.tangent_images),
                 window=7 if "window" in operation.parameters else None,
                 tangents=0 if kind == "scan" else 8,
                 yardsticks=("read_bytes" if kind == "scan" else "no_tangents",),
                 check_images=67,
-                repetitions=plan.repetitions,
                 backend=backend,
             )

@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from ..command import Record
 from . import baselines, libraries
 from .registry import Case
 from .sets import BenchmarkSet
+
+# From noisy images, training values, what the operation takes, sigma and alpha.
+Algorithm = Callable[..., Tensor]
 
 # Rounding of a float32 number, relative.
 EPS = 1.2e-7
@@ -171,9 +174,17 @@ class Workload(ABC):
 
 
 class PosteriorWorkload(Workload):
-    """Posterior means at a noise level, or their derivatives along K directions."""
+    """Posterior means at a noise level, or their derivatives along K directions.
+
+    Attributes:
+        eager: The published algorithms in plain torch and what they are, by the names of their
+            yardsticks; those through torch.compile are called "compiled" in place of "eager".
+        compiled_rows: Noisy images at a time for torch.compile; None for all.
+    """
 
     x: Tensor
+    eager: ClassVar[dict[str, tuple[Algorithm, str]]] = {}
+    compiled_rows: int | None = None
 
     def __init__(self, case: Case, data: BenchmarkSet, interpreted: bool = False) -> None:
         super().__init__(case, data, interpreted)
@@ -191,6 +202,18 @@ class PosteriorWorkload(Workload):
     def neighbours(self) -> int:
         """Inputs of the largest neighbourhood."""
         return self.values
+
+    def eager_arguments(self) -> tuple[Any, ...]:
+        """What eager algorithms take there."""
+        return self.arguments()
+
+    def yardstick(self, name: str) -> Yardstick:
+        """The yardstick of a name, eager ones by their table."""
+        if name in self.eager:
+            return self._eager(name)
+        if name.startswith("compiled"):
+            return self._compiled(name.replace("compiled", "eager"))
+        return super().yardstick(name)
 
     def options(self) -> Record:
         """Further options of the operation."""
@@ -258,10 +281,10 @@ class PosteriorWorkload(Workload):
 
     _beside_without_tangents = _beside_no_tangents
 
-    def _eager(
-        self, function: Callable[..., Tensor], arguments: tuple[Any, ...], note: str
-    ) -> Yardstick:
+    def _eager(self, name: str) -> Yardstick:
         """An eager algorithm, timed on some of the images."""
+        function, note = self.eager[name]
+        arguments = self.eager_arguments()
 
         def answer(values: Tensor) -> Tensor:
             return function(self.x, values, *arguments, self.sigma, self.alpha)
@@ -269,18 +292,17 @@ class PosteriorWorkload(Workload):
         values = self._eager_values()
         return self._on_some(lambda: answer(values), answer, len(values), note)
 
-    def _compiled(
-        self, function: Callable[..., Tensor], arguments: tuple[Any, ...], rows: int | None = None
-    ) -> Yardstick:
-        """The same through torch.compile, for exactly these sizes, some noisy images at a time."""
+    def _compiled(self, name: str) -> Yardstick:
+        """The same through torch.compile, for exactly these sizes."""
+        function, _ = self.eager[name]
         values, level = self._eager_values(), (self.sigma, self.alpha)
-        batches = self.x.split(rows or len(self.x))
+        arguments = (*self.eager_arguments(), *level)
+        batches = self.x.split(self.compiled_rows or len(self.x))
         compiler = "eager" if self.interpreted else "inductor"
-        given = (batches[0], values, *arguments, *level)
-        compiled = libraries.compiled(function, *given, compiler=compiler)
+        compiled = libraries.compiled(function, batches[0], values, *arguments, compiler=compiler)
 
         def answer(values: Tensor) -> Tensor:
-            return torch.cat([compiled(batch, values, *arguments, *level) for batch in batches])
+            return torch.cat([compiled(batch, values, *arguments) for batch in batches])
 
         note = f"torch.compile of {function.__name__}"
         # Another number of images would be compiled again.

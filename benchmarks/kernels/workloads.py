@@ -32,6 +32,14 @@ _DENSITY = 0.05
 class MaskedWorkload(PosteriorWorkload):
     """PCA locality: masks of the noise level, one per output value."""
 
+    eager = {
+        "eager": (
+            baselines.masked_einsum,
+            "published algorithm: einsum of squared differences with the dense mask, batches of "
+            f"{baselines.LOADER_BATCH}",
+        )
+    }
+
     def __init__(self, case: Case, data: BenchmarkSet, interpreted: bool = False) -> None:
         super().__init__(case, data, interpreted)
         if case.density is None:
@@ -73,18 +81,9 @@ class MaskedWorkload(PosteriorWorkload):
             "core_fringe_share": self.core_fringe / self.values**2,
         }
 
-    def _dense(self) -> Tensor:
-        return self.weights.dense(torch.float32, self.images.device).T.contiguous()
-
-    def _beside_eager(self) -> Yardstick:
-        note = (
-            "published algorithm: einsum of squared differences with the dense mask, batches of "
-            f"{baselines.LOADER_BATCH}"
-        )
-        return self._eager(baselines.masked_einsum, (self._dense(),), note)
-
-    def _beside_compiled(self) -> Yardstick:
-        return self._compiled(baselines.masked_einsum, (self._dense(),))
+    def eager_arguments(self) -> tuple[Any, ...]:
+        """Inputs in the row, outputs in the column."""
+        return (self.weights.dense(torch.float32, self.images.device).T.contiguous(),)
 
     def _beside_matmul_same_terms(self) -> Yardstick:
         return self._matmul(self.schedule_terms * self.pairs(), "the schedule")
@@ -96,6 +95,15 @@ class MaskedWorkload(PosteriorWorkload):
 
 class WindowWorkload(PosteriorWorkload):
     """Local score: one posterior per pixel over the window around it."""
+
+    eager = {
+        "eager": (baselines.window_unfolded_patches, "eager unfold of all patches"),
+        "eager_patches": (baselines.window_unfolded_patches, "eager unfold of all patches"),
+        "eager_differences": (
+            baselines.window_unfolded_differences,
+            "eager unfold of the squared differences, summed over the channels before",
+        ),
+    }
 
     @property
     def window(self) -> int:
@@ -113,28 +121,18 @@ class WindowWorkload(PosteriorWorkload):
         channels, height, width = self.shape
         return channels * min(self.window, height) * min(self.window, width)
 
-    def _beside_eager_patches(self) -> Yardstick:
-        return self._eager(
-            baselines.window_unfolded_patches, self.arguments(), "eager unfold of all patches"
-        )
-
-    _beside_eager = _beside_eager_patches
-
-    def _beside_eager_differences(self) -> Yardstick:
-        note = "eager unfold of the squared differences, summed over the channels before"
-        return self._eager(baselines.window_unfolded_differences, self.arguments(), note)
-
-    def _beside_compiled_patches(self) -> Yardstick:
-        return self._compiled(baselines.window_unfolded_patches, self.arguments())
-
-    _beside_compiled = _beside_compiled_patches
-
-    def _beside_compiled_differences(self) -> Yardstick:
-        return self._compiled(baselines.window_unfolded_differences, self.arguments())
-
 
 class EquivariantWorkload(WindowWorkload):
     """Equivariant local score: one posterior per pixel over the patches at all positions."""
+
+    eager = {
+        "eager_convolution": (
+            baselines.equivariant_convolution,
+            "published algorithm: convolution with the unfolded patches of each noisy image",
+        )
+    }
+    # It takes one noisy image after the other: a batch would be compiled as many times over.
+    compiled_rows = 1
 
     @property
     def positions(self) -> int:
@@ -157,14 +155,6 @@ class EquivariantWorkload(WindowWorkload):
         note += f"; timed on {len(few)} images and scaled to {len(self.images)}"
         return Yardstick(lambda: self.answers(few, "reference"), share, note)
 
-    def _beside_eager_convolution(self) -> Yardstick:
-        note = "published algorithm: convolution with the unfolded patches of each noisy image"
-        return self._eager(baselines.equivariant_convolution, self.arguments(), note)
-
-    def _beside_compiled_convolution(self) -> Yardstick:
-        # It takes one noisy image after the other: a batch would be compiled as many times over.
-        return self._compiled(baselines.equivariant_convolution, self.arguments(), rows=1)
-
 
 class PatchSetWorkload(WindowWorkload):
     """Square patches that answer themselves: two passes, the second sums the weights."""
@@ -179,15 +169,11 @@ class PatchSetWorkload(WindowWorkload):
 class GlobalWorkload(PosteriorWorkload):
     """Optimal denoiser: one posterior over whole images."""
 
+    eager = {"eager": (baselines.global_broadcast, "eager broadcasting of all differences")}
+
     def pair_terms(self) -> int:
         """One a value."""
         return self.values
-
-    def _beside_eager(self) -> Yardstick:
-        return self._eager(baselines.global_broadcast, (), "eager broadcasting of all differences")
-
-    def _beside_compiled(self) -> Yardstick:
-        return self._compiled(baselines.global_broadcast, ())
 
     def _beside_attention(self) -> Yardstick:
         note = (

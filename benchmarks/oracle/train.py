@@ -36,7 +36,7 @@ from pyflocality.storage.reader import training_values
 
 from ..command import Record, path_option
 from ..machine import machine_facts
-from ..studies.pattern import WEIGHTS, planted
+from .planted import WEIGHTS, planted
 from .unet import UNet
 
 EMA = 0.999

@@ -38,26 +38,35 @@ def summarise(records: Sequence[Record], *, judged: bool = True) -> list[Record]
         of_suite = [record for record in records if record["suite"] == suite]
         if of_suite:
             found += figures(of_suite)
-    return found if judged else [_told(entry["what"], entry["value"]) for entry in found]
+    return found if judged else list(map(_unjudged, found))
 
 
-def _at_least(what: str, value: float, bar: float) -> Record:
-    return {"what": what, "value": value, "bar": f">= {bar:g}", "reached": value >= bar}
+def _unjudged(entry: Record) -> Record:
+    return _entry(entry["what"], entry["value"])
 
 
-def _at_most(what: str, value: float, bar: float) -> Record:
-    return {"what": what, "value": value, "bar": f"<= {bar:g}", "reached": value <= bar}
+def _entry(
+    what: str, value: float, *, least: float | None = None, most: float | None = None
+) -> Record:
+    bar = reached = None
+    if least is not None:
+        bar, reached = f">= {least:g}", value >= least
+    if most is not None:
+        bar, reached = f"<= {most:g}", value <= most
+    return {"what": what, "value": value, "bar": bar, "reached": reached}
 
 
-def _told(what: str, value: float) -> Record:
-    return {"what": what, "value": value, "bar": None, "reached": None}
+def _ratio(record: Record, name: str) -> float:
+    """How many times faster than a yardstick a case is."""
+    ratio: float = record["yardsticks"][name]["ratio"]["median"]
+    return ratio
 
 
 def _libraries(what: str, record: Record) -> list[Record]:
     """Against the yardsticks of libraries that a case ran beside."""
     return [
-        _told(f"{what}: times faster than {LIBRARIES[name]}", yardstick["ratio"]["median"])
-        for name, yardstick in record["yardsticks"].items()
+        _entry(f"{what}: times faster than {LIBRARIES[name]}", _ratio(record, name))
+        for name in record["yardsticks"]
         if name in LIBRARIES
     ]
 
@@ -70,22 +79,15 @@ def _pca_locality(records: Sequence[Record]) -> list[Record]:
 
     mine = sum(record["seconds"]["median"] for record in records)
     steps = f"PCA locality, sum of {len(records)} steps"
+    over = f"{steps}: time over matmuls of the"
     found = [
-        _told(f"{steps}: seconds", mine),
-        _at_least(f"{steps}: times faster than eager einsum", total("eager") / mine, 8),
-        _at_most(
-            f"{steps}: time over matmuls of the schedule's multiply-adds",
-            mine / total("matmul_same_terms"),
-            2,
-        ),
-        _at_most(
-            f"{steps}: time over matmuls of the core-and-fringe multiply-adds",
-            mine / total("matmul_core_fringe"),
-            2,
-        ),
+        _entry(f"{steps}: seconds", mine),
+        _entry(f"{steps}: times faster than eager einsum", total("eager") / mine, least=8),
+        _entry(f"{over} schedule's multiply-adds", mine / total("matmul_same_terms"), most=2),
+        _entry(f"{over} core-and-fringe multiply-adds", mine / total("matmul_core_fringe"), most=2),
     ]
     if {record["timestep"] for record in records} != set(DDIM_STEPS):
-        found = [_told(entry["what"], entry["value"]) for entry in found]
+        found = list(map(_unjudged, found))
     for record in records:
         found += _libraries(f"PCA locality, t = {record['timestep']}", record)
     return found
@@ -94,49 +96,41 @@ def _pca_locality(records: Sequence[Record]) -> list[Record]:
 def _local_score(records: Sequence[Record]) -> list[Record]:
     found = []
     for record in records:
-        what = f"local score, window {record['window']}: times faster than eager unfold of"
-        patches = record["yardsticks"]["eager_patches"]["ratio"]["median"]
-        differences = record["yardsticks"]["eager_differences"]["ratio"]["median"]
-        if record["window"] == 7:
-            found.append(_at_least(f"{what} patches", patches, 50))
-        else:
-            found.append(_told(f"{what} patches", patches))
-        found.append(_told(f"{what} differences", differences))
-        found += _libraries(f"local score, window {record['window']}", record)
+        name = f"local score, window {record['window']}"
+        what = f"{name}: times faster than eager unfold of"
+        least = 50 if record["window"] == 7 else None
+        found.append(_entry(f"{what} patches", _ratio(record, "eager_patches"), least=least))
+        found.append(_entry(f"{what} differences", _ratio(record, "eager_differences")))
+        found += _libraries(name, record)
     times = [record["seconds"]["median"] for record in records]
-    slowest = max(times) / min(times)
-    found.append(_told("local score: slowest window over fastest", slowest))
+    found.append(_entry("local score: slowest window over fastest", max(times) / min(times)))
     return found
 
 
 def _equivariant(records: Sequence[Record]) -> list[Record]:
-    ratio = records[0]["yardsticks"]["eager_convolution"]["ratio"]["median"]
-    what = f"equivariant, window {records[0]['window']}"
-    first = _at_least(f"{what}: times faster than eager convolution", ratio, 10)
-    return [first, *_libraries(what, records[0])]
+    what, ratio = f"equivariant, window {records[0]['window']}", "eager_convolution"
+    told = f"{what}: times faster than eager convolution"
+    return [_entry(told, _ratio(records[0], ratio), least=10), *_libraries(what, records[0])]
 
 
 def _patch_set(records: Sequence[Record]) -> list[Record]:
-    ratio = records[0]["yardsticks"]["window_mean"]["ratio"]["median"]
     what = f"patch set, window {records[0]['window']}: time over the local score's"
-    return [_told(what, 1 / ratio)]
+    return [_entry(what, 1 / _ratio(records[0], "window_mean"))]
 
 
 def _covariance(records: Sequence[Record]) -> list[Record]:
-    ratio = records[0]["yardsticks"]["torch_cov"]["ratio"]["median"]
-    return [_at_least("covariance, exact: times faster than torch.cov of float32", ratio, 1)]
+    what = "covariance, exact: times faster than torch.cov of float32"
+    return [_entry(what, _ratio(records[0], "torch_cov"), least=1)]
 
 
 def _optimal(records: Sequence[Record]) -> list[Record]:
     found = []
     for record in records:
         what = f"optimal, B = {record['batch']}"
-        eager, read = record["yardsticks"]["eager"], record["yardsticks"]["read_bytes"]
-        found.append(_told(f"{what}: times faster than eager", eager["ratio"]["median"]))
+        found.append(_entry(f"{what}: times faster than eager", _ratio(record, "eager")))
         found += _libraries(what, record)
-        found.append(
-            _told(f"{what}: time over one read of the images", 1 / read["ratio"]["median"])
-        )
+        reading = 1 / _ratio(record, "read_bytes")
+        found.append(_entry(f"{what}: time over one read of the images", reading))
     return found
 
 
@@ -146,11 +140,11 @@ def _nearest(records: Sequence[Record]) -> list[Record]:
 
 def _tangents(records: Sequence[Record]) -> list[Record]:
     return [
-        _at_most(
+        _entry(
             f"{record['op']}, t = {record['timestep']}: time with {record['tangents']} tangents "
             "over time without",
-            1 / record["yardsticks"]["no_tangents"]["ratio"]["median"],
-            (1 + record["tangents"]) * 1.3,
+            1 / _ratio(record, "no_tangents"),
+            most=(1 + record["tangents"]) * 1.3,
         )
         for record in records
     ]

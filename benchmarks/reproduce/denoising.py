@@ -29,12 +29,11 @@ import pyflocality as pf
 from pyflocality._support.progress import progress_bar
 from pyflocality.ops import nearest_images
 
-from ..command import Record, write_json
+from ..command import Record
 from ..plotting import picture, without_ticks
 from . import methods, networks
 from .draw import line_style
 from .methods import Settings
-from .networks import Network
 from .runs import KeptRuns, Run, now, starting_noise
 from .scores import summary
 from .study import Study
@@ -56,10 +55,7 @@ Model = Callable[[Tensor, float, float], Tensor]
 
 
 def models(
-    data: pf.TrainingSet,
-    trained: Sequence[Network],
-    windows: pf.WindowTable | None,
-    threshold: float,
+    study: Study, windows: pf.WindowTable | None
 ) -> Iterator[tuple[str, Settings, Callable[[], Model]]]:
     """What restores the images: its name in the figure, its settings, and what makes it.
 
@@ -67,23 +63,21 @@ def models(
     and where there are classes over the images sorted by class, as folders and zips come. The
     local model is left out where there are no windows.
     """
-    moments = functools.cache(lambda: pf.Moments.from_data(data))
+    data, threshold = study.data, study.options.threshold
 
     def build(settings: Settings) -> Model:
         searched = methods.in_order(data, settings.get("order"))
         needed = methods.METHODS[settings["model"]].needs_moments
-        return methods.build(settings, searched, moments() if needed else None)
+        return methods.build(settings, searched, study.moments if needed else None)
 
-    for network in trained:
-        load = functools.partial(networks.load, network.path, data.device)
+    for network in study.trained:
+        load = functools.partial(networks.load, network.path, study.device)
         yield network.name, network.settings, load
+    tables = {} if windows is None else {"local": windows}
     for name in _NAMES:
         if name == "local" and windows is None:
             continue
-        tables = {} if windows is None else {"local": windows}
-        settings = methods.settings_of(
-            name, data.image_shape, threshold, tables, els_images=len(data)
-        )
+        settings = methods.settings_of(name, data.image_shape, threshold, tables, len(data))
         label = methods.METHODS[name].label
         yield label, settings, functools.partial(build, settings)
         if name == "pca-locality-batch-mean" and data.labels is not None:
@@ -227,19 +221,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if study.trained:
         follow = ("local", data, study.trained[0], study.kept())
         windows = calibrated_windows(*follow, seed=_SEED + 1, progress=progress)
-    found = list(models(data, study.trained, windows, options.threshold))
+    found = list(models(study, windows))
     kept = study.kept(test=test.content_key(), samples=len(clean), seed=_SEED)
     results, drawn = restore(clean, found, data, kept, progress=progress)
-    report = study.report(
+    report = study.write(
         results,
         test={"name": test.name, "images": len(clean)},
         windows=None if windows is None else [window for _, window in windows],
         left_out=[methods.METHODS["local"].label] if windows is None else [],
     )
-    write_json(report, options.out)
-    picture = options.out.with_suffix(".png")
-    draw(report, drawn, torch.cat([clean[:1], nearest(clean[:1], data)]), picture)
-    print(f"written: {options.out}\nwritten: {picture}")
+    path = study.picture()
+    draw(report, drawn, torch.cat([clean[:1], nearest(clean[:1], data)]), path)
+    print(f"written: {options.out}\nwritten: {path}")
     return 0
 
 

@@ -17,10 +17,10 @@ kept in FILE.runs, and an interrupted command goes on with the next.
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +31,7 @@ from pyflocality import analysis
 from pyflocality.analysis import figures
 from pyflocality.analysis.sensitivity import SensitivityRun
 
-from ..command import Record, write_json
+from ..command import Record
 from . import networks
 from .methods import Settings
 from .runs import KeptRuns, Run, now, starting_noise
@@ -153,36 +153,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     reference = study.trained[0].name
     records = compare(runs, reference)
-    report = study.report(
+    study.write(
         records,
         steps=options.steps,
         pixel=list(pixel),
         similarity_with=reference,
         seconds_by_model=seconds,
     )
-    write_json(report, options.out)
-    picture = options.out.with_suffix(".png")
-    draw(runs, records).savefig(picture, dpi=110)
-    print(f"written: {options.out}\nwritten: {picture}")
+    path = study.picture()
+    draw(runs, records).savefig(path, dpi=110)
+    print(f"written: {options.out}\nwritten: {path}")
     return 0
 
 
 def _models(study: Study) -> dict[str, tuple[Settings, Callable[[], pf.Denoiser]]]:
     """Settings of each model, and what makes it."""
-    data, threshold = study.data, study.options.threshold
-    moments = functools.cache(lambda: pf.Moments.from_data(data, progress=study.progress))
+    threshold = study.options.threshold
     found: dict[str, tuple[Settings, Callable[[], pf.Denoiser]]] = {
-        network.name: (
-            network.settings,
-            functools.partial(networks.load, network.path, study.device),
-        )
+        network.name: (network.settings, partial(networks.load, network.path, study.device))
         for network in study.trained
     }
     found["PCA locality"] = (
         {"model": "pca-locality", "threshold": threshold},
-        lambda: pf.PCALocalityDenoiser(data, threshold, moments=moments()),
+        lambda: pf.PCALocalityDenoiser(study.data, threshold, moments=study.moments),
     )
-    found["Wiener filter"] = ({"model": "wiener"}, lambda: pf.WienerDenoiser(moments()))
+    found["Wiener filter"] = ({"model": "wiener"}, lambda: pf.WienerDenoiser(study.moments))
     return found
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 import pyflocality as pf
 from pyflocality._support.devices import parse_device
 
-from ..command import Record, Run, check_results, path_option, results_parser
+from ..command import Record, Run, check_results, path_option, results_parser, write_json
 from ..kernels.gpu_machine import gpu_facts
 from ..machine import machine_facts
 from . import methods, networks
@@ -95,14 +97,19 @@ class Study:
             self.parser.error(str(error))
         self.data = data.to(self.device)
 
+    @functools.cached_property
+    def moments(self) -> pf.Moments:
+        """Moments of the training set."""
+        return pf.Moments.from_data(self.data, progress=self.progress)
+
     def kept(self, **common: object) -> KeptRuns:
         """Where finished runs lie, found by the images and what else all of them have in common."""
         common = {"images": self.data.content_key(), **common}
         return KeptRuns(self.options.out.with_suffix(".runs"), common, self.device)
 
-    def report(self, results: object, **further: object) -> Record:
-        """The results with all that they depend on."""
-        return self._begun.report(
+    def write(self, results: object, **further: object) -> Record:
+        """Write the results with all that they depend on."""
+        report = self._begun.report(
             study=self.name,
             machine=facts_of(self.device),
             device=str(self.device),
@@ -113,6 +120,13 @@ class Study:
             **further,
             results=results,
         )
+        write_json(report, self.options.out)
+        return report
+
+    def picture(self, name: str = "") -> Path:
+        """The file of a picture beside the results."""
+        out: Path = self.options.out.with_suffix("")
+        return out.with_name(f"{out.name}{name}.png")
 
 
 def facts_of(device: torch.device) -> Record:

@@ -24,7 +24,6 @@ and an interrupted command goes on where it ended.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,11 +31,10 @@ import torch
 
 import pyflocality as pf
 
-from ..command import Record, write_json
+from ..command import Record, read_json, write_json
 from . import diagnosis, networks, sweeps_draw
 from .methods import BY_CLASS, Settings, in_order
-from .networks import Network
-from .runs import STEPS, KeptRuns, Request, Run, perform, starting_noise
+from .runs import STEPS, Request, Run, perform, starting_noise
 from .scores import by_image, summary
 from .study import Study
 
@@ -94,50 +92,32 @@ class Sweep:
     """Makes the runs, or finds them.
 
     Args:
-        data: The training set, on the device that is to be used.
-        trained: The networks.
-        samples: Images for each seed.
-        seeds: Number of seeds.
-        kept: Where finished runs lie.
-        progress: Whether to show progress bars.
+        study: What was asked for, and what the runs are made of.
     """
 
-    def __init__(
-        self,
-        data: pf.TrainingSet,
-        trained: Sequence[Network],
-        samples: int,
-        seeds: int,
-        kept: KeptRuns,
-        progress: bool,
-    ) -> None:
-        self.data, self.trained, self.kept, self.progress = data, trained, kept, progress
-        self.samples, self.seeds = samples, seeds
-        shape = data.image_shape
-        noise = [starting_noise(shape, samples, seed) for seed in range(seeds)]
-        self.noise = torch.cat(noise)
-        self.moments = pf.Moments.from_data(data, progress=progress)
+    def __init__(self, study: Study) -> None:
+        self.study, options = study, study.options
+        self.samples, self.seeds, self.threshold = options.samples, options.seeds, options.threshold
+        self.kept = study.kept(samples=self.samples, seeds=self.seeds, steps=STEPS)
+        shape = study.data.image_shape
+        seeds = range(self.seeds)
+        self.noise = torch.cat([starting_noise(shape, self.samples, seed) for seed in seeds])
         self.targets = {
             network.name: self.run(network.name, network.settings, network.path)
-            for network in trained
+            for network in study.trained
         }
 
     def run(self, name: str, settings: Settings, network: Path | None = None) -> Run:
         """The run of some settings; the same whatever it is called."""
+        study = self.study
 
         def make() -> Run:
             print(f"sampling {len(self.noise)} images: {name}", flush=True)
-            request = Request(
-                settings,
-                in_order(self.data, settings.get("order")) if network is None else None,
-                self.moments if network is None else None,
-                network,
-                self.noise,
-                STEPS,
-                self.progress,
-                self.data.device,
-            )
-            return perform(request)
+            given = None, None
+            if network is None:
+                given = in_order(study.data, settings.get("order")), study.moments
+            beside = (network, self.noise, STEPS, study.progress, study.device)
+            return perform(Request(settings, *given, *beside))
 
         return self.kept.get(settings["model"], settings, make)[0]
 
@@ -182,9 +162,10 @@ class Sweep:
         return summary(values) | {"by_seed": [summary(seed)["mean"] for seed in seeds]}
 
 
-def run_sweeps(sweep: Sweep, threshold: float) -> tuple[Record, dict[str, Run]]:
+def run_sweeps(sweep: Sweep) -> tuple[Record, dict[str, Run]]:
     """The results, and the runs that are drawn."""
-    asked = variants(threshold, sweep.data.labels is not None)
+    study, threshold = sweep.study, sweep.threshold
+    asked = variants(threshold, study.data.labels is not None)
     results: Record = {"networks_against_each_other": {}, "sweeps": {}}
     for name, target in sweep.targets.items():
         results["networks_against_each_other"][name] = sweep.record(target)
@@ -198,7 +179,7 @@ def run_sweeps(sweep: Sweep, threshold: float) -> tuple[Record, dict[str, Run]]:
                 "minus_exact": sweep.difference(run, base)
             }
     results["masks"] = {
-        value: masks(sweep.data, sweep.moments, settings["threshold"])
+        value: masks(study.data, study.moments, settings["threshold"])
         for value, settings in asked["threshold"].items()
     }
     runs = {
@@ -234,24 +215,24 @@ def masks(data: pf.TrainingSet, moments: pf.Moments, threshold: float) -> list[d
     return found
 
 
-def why(sweep: Sweep, threshold: float) -> Record:
+def why(sweep: Sweep) -> Record:
     """The diagnosis of exact posteriors and batch means, made unless it is kept."""
-    network = sweep.trained[0]
-    settings = {"diagnosis": diagnosis.VERSION, "network": network.sha256, "threshold": threshold}
-    path = sweep.kept.path("why", settings, ".json")
+    study, network = sweep.study, sweep.study.trained[0]
+    settings = {"diagnosis": diagnosis.VERSION, "network": network.sha256}
+    path = sweep.kept.path("why", settings | {"threshold": sweep.threshold}, ".json")
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    batch_means = [(f"batch_mean {size}", sweep.data, size) for size in DIAGNOSED]
-    if sweep.data.labels is not None:
-        batch_means.append((CLASS_ORDER, in_order(sweep.data, BY_CLASS), FURTHER))
+        return read_json(path)
+    batch_means = [(f"batch_mean {size}", study.data, size) for size in DIAGNOSED]
+    if study.data.labels is not None:
+        batch_means.append((CLASS_ORDER, in_order(study.data, BY_CLASS), FURTHER))
     found = diagnosis.diagnose(
-        sweep.data,
-        sweep.moments,
-        networks.load(network.path, sweep.data.device),
+        study.data,
+        study.moments,
+        networks.load(network.path, study.device),
         sweep.noise[: min(sweep.samples, diagnosis.SAMPLES)],
-        threshold,
+        sweep.threshold,
         batch_means,
-        progress=sweep.progress,
+        progress=study.progress,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(found, path)
@@ -263,20 +244,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     study = Study("sweeps", 32, "images for each seed", positive_threshold=True)
     study.parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     study.start(arguments)
-    options = study.options
-    kept = study.kept(samples=options.samples, seeds=options.seeds, steps=STEPS)
-    sweep = Sweep(study.data, study.trained, options.samples, options.seeds, kept, study.progress)
-    results, runs = run_sweeps(sweep, options.threshold)
-    results["why"] = why(sweep, options.threshold)
+    sweep = Sweep(study)
+    results, runs = run_sweeps(sweep)
+    results["why"] = why(sweep)
     times = pf.DDPMSchedule().timesteps(STEPS).tolist()
-    report = study.report(results, seeds=options.seeds, timesteps=times)
-    write_json(report, options.out)
-    stem = options.out.with_suffix("")
-    pictures = [Path(f"{stem}{suffix}.png") for suffix in ("", "-why", "-samples")]
+    report = study.write(results, seeds=sweep.seeds, timesteps=times)
+    pictures = [study.picture(name) for name in ("", "-why", "-samples")]
     sweeps_draw.sweeps(report, pictures[0])
     sweeps_draw.why(report, pictures[1])
     sweeps_draw.samples(runs, pictures[2])
-    print("\n".join(f"written: {path}" for path in (options.out, *pictures)))
+    print("\n".join(f"written: {path}" for path in (study.options.out, *pictures)))
     return 0
 
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 import pyflocality as pf
-from pyflocality import analysis, synthetic
+from pyflocality import analysis
 from pyflocality._support.progress import progress_bar
 
 from ..command import Record
+from ..oracle.planted import WEIGHTS, cross, planted
 from ..plotting import picture, without_ticks
 from ..reproduce.networks import facts_of, load
 
@@ -30,8 +31,6 @@ ACCEPTS = ("network",)
 
 # Ratio from which on the paper marks a pattern as visible.
 _VISIBLE = 0.1
-# Weights of the pattern, 0 for the data as they are.
-WEIGHTS = (0.0, 0.1, 0.5)
 _STEPS = range(900, -1, -100)
 _THRESHOLD = 0.02
 _SIZE = 32
@@ -117,24 +116,6 @@ def _look(
         fields[name] = mean[output[0]]
         record[name] = share_on_pattern(fields[name], pattern, output[1:])
     return record, fields
-
-
-def planted(data: pf.TrainingSet, gamma: float) -> pf.TrainingSet:
-    """The images with the pattern blended in with a weight, in colours that are always the same.
-
-    Raises:
-        ValueError: The images are not square, or the weight is out of range.
-    """
-    height, width = data.image_shape[1:]
-    if height != width:
-        raise ValueError(f"`data` must be of square images, those of {data.name} are not")
-    return synthetic.inject_pattern(data, cross(height), gamma)
-
-
-def cross(size: int) -> Tensor:
-    """A thin diagonal cross, 1 on two pixels of each row and 0 elsewhere, [size, size]."""
-    eye = torch.eye(size)
-    return torch.maximum(eye, eye.flip(1))
 
 
 def share_on_pattern(field: Tensor, pattern: Tensor, output: tuple[int, int]) -> float:
