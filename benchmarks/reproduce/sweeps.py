@@ -113,11 +113,17 @@ class Sweep:
 
         def make() -> Run:
             print(f"sampling {len(self.noise)} images: {name}", flush=True)
-            given = None, None
-            if network is None:
-                given = in_order(study.data, settings.get("order")), study.moments
-            beside = (network, self.noise, STEPS, study.progress, study.device)
-            return perform(Request(settings, *given, *beside))
+            request = Request(
+                settings,
+                in_order(study.data, settings.get("order")) if network is None else None,
+                study.moments if network is None else None,
+                network,
+                self.noise,
+                STEPS,
+                study.progress,
+                study.device,
+            )
+            return perform(request)
 
         return self.kept.get(settings["model"], settings, make)[0]
 
