@@ -278,10 +278,9 @@ class TrainingSet:
                 "`dtype` must be a floating-point dtype (float16, bfloat16, float32 or float64), "
                 f"got {describe(dtype)}"
             )
-        ends = {"start": start} if stop is None else {"start": start, "stop": stop}
-        for end, value in ends.items():
-            ends[end] = check_count(value, end, minimum=-sys.maxsize)
-        part = self.images[slice(ends["start"], ends.get("stop"))]
+        start = check_count(start, "start", minimum=-sys.maxsize)
+        stop = None if stop is None else check_count(stop, "stop", minimum=-sys.maxsize)
+        part = self.images[start:stop]
         return Reader(part).checked(lambda: training_values(part, dtype).contiguous())
 
     def augmented(self, *, flip: bool = False, shifts: int = 0) -> TrainingSet:

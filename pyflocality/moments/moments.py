@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,9 +34,9 @@ from pyflocality._support.checks import (
 from pyflocality._support.paths import check_result, checked_path
 from pyflocality._support.progress import progress_bar
 from pyflocality._support.threads import Lock
-from pyflocality._support.waiting import interruptible
 from pyflocality.backends.selection import BACKENDS, BackendUnavailableError
 from pyflocality.data import TrainingSet
+from pyflocality.moments.eigen import Eigen, eigen_of
 from pyflocality.moments.files import checksum, read_moments, write_moments
 from pyflocality.moments.sums import (
     BLOCK_BYTES,
@@ -50,21 +49,6 @@ from pyflocality.moments.sums import (
 )
 from pyflocality.posterior.sharded import plain, ranks_of
 from pyflocality.storage.reader import Reader
-
-# Values from which on the eigenvectors of a covariance take a good part of a second.
-_LONG_EIGH = 512
-
-
-class Eigen(NamedTuple):
-    """Eigendecomposition S = vectors diag(values) vectors^T.
-
-    Attributes:
-        values: Eigenvalues, float64, descending, [D].
-        vectors: Eigenvectors in columns, float64, [D, D].
-    """
-
-    values: Tensor
-    vectors: Tensor
 
 
 class Moments:
@@ -181,10 +165,7 @@ class Moments:
         """
         with self._caching:
             if self._eigen is None:
-                values, vectors = _eigh(self.covariance)
-                values, vectors = values.flip(0), vectors.flip(1)
-                floor = len(values) * torch.finfo(torch.float64).eps * values[0]
-                self._eigen = Eigen(torch.where(values > floor, values, 0.0), vectors)
+                self._eigen = eigen_of(self.covariance)
             return self._eigen
 
     def update(self, batch: Tensor, *, backend: str | None = None) -> None:
@@ -445,14 +426,6 @@ def check_moments_fit(memory_budget: int | str | None, of: TrainingSet | Moments
             block = 2 * min(BLOCK_BYTES, 8 * block) + square
         least = square + max(least, block)
     check_given(memory_budget, least, f"moments of {values} values and their eigenvectors")
-
-
-def _eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors."""
-    # What is quick needs no thread, and a GPU's stream and device are those of this one.
-    if len(covariance) < _LONG_EIGH or covariance.device.type != "cpu":
-        return torch.linalg.eigh(covariance)
-    return interruptible(lambda: torch.linalg.eigh(covariance))
 
 
 def _check_images(images: object, name: str) -> None:

@@ -16,7 +16,7 @@ import torch
 import pyflocality as pf
 from pyflocality._support import waiting as _waiting
 from pyflocality._support.waiting import interruptible
-from pyflocality.moments import moments
+from pyflocality.moments import eigen
 
 
 def test_results_and_errors_are_those_of_the_call():
@@ -67,8 +67,8 @@ def test_eigenvectors_are_found_in_a_thread_where_they_take_long(monkeypatch):
         threads.append(interruptible(threading.current_thread))
         return interruptible(call)
 
-    monkeypatch.setattr(moments, "_LONG_EIGH", 36)
-    monkeypatch.setattr(moments, "interruptible", noted)
+    monkeypatch.setattr(eigen, "_LONG_EIGH", 36)
+    monkeypatch.setattr(eigen, "interruptible", noted)
     again = pf.Moments.from_data(images.to(torch.uint8)).eigh()
     assert threads and threads[0] is not threading.main_thread()
     assert torch.equal(plain.values, again.values) and torch.equal(plain.vectors, again.vectors)

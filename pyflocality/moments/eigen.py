@@ -1,0 +1,37 @@
+"""Eigenvalues and eigenvectors of a covariance, which an interruption need not wait for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyflocality._support.waiting import interruptible
+
+# Values from which on the eigenvectors of a covariance take a good part of a second.
+_LONG_EIGH = 512
+
+
+class Eigen(NamedTuple):
+    """Eigendecomposition S = vectors diag(values) vectors^T.
+
+    Attributes:
+        values: Eigenvalues, float64, descending, [D].
+        vectors: Eigenvectors in columns, float64, [D, D].
+    """
+
+    values: Tensor
+    vectors: Tensor
+
+
+def eigen_of(covariance: Tensor) -> Eigen:
+    """The decomposition of a covariance [D, D], with rounding errors of zero set to 0."""
+    # What is quick needs no thread, and a GPU's stream and device are those of this one.
+    if len(covariance) < _LONG_EIGH or covariance.device.type != "cpu":
+        values, vectors = torch.linalg.eigh(covariance)
+    else:
+        values, vectors = interruptible(lambda: torch.linalg.eigh(covariance))
+    values, vectors = values.flip(0), vectors.flip(1)
+    floor = len(values) * torch.finfo(torch.float64).eps * values[0]
+    return Eigen(torch.where(values > floor, values, 0.0), vectors)
