@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from pyflocality.kernels.cuda._geometry import WindowPlan, WindowShape, plan_vjp, plan_window
 from pyflocality.kernels.devices import CAPABILITY, SHARED_BYTES, shared_bytes_of
+from pyflocality.kernels.geometry import WindowPlan, WindowShape, plan_vjp, plan_window
 from pyflocality.posterior.call import Call
 
 # Values of a patch in one row of pixels, which a step of the Triton kernel of the equivariant

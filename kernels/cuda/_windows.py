@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyflocality.kernels.cuda._geometry import (
+from pyflocality.kernels.cuda._launch import Launch, run
+from pyflocality.kernels.geometry import (
     WindowPlan,
     WindowShape,
     ceil_div,
@@ -19,7 +20,6 @@ from pyflocality.kernels.cuda._geometry import (
     plan_vjp,
     plan_window,
 )
-from pyflocality.kernels.cuda._launch import Launch, run
 from pyflocality.kernels.stored import StoredProblem
 
 _MERGE_THREADS, _MERGE_ENTRIES = 256, 32

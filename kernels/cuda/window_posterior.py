@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyflocality.kernels.cuda._geometry import TANGENTS
 from pyflocality.kernels.cuda._windows import apply_weights, scan_bytes, scan_windows, vjp_bytes
+from pyflocality.kernels.geometry import TANGENTS
 from pyflocality.kernels.stored import StoredProblem
 from pyflocality.posterior.problem import PosteriorProblem
 from pyflocality.posterior.state import PosteriorState, about_means, tangent_values, uncentred

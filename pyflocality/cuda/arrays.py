@@ -26,7 +26,7 @@ from torch import Tensor
 from pyflocality import ops
 from pyflocality._support.checks import check_level, check_tensor
 from pyflocality.backends.selection import BackendUnavailableError, reason
-from pyflocality.kernels.cuda.window_rows import window_posterior_rows as _rows_of_problem
+from pyflocality.kernels.cuda._window_rows import window_posterior_rows as _rows_of_problem
 from pyflocality.ops.operation import OPERATIONS
 from pyflocality.ops.window_posterior import check_window
 from pyflocality.posterior.problem import posterior_problem

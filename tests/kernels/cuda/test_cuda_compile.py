@@ -14,8 +14,8 @@ import subprocess
 
 import pytest
 
-from pyflocality.kernels.cuda._geometry import WindowShape, plan_vjp, plan_window
 from pyflocality.kernels.cuda._launch import compile_options, kernel_source
+from pyflocality.kernels.geometry import WindowShape, plan_vjp, plan_window
 
 ARCHITECTURES = ("sm_80", "sm_90")
 FUTURE = "compute_100"

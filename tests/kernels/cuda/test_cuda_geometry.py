@@ -8,7 +8,8 @@ import itertools
 import numpy as np
 import pytest
 
-from pyflocality.kernels.cuda._geometry import (
+from pyflocality.kernels.devices import SHARED_BYTES
+from pyflocality.kernels.geometry import (
     WindowPlan,
     WindowShape,
     ceil_div,
@@ -16,7 +17,6 @@ from pyflocality.kernels.cuda._geometry import (
     plan_vjp,
     plan_window,
 )
-from pyflocality.kernels.devices import SHARED_BYTES
 
 SIDES = [(1, 1), (1, 9), (3, 5), (8, 8), (9, 6), (28, 28), (31, 33), (32, 32), (45, 200)]
 SIDES += [(64, 64), (65, 64), (64, 65), (96, 96), (7, 256), (256, 3), (128, 128), (256, 256)]

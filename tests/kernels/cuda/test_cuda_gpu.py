@@ -104,7 +104,7 @@ def test_jvp(tangents, rng):
 
 
 def test_vjp_and_rows(rng):
-    from pyflocality.kernels.cuda.window_rows import window_posterior_rows
+    from pyflocality.kernels.cuda._window_rows import window_posterior_rows
 
     x, images, levels = noisy_batch((3, 32, 32), 1003, 2, torch.uint8, rng)
     pulls = [

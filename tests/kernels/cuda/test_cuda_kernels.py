@@ -17,16 +17,15 @@ from truth import filtered_posterior_mean, random_images, softmax, values_of, wi
 import pyflocality as pf
 from pyflocality import ops
 from pyflocality.backends import selection as _backends
-from pyflocality.kernels import stored
+from pyflocality.kernels import geometry, stored
 from pyflocality.kernels.cuda import (
-    _geometry,
     _launch,
+    _window_rows,
     _windows,
     patch_set,
     window_posterior,
-    window_rows,
 )
-from pyflocality.kernels.cuda.window_rows import window_posterior_rows
+from pyflocality.kernels.cuda._window_rows import window_posterior_rows
 from pyflocality.posterior.problem import posterior_problem
 from pyflocality.posterior.state import finalize, finalize_jvp, log_sum_exp
 from pyflocality.posterior.tangents import jacobian_factor
@@ -119,7 +118,7 @@ def test_window_posterior(shape, count, batch, window, dtype, rng):
 
 
 def test_bands_are_planned_where_the_slow_test_means_them():
-    plan = _geometry.plan_window(_geometry.WindowShape(1, 150, 170, 299, True, False))
+    plan = geometry.plan_window(geometry.WindowShape(1, 150, 170, 299, True, False))
     assert plan.band_rows < plan.region_height and plan.tiles > 1
 
 
@@ -342,8 +341,8 @@ def test_patch_set(shape, window, dtype, rng):
 @pytest.mark.parametrize(("shape", "window"), [((1, 70, 72), 33), ((4, 64, 64), 9)])
 def test_a_pass_over_whole_images_finds_what_a_scan_of_tiles_found(shape, window, sigma, rng):
     """To the last bit: far from all images, at little noise, each bit of a distance counts."""
-    sizes = _geometry.WindowShape(*shape, window, stored_bytes=True, vector=True)
-    assert _geometry.plan_window(sizes).tiles > 1 and _geometry.plan_vjp(sizes).tiles == 1
+    sizes = geometry.WindowShape(*shape, window, stored_bytes=True, vector=True)
+    assert geometry.plan_window(sizes).tiles > 1 and geometry.plan_vjp(sizes).tiles == 1
     images = random_images(rng, 5, shape, torch.uint8)
     x = torch.from_numpy(values_of(images[:1])).float() + 0.5 * torch.randn(
         1, *shape, generator=rng
@@ -398,7 +397,7 @@ def test_rows_of_many_noisy_images_fit_the_budget(strided, rng, monkeypatch):
     whole = window_posterior_rows(problem, [(0, 2, 3)], 3)
     batches = []
     monkeypatch.setattr(
-        window_rows,
+        _window_rows,
         "run",
         lambda launched, *arguments: (
             batches.append(launched.grid[1]),

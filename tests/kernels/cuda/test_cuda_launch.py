@@ -45,9 +45,9 @@ def cupy(monkeypatch):
 
 
 def test_nothing_imports_cupy():
-    modules = "_launch, _geometry, _windows, window_posterior, patch_set, window_rows"
+    modules = "_launch, _windows, window_posterior, patch_set, _window_rows"
     code = "import sys; sys.modules['cupy'] = None\n"
-    code += "from pyflocality.kernels import limits, stored\n"
+    code += "from pyflocality.kernels import geometry, limits, stored\n"
     code += f"from pyflocality.kernels.cuda import {modules}"
     subprocess.run([sys.executable, "-c", code], check=True)
 

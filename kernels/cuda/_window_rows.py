@@ -13,9 +13,9 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from pyflocality.kernels.cuda._geometry import ceil_div
 from pyflocality.kernels.cuda._launch import Launch, run
 from pyflocality.kernels.cuda._windows import merge_sums
+from pyflocality.kernels.geometry import ceil_div
 from pyflocality.kernels.stored import StoredProblem
 from pyflocality.posterior.problem import PosteriorProblem
 
