@@ -185,32 +185,23 @@ def _check_target(target: Path, key: int) -> None:
         return
     if not target.is_dir():
         raise FileExistsError(f"{target} is no folder, expected the name of one")
-    if not _names_in(target):
+    # What systems leave in a folder by themselves does not fill it.
+    names = {name for name in os.listdir(target) if name.lower() not in {*SYSTEM_FILES, _FOUND}}
+    if not names:
         return
     if (target / MANIFEST).is_file():
         there = read_manifest(target)["key"]
-    else:
-        begun = _read_journal(target)
-        if begun is None and _is_barely_begun(target):
-            return
-        if begun is None:
-            raise FileExistsError(f"{target} is not empty: pack into a folder of its own")
+    elif (begun := _read_journal(target)) is not None:
         there = begun[0]["key"]
+    elif JOURNAL in names and names <= {JOURNAL, IMAGES}:
+        # A run ended, on a full disk for example, before its journal had a whole line.
+        return
+    else:
+        raise FileExistsError(f"{target} is not empty: pack into a folder of its own")
     if there != key:
         raise FileExistsError(
             f"{target} holds a set of another source or of other options: remove it first"
         )
-
-
-def _is_barely_begun(target: Path) -> bool:
-    """Whether a run ended, on a full disk for example, before its journal had a whole line."""
-    names = _names_in(target)
-    return JOURNAL in names and names <= {JOURNAL, IMAGES}
-
-
-def _names_in(target: Path) -> set[str]:
-    """What is in a folder, but for what systems leave there by themselves."""
-    return {name for name in os.listdir(target) if name.lower() not in {*SYSTEM_FILES, _FOUND}}
 
 
 @contextmanager
@@ -338,7 +329,7 @@ def _decode(
         array.truncate(start + first * size)
         _check_space(target, (shape[0] - first) * size)
         # A line cut short must not swallow the next one.
-        journal.truncate(_end_of_last_line(target / JOURNAL))
+        journal.truncate((target / JOURNAL).read_bytes().rfind(b"\n") + 1)
         with closing(decode_from(files, request, tuple(shape[1:]), first)) as decoded:
             shown = progress_bar(
                 decoded,
@@ -377,10 +368,6 @@ def _begin_array(array: IO[bytes], shape: list[int]) -> int:
             "the folder and pack again"
         )
     return array.tell()
-
-
-def _end_of_last_line(path: Path) -> int:
-    return path.read_bytes().rfind(b"\n") + 1
 
 
 def _compare(

@@ -46,10 +46,8 @@ def map_array(file: IO[bytes]) -> np.memmap:
     """
     file.seek(0)
     shape, fortran, dtype = read_header(file)
-    size, expected = (
-        os.fstat(file.fileno()).st_size,
-        file.tell() + math.prod(shape) * dtype.itemsize,
-    )
+    size = os.fstat(file.fileno()).st_size
+    expected = file.tell() + math.prod(shape) * dtype.itemsize
     if size != expected:
         raise ValueError(
             f"its header announces {dtype} {list(shape)}, {expected} bytes in all, but the file "

@@ -69,7 +69,6 @@ def folder_tree(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Tree]:
         path = printable(str(error.filename))
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     # Backslashes are left where an archive of Windows was unpacked by a tool that knows none.
-    # Backslashes are left where an archive of Windows was unpacked by a tool that knows none.
     names, _ = tidied(where, written)
     paths = {name: folder / raw for name, raw in zip(names, written, strict=True)}
     files: dict[str, tuple[int, int]] = {}
