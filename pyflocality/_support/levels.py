@@ -29,6 +29,8 @@ class Levels(NamedTuple):
 
     def of(self, rows: Rows) -> Levels:
         """The levels of some images."""
+        if isinstance(self.alpha, float) and isinstance(self.sigma, float):
+            return self
         return Levels(*(level[rows] if isinstance(level, Tensor) else level for level in self))
 
     def tensors(self, batch: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

@@ -81,7 +81,7 @@ def estimate(denoiser: Differentiable, noisy: Noisy) -> Tensor:
     if _has_parameters(denoiser):
         # Derivatives by parameters may be asked for, too: torch sees all operations.
         return denoiser._denoise(x, levels)
-    if is_traced() or is_differentiated(x, *levels):
+    if not noisy.looked_at or is_differentiated(x, *levels):
         if torch.compiler.is_dynamo_compiling() and forward_ad._current_level >= 0:
             raise NotImplementedError(
                 "compiled graphs lose forward-mode tangents: call the denoiser uncompiled inside "
@@ -89,15 +89,14 @@ def estimate(denoiser: Differentiable, noisy: Noisy) -> Tensor:
             )
         return _recorded("estimate", denoiser, noisy)
     with torch.no_grad(), in_full_precision(x.device):
-        return _estimate(denoiser, x, levels)
+        return denoiser._denoise(x, levels) if len(x) > 0 else torch.zeros_like(x)
 
 
 def jvp(denoiser: Differentiable, noisy: Noisy) -> tuple[Tensor, Tensor]:
     """Estimates and derivatives along the directions, themselves differentiable."""
-    x, levels, tangents, _ = noisy
+    x, levels, tangents, looked_at = noisy
     own = _has_parameters(denoiser)
-    differentiated = is_traced() or is_differentiated(x, tangents, *levels)
-    if differentiated or tangents.numel() == 0:
+    if not looked_at or tangents.numel() == 0 or is_differentiated(x, tangents, *levels):
         if own:
             return estimate(denoiser, noisy), denoiser._jvp(x, tangents, levels)[1]
         return estimate(denoiser, noisy), _recorded("jvp", denoiser, noisy)
@@ -110,10 +109,10 @@ def jvp(denoiser: Differentiable, noisy: Noisy) -> tuple[Tensor, Tensor]:
 
 def vjp(denoiser: Differentiable, noisy: Noisy) -> Tensor:
     """Derivatives by x of the estimates times the directions, themselves differentiable."""
-    x, levels, cotangents, _ = noisy
+    x, levels, cotangents, looked_at = noisy
     if _has_parameters(denoiser):
         return denoiser._vjp(x, cotangents, levels)
-    if is_traced() or is_differentiated(x, cotangents, *levels) or cotangents.numel() == 0:
+    if not looked_at or cotangents.numel() == 0 or is_differentiated(x, cotangents, *levels):
         return _recorded("vjp", denoiser, noisy)
     with torch.no_grad(), in_full_precision(x.device):
         return denoiser._vjp(x, cotangents, levels)

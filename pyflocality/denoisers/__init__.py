@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyflocality.denoisers.base import Denoiser
+from pyflocality.denoisers.base import Denoiser, DenoiserOptions
 from pyflocality.denoisers.certified import CertifiedResult, CertifiedSubset
 from pyflocality.denoisers.equivariant import EquivariantDenoiser
 from pyflocality.denoisers.filtered import FilteredPosteriorDenoiser
@@ -22,6 +22,7 @@ __all__ = [
     "CertifiedResult",
     "CertifiedSubset",
     "Denoiser",
+    "DenoiserOptions",
     "EquivariantDenoiser",
     "FilteredPosteriorDenoiser",
     "FourierWienerDenoiser",

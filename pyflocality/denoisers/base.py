@@ -7,6 +7,7 @@ value per image of the batch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypedDict
 
@@ -322,14 +323,11 @@ class PosteriorDenoiser(Denoiser):
             check_noise(levels)
         groups, results = [], []
         for rows, asked in self._passes(kind, levels, len(x)):
+            along = (part[:, rows] for part in directions) if directions else ()
             groups.append(rows)
-            along = [part[:, rows] for part in directions]
             results.append(self._answer(kind, asked, x[rows], levels.of(rows), *along))
         axes = {"scan": (0,), "jvp": (0, 1), "vjp": (1,)}[kind]
-        return tuple(
-            join_rows(parts, groups, axis)
-            for parts, axis in zip(zip(*results, strict=True), axes, strict=True)
-        )
+        return tuple(map(join_rows, zip(*results, strict=True), itertools.repeat(groups), axes))
 
     def _answer(
         self, kind: Kind, asked: Asked, x: Tensor, levels: Levels, *directions: Tensor

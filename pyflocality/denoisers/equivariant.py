@@ -44,7 +44,7 @@ class EquivariantDenoiser(WindowDenoiser):
             (sigma / alpha, k), of which the nearest in log(sigma / alpha) counts.
         boundary: "circular" or "broken".
         temperature: Divides the logits.
-        options: Backend, dtype, memory and precision: see `DenoiserOptions`.
+        options: Backend, dtype, memory and precision: see `pyflocality.denoisers.DenoiserOptions`.
 
     Raises:
         TypeError: `window` has none of the three forms.

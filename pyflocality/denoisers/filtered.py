@@ -39,7 +39,7 @@ class FilteredPosteriorDenoiser(PosteriorDenoiser):
         response_weights: r, bool or float, not negative, of the same shape. None: query q
             answers value q alone, which takes Q = D.
         temperature: Divides the logits.
-        options: Backend, dtype, memory and precision: see `DenoiserOptions`.
+        options: Backend, dtype, memory and precision: see `pyflocality.denoisers.DenoiserOptions`.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.

@@ -34,7 +34,7 @@ class LocalDenoiser(WindowDenoiser, QueryDenoiser):
             (alpha, sigma) -> k; or a table of pairs (sigma / alpha, k), of which the nearest in
             log(sigma / alpha) counts.
         temperature: Divides the logits.
-        options: Backend, dtype, memory and precision: see `DenoiserOptions`.
+        options: Backend, dtype, memory and precision: see `pyflocality.denoisers.DenoiserOptions`.
 
     Raises:
         TypeError: `window` has none of the three forms.

@@ -27,7 +27,7 @@ class OptimalDenoiser(QueryDenoiser):
     Args:
         data: The training set.
         temperature: Divides the logits; values above 1 smooth the posterior.
-        options: Backend, dtype, memory and precision: see `DenoiserOptions`.
+        options: Backend, dtype, memory and precision: see `pyflocality.denoisers.DenoiserOptions`.
 
     References:
         Karras, Aittala, Aila and Laine, Elucidating the design space of diffusion-based

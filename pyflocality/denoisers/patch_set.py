@@ -47,7 +47,7 @@ class PatchSetDenoiser(PosteriorDenoiser):
         masks: Flexible patches instead: bool [H, W, H, W], `masks[y, x]` the set of pixel
             (y, x); or a function or a table of them, as for `window`.
         temperature: Divides the logits.
-        options: Backend, dtype, memory and precision: see `DenoiserOptions`.
+        options: Backend, dtype, memory and precision: see `pyflocality.denoisers.DenoiserOptions`.
 
     Raises:
         TypeError: `window` or `masks` has none of its forms.

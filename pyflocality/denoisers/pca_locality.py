@@ -73,7 +73,7 @@ class PCALocalityDenoiser(QueryDenoiser):
         aggregation: "exact" or "batch_mean".
         batch_size: Images a batch for "batch_mean".
         moments: Moments of the data, where they are at hand; None computes them at first use.
-        options: Backend, dtype, memory and precision: see `DenoiserOptions`.
+        options: Backend, dtype, memory and precision: see `pyflocality.denoisers.DenoiserOptions`.
 
     Attributes:
         weights_seconds: Time spent on building the weights of noise levels so far.
@@ -131,7 +131,10 @@ class PCALocalityDenoiser(QueryDenoiser):
 
     def weights_at(self, sigma: float | NoiseLevel, alpha: float = 1.0) -> QueryWeights:
         """The query weights [D, D] of a noise level."""
-        level = check_single_level(sigma, alpha)
+        return self._weights_at(*check_single_level(sigma, alpha))
+
+    def _weights_at(self, alpha: float, sigma: float) -> QueryWeights:
+        level = alpha, sigma
         with self._keeping:
             if level not in self._weights:
                 self._build_weights(level)
@@ -168,7 +171,7 @@ class PCALocalityDenoiser(QueryDenoiser):
             self._told_of_masks = warn_of_missing_inputs(weights.empty, self.moments, level, place)
 
     def _questions(self, kind: Kind) -> Callable[[float, float], Asked]:
-        return lambda alpha, sigma: Asked(MASKED_POSTERIOR, (self.weights_at(sigma, alpha),))
+        return lambda alpha, sigma: Asked(MASKED_POSTERIOR, (self._weights_at(alpha, sigma),))
 
     def _passes(self, kind: Kind, levels: Levels, batch: int) -> Iterator[tuple[Rows, Asked]]:
         # One level after the other: its weights need not outlive its pass.

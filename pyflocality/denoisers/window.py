@@ -81,7 +81,7 @@ class WindowDenoiser(PosteriorDenoiser):
             pairs (sigma / alpha, side).
         check_window: Returns a side as an int, or raises the error that is due.
         temperature: Divides the logits.
-        options: Backend, dtype, memory and precision: see `DenoiserOptions`.
+        options: Backend, dtype, memory and precision: see `pyflocality.denoisers.DenoiserOptions`.
     """
 
     def __init__(

@@ -59,10 +59,18 @@ class Call:
             self.signature or self.function
         ).parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                names += typing.get_type_hints(pf.ops.PosteriorOptions)
+                named = str(parameter.annotation).removeprefix("Unpack[").removesuffix("]")
+                names += typing.get_type_hints(OPTIONS[named])
             else:
                 names.append(name)
         return names
+
+
+# Sets of keywords by the name of their type.
+OPTIONS = {
+    "PosteriorOptions": pf.ops.PosteriorOptions,
+    "DenoiserOptions": pf.denoisers.DenoiserOptions,
+}
 
 
 class Affine(nn.Module):

@@ -50,6 +50,7 @@ RECORDS = {
     "CertifiedResult",
     "Concentration",
     "Denoiser",
+    "DenoiserOptions",
     "DiffusersOutput",
     "DiskParameters",
     "Filters",

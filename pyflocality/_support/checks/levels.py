@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
@@ -75,14 +76,15 @@ def check_noisy(
     if looked_at:
         seen = name is not None and along.numel() > 0 and has_readable_values(along)
         with outside_transforms():
-            sizes = [_sizes(without_derivatives(x))]
-            sizes += [_sizes(without_derivatives(along)[None])] if seen else []
-            found = torch.cat(sizes).tolist()
-        if not all(size < math.inf for size in found[: len(x)]):
+            largest = _sizes(without_derivatives(x))
+            if seen:
+                largest = torch.cat([largest, _sizes(without_derivatives(along)[None])])
+            sizes = largest.tolist()
+        if not all(map(math.isfinite, sizes[: len(x)])):
             raise ValueError("`x` holds NaN or infinite values")
-        if seen and not found[-1] < math.inf:
+        if seen and not math.isfinite(sizes.pop()):
             raise ValueError(f"`{name}` holds NaN or infinite values")
-        _check_sizes(found[: len(x)], levels.alpha, "x")
+        _check_sizes(sizes, levels.alpha, "x")
     return Noisy(x, levels, along, looked_at)
 
 
@@ -107,7 +109,8 @@ def _check_sizes(sizes: list[float], alpha: float | Tensor, name: str) -> None:
     alphas = _numbers(alpha) if isinstance(alpha, Tensor) else [alpha] * len(sizes)
     if alphas and max(alphas) > LARGEST:
         raise ValueError(f"`alpha` must be at most {LARGEST:g}, got {max(alphas):g}")
-    if any(size > LARGEST * min(a, 1.0) for size, a in zip(sizes, alphas, strict=True)):
+    limits = [LARGEST * min(a, 1.0) for a in alphas]
+    if any(map(operator.gt, sizes, limits)):
         raise ValueError(
             f"`{name}` must lie within {LARGEST:g} times `alpha`, and within {LARGEST:g}, got "
             f"values up to {max(sizes):g} at alpha {min(alphas):g}"
@@ -179,24 +182,25 @@ def _checked(
         if is_traced() and not isinstance(value, bool):
             # A symbol, which has a value where the graph runs.
             return torch.as_tensor(value, dtype=torch.float64).expand(batch)
-        level = check_real(value, name, low=0.0, above=not allow_zero)
-        seen = [level]
-    else:
-        if check_tensor(value, name).dtype not in REAL_DTYPES:
-            raise TypeError(f"`{name}` must be real, got {describe(value)}")
-        if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != batch):
-            raise ValueError(
-                f"`{name}` must be a number or a tensor of shape [{batch}], got {describe(value)}"
-            )
-        level = value.to(device="cpu", dtype=torch.float64)
-        seen = _numbers(level) if has_readable_values(level) else []
-        level = level.expand(batch)
-    if not all(0 <= number < math.inf and (number > 0 or allow_zero) for number in seen):
+        number = check_real(value, name, low=0.0, above=not allow_zero)
+        if derivatives and number == 0:
+            _refuse_derivatives(value)
+        return number
+    if check_tensor(value, name).dtype not in REAL_DTYPES:
+        raise TypeError(f"`{name}` must be real, got {describe(value)}")
+    if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != batch):
+        raise ValueError(
+            f"`{name}` must be a number or a tensor of shape [{batch}], got {describe(value)}"
+        )
+    level = value.to(device="cpu", dtype=torch.float64)
+    seen = _numbers(level) if has_readable_values(level) else [1.0]
+    least = min(seen, default=1.0)
+    if not all(map(math.isfinite, seen)) or least < 0 or (least == 0 and not allow_zero):
         bound = "not negative" if allow_zero else "positive"
         raise ValueError(f"`{name}` must be finite and {bound}, got {describe(value)}")
     if derivatives and 0 in seen:
         _refuse_derivatives(value)
-    return level
+    return level.expand(batch)
 
 
 def check_noise(levels: Levels) -> None:

@@ -98,6 +98,9 @@ def as_pair(sigma: LevelLike, alpha: float | Tensor = 1.0) -> tuple[float | Tens
     Raises:
         TypeError: There is an alpha beside a pair, or sigma and alpha are each other's.
     """
+    # Plain numbers, as most are.
+    if type(sigma) is float and type(alpha) is float:
+        return sigma, alpha
     if isinstance(sigma, NoiseLevel):
         if not (isinstance(alpha, numbers.Real) and alpha == 1):
             raise TypeError(

@@ -44,7 +44,7 @@ def check_tensor(value: object, name: str, expected: str = "a torch.Tensor") -> 
             f"`{name}` must be a dense tensor (strided, neither sparse nor nested nor quantized), "
             f"got {describe(value)}"
         )
-    if is_without_values(value) or isinstance(value, UninitializedTensorMixin):
+    if value.is_meta or isinstance(value, UninitializedTensorMixin):
         raise ValueError(f"`{name}` must hold values, got {describe(value)}")
     # Kernels read the memory, where the values of a negative view have the other sign.
     return value.resolve_neg() if value.is_neg() else value
@@ -67,18 +67,14 @@ def check_batch(
     x: object, image_shape: Sequence[int], device: torch.device, name: str, *, finite: bool = True
 ) -> Tensor:
     """A batch of images of the given shape: [B, C, H, W], on the given device."""
-    expected = tuple(image_shape)
-    if isinstance(x, Tensor):
-        # An error of the place says more of a tensor without values than that it has none.
-        if x.device != device:
-            raise ValueError(
-                f"`{name}` must be on {device} like the training set, got {describe(x)}"
-            )
-        x = check_tensor(x, name)
-        if x.ndim != len(expected) + 1 or tuple(x.shape[1:]) != expected:
-            shape = ", ".join(["B", *map(str, expected)])
-            raise ValueError(f"`{name}` must have shape [{shape}], got {describe(x)}")
-    return check_float_tensor(x, name, finite=finite)
+    # An error of the place says more of a tensor without values than that it has none.
+    if isinstance(x, Tensor) and x.device != device:
+        raise ValueError(f"`{name}` must be on {device} like the training set, got {describe(x)}")
+    batch = check_float_tensor(x, name, finite=False)
+    if batch.ndim != len(image_shape) + 1 or batch.shape[1:] != tuple(image_shape):
+        shape = ", ".join(["B", *map(str, image_shape)])
+        raise ValueError(f"`{name}` must have shape [{shape}], got {describe(x)}")
+    return check_float_tensor(batch, name) if finite else batch
 
 
 def check_directions(directions: object, x: Tensor, name: str) -> Tensor:
