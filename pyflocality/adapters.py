@@ -83,7 +83,8 @@ def from_diffusers(
     """
     config = getattr(unet, "config", None)
     size = getattr(config, "sample_size", None)
-    if not isinstance(unet, nn.Module) or not hasattr(config, "in_channels") or size is None:
+    channels = getattr(config, "in_channels", None)
+    if not isinstance(unet, nn.Module) or channels is None or size is None:
         raise TypeError(
             "`unet` must be a torch.nn.Module with `config.in_channels` and `config.sample_size`, "
             f"got {describe(unet)}"
@@ -102,7 +103,7 @@ def from_diffusers(
         _DiffusersOutput(unet, class_labels),
         _PREDICTIONS[prediction],
         takes=takes,
-        image_shape=(config.in_channels, height, width),
+        image_shape=(channels, height, width),
     )
 
 
@@ -360,6 +361,7 @@ class _Conditioned(nn.Module):
     def __init__(self, network: nn.Module, class_labels: Tensor) -> None:
         super().__init__()
         self.network = network
+        self.class_labels: Tensor
         self.register_buffer("class_labels", class_labels, persistent=False)
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:

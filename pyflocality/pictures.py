@@ -227,17 +227,19 @@ def _check_canvas(tiles: Sequence[int], columns: int, pad: int, scale: int) -> N
 
 def _check_rows(rows: object) -> Sequence[tuple[str, Tensor]]:
     """Pairs of a caption and images, at least one."""
-    if len(check_sequence(rows, "rows", "pairs of a caption and images")) == 0:
+    expected = "pairs of a caption and images"
+    pairs = check_sequence(rows, "rows", expected)
+    if len(pairs) == 0:
         raise ValueError("`rows` must hold at least one row, got none")
-    for row in rows:
-        check_sequence(row, "rows", "pairs of a caption and images", length=2)
-        check_text(row[0], "rows")
-        _check_images(row[1], "rows")
-    return rows
+    for row in pairs:
+        caption, images = check_sequence(row, "rows", expected, length=2)
+        check_text(caption, "rows")
+        _check_images(images, "rows")
+    return pairs
 
 
 def _check_images(images: object, name: str) -> None:
-    check_float_tensor(images, name)
+    images = check_float_tensor(images, name)
     if images.ndim != 4 or images.numel() == 0:
         raise ValueError(f"`{name}` must have shape [n, C, H, W], got {describe(images)}")
 

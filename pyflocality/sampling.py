@@ -24,6 +24,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -425,7 +426,9 @@ def _check_step(
 def _predict(denoiser: DenoiserFunction, x: Tensor, level: Level) -> Tensor:
     """The denoiser's answer at x, of x's shape."""
     alpha, sigma = level
-    x0 = denoiser(x, *as_pair(sigma, alpha))
+    # One-element tensors, too, as they come.
+    plain: tuple[Any, Any] = as_pair(sigma, alpha)
+    x0 = denoiser(x, *plain)
     if not isinstance(x0, Tensor):
         raise TypeError(f"`denoiser` must return a tensor, got {describe(x0)}")
     if x0.shape != x.shape:

@@ -32,23 +32,23 @@ def jacobian_row(
     """
     x = check_batch(x, denoiser.image_shape, denoiser.device, "x")
     levels = check_levels(sigma, alpha, len(x), positive=True)
-    if len(x) > 0 and _has_rows_of_its_own(denoiser):
+    if len(x) > 0 and isinstance(denoiser, QueryDenoiser) and _has_rows_of_its_own(denoiser):
         split = split_levels(levels, len(x))
-        near = [denoiser.neighbourhood(pixel, level.sigma, level.alpha) for level in split]
-        if all(_is_worth(denoiser, inputs, pixel) for inputs in near):
+        every = (denoiser.neighbourhood(pixel, level.sigma, level.alpha) for level in split)
+        near = [inputs for inputs in every if inputs is not None]
+        if len(near) == len(split) and all(_is_worth(denoiser, inputs, pixel) for inputs in near):
             rows = [
                 _row_of_inputs(denoiser, x[level.rows], inputs, pixel, level.sigma, level.alpha)
                 for level, inputs in zip(split, near, strict=True)
             ]
             return join_rows(rows, [level.rows for level in split])
     cotangent = torch.zeros_like(x)
-    cotangent[(slice(None), *pixel)] = 1.0
+    channel, row, column = pixel
+    cotangent[:, channel, row, column] = 1.0
     return denoiser.vjp(x, cotangent[None], levels.sigma, levels.alpha)[0]
 
 
-def _has_rows_of_its_own(denoiser: Denoiser) -> bool:
-    if not isinstance(denoiser, QueryDenoiser):
-        return False
+def _has_rows_of_its_own(denoiser: QueryDenoiser) -> bool:
     # A backend that was named, and lacks this operation, may well have the transposed product.
     if requested_backend(denoiser.backend) not in ("auto", *OPERATIONS["global_posterior_jvp"]):
         return False
@@ -58,9 +58,9 @@ def _has_rows_of_its_own(denoiser: Denoiser) -> bool:
     return not isinstance(denoiser, PCALocalityDenoiser) or denoiser.aggregation == "exact"
 
 
-def _is_worth(denoiser: QueryDenoiser, inputs: Tensor | None, pixel: tuple[int, int, int]) -> bool:
+def _is_worth(denoiser: QueryDenoiser, inputs: Tensor, pixel: tuple[int, int, int]) -> bool:
     """Whether the output is one of its inputs, and they fit the memory budget for all images."""
-    if inputs is None or not inputs[pixel]:
+    if not inputs[pixel]:
         return False
     copied = int(inputs.sum()) * len(denoiser.data) * denoiser.data.images.element_size()
     return bool(inputs.all()) or copied <= memory_budget_bytes(denoiser.memory_budget)

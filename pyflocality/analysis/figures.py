@@ -6,7 +6,7 @@ Every function draws on a figure of its own and returns it; nothing is shown or 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -71,7 +71,8 @@ def spectrum_figure(spectra: Mapping[str, Spectrum]) -> Figure:
 
     shown = min(_COLUMNS, *(len(spectrum.values) for spectrum in spectra.values()))
     figure = Figure(figsize=(1.1 * shown + 1, 3 + 1.3 * len(spectra)), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[2.6, 1.3 * len(spectra)])
+    panels: Any = figure.subfigures(2, 1, height_ratios=[2.6, 1.3 * len(spectra)])
+    top, bottom = panels
     axis = top.subplots()
     for name, spectrum in spectra.items():
         values = spectrum.values.real if spectrum.values.is_complex() else spectrum.values

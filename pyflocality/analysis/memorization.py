@@ -28,7 +28,6 @@ from pyflocality._support.checks import (
     check_flag,
     check_float_tensor,
     check_generator,
-    check_instance,
     check_magnitude,
     check_rounds,
     check_sequence,
@@ -158,11 +157,11 @@ def memorization_curve(
     steps, progress = check_rounds(steps, "steps"), check_flag(progress, "progress")
     # The states and answers of a run.
     n = check_within_memory(check_count(n, "n"), 8 * steps * data.num_values, "n")
-    if check_generator(generator) is None:
-        generator = torch.Generator().manual_seed(0)
+    generator = check_generator(generator) or torch.Generator().manual_seed(0)
     order = torch.randperm(len(data), generator=generator, device=generator.device).cpu()
     schedule = DDPMSchedule() if schedule is None else schedule
-    check_instance(schedule, "schedule", NoiseSchedule)
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"`schedule` must be a NoiseSchedule, got {describe(schedule)}")
     noise = torch.randn(
         (n, *data.image_shape),
         generator=generator,
@@ -185,7 +184,7 @@ def memorization_curve(
                 progress=False,
             )
             pair.append(out.images)
-        between.append(cosine_similarity(*pair, mean))
+        between.append(cosine_similarity(pair[0], pair[1], mean))
         nearest.append(memorization(pair[0], models[0], mean=mean).similarity)
         samples.append(torch.stack(pair))
     return MemorizationCurve(

@@ -194,13 +194,13 @@ def high_snr_projection(
     shape = tuple(moments.image_shape)
     row = _flat(check_pixel(pixel, shape), shape)
     ratio = check_positive(ratio, "ratio")
-    sigma, alpha = as_pair(sigma, alpha)
-    sigma = check_one_level(sigma, "sigma", allow_zero=False)
-    alpha = check_one_level(alpha, "alpha", allow_zero=False)
+    noise, signal = as_pair(sigma, alpha)
+    noise = check_one_level(noise, "sigma", allow_zero=False)
+    noise /= check_one_level(signal, "alpha", allow_zero=False)
     values, vectors = moments.eigh()
     # As a ratio: the squares of large levels leave the range of float64.
-    kept = vectors[:, values > ratio * (sigma / alpha) * (sigma / alpha)]
-    return (kept @ kept[row]).abs().reshape(shape)
+    basis = vectors[:, values > ratio * noise * noise]
+    return (basis @ basis[row]).abs().reshape(shape)
 
 
 def pattern_variance(moments: Moments, pattern: Tensor) -> float:
@@ -262,12 +262,12 @@ def check_moments(moments: object) -> None:
     check_instance(moments, "moments", Moments, "Moments")
 
 
-def _check_pixels(pixels: object, image_shape: tuple[int, int, int]) -> list[Pixel]:
+def _check_pixels(pixels: object, image_shape: Sequence[int]) -> list[Pixel]:
     """One output value or several, at least one."""
-    check_sequence(pixels, "pixels", "one output value (c, h, w) or several")
-    if len(pixels) == 0:
+    chosen = check_sequence(pixels, "pixels", "one output value (c, h, w) or several")
+    if len(chosen) == 0:
         raise ValueError("`pixels` must hold at least one output value (c, h, w), got none")
-    several = [pixels] if any(map(_is_whole, pixels)) else pixels
+    several = [chosen] if any(map(_is_whole, chosen)) else chosen
     return [check_pixel(pixel, image_shape, "pixels") for pixel in several]
 
 

@@ -144,11 +144,11 @@ def jacobian_spectrum(
         order = np.argsort(-np.abs(values), kind="stable")
     values, vectors = values[order], vectors[:, order]
     products = jacobian.products
-    residuals = [_residual(operator, values[i], vectors[:, i]) for i in range(k)]
+    norms = [_residual(operator, values[i], vectors[:, i]) for i in range(k)]
     return Spectrum(
         torch.from_numpy(values),
         jacobian.images(vectors),
-        torch.tensor(residuals, dtype=torch.float64),
+        torch.tensor(norms, dtype=torch.float64),
         products,
     )
 
@@ -215,8 +215,7 @@ def jacobian_trace(
     check_denoiser(denoiser)
     x = check_batch(x, denoiser.image_shape, denoiser.device, "x")
     probes = check_rounds(probes, "probes", minimum=2)
-    if check_generator(generator) is None:
-        generator = torch.Generator().manual_seed(0)
+    generator = check_generator(generator) or torch.Generator().manual_seed(0)
     found = []
     for start in range(0, probes, _PROBES_AT_A_TIME):
         number = min(_PROBES_AT_A_TIME, probes - start)

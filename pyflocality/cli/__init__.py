@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,7 +39,7 @@ from pyflocality.cli._ranks import in_job, one_voice
 from pyflocality.cli._reproduce import reproduce
 
 # What typer raises for words that it cannot read, whichever click it goes by.
-_Mistake = typer.BadParameter.__mro__[2]
+_Mistake: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="pyflocality",
@@ -127,7 +127,7 @@ def _answered(words: Sequence[str], run: Callable[[], int]) -> int:
             return run()
 
 
-def _refused(mistake: Exception) -> int:
+def _refused(mistake: Any) -> int:  # noqa: ANN401
     """Tell in one line what is wrong with the words of a command; the exit code."""
     message, context = in_one_line(mistake.format_message()), getattr(mistake, "ctx", None)
     hint = "" if context is None else f" (see {context.command_path} --help)"

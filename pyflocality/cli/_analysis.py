@@ -70,8 +70,8 @@ def sensitivity(
 
     def work(job: _Job) -> _Result:
         from pyflocality import WienerDenoiser, analysis
+        from pyflocality._support.checks import check_pixel
         from pyflocality.analysis import figures
-        from pyflocality.analysis.sensitivity import check_pixel
 
         depth, height, width = job.data.image_shape
         wanted = chosen or [(depth // 2, height // 2, width // 2)]

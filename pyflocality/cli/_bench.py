@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated
 
 import typer
@@ -59,7 +59,7 @@ def bench(
     if list_cases:
         answer("\n".join(case.id for case in chosen), only_here=True)
         return
-    written = nullcontext()
+    written: AbstractContextManager[Outputs | None] = nullcontext()
     if file is not None:
         asked = {"command": "bench", "quick": quick, "filter": filter}
         written = Outputs([file], force=results.force, run=asked)
@@ -72,7 +72,7 @@ def bench(
             unfinished=None if file is None else unfinished_twin(file),
             progress=results.progress,
         )
-        if outputs is not None:
+        if outputs is not None and file is not None:
             write_json(report, outputs.temporary[file])
             outputs.commit()
     if results.as_json:

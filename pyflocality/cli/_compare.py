@@ -169,7 +169,7 @@ def _scored(
     captioned.append((f"nearest training images  {_caption(near_score)}", nearest))
     picture, values, _ = map(work.temporary, files)
     pictures.captioned_rows(captioned).save(picture)
-    arrays = {name: images.float().numpy() for name, images in rows.items()}
+    arrays: dict[str, Any] = {name: images.float().numpy() for name, images in rows.items()}
     np.savez(values, **arrays, nearest_training_images=nearest.numpy())
     return {
         "against": against,

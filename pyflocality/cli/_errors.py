@@ -57,12 +57,11 @@ def reported(**aliases: str) -> Callable[[Callable[..., None]], Callable[..., No
                     tell(f"pyflocality: {words}")
                     raise typer.Exit(code) from None
                 except Exception as error:
-                    code = _exit_code(error)
-                    if code is None:
+                    foreseen = _exit_code(error)
+                    if foreseen is None:
                         raise
-                    line = _one_line(error, options)
-                    tell(f"pyflocality: error: {line}")
-                    raise typer.Exit(code) from None
+                    tell(f"pyflocality: error: {_one_line(error, options)}")
+                    raise typer.Exit(foreseen) from None
 
         return run
 

@@ -41,7 +41,7 @@ class Group:
 
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose groups are parameters of their own, with choices as plain text."""
-    groups: dict[str, tuple[type, list[str]]] = {}
+    groups: dict[str, tuple[type[Group], list[str]]] = {}
     parameters = []
     hints = typing.get_type_hints(command, include_extras=True)
     for name, parameter in inspect.signature(command).parameters.items():
@@ -69,10 +69,11 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _options_of(group: type) -> list[inspect.Parameter]:
+def _options_of(group: type[Group]) -> list[inspect.Parameter]:
     """Parameters for the options of a group, its own before those that it inherits."""
     hints = typing.get_type_hints(group, include_extras=True)
-    fields = {field.name: field for field in dataclasses.fields(group)}
+    made: Any = group
+    fields = {field.name: field for field in dataclasses.fields(made)}
     names = [name for base in group.__mro__ for name in inspect.get_annotations(base)]
     options = []
     for name in dict.fromkeys(names):
@@ -99,6 +100,7 @@ def _read_by_typer(hint: Any) -> Any:  # noqa: ANN401
     words = next((one.words for one in told if isinstance(one, OneOf)), None)
     if words is None:
         return hint
-    choice: Any = Enum("Choice", {word: word for word in words}, type=str)
+    make: Any = Enum
+    choice = make("Choice", {word: word for word in words}, type=str)
     is_optional = type(None) in typing.get_args(kind)
     return Annotated[choice | None if is_optional else choice, told[0]]

@@ -127,11 +127,11 @@ def _told(end: str | None = None) -> str | None:
     """
     from datetime import timedelta
 
-    from torch.distributed import TCPStore
+    import torch.distributed as dist
 
     key = f"pyflocality/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
-        store = TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]  # its stubs lack the public name
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             timeout=timedelta(seconds=_PATIENCE),

@@ -15,7 +15,7 @@ import struct
 import time
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pyflocality.denoisers import Denoiser
     from pyflocality.posterior.ranks import Ranks
     from pyflocality.sampling import DenoiserFunction
+    from pyflocality.weights import QueryWeights
 
 # Checksums of a question and of the answer to it, and the size of the answer in bytes.
 _HEADER = struct.Struct("<IIQ")
@@ -104,8 +105,9 @@ class RecordedDenoiser:
     def _answered(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
         call = {"alpha": alpha, "sigma": sigma}
         start = time.perf_counter()
-        if hasattr(self.denoiser, "weights_at"):
-            call["density"] = self.denoiser.weights_at(sigma, alpha).density
+        weights_at: Callable[..., QueryWeights] | None = getattr(self.denoiser, "weights_at", None)
+        if weights_at is not None:
+            call["density"] = weights_at(sigma, alpha).density
             call["weights_seconds"] = round(time.perf_counter() - start, 4)
             start = time.perf_counter()
         answer = self._ask(x, sigma, alpha)

@@ -92,11 +92,14 @@ def visited_ratio(scheduler: object, time: Tensor) -> float | None:
     times, sigmas = (getattr(scheduler, name, None) for name in ("timesteps", "sigmas"))
     # Every second time of some lies between two levels.
     between = getattr(scheduler, "sigmas_interpol", None)
-    places = []
+    place = None
     # As they are made some hold the levels of the whole table, in another order than the times.
     if isinstance(times, Tensor) and isinstance(sigmas, Tensor) and len(sigmas) > len(times):
         places = (times.cpu() == time.cpu()).nonzero()[:, 0].tolist()
-    if not places:
+        # Times that are rounded may be the same for several levels.
+        now = getattr(scheduler, "step_index", None)
+        place = now if now in places else next(iter(places), None)
+    if place is None or sigmas is None:
         if between is not None or _has_own_levels(scheduler):
             raise ValueError(
                 f"`timestep` must be one that the {type(scheduler).__name__} given to "
@@ -104,9 +107,6 @@ def visited_ratio(scheduler: object, time: Tensor) -> float | None:
                 f"`set_timesteps` and sample with it, got {time.item():g}"
             )
         return None
-    # Times that are rounded may be the same for several levels.
-    now = getattr(scheduler, "step_index", None)
-    place = now if now in places else places[0]
     if between is not None and place % 2 == 1:
         ancestral = hasattr(scheduler, "sigmas_up")
         return float(between[place - 1 if ancestral else place])

@@ -314,7 +314,7 @@ def check_invertible(schedule: object, name: str) -> NoiseSchedule:
     )
 
 
-def keep(schedule: object, **fields: float) -> None:
+def keep(schedule: object, **fields: object) -> None:
     """Set fields of a frozen dataclass."""
     for name, value in fields.items():
         object.__setattr__(schedule, name, value)
@@ -324,20 +324,24 @@ def check_times(
     t: float | Tensor, low: float, high: float, *, whole: bool = False, name: str = "t"
 ) -> Tensor:
     """Times as a float64 tensor (int64 where they are whole), all finite and in [low, high]."""
-    kind = "whole number" if whole else "real number"
-    is_tensor = isinstance(t, Tensor)
-    if is_tensor and check_tensor(t, name).dtype not in REAL_DTYPES:
-        raise TypeError(f"`{name}` must be a {kind} or a tensor of them, got {describe(t)}")
-    if isinstance(t, bool) or not (is_tensor or isinstance(t, numbers.Real)):
-        raise TypeError(f"`{name}` must be a {kind} or a tensor of them, got {describe(t)}")
-    if whole and (t.is_floating_point() if is_tensor else not isinstance(t, numbers.Integral)):
-        raise TypeError(f"`{name}` must be a {kind} or a tensor of them, got {describe(t)}")
     dtype = torch.int64 if whole else torch.float64
-    # A number is compared before it becomes a tensor, which could not hold the largest.
-    times = t.to(dtype) if is_tensor else t
-    inside = ((times >= low) & (times <= high)).all() if is_tensor else low <= times <= high
+    if isinstance(t, Tensor):
+        is_time = check_tensor(t, name).dtype in REAL_DTYPES and not (
+            whole and t.is_floating_point()
+        )
+    else:
+        is_time = isinstance(t, numbers.Integral if whole else numbers.Real)
+    if not is_time or isinstance(t, bool):
+        kind = "whole number" if whole else "real number"
+        raise TypeError(f"`{name}` must be a {kind} or a tensor of them, got {describe(t)}")
+    if isinstance(t, Tensor):
+        times = t.to(dtype)
+        inside = bool(((times >= low) & (times <= high)).all())
+    else:
+        # Before it becomes a tensor, which could not hold the largest.
+        inside = low <= t <= high
     if not inside:
         bounds = f"[{low}, infinity)" if high == _LARGEST else f"[{low}, {high}]"
         raise ValueError(f"`{name}` must lie in {bounds}, got {describe(t)}")
     number = int if whole else float
-    return times if is_tensor else torch.tensor(number(times), dtype=dtype, device="cpu")
+    return times if isinstance(t, Tensor) else torch.tensor(number(t), dtype=dtype, device="cpu")
