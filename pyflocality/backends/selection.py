@@ -81,7 +81,8 @@ class Implementation:
 
     def load(self) -> Callable[..., Any]:
         """The function itself."""
-        return getattr(importlib.import_module(self.file), self.function)
+        module = importlib.import_module(_file_of(self.module, self.function))
+        return getattr(module, self.function)
 
     @property
     def file(self) -> str:
@@ -172,12 +173,8 @@ def requested_backend(argument: str | None) -> str:
     """The backend in force: argument, then `use_backend`, then environment, then "auto"."""
     if argument is not None:
         return check_choice(argument, "backend", BACKENDS)
-    chosen = _requested.get()
-    if chosen is not None:
-        return chosen
-    return check_choice(
-        os.environ.get("PYFLOCALITY_BACKEND", "auto"), "PYFLOCALITY_BACKEND", BACKENDS
-    )
+    chosen = _requested.get() or os.environ.get("PYFLOCALITY_BACKEND")
+    return "auto" if chosen is None else check_choice(chosen, "PYFLOCALITY_BACKEND", BACKENDS)
 
 
 def select(op: str, call: Call, backend: str | None = None) -> Callable[..., Any]:
@@ -200,7 +197,9 @@ def select(op: str, call: Call, backend: str | None = None) -> Callable[..., Any
             why_not = (
                 implementation.by_name_only
                 or _device_reason(name, call.device)
-                or reason(op, name, call)
+                or machine_reason(name)
+                or implementation.limits(call)
+                or _sharded_reason(implementation, call)
             )
             if why_not is None:
                 return _chosen(op, name)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from pyflocality._support.checks import check_tensor, describe
+from pyflocality.backends.selection import select
 from pyflocality.ops.operation import Operation, Served, Variant, declare, unproven
-from pyflocality.ops.path import chosen
+from pyflocality.ops.path import performed
 from pyflocality.posterior.call import Call
 from pyflocality.storage.mapped import mapped_file
 
@@ -79,7 +80,7 @@ def accumulate_covariance(
             raise ValueError(f"`{name}` must be contiguous, got strides {tensor.stride()}")
     facts = {"file": mapped_file(images)}
     call = Call(device=images.device, dtype=torch.uint8, facts=facts)
-    chosen("covariance", call, backend)(images, gram, total)
+    performed(select("covariance", call, backend), call, images, gram, total)
 
 
 def _check(value: object, name: str, dtype: torch.dtype) -> None:

@@ -22,13 +22,18 @@ from torch import Tensor
 
 from pyflocality._support.checks import LevelLike, Pixel, describe
 from pyflocality._support.transforms import has_readable_values
-from pyflocality.backends.selection import UNPROVEN, Implementation, register
+from pyflocality.backends.selection import UNPROVEN, Implementation, register, select
 from pyflocality.ops.costs import Size, Work
-from pyflocality.ops.path import Query, answered
+from pyflocality.ops.path import Query, joined, performed
 from pyflocality.posterior.call import Call
-from pyflocality.posterior.problem import PosteriorOptions, PosteriorProblem, posterior_problem
+from pyflocality.posterior.problem import (
+    PosteriorOptions,
+    PosteriorProblem,
+    posterior_problem,
+    problem_along,
+)
 from pyflocality.posterior.state import PosteriorState, finalize, finalize_jvp, log_sum_exp
-from pyflocality.posterior.tangents import check_directions, jacobian_factor
+from pyflocality.posterior.tangents import jacobian_factor
 
 Kind = Literal["scan", "jvp", "vjp"]
 # Backends whose implementations join the ranks of a sharded set between the scans that they make.
@@ -164,9 +169,9 @@ class Operation:
         options: PosteriorOptions,
     ) -> tuple[Tensor, Tensor]:
         """As `mean`, and the derivatives along tangents, [K, B, C, H, W]."""
-        problem = posterior_problem(x, images, sigma, alpha, derivatives=True, **options)
-        tangents = check_directions(tangents, x, "tangents")
-        return self.jvp_of(problem, tangents, self.check(problem.image_shape, *given), backend)
+        level = (sigma, alpha)
+        problem, along = problem_along(x, images, *level, options, tangents, "tangents")
+        return self.jvp_of(problem, along, self.check(problem.image_shape, *given), backend)
 
     def vjp(
         self,
@@ -180,9 +185,9 @@ class Operation:
         options: PosteriorOptions,
     ) -> Tensor:
         """Transposed derivatives along cotangents, [K, B, C, H, W]."""
-        problem = posterior_problem(x, images, sigma, alpha, derivatives=True, **options)
-        cotangents = check_directions(cotangents, x, "cotangents")
-        return self.vjp_of(problem, cotangents, self.check(problem.image_shape, *given), backend)
+        level = (sigma, alpha)
+        problem, along = problem_along(x, images, *level, options, cotangents, "cotangents")
+        return self.vjp_of(problem, along, self.check(problem.image_shape, *given), backend)
 
     def log_sum_exp(
         self,
@@ -219,7 +224,7 @@ class Operation:
         backend: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `mean_of`, and the derivatives along tangents [K, B, C, H, W]."""
-        result = self.run("jvp", problem, query, backend, tangents)
+        result = self.run("jvp", problem, query, backend, tangents.to(problem.x.dtype))
         if self.answers_state:
             values = problem.images[0].numel() // result.total.shape[1]
             factor = jacobian_factor(problem)
@@ -236,7 +241,7 @@ class Operation:
         backend: str | None = None,
     ) -> Tensor:
         """Transposed derivatives along cotangents, [K, B, C, H, W]."""
-        result = self.run("vjp", problem, query, backend, cotangents)
+        result = self.run("vjp", problem, query, backend, cotangents.to(problem.x.dtype))
         return result.reshape(cotangents.shape).to(problem.dtype)
 
     def log_sum_exp_of(
@@ -259,10 +264,13 @@ class Operation:
         *directions: Tensor,
     ) -> Any:  # noqa: ANN401  (a state or finished results, as is declared)
         """What the implementation of a variant answers, for the images of all ranks."""
-        directions = tuple(direction.to(problem.x.dtype) for direction in directions)
+        name = self.name if kind == "scan" else f"{self.name}_{kind}"
         call = problem.call(*directions, **self.facts(*query))
+        run = select(name, call, backend)
+        if problem.ranks is None:
+            return performed(run, call, problem, *directions, *query)
         state = self.answers_state and kind != "vjp"
-        return answered(self.variant_name(kind), call, backend, problem, directions, query, state)
+        return joined(run, name, call, problem.ranks, problem, directions, query, state)
 
     def variant_name(self, kind: Kind) -> str:
         """The name under which a variant is chosen, traced and reported."""

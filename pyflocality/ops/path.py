@@ -1,4 +1,4 @@
-"""From a problem to what an implementation answers: choice, checks around a file, join of ranks."""
+"""From a problem to what an implementation answers: checks around a file, join of ranks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pyflocality._support.transforms import in_full_precision
-from pyflocality.backends.selection import select
 from pyflocality.posterior.call import Call
 from pyflocality.posterior.problem import PosteriorProblem
+from pyflocality.posterior.ranks import Ranks
 from pyflocality.storage.mapped import MappedFile, checked_around
 from pyflocality.weights import QueryWeights
 
@@ -19,36 +19,30 @@ from pyflocality.weights import QueryWeights
 Query = tuple[Any, ...]
 
 
-def chosen(name: str, call: Call, backend: str | None) -> Callable[..., Any]:
-    """The implementation that serves a call, in full precision and with its file checked."""
-    run, file = select(name, call, backend), call.facts.get("file")
+def performed(run: Callable[..., Any], call: Call, *arguments: object) -> Any:  # noqa: ANN401
+    """What a chosen implementation answers: its file is checked, in full precision."""
+    file = call.facts.get("file")
     if isinstance(file, MappedFile):
         run = checked_around(file, run)
-
-    def in_own_precision(*arguments: object) -> Any:  # noqa: ANN401
-        with in_full_precision(call.device):
-            return run(*arguments)
-
-    return in_own_precision
+    with in_full_precision(call.device):
+        return run(*arguments)
 
 
-def answered(
+def joined(
+    run: Callable[..., Any],
     name: str,
     call: Call,
-    backend: str | None,
+    ranks: Ranks,
     problem: PosteriorProblem,
     directions: tuple[Tensor, ...],
     query: Query,
     state: bool,
 ) -> Any:  # noqa: ANN401  (a state or finished results)
     """What a variant answers for the images of all ranks; `state` tells whether that is a state."""
-    run, ranks = chosen(name, call, backend), problem.ranks
-    if ranks is None:
-        return run(problem, *directions, *query)
     numbers = [value for value in query if isinstance(value, int)]
     tensors = [tensor for value in (*directions, *query) for tensor in _tensors_of(value)]
     ranks.agree(f"{name} {numbers}", problem.x, problem.alpha, problem.scale, *tensors)
-    result = run(problem, *directions, *query)
+    result = performed(run, call, problem, *directions, *query)
     if not state:
         return result
     if not directions:

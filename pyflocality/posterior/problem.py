@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,28 +14,27 @@ from pyflocality._support.budget import check_least, images_per_chunk, memory_bu
 from pyflocality._support.checks import (
     FLOAT_DTYPES,
     LevelLike,
-    as_pair,
-    check_batch,
     check_choice,
-    check_compute_dtype,
     check_count,
     check_finite,
     check_float_dtype,
-    check_level,
-    check_magnitude,
+    check_noisy,
     check_positive,
     check_tensor,
     describe,
 )
 from pyflocality._support.precision import PRECISIONS, Precision
-from pyflocality._support.transforms import has_readable_values, is_differentiated
+from pyflocality._support.transforms import is_differentiated
 from pyflocality.posterior.call import Call
 from pyflocality.posterior.ranks import Ranks
-from pyflocality.posterior.sharded import plain, ranks_of
+from pyflocality.posterior.sharded import ShardedImages, plain
 from pyflocality.posterior.state import PosteriorState
 from pyflocality.storage.augmentation import Augmentation, check_augmentation
 from pyflocality.storage.mapped import mapped_file
 from pyflocality.storage.reader import Reader
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class PosteriorOptions(TypedDict, total=False):
@@ -126,7 +125,7 @@ class PosteriorProblem:
         """
         facts |= {
             "images_dtype": self.images.dtype,
-            "image_shape": self.image_shape,
+            "image_shape": tuple(self.images.shape[1:]),
             "augmented": self.augmentation is not None,
             "ranks": self.ranks,
             "file": mapped_file(self.images),
@@ -182,66 +181,70 @@ def check_images(images: object) -> Tensor:
     return images
 
 
-def check_noise(level: Tensor, sigma: float | Tensor) -> None:
-    """A noise level at which the posterior has derivatives.
-
-    Args:
-        level: The noise level, checked but for 0.
-        sigma: What the caller gave, for the error message.
-    """
-    if has_readable_values(level) and (level == 0).any():
-        raise ValueError(
-            "`sigma` must be positive for derivatives, which have no limit as it falls to 0, got "
-            f"{describe(sigma)}"
-        )
-
-
 def posterior_problem(
     x: Tensor,
     images: Tensor,
     sigma: LevelLike,
     alpha: float | Tensor,
+    **options: Unpack[PosteriorOptions],
+) -> PosteriorProblem:
+    """Check the arguments that every posterior operation takes; see `PosteriorOptions`."""
+    return problem_along(x, images, sigma, alpha, options)[0]
+
+
+def problem_along(
+    x: Tensor,
+    images: Tensor,
+    sigma: LevelLike,
+    alpha: float | Tensor,
+    options: PosteriorOptions,
+    directions: Tensor | None = None,
+    name: str | None = None,
+) -> tuple[PosteriorProblem, Tensor]:
+    """The problem of checked arguments, and checked directions of derivatives [K, B, C, H, W].
+
+    Args:
+        x: Noisy images.
+        images: Training images.
+        sigma: Noise level, or both coefficients.
+        alpha: Signal coefficient.
+        options: What a caller may leave out.
+        directions: Directions in the space of x.
+        name: Their name in error messages; None where derivatives are not asked for.
+    """
+    # What is cheap to see comes before what takes a pass over the values.
+    known = _known(**options)
+    images = check_images(images)
+    known["augmentation"] = check_augmentation(known["augmentation"], images.shape[1:])
+    x, levels, directions, _ = check_noisy(
+        x, sigma, alpha, images.shape[1:], images.device, directions, name
+    )
+    return trusted_problem(x, images, levels.sigma, levels.alpha, **known), directions
+
+
+def _known(
     *,
-    derivatives: bool = False,
     temperature: float = 1.0,
     dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
     augmentation: Augmentation | None = None,
     precision: Precision = "exact",
-) -> PosteriorProblem:
-    """Check the arguments that every posterior operation takes; see `PosteriorOptions`.
-
-    Derivatives take noise: with `derivatives`, sigma must not be 0.
-    """
-    # What is cheap to see comes before what takes a pass over the values.
+) -> PosteriorOptions:
+    """All options, those checked that are told of nothing else."""
     if chunk_size is not None:
         chunk_size = check_count(chunk_size, "chunk_size")
     memory_budget_bytes(memory_budget)
     temperature = check_positive(temperature, "temperature")
     check_choice(precision, "precision", PRECISIONS)
-    check_float_dtype(dtype)
-    images = check_images(images)
-    augmentation = check_augmentation(augmentation, images.shape[1:])
-    x = check_batch(x, images.shape[1:], images.device, "x")
-    sigma, alpha = as_pair(sigma, alpha)
-    level = check_level(sigma, len(x), x.device, "sigma", allow_zero=True)
-    alpha = check_level(alpha, len(x), x.device, "alpha", allow_zero=False)
-    check_magnitude(x, alpha, "x")
-    if derivatives:
-        check_noise(level, sigma)
-    return trusted_problem(
-        x,
-        images,
-        level,
-        alpha,
-        temperature=temperature,
-        dtype=dtype,
-        memory_budget=memory_budget,
-        chunk_size=chunk_size,
-        augmentation=augmentation,
-        precision=precision,
-    )
+    return {
+        "temperature": temperature,
+        "dtype": check_float_dtype(dtype),
+        "memory_budget": memory_budget,
+        "chunk_size": chunk_size,
+        "augmentation": augmentation,
+        "precision": precision,
+    }
 
 
 def trusted_problem(
@@ -258,19 +261,23 @@ def trusted_problem(
     precision: Precision = "exact",
 ) -> PosteriorProblem:
     """The problem of arguments that were checked before; levels are numbers or float64 [B]."""
-    sigma, alpha = (
-        torch.as_tensor(level, dtype=torch.float64).expand(len(x)) for level in (sigma, alpha)
-    )
-    scale = 1.0 / (2.0 * sigma.square() * temperature)
+    noise = torch.as_tensor(sigma, dtype=torch.float64)
+    signal = torch.as_tensor(alpha, dtype=torch.float64)
+    scale = 1.0 / (2.0 * noise.square() * temperature)
+    ranks = None
+    if isinstance(images, ShardedImages):
+        images, ranks = images.own, images.ranks
+    if dtype is None:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return PosteriorProblem(
-        x.to(check_compute_dtype(dtype, x)),
-        plain(images),
-        alpha.to(x.device),
-        scale.to(x.device),
+        x.to(dtype),
+        images,
+        signal.to(x.device).expand(len(x)),
+        scale.to(x.device).expand(len(x)),
         memory_budget,
         chunk_size,
         augmentation,
-        ranks_of(images),
+        ranks,
         precision,
         x.dtype,
     )

@@ -1,32 +1,11 @@
-"""What the operations for derivatives share: checked directions and the centre."""
+"""What the operations for derivatives share: the factor and the centre."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pyflocality._support.checks import check_float_tensor, describe
 from pyflocality.posterior.problem import PosteriorProblem
-
-
-def check_directions(directions: object, x: Tensor, name: str) -> Tensor:
-    """K batches in the space of x, finite and in its dtype: [K, B, C, H, W].
-
-    Args:
-        directions: What the caller gave.
-        x: The noisy images, checked, [B, C, H, W].
-        name: Name of the argument in error messages.
-    """
-    shape = tuple(x.shape)
-    if isinstance(directions, Tensor) and directions.device != x.device:
-        raise ValueError(f"`{name}` must be on {x.device} like `x`, got {describe(directions)}")
-    directions = check_float_tensor(directions, name, finite=False)
-    if directions.ndim != 5 or tuple(directions.shape[1:]) != shape:
-        expected = ", ".join(["K", *map(str, shape)])
-        raise ValueError(f"`{name}` must have shape [{expected}], got {describe(directions)}")
-    if directions.dtype != x.dtype:
-        raise TypeError(f"`{name}` must be {x.dtype} like `x`, got {describe(directions)}")
-    return check_float_tensor(directions, name)
 
 
 def jacobian_factor(problem: PosteriorProblem) -> Tensor:
