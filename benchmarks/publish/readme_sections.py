@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Callable
+from functools import partial
 
 from pyflocality.backends.report import backend_table
 
+from ..command import Record
 from . import quality_tables
 from .report_figures import CAPTIONS
 from .results_files import NOT_MEASURED, Results, cpu_results, latest
@@ -75,73 +77,37 @@ def speed_section(results: list[Results]) -> str:
     return "\n".join([*lines, "", f"GPUs: {told}."])
 
 
-def _of(results: list[Results], kind: str, of: str) -> Results | None:
-    """The newest file of a kind for a set of images, which its name begins with."""
-    return latest([one for one in results if one.path.stem.startswith(f"{kind}-{of}")], kind)
-
-
-def _quality(of: str = "mnist", *, picture: bool = True) -> Section:
-    """A section with the models against the first network, in short; pictures in colour are large.
+def _beside_networks(
+    kind: str, body: Callable[[Results], str], what: str = "", *, of: str = "mnist"
+) -> Section:
+    """A section made of the newest file of a kind for a set of images.
 
     Args:
-        of: The set.
-        picture: Whether to show the samples.
+        kind: Suite, study or command.
+        body: Makes it.
+        what: What is not yet measured where there is no such file.
+        of: The set, which the file's name begins with after the kind.
     """
 
     def section(results: list[Results]) -> str:
-        from ..reproduce.scores import shown
-        from ..reproduce.table import label_of
-
-        found = _of(results, "reproduce", of)
-        if found is None:
-            return f"Quality against trained networks: {NOT_MEASURED}."
-        report, name = found.report, f"benchmarks/results/{found.path.name}"
-        first = report["networks"][0]["name"]
-        told = (
-            f"{report['data']['name']}, {report['settings']['samples']} images of each model from "
-            f"the same noise in {len(report['settings']['timesteps'])} DDIM steps, against those "
-            "of a small U-Net: mean ± standard error. The second network differs from the first "
-            "in its seed alone. [The findings](docs/findings.md) have the whole table, how long "
-            f"the networks were trained, and what it means; [results file]({name})."
-        )
-        lines = [_filled(told), "", "| model | MSE | r2 | r2 of all steps | s / step |"]
-        lines.append("|---|---|---|---|---|")
-        for row in report["table"]:
-            one = row["against"].get(first)
-            if one is None:
-                continue
-            mse, r2 = one["mse"], one["r2"]
-            cells = [label_of(row, report), shown(mse["final"], 4), shown(r2["final"], 3)]
-            cells += [shown(r2["all_steps"], 3), f"{row['seconds_per_step']:.3g}"]
-            lines.append("| " + " | ".join(cells) + " |")
-        # The others are on the report's page.
-        if picture and "samples" in found.pictures:
-            file = found.pictures["samples"].name
-            lines += ["", f"![{CAPTIONS['samples']}](benchmarks/results/{file})"]
-        return "\n".join(lines)
+        of_set = [one for one in results if one.path.stem.startswith(f"{kind}-{of}")]
+        found = latest(of_set, kind)
+        missing = f"{what or kind.capitalize()}: {NOT_MEASURED}."
+        return missing if found is None else body(found)
 
     return section
 
 
-def _table(of: str = "mnist") -> Section:
-    """A section with the whole table of models, as `pyflocality reproduce` writes it."""
+def _file_of(found: Results) -> str:
+    return f"[results file](benchmarks/results/{found.path.name})"
 
-    def section(results: list[Results]) -> str:
-        from ..reproduce.table import markdown
 
-        found = _of(results, "reproduce", of)
-        if found is None:
-            return f"Table of models against networks: {NOT_MEASURED}."
-        head, rows, tail = markdown(found.report).strip().split("\n\n")
-        told = f"`{found.command}`, [results file](benchmarks/results/{found.path.name})."
-        paragraphs = [_filled(head), rows, _filled(tail), _filled(told)]
-        for name in ("steps", "samples"):
-            if name in found.pictures:
-                picture = found.pictures[name].name
-                paragraphs.append(f"![{CAPTIONS[name]}](benchmarks/results/{picture})")
-        return "\n\n".join(paragraphs)
-
-    return section
+def _picture_of(found: Results, name: str, caption: str = "") -> list[str]:
+    """A picture beside a file as a paragraph of its own, where it is there."""
+    if name not in found.pictures:
+        return []
+    caption = CAPTIONS.get(name, name) or caption
+    return ["", f"![{caption}](benchmarks/results/{found.pictures[name].name})"]
 
 
 def _filled(text: str) -> str:
@@ -149,45 +115,77 @@ def _filled(text: str) -> str:
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
-def _study(
-    kind: str, table: Callable[[dict], str], picture: str = "", *, of: str = "mnist"
-) -> Section:
-    """A section with a table of a study beside networks, and its picture of a name."""
+def _quality(found: Results, *, picture: bool = True) -> str:
+    """The models against the first network, in short; pictures in colour are large."""
+    from ..reproduce.scores import shown
+    from ..reproduce.table import label_of
 
-    def section(results: list[Results]) -> str:
-        found = _of(results, kind, of)
-        if found is None:
-            return f"{kind.capitalize()}: {NOT_MEASURED}."
+    report = found.report
+    first = report["networks"][0]["name"]
+    told = (
+        f"{report['data']['name']}, {report['settings']['samples']} images of each model from "
+        f"the same noise in {len(report['settings']['timesteps'])} DDIM steps, against those "
+        "of a small U-Net: mean ± standard error. The second network differs from the first "
+        "in its seed alone. [The findings](docs/findings.md) have the whole table, how long "
+        f"the networks were trained, and what it means; {_file_of(found)}."
+    )
+    lines = [_filled(told), "", "| model | MSE | r2 | r2 of all steps | s / step |"]
+    lines.append("|---|---|---|---|---|")
+    for row in report["table"]:
+        if first not in row["against"]:
+            continue
+        mse, r2 = (row["against"][first][name] for name in ("mse", "r2"))
+        cells = [label_of(row, report), shown(mse["final"], 4), shown(r2["final"], 3)]
+        cells += [shown(r2["all_steps"], 3), f"{row['seconds_per_step']:.3g}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    # The others are on the report's page.
+    return "\n".join([*lines, *(_picture_of(found, "samples") if picture else [])])
+
+
+def _table(found: Results) -> str:
+    """The whole table of models, as `pyflocality reproduce` writes it."""
+    from ..reproduce.table import markdown
+
+    head, rows, tail = markdown(found.report).strip().split("\n\n")
+    lines = [_filled(head), "", rows, "", _filled(tail), ""]
+    lines.append(_filled(f"`{found.command}`, {_file_of(found)}."))
+    return "\n".join([*lines, *_picture_of(found, "steps"), *_picture_of(found, "samples")])
+
+
+def _study(table: Callable[[Record], str], picture: str = "") -> Callable[[Results], str]:
+    """What a section of a study beside networks holds: its table, and its picture of a name."""
+
+    def body(found: Results) -> str:
         note, _, rows = table(found.report).partition("\n\n")
-        told = f"`{found.command}`, [results file](benchmarks/results/{found.path.name})."
-        lines = [_filled(note), "", rows, "", _filled(told)]
-        if picture in found.pictures:
-            caption = CAPTIONS.get(picture, picture) or kind.capitalize()
-            lines += ["", f"![{caption}](benchmarks/results/{found.pictures[picture].name})"]
-        return "\n".join(lines)
+        told = _filled(f"`{found.command}`, {_file_of(found)}.")
+        drawn = _picture_of(found, picture, found.kind.capitalize())
+        return "\n".join([_filled(note), "", rows, "", told, *drawn])
 
-    return section
+    return body
 
 
-_SECTIONS: dict[str, Section] = {
-    "backends": lambda results: backend_table(),
-    "speed": speed_section,
-    "quality": _quality(),
-    "quality_cifar10": _quality("cifar10", picture=False),
-    "table": _table(),
-    "table_cifar10": _table("cifar10"),
-    "sweeps": _study("sweeps", quality_tables.sweeps),
-    "sweeps_cifar10": _study("sweeps", quality_tables.sweeps, of="cifar10"),
-    "diagnosis": _study("sweeps", quality_tables.diagnosis, "why"),
-    "diagnosis_cifar10": _study("sweeps", quality_tables.diagnosis, "why", of="cifar10"),
-    "masks": _study("sweeps", quality_tables.masks, "samples"),
-    "masks_cifar10": _study("sweeps", quality_tables.masks, "samples", of="cifar10"),
-    "fields": _study("fields", quality_tables.fields),
-    "fields_cifar10": _study("fields", quality_tables.fields, of="cifar10"),
-    "denoising": _study("denoising", quality_tables.denoising),
-    "denoising_cifar10": _study("denoising", quality_tables.denoising, of="cifar10"),
-    "pattern": _study("pattern", quality_tables.pattern, of=""),
-}
+def _sections() -> dict[str, Section]:
+    """The sections by name."""
+    models, whole = "Quality against trained networks", "Table of models against networks"
+    small = partial(_quality, picture=False)
+    found = {
+        "backends": lambda results: backend_table(),
+        "speed": speed_section,
+        "quality": _beside_networks("reproduce", _quality, models),
+        "quality_cifar10": _beside_networks("reproduce", small, models, of="cifar10"),
+        "pattern": _beside_networks("pattern", _study(quality_tables.pattern), of=""),
+    }
+    for name, kind, body, what in (
+        ("table", "reproduce", _table, whole),
+        ("sweeps", "sweeps", _study(quality_tables.sweeps), ""),
+        ("diagnosis", "sweeps", _study(quality_tables.diagnosis, "why"), ""),
+        ("masks", "sweeps", _study(quality_tables.masks, "samples"), ""),
+        ("fields", "fields", _study(quality_tables.fields), ""),
+        ("denoising", "denoising", _study(quality_tables.denoising), ""),
+    ):
+        found[name] = _beside_networks(kind, body, what)
+        found[f"{name}_cifar10"] = _beside_networks(kind, body, what, of="cifar10")
+    return found
 
 
 def rewritten(text: str, results: list[Results]) -> str:
@@ -205,7 +203,7 @@ def rewritten(text: str, results: list[Results]) -> str:
     page = next(iter(pages), "README.md")
     back = "](" + "../" * page.count("/") + "benchmarks/results/"
     marked = False
-    for name, section in _SECTIONS.items():
+    for name, section in _sections().items():
         start, end = (_COMMENT.format(edge=edge, name=name, page=page) for edge in ("Begin", "End"))
         counts = text.count(start), text.count(end)
         if counts == (0, 0):
