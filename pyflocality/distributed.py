@@ -45,7 +45,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from pyflocality._support.checks import check_callable, check_real, describe
+from pyflocality._support.checks import LevelLike, as_pair, check_callable, check_real, describe
 from pyflocality.data import TrainingSet
 from pyflocality.posterior.ranks import RankLostError, Ranks
 from pyflocality.posterior.sharded import ShardedImages, ranks_of
@@ -197,8 +197,9 @@ class _SplitSamples:
         self.device = getattr(denoiser, "device", None)
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0) -> Tensor:
+    def __call__(self, x: Tensor, sigma: LevelLike, alpha: float | Tensor = 1.0) -> Tensor:
         """The answers to all of x."""
+        sigma, alpha = as_pair(sigma, alpha)
         levels = [torch.as_tensor(level, dtype=torch.float64) for level in (sigma, alpha)]
         self._ranks.agree("split_samples", x, *levels)
         rows = self._ranks.part(len(x))

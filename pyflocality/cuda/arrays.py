@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pyflocality import ops
-from pyflocality._support.checks import check_level, check_tensor
+from pyflocality._support.checks import LevelLike, as_pair, check_level, check_tensor
 from pyflocality.backends.selection import BackendUnavailableError, reason
 from pyflocality.kernels.cuda._window_rows import window_posterior_rows as _rows_of_problem
 from pyflocality.ops.operation import OPERATIONS
@@ -40,7 +40,7 @@ def window_posterior_rows(
     images: Array,
     outputs: Sequence[tuple[int, int, int]],
     window: int,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor = 1.0,
     *,
     temperature: float = 1.0,
@@ -52,7 +52,7 @@ def window_posterior_rows(
         images: Training images, uint8 or float32 [N, C, H, W].
         outputs: The values as (channel, row, column), R >= 1 of them.
         window: Odd side of the window.
-        sigma: Noise level, a number or a torch tensor [B], positive.
+        sigma: Noise level, a number or a torch tensor [B], positive; or a `NoiseLevel`.
         alpha: Signal coefficient, a number or a torch tensor [B].
         temperature: Divides the logits.
 
@@ -115,12 +115,13 @@ def _rows(
     images: Tensor,
     outputs: Sequence[tuple[int, int, int]],
     window: int,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor,
     *,
     temperature: float,
     backend: str,
 ) -> Tensor:
+    sigma, alpha = as_pair(sigma, alpha)
     problem = posterior_problem(x, images, sigma, alpha, temperature=temperature)
     check_level(sigma, len(x), x.device, "sigma", allow_zero=False)
     window = check_window(window, *x.shape[-2:])

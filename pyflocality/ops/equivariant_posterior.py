@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyflocality._support.checks import check_choice
+from pyflocality._support.checks import LevelLike, check_choice
 from pyflocality.ops.costs import Size
 from pyflocality.ops.operation import Operation, Served, Variant, declare, per_pair, unproven
 from pyflocality.ops.path import Query
@@ -81,7 +81,7 @@ def equivariant_posterior_mean(
     x: Tensor,
     images: Tensor,
     window: int,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor = 1.0,
     *,
     boundary: str = "circular",
@@ -110,6 +110,7 @@ def equivariant_posterior_mean(
         window: Side of the window in pixels, odd; at most min(H, W) for "circular" and
             2 max(H, W) - 1 for "broken".
         sigma: Noise level, a number or [B]; 0 gives the centre of the nearest patch.
+            Or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         boundary: "circular" or "broken".
         backend: Backend to run on; None follows `pyflocality.use_backend`.
@@ -135,7 +136,7 @@ def equivariant_posterior_jvp(
     tangents: Tensor,
     images: Tensor,
     window: int,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor = 1.0,
     *,
     boundary: str = "circular",
@@ -153,7 +154,7 @@ def equivariant_posterior_jvp(
         tangents: Directions u in the space of x, dtype of x, [K, B, C, H, W].
         images: Training images, [N, C, H, W].
         window: Side of the window in pixels, odd, as in `equivariant_posterior_mean`.
-        sigma: Noise level, a number or [B], positive.
+        sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         boundary: "circular" or "broken".
         backend: Backend to run on; None follows `pyflocality.use_backend`.
@@ -177,7 +178,7 @@ def equivariant_posterior_vjp(
     cotangents: Tensor,
     images: Tensor,
     window: int,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor = 1.0,
     *,
     boundary: str = "circular",
@@ -199,7 +200,7 @@ def equivariant_posterior_vjp(
         cotangents: Directions g in the space of the result, dtype of x, [K, B, C, H, W].
         images: Training images, [N, C, H, W].
         window: Side of the window in pixels, odd, as in `equivariant_posterior_mean`.
-        sigma: Noise level, a number or [B], positive.
+        sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         boundary: "circular" or "broken".
         backend: Backend to run on; None follows `pyflocality.use_backend`.

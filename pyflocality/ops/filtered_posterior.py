@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pyflocality._support.checks import LevelLike
 from pyflocality._support.transforms import outside_transforms
 from pyflocality.ops.masked_posterior import random_mask
 from pyflocality.ops.operation import Operation, Served, Variant, declare, per_pair
@@ -81,7 +82,7 @@ def filtered_posterior_mean(
     images: Tensor,
     weights: Tensor | QueryWeights,
     responses: Tensor | QueryWeights,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor = 1.0,
     *,
     backend: str | None = None,
@@ -104,6 +105,7 @@ def filtered_posterior_mean(
         weights: Query weights w, bool or float, [Q, D] with D = C H W.
         responses: Response weights r, bool or float, [Q, D].
         sigma: Noise level, a number or [B]; 0 gives the nearest image per query.
+            Or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
         options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
@@ -130,7 +132,7 @@ def filtered_posterior_jvp(
     images: Tensor,
     weights: Tensor | QueryWeights,
     responses: Tensor | QueryWeights,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor = 1.0,
     *,
     backend: str | None = None,
@@ -149,7 +151,7 @@ def filtered_posterior_jvp(
         images: Training images, [N, C, H, W].
         weights: Query weights w, bool or float, [Q, D] with D = C H W.
         responses: Response weights r, bool or float, [Q, D].
-        sigma: Noise level, a number or [B], positive.
+        sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
         options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
@@ -173,7 +175,7 @@ def filtered_posterior_vjp(
     images: Tensor,
     weights: Tensor | QueryWeights,
     responses: Tensor | QueryWeights,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor = 1.0,
     *,
     backend: str | None = None,
@@ -192,7 +194,7 @@ def filtered_posterior_vjp(
         images: Training images, [N, C, H, W].
         weights: Query weights w, bool or float, [Q, D] with D = C H W.
         responses: Response weights r, bool or float, [Q, D].
-        sigma: Noise level, a number or [B], positive.
+        sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
         options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.

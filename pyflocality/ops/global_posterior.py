@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from pyflocality._support.checks import LevelLike
 from pyflocality.ops.operation import Operation, Served, Variant, declare, per_pair, unproven
 from pyflocality.posterior.problem import PosteriorOptions
 
@@ -37,7 +38,7 @@ GLOBAL_POSTERIOR = declare(
 def global_posterior_mean(
     x: Tensor,
     images: Tensor,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor = 1.0,
     *,
     backend: str | None = None,
@@ -55,6 +56,7 @@ def global_posterior_mean(
         images: Training images, uint8 (u means u / 127.5 - 1) or float in [-1, 1],
             [N, C, H, W].
         sigma: Noise level, a number or [B]; 0 gives the nearest image (ties share weight).
+            Or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
         options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
@@ -74,7 +76,7 @@ def global_posterior_jvp(
     x: Tensor,
     tangents: Tensor,
     images: Tensor,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor = 1.0,
     *,
     backend: str | None = None,
@@ -90,7 +92,7 @@ def global_posterior_jvp(
         x: Noisy images, [B, C, H, W].
         tangents: Directions u in the space of x, dtype of x, [K, B, C, H, W].
         images: Training images, [N, C, H, W].
-        sigma: Noise level, a number or [B], positive.
+        sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
         options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from pyflocality._support.checks import LevelLike
 from pyflocality.ops.operation import OPERATIONS
 from pyflocality.posterior.problem import PosteriorOptions
 from pyflocality.weights import QueryWeights
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def posterior_log_sum_exp(
     x: Tensor,
     images: Tensor,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor = 1.0,
     *,
     window: int | None = None,
@@ -37,7 +38,7 @@ def posterior_log_sum_exp(
     Args:
         x: Noisy images, [B, C, H, W].
         images: Training images, [N, C, H, W].
-        sigma: Noise level, a number or [B], positive.
+        sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         window: Side of a window around each pixel, as in `window_posterior_mean`: Q = H W.
         weights: A row of weights for each value, as in `masked_posterior_mean`: Q = C H W.

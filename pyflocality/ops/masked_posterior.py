@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyflocality._support.checks import Pixel
+from pyflocality._support.checks import LevelLike, Pixel
 from pyflocality._support.transforms import outside_transforms
 from pyflocality.ops.costs import Size
 from pyflocality.ops.operation import Operation, Served, Variant, declare, per_pair, unproven
@@ -89,7 +89,7 @@ def masked_posterior_mean(
     x: Tensor,
     images: Tensor,
     weights: Tensor | QueryWeights,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor = 1.0,
     *,
     backend: str | None = None,
@@ -111,6 +111,7 @@ def masked_posterior_mean(
         weights: Weights of the D = C H W inputs (columns) for each of the D outputs (rows):
             bool or float [D, D], or a `QueryWeights` that is used again and again.
         sigma: Noise level, a number or [B]; 0 gives the nearest image per output value.
+            Or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
         options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
@@ -135,7 +136,7 @@ def masked_posterior_jvp(
     tangents: Tensor,
     images: Tensor,
     weights: Tensor | QueryWeights,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor = 1.0,
     *,
     backend: str | None = None,
@@ -153,7 +154,7 @@ def masked_posterior_jvp(
         images: Training images, [N, C, H, W].
         weights: Weights of the D = C H W inputs for each of the D outputs: bool or float [D, D],
             or a `QueryWeights`.
-        sigma: Noise level, a number or [B], positive.
+        sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
         options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
@@ -174,7 +175,7 @@ def masked_posterior_vjp(
     cotangents: Tensor,
     images: Tensor,
     weights: Tensor | QueryWeights,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor = 1.0,
     *,
     backend: str | None = None,
@@ -192,7 +193,7 @@ def masked_posterior_vjp(
         images: Training images, [N, C, H, W].
         weights: Weights of the D = C H W inputs for each of the D outputs: bool or float [D, D],
             or a `QueryWeights`.
-        sigma: Noise level, a number or [B], positive.
+        sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
         options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyflocality._support.checks import check_count
+from pyflocality._support.checks import LevelLike, check_count
 from pyflocality.ops.operation import Operation, Served, Variant, declare, per_pair, unproven
 from pyflocality.ops.window_posterior import odd_window
 from pyflocality.posterior.problem import PosteriorOptions
@@ -59,7 +59,7 @@ def patch_set_mean(
     x: Tensor,
     images: Tensor,
     window: int,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor = 1.0,
     *,
     backend: str | None = None,
@@ -81,6 +81,7 @@ def patch_set_mean(
             [N, C, H, W].
         window: Side of the window in pixels, odd or even, at most min(H, W).
         sigma: Noise level, a number or [B]; 0 gives the nearest image per window.
+            Or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
         options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.

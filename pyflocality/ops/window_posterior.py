@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyflocality._support.checks import Pixel, check_count
+from pyflocality._support.checks import LevelLike, Pixel, check_count
 from pyflocality.ops.costs import Size
 from pyflocality.ops.operation import Operation, Served, Variant, declare, per_pair, unproven
 from pyflocality.ops.path import Query
@@ -109,7 +109,7 @@ def window_posterior_mean(
     x: Tensor,
     images: Tensor,
     window: int,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor = 1.0,
     *,
     backend: str | None = None,
@@ -131,6 +131,7 @@ def window_posterior_mean(
             [N, C, H, W].
         window: Side of the window in pixels, odd, at most 2 max(H, W) - 1.
         sigma: Noise level, a number or [B]; 0 gives the nearest image per window.
+            Or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
         options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
@@ -155,7 +156,7 @@ def window_posterior_jvp(
     tangents: Tensor,
     images: Tensor,
     window: int,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor = 1.0,
     *,
     backend: str | None = None,
@@ -172,7 +173,7 @@ def window_posterior_jvp(
         tangents: Directions u in the space of x, dtype of x, [K, B, C, H, W].
         images: Training images, [N, C, H, W].
         window: Side of the window in pixels, odd, at most 2 max(H, W) - 1.
-        sigma: Noise level, a number or [B], positive.
+        sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
         options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
@@ -193,7 +194,7 @@ def window_posterior_vjp(
     cotangents: Tensor,
     images: Tensor,
     window: int,
-    sigma: float | Tensor,
+    sigma: LevelLike,
     alpha: float | Tensor = 1.0,
     *,
     backend: str | None = None,
@@ -210,7 +211,7 @@ def window_posterior_vjp(
         cotangents: Directions g in the space of the result, dtype of x, [K, B, C, H, W].
         images: Training images, [N, C, H, W].
         window: Side of the window in pixels, odd, at most 2 max(H, W) - 1.
-        sigma: Noise level, a number or [B], positive.
+        sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
         options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
