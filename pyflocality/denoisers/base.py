@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,10 @@ class Denoiser(nn.Module):
     def device(self) -> torch.device:
         """Device that inputs must be on."""
         raise AttributeError(f"{type(self).__name__} does not say which device it is on")
+
+    if TYPE_CHECKING:
+        # torch.nn.Module's answers anything.
+        def __call__(self, x: Tensor, sigma: LevelLike, alpha: float | Tensor = 1.0) -> Tensor: ...
 
     def forward(self, x: Tensor, sigma: LevelLike, alpha: float | Tensor = 1.0) -> Tensor:
         """Estimate the clean images.
