@@ -88,8 +88,9 @@ class Denoiser(nn.Module):
         raise AttributeError(f"{type(self).__name__} does not say which device it is on")
 
     if TYPE_CHECKING:
-        # torch.nn.Module's answers anything.
-        def __call__(self, x: Tensor, sigma: LevelLike, alpha: float | Tensor = 1.0) -> Tensor: ...
+
+        def __call__(self, x: Tensor, sigma: LevelLike, alpha: float | Tensor = 1.0) -> Tensor:
+            """As `forward`: that of torch.nn.Module answers anything."""
 
     def forward(self, x: Tensor, sigma: LevelLike, alpha: float | Tensor = 1.0) -> Tensor:
         """Estimate the clean images.
