@@ -30,7 +30,6 @@ from pyflocality.posterior.ranks import Ranks
 from pyflocality.posterior.sharded import ShardedImages, plain
 from pyflocality.posterior.state import PosteriorState
 from pyflocality.storage.augmentation import Augmentation, check_augmentation
-from pyflocality.storage.mapped import mapped_file
 from pyflocality.storage.reader import Reader
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ class PosteriorProblem:
             "image_shape": tuple(self.images.shape[1:]),
             "augmented": self.augmentation is not None,
             "ranks": self.ranks,
-            "file": mapped_file(self.images),
+            "file": self.reader.file,
         }
         tensors = (self.x, self.images, self.alpha, self.scale, *directions)
         differentiated = is_differentiated(*tensors)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ParamSpec, Protocol, TypeVar
 
 import torch
@@ -84,11 +85,17 @@ class Reader:
         """Number of images, copies included."""
         return len(self.images) * (self.augmentation or IDENTITY).copies
 
-    @property
+    @cached_property
+    def file(self) -> MappedFile | None:
+        """The file that the images lie in, or None."""
+        return mapped_file(self.images)
+
+    @cached_property
     def from_file(self) -> bool:
         """Whether blocks are read from a file, the images being larger than the memory budget."""
-        exceeds = self.images.nbytes > memory_budget_bytes(self.memory_budget)
-        return exceeds and mapped_file(self.images) is not None
+        if self.file is None:
+            return False
+        return self.images.nbytes > memory_budget_bytes(self.memory_budget)
 
     def buffer_bytes(self, size: int) -> int:
         """Memory into which `size` images at a time are read; 0 where they lie in memory."""
@@ -100,11 +107,11 @@ class Reader:
         A block that is read from a file is of use until the next one is asked for. The others
         may share memory with the images: do not write to them.
         """
-        trace, first, from_file = _trace.get(), 0, self.from_file
+        trace, first = _trace.get(), 0
         for transform in (self.augmentation or IDENTITY).transforms:
-            for block in self._stored_blocks(size, from_file):
+            for block in self._stored_blocks(size):
                 if trace is not None:
-                    trace.append(Block(first, len(block), from_file))
+                    trace.append(Block(first, len(block), self.from_file))
                 first += len(block)
                 yield transform(block)
 
@@ -157,18 +164,17 @@ class Reader:
 
     def checked(self, read: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """What a function reads of the images, once the file they may map is known as before."""
-        file = mapped_file(self.images)
-        return (read if file is None else checked_around(file, read))(*args, **kwargs)
+        run = read if self.file is None else checked_around(self.file, read)
+        return run(*args, **kwargs)
 
-    def _stored_blocks(self, size: int, from_file: bool) -> Iterator[Tensor]:
+    def _stored_blocks(self, size: int) -> Iterator[Tensor]:
         """The images without copies."""
-        file = mapped_file(self.images)
-        if file is None:
+        if self.file is None:
             yield from self.images.split(size)
-        elif from_file:
-            yield from _blocks_of_file(file, self.images, size)
+        elif self.from_file:
+            yield from _blocks_of_file(self.file, self.images, size)
         else:
-            with file.guarded() as guard:
+            with self.file.guarded() as guard:
                 for block in self.images.split(size):
                     yield block
                     if guard.lost:
