@@ -120,8 +120,9 @@ def machine_reason(backend: str) -> str | None:
     if importlib.util.find_spec(package) is None:
         wanted = f"'pyflocality[{backend}]'"
         # The extra brings CuPy for CUDA 13; CuPy has to be for the CUDA that torch brings.
-        if backend == "cuda" and (torch.version.cuda or "13").split(".")[0] != "13":
-            wanted = f"cupy-cuda{torch.version.cuda.split('.')[0]}x"
+        cuda = (torch.version.cuda or "13").split(".")[0]
+        if backend == "cuda" and cuda != "13":
+            wanted = f"cupy-cuda{cuda}x"
         return f"the package {package!r} is not installed: pip install {wanted}"
     if not torch.cuda.is_available():
         cure = (

@@ -20,8 +20,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from pyflocality import ops
 from pyflocality._support.checks import LevelLike, as_pair, check_level, check_tensor
@@ -87,7 +87,7 @@ def as_tensor(array: Array, name: str) -> Tensor:
     if any(stride < 0 for stride in getattr(array, "strides", None) or ()):
         raise ValueError(f"`{name}` must not have negative strides: pass a copy of it")
     try:
-        return torch.from_dlpack(array)
+        return from_dlpack(array)
     except BufferError as error:
         raise TypeError(f"`{name}` cannot be passed through DLPack: {error}") from error
 

@@ -38,8 +38,9 @@ def check_patch_window(window: object, height: int, width: int, boundary: str) -
 
 
 def _check(image_shape: Sequence[int], window: object, boundary: object) -> Query:
-    boundary = check_choice(boundary, "boundary", BOUNDARIES)
-    return check_patch_window(window, *image_shape[1:], boundary), boundary == "circular"
+    rule = check_choice(boundary, "boundary", BOUNDARIES)
+    _, height, width = image_shape
+    return check_patch_window(window, height, width, rule), rule == "circular"
 
 
 def _at_all_places(flops: Callable[[Size], int]) -> Callable[[Size], float]:

@@ -265,7 +265,7 @@ def trusted_problem(
     scale = 1.0 / (2.0 * noise.square() * temperature)
     ranks = None
     if isinstance(images, ShardedImages):
-        images, ranks = images.own, images.ranks
+        ranks, images = images.ranks, images.own
     if dtype is None:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return PosteriorProblem(

@@ -147,7 +147,7 @@ class Ranks:
         for tensor in tensors:
             digest = zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), digest)
             content = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
-            digest = zlib.crc32(content.numpy(), digest)
+            digest = zlib.crc32(content.numpy().data, digest)
         # The smallest and, negated, the largest.
         device = tensors[0].device if tensors else None
         bounds = torch.tensor([digest, -digest], dtype=torch.int64, device=device)
@@ -159,7 +159,7 @@ class Ranks:
                 "seed each rank's generator alike"
             )
 
-    def _reduce(self, tensor: Tensor, op: dist.ReduceOp) -> None:
+    def _reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
         try:
             dist.all_reduce(tensor, op, group=self.group)
         # torch has no type of its own for gloo's errors.

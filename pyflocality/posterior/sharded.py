@@ -32,11 +32,11 @@ class ShardedImages(Tensor):
     @staticmethod
     def of(images: Tensor, ranks: Ranks) -> ShardedImages:
         """Images [n, C, H, W] as those of one rank, sharing their memory."""
-        found = images.as_subclass(ShardedImages)
-        found.ranks, found.own = ranks, images
-        return found
+        result = images.as_subclass(ShardedImages)
+        result.ranks, result.own = ranks, images
+        return result
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # noqa: ANN401  (torch's)
         """Shape and part."""
         part = f"part {self.ranks.rank + 1} of {self.ranks.count}"
         return f"ShardedImages({tuple(self.shape)}, {self.dtype}, {part})"

@@ -27,7 +27,7 @@ would be a Jacobian that is 0. `merge_tangents` joins such states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -187,7 +187,7 @@ def update_tangents(
 
 
 def tangent_sums(
-    weights: Tensor, inner: Sequence[Tensor], values: Tensor, nearest: Tensor
+    weights: Tensor, inner: Iterable[Tensor], values: Tensor, nearest: Tensor
 ) -> Tensor:
     """The weighted sums of one batch element over a chunk, with tangents, float64.
 

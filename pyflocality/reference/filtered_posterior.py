@@ -51,10 +51,11 @@ def jvp(
 ) -> tuple[Tensor, Tensor]:
     """The blend [B, C, H, W] and its derivatives along tangents [K, B, C, H, W]."""
     by_query, answers = _dense(problem, weights, responses)
-    found = weighted_derivatives(
+    result = weighted_derivatives(
         problem, tangents, by_query, lambda products: products @ by_query.T, answers, blend=True
     )
-    return found.blend, found.derivatives
+    assert result.blend is not None
+    return result.blend, result.derivatives
 
 
 def vjp(

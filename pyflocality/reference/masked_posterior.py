@@ -96,14 +96,15 @@ def weighted_derivatives(
     def pieces() -> Iterator[Piece]:
         for images in problem.chunks(chunk):
             flat = images.flatten(1)
-            yield Piece(
-                weighted_distances(x, flat, alpha, weights.T),
-                lambda b, u, flat=flat: inner(u.flatten() * (flat - centre[b])),
-                lambda b, coefficients, flat=flat: (
-                    ((coefficients @ spread) * (flat - centre[b])).sum(0).reshape(shape)
-                ),
-            )
-            del images, flat
+
+            def products(b: int, u: Tensor, flat: Tensor = flat) -> Tensor:
+                return inner(u.flatten() * (flat - centre[b]))
+
+            def sums(b: int, coefficients: Tensor, flat: Tensor = flat) -> Tensor:
+                return ((coefficients @ spread) * (flat - centre[b])).sum(0).reshape(shape)
+
+            yield Piece(weighted_distances(x, flat, alpha, weights.T), products, sums)
+            del images, flat, products, sums
 
     found = two_passes(problem, directions, queries, pieces, blend=blend)
     if found.blend is None:

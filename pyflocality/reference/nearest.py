@@ -189,7 +189,8 @@ def _add(sums: list[int], terms: list[float], power: int) -> None:
 
 def _split(numbers: Tensor, bits: int) -> tuple[list[Tensor], list[int]]:
     """Integers of some bits, float64, and exponents of two: numbers = sum of their products."""
-    rest, parts, powers = numbers, [], []
+    parts: list[Tensor] = []
+    rest, powers = numbers, []
     power = math.frexp(float(numbers.abs().max()))[1]
     while not parts or (power > _LOWEST and bool(rest.any())):
         power = max(power - bits, _LOWEST)

@@ -71,16 +71,15 @@ def vjp(problem: PosteriorProblem, cotangents: Tensor, window: int) -> Tensor:
             distance = box_sum(difference.square().sum(2), window).flatten(2)
             del difference
 
+            def inner(b: int, g: Tensor, values: Tensor = values) -> Tensor:
+                return (g * (values - centre[b])).sum(1).flatten(1)
+
             def spread(b: int, coefficients: Tensor, values: Tensor = values) -> Tensor:
                 planes = box_sum(coefficients.reshape(1, -1, height, width), window)[0]
                 return (planes[:, None] * (values - centre[b])).sum(0)
 
-            yield Piece(
-                distance,
-                lambda b, g, values=values: (g * (values - centre[b])).sum(1).flatten(1),
-                spread,
-            )
-            del values, distance, spread
+            yield Piece(distance, inner, spread)
+            del values, distance, inner, spread
 
     return two_passes(problem, cotangents, height * width, pieces).derivatives
 
