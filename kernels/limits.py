@@ -5,7 +5,8 @@ A predicate answers None, or the reason why a kernel cannot serve a call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -72,7 +73,7 @@ def patch_limits(call: Call) -> str | None:
     reason = uint8_limits(call)
     if reason is not None or "window" not in call.facts:
         return reason
-    window, channels = call.facts["window"], call.facts["image_shape"][0]
+    window, (channels, _, _) = _window_of(call)
     # Channels as the kernel stores them: a power of two, at least 2.
     stored = max(2, 1 << (channels - 1).bit_length())
     if window * stored > LONGEST_RUN:
@@ -98,13 +99,19 @@ def _window_limits(call: Call, plan: Callable[[WindowShape], WindowPlan]) -> str
     reason = float32_limits(call) or _stored_images_limits(call) or device_limits(call)
     if reason is not None or "window" not in call.facts:
         return reason
-    channels, height, width = call.facts["image_shape"]
+    window, (channels, height, width) = _window_of(call)
     stored_bytes, vector = call.facts["images_dtype"] == torch.uint8, width % 4 == 0
     try:
-        plan(WindowShape(channels, height, width, call.facts["window"], stored_bytes, vector))
+        plan(WindowShape(channels, height, width, window, stored_bytes, vector))
     except ValueError as error:
         return str(error)
     return None
+
+
+def _window_of(call: Call) -> tuple[int, tuple[int, int, int]]:
+    """The window and the shape of an image, (C, H, W)."""
+    facts: Mapping[str, Any] = call.facts
+    return facts["window"], tuple(facts["image_shape"])
 
 
 def _stored_images_limits(call: Call) -> str | None:

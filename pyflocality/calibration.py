@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -76,6 +77,12 @@ class WindowTable(Sequence[tuple[float, int]]):
     def __len__(self) -> int:
         return len(self.ratios)
 
+    @overload
+    def __getitem__(self, index: int) -> tuple[float, int]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[float, int]]: ...
+
     def __getitem__(self, index: int | slice) -> tuple[float, int] | list[tuple[float, int]]:
         """The level at a position, and its best window: of equally good ones the first.
 
@@ -84,12 +91,15 @@ class WindowTable(Sequence[tuple[float, int]]):
             IndexError: There is no such level.
         """
         if isinstance(index, slice):
-            return [self[position] for position in range(len(self))[index]]
+            return [self._best(position) for position in range(len(self))[index]]
         count = len(self)
         index = check_count(index, "index", minimum=-sys.maxsize, maximum=sys.maxsize)
         if not -count <= index < count:
             # What ends an iteration over a sequence.
             raise IndexError(f"`index` must be in 0..{count - 1}, got {index}")
+        return self._best(index)
+
+    def _best(self, index: int) -> tuple[float, int]:
         row = self.similarities[index]
         return self.ratios[index], self.windows[row.index(max(row))]
 
@@ -221,10 +231,10 @@ def calibrate_windows(
     windows = tuple(check_count(window, "windows") for window in _check_filled(windows, "windows"))
     # Refuses a wrong window before any work.
     models = [_model_of(model, data, window) for window in windows]
-    shape = (samples, *shape)
     device = data.device if generator is None else generator.device
     # The network may be any function, without a shape and a device of its own.
-    noise = torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(
+    size = (samples, *shape)
+    noise = torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(
         data.device
     )
     run = sample(
@@ -290,10 +300,10 @@ def _median_cosine(a: Tensor, b: Tensor) -> float:
 
 
 def _check_filled(values: object, name: str) -> Sequence:
-    check_sequence(values, name)
-    if len(values) == 0:
+    given = check_sequence(values, name)
+    if len(given) == 0:
         raise ValueError(f"`{name}` must hold at least one value, got none")
-    return values
+    return given
 
 
 def _check_numbers(values: object, name: str, low: float, high: float) -> None:

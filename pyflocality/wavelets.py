@@ -213,10 +213,10 @@ def check_sides(shape: Sequence[int], levels: int, name: str) -> None:
 
 
 def _check_images(images: object, name: str) -> Tensor:
-    check_float_tensor(images, name, finite=False)
-    if images.ndim != 4:
-        raise ValueError(f"`{name}` must have shape [B, C, H, W], got {describe(images)}")
-    return images
+    given = check_float_tensor(images, name, finite=False)
+    if given.ndim != 4:
+        raise ValueError(f"`{name}` must have shape [B, C, H, W], got {describe(given)}")
+    return given
 
 
 def _defect(f: Sequence[float]) -> float:

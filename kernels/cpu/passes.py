@@ -137,7 +137,7 @@ def scan_values(
 ) -> PosteriorState:
     """Run a scan; the state in the units of the formulas. Arguments as those of `scan_images`."""
     stored = StoredProblem(problem)
-    state = scan_images(stored, kernel, bytes_per_image, instruction_set, **options)
+    state = scan_images(stored, kernel, bytes_per_image, instruction_set, (), merge, **options)
     return PosteriorState(
         stored.distances(state.minimum), state.total, stored.values(state.weighted, state.total)
     )

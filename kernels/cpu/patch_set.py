@@ -14,12 +14,16 @@ from pyflocality.reference.patch_set import windows_over
 def scan(problem: PosteriorProblem, window: int, *, instruction_set: str | None = None) -> Tensor:
     """The means, [B, C, H, W]."""
     stored = StoredProblem(problem)
-    options = {"image_shape": image_shape(problem), "window": window}
+    shape = image_shape(problem)
     per_image = problem.x.shape[2:].numel() * BYTES_PER_SUM
     kernel = native_module().patch_set_scan
-    state = scan_images(stored, kernel, per_image, instruction_set, **options)
+    state = scan_images(
+        stored, kernel, per_image, instruction_set, image_shape=shape, window=window
+    )
     state = problem.merged(state, stored.scale)
     kernel = native_module().patch_set
-    sums = apply_weights(stored, kernel, state, instruction_set, **options)[:, 0]
+    sums = apply_weights(stored, kernel, state, instruction_set, image_shape=shape, window=window)[
+        :, 0
+    ]
     means = sums.reshape(problem.x.shape) / windows_over(problem.x.shape[2:], window, sums)
     return means * stored.step + stored.shift

@@ -167,10 +167,10 @@ def kernel_source(name: str) -> str:
         if header in seen:
             return ""
         seen.add(header)
-        text = root.joinpath("include", *header.split("/")).read_text(encoding="utf-8")
+        text = root.joinpath(f"include/{header}").read_text(encoding="utf-8")
         return expand(text.replace("#pragma once\n", ""))
 
-    return expand(root.joinpath("cuda", f"{name}.cu").read_text(encoding="utf-8"))
+    return expand(root.joinpath(f"cuda/{name}.cu").read_text(encoding="utf-8"))
 
 
 def compile_options(macros: Mapping[str, int]) -> tuple[str, ...]:

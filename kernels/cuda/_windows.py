@@ -157,6 +157,6 @@ def _launch(
     return Launch(kernel, kernel, grid, plan.threads, plan.shared_bytes, macros)
 
 
-def _merge(kernel: str, entries: int, *others: int) -> Launch:
-    grid = (ceil_div(entries, _MERGE_ENTRIES), *others)
+def _merge(kernel: str, entries: int, rows: int, planes: int) -> Launch:
+    grid = (ceil_div(entries, _MERGE_ENTRIES), rows, planes)
     return Launch("merge", kernel, grid, _MERGE_THREADS, 8 * _MERGE_THREADS)

@@ -30,7 +30,7 @@ class Cached:
     def here(self) -> tuple[Tensor, ...]:
         """The tensors, for use on the current stream."""
         stream = _current_stream(self._tensors[0].device)
-        if stream is not None:
+        if stream is not None and self._written is not None:
             stream.wait_event(self._written)
             for tensor in self._tensors:
                 tensor.record_stream(stream)

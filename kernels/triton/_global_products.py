@@ -274,12 +274,12 @@ def fixed_point(noisy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     quantum = torch.where(quantum > 0, quantum, 1.0)
     whole = (noisy / quantum[:, None]).round()
     common = (quantum * torch.linalg.vector_norm(whole, dim=1)).square()
-    rest, digits = whole.to(torch.int32), []
+    rest, lower = whole.to(torch.int32), []
     for _ in range(DIGITS - 1):
         digit = ((rest + 128) & 255) - 128
-        digits.append(digit)
+        lower.append(digit)
         rest = (rest - digit) >> 8
-    digits = torch.stack([rest, *reversed(digits)], dim=1)
+    digits = torch.stack([rest, *reversed(lower)], dim=1)
     return digits.to(torch.int8), quantum, common
 
 

@@ -279,12 +279,13 @@ def squared_norms(
         config: Shapes of the kernels.
         target: Where the norms go; None makes a tensor.
     """
-    above = None
+    above: Tensor | None = None
     for level in reversed(levels.levels):
         outputs = level is levels.levels[0]
-        norms = target
         if target is None or not outputs:
             norms = torch.empty(level.tiles * OUTPUTS, columns.shape[1], device=columns.device)
+        else:
+            norms = target
         squared_norms_kernel[(level.tiles, columns.shape[1] // config.block_n)](
             images_ptr=columns,
             mask_weights_ptr=level.mask_weights,
@@ -299,4 +300,4 @@ def squared_norms(
             **list_arguments(level, config, config.norms),
         )
         above = norms
-    return above
+    return norms

@@ -56,7 +56,8 @@ class Geometry:
     @property
     def patches(self) -> tuple[int, int]:
         """Rows and columns of patches of an image."""
-        return tuple(side - self.window + 1 for side in self.padded)
+        height, width = self.padded
+        return height - self.window + 1, width - self.window + 1
 
     @property
     def bytes_per_image(self) -> int:
@@ -140,8 +141,8 @@ def converted_images(
         pixels = keys[:size].view(len(block), height, width, geometry.channels)
         digits = norms[:norm_size].view(len(block), *geometry.patches, 4)
         pieces = (some.split(converted) for some in (block, pixels, digits))
-        for piece in zip(*pieces, strict=True):
-            _convert(*piece, geometry)
+        for stored, into, norm in zip(*pieces, strict=True):
+            _convert(stored, into, norm, geometry)
         yield keys, norms, len(block)
 
 

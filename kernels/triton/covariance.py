@@ -188,8 +188,8 @@ def scan(
     """
     if len(images) == 0:
         return
-    tiles = upper_tiles(images.shape[1], config)
-    tiles = torch.tensor(tiles, dtype=torch.int32, device=images.device)
+    positions = upper_tiles(images.shape[1], config)
+    tiles = torch.tensor(positions, dtype=torch.int32, device=images.device)
     at_a_time = max(config.block_images, min(IMAGES_PER_PASS, _PASS_BYTES // images.shape[1]))
     with on_device_of(images):
         for block in images.split(at_a_time):

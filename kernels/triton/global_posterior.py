@@ -64,7 +64,7 @@ def scan(problem: PosteriorProblem, *, config: Config | None = None) -> Posterio
 def _scan(stored: StoredProblem, split: int, config: Config) -> PosteriorState:
     """State of some queries in bytes: minimum [B], total [B], weighted u - 128 [B, D]."""
     noisy, factor = filled(stored.exact.flatten(1) - CENTRE), filled(stored.factor, 1.0)
-    queries, state = fixed_point(noisy), empty_state(*noisy.shape, noisy.device)
+    queries, state = fixed_point(noisy), empty_state(len(noisy), noisy.shape[1], noisy.device)
     with on_device_of(noisy):
         for images, norms in _blocks(stored):
             distances = distances_of(images, norms, queries, config)

@@ -125,13 +125,13 @@ def jvp(
     levels = mask_levels(weights, problem.images.shape[1:], config.block_d, device)
     images = centred_images(problem.images)
     directions = tangents.detach().double().flatten(2).transpose(0, 1)
-    minimum, total, means = None, None, None
-    inner, cross = [], []
+    inner: list[Tensor] = []
+    cross: list[Tensor] = []
     for first, last, slots in tangent_groups(len(tangents)):
         some = directions.new_zeros(len(directions), slots - 1, directions.shape[2])
         some[:, : last - first] = directions[:, first:last]
         sums = TangentScan(stored, some, images, levels, config).sums_of(last - first)
-        if means is None:
+        if not inner:
             minimum, total, means = sums[:3]
         # Each group has a total of its own, rounded in its own way.
         share = (total / sums[1])[..., None]
@@ -148,7 +148,8 @@ def tangent_groups(count: int) -> list[tuple[int, int, int]]:
 
     K tangents take at most 4/3 (1 + K) slots together; without any the noisy image takes two.
     """
-    groups, first = [], 0
+    groups: list[tuple[int, int, int]] = []
+    first = 0
     while first < count or not groups:
         left = count - first
         slots = SLOTS[left] if left < len(SLOTS) else LARGEST_SLOTS

@@ -66,7 +66,7 @@ class Journal:
         """Note a run before its first temporary file is made."""
         self._add({"id": run.id, "key": run.key, "force": run.force})
 
-    def rename(self, run: BegunRun, results: Mapping[str, tuple[int, int]]) -> None:
+    def rename(self, run: BegunRun, results: Mapping[str, tuple[int, int] | None]) -> None:
         """Note the results of a run before the first of them gets its name."""
         self._add({"id": run.id, "renaming": results})
 

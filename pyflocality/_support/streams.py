@@ -59,11 +59,13 @@ class Forgiving:
     def settle(self) -> None:
         """Flush, and let go of what cannot be written: Python's own end would fail with it."""
         self.flush()
-        if self.failure is None or self._stream not in (sys.__stdout__, sys.__stderr__):
+        stream = self._stream
+        is_standard = stream in (sys.__stdout__, sys.__stderr__)
+        if self.failure is None or stream is None or not is_standard:
             return
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
+            os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401

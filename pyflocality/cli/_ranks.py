@@ -131,7 +131,7 @@ def _told(end: str | None = None) -> str | None:
 
     key = f"pyflocality/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]  # its stubs lack the public name
+        store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             timeout=timedelta(seconds=_PATIENCE),

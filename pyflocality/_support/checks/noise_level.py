@@ -148,6 +148,5 @@ def _marked(value: float | Tensor, name: str) -> float | Tensor:
     if has_readable_values(value) and not ((value >= 0) & value.isfinite()).all():
         raise ValueError(f"`{name}` must be finite and not negative, got {describe(value)}")
     marked = value.view_as(value)
-    # Torch lets every tensor have attributes, of which its type knows nothing.
-    marked._coefficient = name  # type: ignore[attr-defined]
+    marked._coefficient = name  # type: ignore[attr-defined]  # torch lets every tensor have some
     return marked

@@ -38,7 +38,7 @@ def check_real(
     try:
         number = float(value)
     except (OverflowError, ValueError):
-        number = math.inf if value > 0 else -math.inf
+        number = -math.inf if value < 0 else math.inf
     inside = (number > low if above else number >= low) and (
         number < high if below else number <= high
     )

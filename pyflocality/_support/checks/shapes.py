@@ -43,13 +43,14 @@ def check_pixel(value: object, image_shape: Sequence[int], name: str = "pixel") 
 
 def check_device(value: object, name: str = "device") -> torch.device:
     """A device that holds values: a name such as "cuda:1", a torch.device or a GPU's number."""
-    is_number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_number and not isinstance(value, (str, torch.device)):
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        value = int(value)
+    elif not isinstance(value, (str, torch.device)):
         raise TypeError(
             f"`{name}` must be a device such as 'cpu' or 'cuda:1', got {describe(value)}"
         )
     try:
-        device = torch.device(int(value) if is_number else value)
+        device = torch.device(value)
     except (RuntimeError, OverflowError, ValueError) as error:
         raise ValueError(
             f"`{name}` must be a device such as 'cpu' or 'cuda:1', got {describe(value)}"

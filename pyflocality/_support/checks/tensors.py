@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from pyflocality._support.checks.describing import describe
 from pyflocality._support.checks.objects import check_float_dtype
@@ -44,7 +44,7 @@ def check_tensor(value: object, name: str, expected: str = "a torch.Tensor") -> 
             f"`{name}` must be a dense tensor (strided, neither sparse nor nested nor quantized), "
             f"got {describe(value)}"
         )
-    if value.is_meta or isinstance(value, UninitializedTensorMixin):
+    if value.is_meta or is_lazy(value):
         raise ValueError(f"`{name}` must hold values, got {describe(value)}")
     # Kernels read the memory, where the values of a negative view have the other sign.
     return value.resolve_neg() if value.is_neg() else value
@@ -93,7 +93,7 @@ def check_directions(directions: object, x: Tensor, name: str) -> Tensor:
 
 def check_compute_dtype(dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
     """The dtype to compute in: `dtype`, or x's own (float32 for half-precision x)."""
-    if check_float_dtype(dtype) is None:
+    if dtype is None or check_float_dtype(dtype) is None:
         return torch.float64 if x.dtype == torch.float64 else torch.float32
     return dtype
 
@@ -141,7 +141,9 @@ def known_finite(tensor: Tensor) -> Tensor:
 
 def _is_known(tensor: Tensor) -> bool:
     piece = _piece(tensor)
-    entry = None if piece is None else _known.get(tensor.untyped_storage()._cdata)
+    if piece is None:
+        return False
+    entry = _known.get(tensor.untyped_storage()._cdata)
     if entry is None or entry[1] != tensor._version or entry[0].expired():
         return False
     dtype, first, last = piece
@@ -153,12 +155,12 @@ def _piece(tensor: Tensor) -> tuple[torch.dtype, int, int] | None:
     if tensor.is_inference() or tensor.numel() == 0:
         # Tensors of inference mode do not count their changes.
         return None
-    extent = 1 + sum(
+    extent: int = 1 + sum(
         (size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
     )
     if extent != tensor.numel():
         return None
-    first = tensor.storage_offset()
+    first = int(tensor.storage_offset())
     return tensor.dtype, first, first + extent
 
 
