@@ -59,7 +59,7 @@ class StoredProblem:
         """The noisy images cut to the range of stored values, float32 [B, C, H, W]."""
         return self.noisy.clamp(0.0, 255.0) if self.has_bytes else self.noisy.clamp(-1.0, 1.0)
 
-    @property
+    @cached_property
     def has_bytes(self) -> bool:
         """Whether the training images are stored as bytes."""
         return self.problem.images.dtype == torch.uint8
@@ -74,7 +74,7 @@ class StoredProblem:
         """What a stored value of 0 is in the units of the formulas."""
         return -1.0 if self.has_bytes else 0.0
 
-    @property
+    @cached_property
     def unit(self) -> Tensor:
         """A distance of the formulas is unit^2 times the stored one, float64 [B]."""
         return self.problem.alpha / BYTES_PER_UNIT if self.has_bytes else self.problem.alpha
@@ -141,7 +141,7 @@ class StoredProblem:
         for rows in self.rows():
             yield rows.unflatten(1, self.problem.images.shape[1:])
 
-    @property
+    @cached_property
     def _copied(self) -> int:
         """Images of a block that is read or copied."""
         most = min(_BLOCK_BYTES, memory_budget_bytes(self.problem.memory_budget) // 4)

@@ -115,8 +115,7 @@ def _over_images(
     split = [
         row.contiguous().split(at_a_time) for row in (stored.noisy.flatten(1), stored.factor, *rows)
     ]
-    groups = [[row.numpy() for row in group] for group in zip(*split, strict=True)]
-    scales = stored.scale.split(at_a_time)
+    groups = [tuple(map(Tensor.numpy, group)) for group in zip(*split, strict=True)]
     result: list[tuple] = []
     for images in stored.rows():
         block = images.numpy()
@@ -124,8 +123,9 @@ def _over_images(
             tuple(map(torch.from_numpy, kernel(block, *arrays, threads=threads, **options)))
             for arrays in groups
         ]
+        scales = stored.scale.split(at_a_time) if result else ()
         result = list(map(join, result, answers, scales)) if result else answers
-    return tuple(torch.cat(part) for part in zip(*result, strict=True))
+    return tuple(map(torch.cat, zip(*result, strict=True)))
 
 
 def scan_values(

@@ -305,7 +305,7 @@ class PosteriorDenoiser(Denoiser):
     @property
     def device(self) -> torch.device:
         """Device of the training set, where inputs must be."""
-        return self.data.device
+        return self.data.images.device
 
     def _questions(self, kind: Kind) -> Callable[[float, float], Asked]:
         """What is asked at a noise level, as a function (alpha, sigma) that serves one call."""

@@ -175,15 +175,14 @@ class PCALocalityDenoiser(QueryDenoiser):
 
     def _passes(self, kind: Kind, levels: Levels, batch: int) -> Iterator[tuple[Rows, Asked]]:
         # One level after the other: its weights need not outlive its pass.
-        question = self._questions(kind)
         for alpha, sigma, rows in split_levels(levels, batch):
-            asked = question(alpha, sigma)
-            if not asked.query[0].is_mask and is_differentiated(*levels):
+            weights = self._weights_at(alpha, sigma)
+            if not weights.is_mask and is_differentiated(*levels):
                 raise NotImplementedError(
                     "no derivative by `sigma` or `alpha` at mask_threshold=0, where the weights "
                     "themselves change with the noise level"
                 )
-            yield rows, asked
+            yield rows, Asked(MASKED_POSTERIOR, (weights,))
 
     def _answer(
         self, kind: Kind, asked: Asked, x: Tensor, levels: Levels, *directions: Tensor

@@ -31,14 +31,9 @@ class Transform:
     down: int
     right: int
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether images stay as they are."""
-        return not (self.mirrored or self.down or self.right)
-
     def __call__(self, images: Tensor) -> Tensor:
         """The copies of images [..., H, W], new memory unless they stay as they are."""
-        if self.is_identity:
+        if not (self.mirrored or self.down or self.right):
             return images
         height, width = images.shape[-2:]
         columns = _sources(width, self.right, images.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import operator
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
@@ -109,12 +108,12 @@ def _check_sizes(sizes: list[float], alpha: float | Tensor, name: str) -> None:
     alphas = _numbers(alpha) if isinstance(alpha, Tensor) else [alpha] * len(sizes)
     if alphas and max(alphas) > LARGEST:
         raise ValueError(f"`alpha` must be at most {LARGEST:g}, got {max(alphas):g}")
-    limits = [LARGEST * min(a, 1.0) for a in alphas]
-    if any(map(operator.gt, sizes, limits)):
-        raise ValueError(
-            f"`{name}` must lie within {LARGEST:g} times `alpha`, and within {LARGEST:g}, got "
-            f"values up to {max(sizes):g} at alpha {min(alphas):g}"
-        )
+    for size, one in zip(sizes, alphas, strict=True):
+        if size > LARGEST * min(one, 1.0):
+            raise ValueError(
+                f"`{name}` must lie within {LARGEST:g} times `alpha`, and within {LARGEST:g}, got "
+                f"values up to {max(sizes):g} at alpha {min(alphas):g}"
+            )
 
 
 def check_levels(
@@ -135,6 +134,11 @@ def check_levels(
         derivatives: Whether derivatives are asked for, which have no limit as sigma falls to 0.
         positive: Whether sigma must not be 0 for another reason.
     """
+    # As most levels are: nothing to convert and nothing wrong.
+    plain = type(sigma) is float and type(alpha) is float
+    if plain and not torch.compiler.is_dynamo_compiling():
+        if 0 < sigma < math.inf and 0 < alpha < math.inf:
+            return Levels(alpha, sigma)
     sigma, alpha = as_pair(sigma, alpha)
     noise = _checked(sigma, batch, "sigma", allow_zero=not positive, derivatives=derivatives)
     return Levels(_checked(alpha, batch, "alpha", allow_zero=False), noise)

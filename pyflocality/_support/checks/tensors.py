@@ -10,7 +10,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
 from pyflocality._support.checks.describing import describe
-from pyflocality._support.checks.objects import check_float_dtype
 from pyflocality._support.transforms import has_readable_values, is_traced
 
 # What torch computes with everywhere; float8 and float4 are for storage alone.
@@ -89,13 +88,6 @@ def check_directions(directions: object, x: Tensor, name: str) -> Tensor:
     if along.dtype != x.dtype:
         raise TypeError(f"`{name}` must be {x.dtype} like `x`, got {describe(along)}")
     return along
-
-
-def check_compute_dtype(dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
-    """The dtype to compute in: `dtype`, or x's own (float32 for half-precision x)."""
-    if dtype is None or check_float_dtype(dtype) is None:
-        return torch.float64 if x.dtype == torch.float64 else torch.float32
-    return dtype
 
 
 # Memory that is known to hold finite values: of storages by their address, with the version of
