@@ -143,13 +143,12 @@ def check_workload(
     if rows is not None:
         answers = tuple(one[..., rows, :, :, :] for one in answers)
     exact = few.answers(images, "reference", torch.float64)
-    errors, budgets = errors_of(answers, exact), [few.rounding(images)] * len(exact)
-    if budgets[0] > 0:
-        plain = errors_of(few.answers(images, "reference", torch.float32), exact)
-        budgets = [
-            one + case_error * few.tolerance for one, case_error in zip(budgets, plain, strict=True)
-        ]
-    pairs = list(zip(errors, budgets, strict=True))
+    rounding = few.rounding(images)
+    budgets = [rounding] * len(exact)
+    if rounding > 0:
+        plain = few.answers(images, "reference", torch.float32)
+        budgets = [rounding + few.tolerance * error for error in errors_of(plain, exact)]
+    pairs = list(zip(errors_of(answers, exact), budgets, strict=True))
     for error, budget in pairs:
         # Turned round, so that NaN fails.
         if not error <= budget:
