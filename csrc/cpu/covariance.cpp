@@ -11,10 +11,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "memory.h"
 #include "pyflocality/pixel.h"
 #include "threads.h"
 
@@ -37,22 +36,6 @@ static_assert(kMaxBlock <= kMaxImagesCentredCentred, "32-bit sums of a block mus
 constexpr std::size_t round_up(std::size_t value, std::size_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
-
-// Uninitialised memory on a cache line boundary.
-template <typename T>
-class AlignedBuffer {
- public:
-  explicit AlignedBuffer(std::size_t size)
-      : data_(static_cast<T*>(::operator new[](size * sizeof(T), kAlignment))) {}
-  T* data() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Release {
-    void operator()(T* data) const { ::operator delete[](data, kAlignment); }
-  };
-  std::unique_ptr<T, Release> data_;
-};
 
 // An instruction set gives
 //   Word, kUnit, kPanel   the packed layout; kRows divides kPanel divides kMinTileEdge
@@ -299,7 +282,7 @@ class Accumulator {
     const std::size_t width = panels_ * Isa::kPanel;
     const std::size_t row_end = std::min(tile.row + tile.edge, width);
     const std::size_t column_end = std::min(tile.column + tile.edge, width);
-    const AlignedBuffer<std::int32_t> sums(tile.edge * tile.edge);
+    const AlignedArray<std::int32_t> sums(tile.edge * tile.edge);
     std::memset(sums.data(), 0, tile.edge * tile.edge * sizeof(std::int32_t));
 
     const typename Isa::Word* right_words = Isa::kRightStored ? right_.data() : left_.data();
@@ -335,7 +318,7 @@ class Accumulator {
   }
 
   std::size_t dim_, threads_, panels_, block_, panel_words_;
-  AlignedBuffer<typename Isa::Word> left_, right_;
+  AlignedArray<typename Isa::Word> left_, right_;
   std::vector<std::int32_t> block_totals_;
 };
 

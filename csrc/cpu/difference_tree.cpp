@@ -128,18 +128,18 @@ class Builder {
     while (!open.empty()) {
       const auto [q, length] = open.back();
       open.pop_back();
-      std::vector<std::size_t> kept;
+      std::vector<std::size_t> staying;
       for (const std::size_t child : children_[q]) {
         std::size_t path = length + difference(q, child);
         if (path > kLongestPath * sizes_[child] + kFreePath) {
           parent_[child] = kEmpty;
           path = sizes_[child];
         } else {
-          kept.push_back(child);
+          staying.push_back(child);
         }
         open.emplace_back(child, path);
       }
-      children_[q] = std::move(kept);
+      children_[q] = std::move(staying);
     }
   }
 
@@ -220,9 +220,9 @@ class Builder {
     const auto* out_bytes = reinterpret_cast<const std::uint8_t*>(not_in);
     std::uint32_t size = 0;
     for (std::size_t byte = 0; byte < (inputs_ + 7) / 8; ++byte) {
-      const unsigned found = in_bytes[byte] & ~out_bytes[byte] & 0xffu;
-      for (unsigned bit = 0; found != 0 && bit < 8; ++bit) {
-        if ((found & (0x80u >> bit)) == 0) continue;
+      const unsigned listed = in_bytes[byte] & ~out_bytes[byte] & 0xffu;
+      for (unsigned bit = 0; listed != 0 && bit < 8; ++bit) {
+        if ((listed & (0x80u >> bit)) == 0) continue;
         tree_.inputs.push_back(static_cast<std::uint32_t>(byte * 8 + bit));
         ++size;
       }

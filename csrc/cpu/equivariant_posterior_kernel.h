@@ -13,11 +13,8 @@ class EquivariantScan {
         rows_(shifts(shape.height, shape.window, circular)),
         columns_(shifts(shape.width, shape.window, circular)) {}
 
-  struct Scratch : WindowSums<Stored> {
-    explicit Scratch(const EquivariantScan& scan)
-        : WindowSums<Stored>(scan.shape_, scan.pass_.batch.count, scan.shape_.channels) {}
-  };
-
+  using Scratch = WindowSums<Stored>;
+  Scratch scratch() const { return {shape_, pass_.batch.count, shape_.channels}; }
   ScanState state() const { return {pass_.batch.count * shape_.pixels(), shape_.channels}; }
   double scale(std::size_t q) const { return pass_.batch.scale[q / shape_.pixels()]; }
 

@@ -119,17 +119,14 @@ class GlobalScan {
   explicit GlobalScan(const TypedPass<Stored>& pass) : pass_(pass) {}
 
   struct Scratch {
-    explicit Scratch(const GlobalScan& scan)
-        : distance(scan.pass_.batch.count * kBlock),
-          minimum(scan.pass_.batch.count),
-          total(scan.pass_.batch.count),
-          weighted(scan.pass_.batch.count * scan.pass_.dim) {}
-    AlignedArray<float> distance, minimum;
-    AlignedArray<double> total;
-    AlignedArray<float> weighted;
-    const Stored* block[kBlock];  // images at hand
+    const TypedPass<Stored>& pass;
+    AlignedArray<float> distance{pass.batch.count * kBlock}, minimum{pass.batch.count};
+    AlignedArray<double> total{pass.batch.count};
+    AlignedArray<float> weighted{pass.batch.count * pass.dim};
+    const Stored* block[kBlock] = {};  // images at hand
   };
 
+  Scratch scratch() const { return {pass_}; }
   ScanState state() const { return {pass_.batch.count, pass_.dim}; }
   double scale(std::size_t q) const { return pass_.batch.scale[q]; }
 
@@ -196,22 +193,18 @@ class GlobalJvp {
   // What a thread works in. There is a set of sums for the weights of every noisy image, and one
   // for each of its tangents with the weights times c, all counted from its nearest image.
   struct Scratch {
-    explicit Scratch(const GlobalJvp& scan)
-        : distance(scan.pass_.batch.count * kBlock),
-          minimum(scan.pass_.batch.count),
-          nearest(scan.pass_.batch.count * scan.dim_),
-          moved(scan.dim_),
-          totals(scan.pass_.batch.count * scan.sets_),
-          weighted(scan.pass_.batch.count * scan.sets_ * scan.dim_),
-          factors(scan.sets_ * kBlock) {}
-    AlignedArray<float> distance, minimum, nearest, moved;
-    AlignedArray<double> totals;
-    AlignedArray<float> weighted;
-    AlignedArray<float> factors;      // of the images that matter, by set
-    const Stored* block[kBlock];      // images at hand
-    const Stored* of_matter[kBlock];  // and those that matter
+    const TypedPass<Stored>& pass;
+    const std::size_t sets;
+    AlignedArray<float> distance{pass.batch.count * kBlock}, minimum{pass.batch.count};
+    AlignedArray<float> nearest{pass.batch.count * pass.dim}, moved{pass.dim};
+    AlignedArray<double> totals{pass.batch.count * sets};
+    AlignedArray<float> weighted{pass.batch.count * sets * pass.dim};
+    AlignedArray<float> factors{sets * kBlock};  // of the images that matter, by set
+    const Stored* block[kBlock] = {};            // images at hand
+    const Stored* of_matter[kBlock] = {};        // and those that matter
   };
 
+  Scratch scratch() const { return {pass_, sets_}; }
   ScanState state() const { return {pass_.batch.count, tangents_.sums(dim_), tangents_.count}; }
   double scale(std::size_t q) const { return pass_.batch.scale[q]; }
 

@@ -167,7 +167,7 @@ struct Segments {
 // Runs a kernel over every segment on some threads, and merges the states in the order of the
 // images. A kernel gives
 //
-//   Scratch           what a thread works in, made from the kernel
+//   scratch()         a Scratch, which a thread works in
 //   scan(first, last, scratch, state)
 //                     takes the images [first, last) into a state without images
 //   state()           such a state
@@ -190,7 +190,7 @@ ScanState run_kernel(const Kernel& kernel, const Segments& segments, std::size_t
         idle.pop_back();
       }
     }
-    if (!scratch) scratch = std::make_unique<Scratch>(kernel);
+    if (!scratch) scratch.reset(new Scratch(kernel.scratch()));
     auto state = std::make_unique<ScanState>(kernel.state());
     kernel.scan(segments.first(segment), segments.last(segment), *scratch, *state);
 

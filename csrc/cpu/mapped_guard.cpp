@@ -103,8 +103,8 @@ constexpr Handler kOurs[kHandlers] = {&handle<0>, &handle<1>, &handle<2>, &handl
 // Which of ours an action is, or -1.
 int index_of(const struct sigaction& action) {
   if ((action.sa_flags & SA_SIGINFO) == 0) return -1;
-  const auto* found = std::find(kOurs, kOurs + kHandlers, action.sa_sigaction);
-  return found == kOurs + kHandlers ? -1 : static_cast<int>(found - kOurs);
+  const auto* ours = std::find(kOurs, kOurs + kHandlers, action.sa_sigaction);
+  return ours == kOurs + kHandlers ? -1 : static_cast<int>(ours - kOurs);
 }
 
 void install() {

@@ -11,22 +11,17 @@ class WindowJvp {
   // to pixels lies in the order of their turn, which is by columns. All sums of a pixel count from
   // those of its nearest image: the values of its channels, then c by tangent.
   struct Scratch {
-    explicit Scratch(const WindowJvp& jvp)
-        : tiles(kTilesAtHand * jvp.dim_ * kTileImages),
-          weights(jvp.pixels_ * kTileImages),
-          planes(kGroup * jvp.pixels_ * kTileImages),
-          line(line_size(jvp.shape_)),
-          minimum(jvp.queries()),
-          nearest(jvp.queries() * jvp.starts_of_pixel()),
-          sums(jvp.queries() * (1 + jvp.tangents_.count) * jvp.sums_of_pixel()),
-          matters(jvp.pixels_),
-          nearer(jvp.pixels_) {}
-    AlignedArray<Stored> tiles;
-    AlignedArray<float> weights, planes, line, minimum, nearest, sums;
-    AlignedArray<bool> matters;  // pixels whose weights are not all zero
-    AlignedArray<int> nearer;    // which image of the tile is nearer than all before, or -1
+    const WindowJvp& jvp;
+    AlignedArray<Stored> tiles{kTilesAtHand * jvp.dim_ * kTileImages};
+    AlignedArray<float> weights{jvp.pixels_ * kTileImages};
+    AlignedArray<float> planes{kGroup * jvp.pixels_ * kTileImages}, line{line_size(jvp.shape_)};
+    AlignedArray<float> minimum{jvp.queries()}, nearest{jvp.queries() * jvp.starts_of_pixel()};
+    AlignedArray<float> sums{jvp.queries() * (1 + jvp.tangents_.count) * jvp.sums_of_pixel()};
+    AlignedArray<bool> matters{jvp.pixels_};  // pixels whose weights are not all zero
+    AlignedArray<int> nearer{jvp.pixels_};    // image of the tile nearer than all before, or -1
   };
 
+  Scratch scratch() const { return {*this}; }
   ScanState state() const { return {queries(), tangents_.sums(shape_.channels), tangents_.count}; }
   double scale(std::size_t q) const { return pass_.batch.scale[q / pixels_]; }
 

@@ -2,8 +2,6 @@
 
 #include "simd/image_tile.h"
 #include "simd/windows.h"
-#include "window_posterior_jvp_kernel.h"
-#include "window_posterior_vjp_kernel.h"
 
 template <typename Stored>
 class WindowScan {
@@ -13,11 +11,8 @@ class WindowScan {
              std::size_t values)
       : pass_(pass), shape_(shape), places_(places), values_(values) {}
 
-  struct Scratch : WindowSums<Stored> {
-    explicit Scratch(const WindowScan& scan)
-        : WindowSums<Stored>(scan.shape_, scan.pass_.batch.count, scan.values_) {}
-  };
-
+  using Scratch = WindowSums<Stored>;
+  Scratch scratch() const { return {shape_, pass_.batch.count, values_}; }
   ScanState state() const { return {pass_.batch.count * shape_.pixels(), values_}; }
   double scale(std::size_t q) const { return pass_.batch.scale[q / shape_.pixels()]; }
 
@@ -53,6 +48,9 @@ class WindowScan {
   const WindowPlaces places_;
   const std::size_t values_;
 };
+
+#include "window_posterior_jvp_kernel.h"
+#include "window_posterior_vjp_kernel.h"
 
 struct Kernels {
   template <typename Stored>

@@ -13,16 +13,13 @@ class WindowVjp {
         dim_(pass.dim) {}
 
   struct Scratch {
-    explicit Scratch(const WindowVjp& vjp)
-        : tiles(kTilesAtHand * vjp.dim_ * kTileImages),
-          weights(vjp.pixels_ * kTileImages),
-          factors(vjp.pixels_ * kTileImages),
-          line(line_size(vjp.shape_)),
-          sums(vjp.sets() * vjp.dim_ * kLanes) {}
-    AlignedArray<Stored> tiles;
-    AlignedArray<float> weights, factors, line, sums;
+    const WindowVjp& vjp;
+    AlignedArray<Stored> tiles{kTilesAtHand * vjp.dim_ * kTileImages};
+    AlignedArray<float> weights{vjp.pixels_ * kTileImages}, factors{vjp.pixels_ * kTileImages};
+    AlignedArray<float> line{line_size(vjp.shape_)}, sums{vjp.sets() * vjp.dim_ * kLanes};
   };
 
+  Scratch scratch() const { return {*this}; }
   ScanState state() const { return {sets(), dim_}; }
   double scale(std::size_t) const { return 1.0; }
 

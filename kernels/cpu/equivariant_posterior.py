@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pyflocality._support.native import native_module
-from pyflocality.kernels.cpu.passes import scan_windows
+import functools
+
+from pyflocality.kernels.cpu.passes import scan_windows, window_kernel
 from pyflocality.posterior.problem import PosteriorProblem
 from pyflocality.posterior.state import PosteriorState
 
@@ -16,5 +17,5 @@ def scan(
     instruction_set: str | None = None,
 ) -> PosteriorState:
     """The state of all patches."""
-    kernel = native_module().equivariant_posterior
-    return scan_windows(problem, kernel, window, instruction_set, circular=circular)
+    kernel = window_kernel("equivariant_posterior", instruction_set, problem, window)
+    return scan_windows(problem, functools.partial(kernel, circular=circular))

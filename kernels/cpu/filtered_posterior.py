@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pyflocality._support.native import native_module
-from pyflocality.kernels.cpu.masked_posterior import by_noise, difference_tree, scan_outputs
-from pyflocality.kernels.cpu.passes import apply_weights
+from pyflocality.kernels.cpu.masked_posterior import (
+    Centre,
+    by_noise,
+    difference_tree,
+    scan_outputs,
+)
+from pyflocality.kernels.cpu.passes import apply_weights, native_kernel
 from pyflocality.kernels.stored import StoredProblem
 from pyflocality.posterior.problem import PosteriorProblem
 from pyflocality.weights import QueryWeights
@@ -24,12 +27,12 @@ def scan(
     """The blend of the means of all queries, [B, D]."""
     shape = problem.images.shape[1:]
     tree, answers = difference_tree(weights, shape), difference_tree(responses, shape)
-    kernel = native_module().filtered_posterior
 
-    def run(stored: StoredProblem, rows: Tensor, centre: np.ndarray | None) -> tuple[Tensor, ...]:
-        state = scan_outputs(stored, tree, weights, centre, instruction_set)
-        options = {"tree": tree, "answers": answers, "centre": centre}
-        return (apply_weights(stored, kernel, state, instruction_set, **options)[:, 0],)
+    def run(stored: StoredProblem, rows: Tensor, centre: Centre) -> tuple[Tensor]:
+        options = {"tree": tree, "centre": centre}
+        state = scan_outputs(stored, weights, instruction_set, **options)
+        kernel = native_kernel("filtered_posterior", instruction_set, answers=answers, **options)
+        return (apply_weights(stored, kernel, state)[:, 0],)
 
     (sums,) = by_noise(problem, run)
     stored = StoredProblem(problem)

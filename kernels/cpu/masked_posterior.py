@@ -16,11 +16,20 @@ import torch
 from torch import Tensor
 
 from pyflocality._support.native import native_module
-from pyflocality.kernels.cpu.passes import apply_weights, scan_images, scan_tangents, scan_values
+from pyflocality.kernels.cpu.passes import (
+    apply_weights,
+    native_kernel,
+    scan_images,
+    scan_tangents,
+    scan_values,
+)
 from pyflocality.kernels.stored import StoredProblem
 from pyflocality.posterior.problem import PosteriorProblem
 from pyflocality.posterior.state import PosteriorState, finalize
 from pyflocality.weights import QueryWeights
+
+# Where passes count from: nowhere, or an image [D].
+Centre = np.ndarray | None
 
 _trees: WeakKeyDictionary[QueryWeights, Any] = WeakKeyDictionary()
 # Lanes of a query's two sums, its minimum, and a state in double precision.
@@ -32,13 +41,10 @@ def scan(
 ) -> PosteriorState:
     """The state of all images."""
     tree = difference_tree(weights, problem.images.shape[1:])
-    kernel = native_module().masked_posterior
-    per_image = weights.shape[1] * _BYTES_PER_QUERY
 
-    def run(stored: StoredProblem, rows: Tensor, centre: np.ndarray | None) -> tuple[Tensor, ...]:
-        return scan_values(
-            stored.problem, kernel, per_image, instruction_set, tree=tree, centre=centre
-        )
+    def run(stored: StoredProblem, rows: Tensor, centre: Centre) -> PosteriorState:
+        kernel = native_kernel("masked_posterior", instruction_set, tree=tree, centre=centre)
+        return scan_values(stored.problem, kernel, weights.shape[1] * _BYTES_PER_QUERY)
 
     return PosteriorState(*by_noise(problem, run))
 
@@ -52,15 +58,13 @@ def jvp(
 ) -> PosteriorState:
     """The state of all images with tangents [K, B, C, H, W]."""
     tree = difference_tree(weights, problem.images.shape[1:])
+    kernel = native_kernel("masked_posterior_jvp", instruction_set, tree=tree)
     # Distances are counted from the centre too.
     mean = torch.from_numpy(_about_the_mean(problem))
     noisy = StoredProblem(problem).noisy.flatten(1)
     centre = torch.where(_mostly_noise(problem)[:, None], mean, noisy)
-    kernel = native_module().masked_posterior_jvp
     # Sums with lanes are those of one noisy image at a time: they do not grow with the batch.
-    return scan_tangents(
-        problem, tangents, kernel, centre, weights.shape[0], 0, instruction_set, tree=tree
-    )
+    return scan_tangents(problem, tangents, kernel, centre, weights.shape[0], 0)
 
 
 def vjp(
@@ -73,17 +77,14 @@ def vjp(
     """Vector-Jacobian products of cotangents [K, B, C, H, W], of the same shape."""
     tree = difference_tree(weights, problem.images.shape[1:])
     directions = cotangents.detach().float().flatten(2).transpose(0, 1)
-    kernel = native_module().masked_posterior_vjp
 
-    def run(stored: StoredProblem, rows: Tensor, centre: np.ndarray | None) -> tuple[Tensor, ...]:
-        state = scan_outputs(stored, tree, weights, centre, instruction_set)
+    def run(stored: StoredProblem, rows: Tensor, centre: Centre) -> tuple[Tensor]:
+        options = {"tree": tree, "centre": centre}
+        state = scan_outputs(stored, weights, instruction_set, **options)
         mean = finalize(state)[..., 0].float()
+        kernel = native_kernel("masked_posterior_vjp", instruction_set, **options)
         further = (directions[rows], mean, stored.centre.flatten(1))
-        return (
-            apply_weights(
-                stored, kernel, state, instruction_set, further, tree=tree, centre=centre
-            ),
-        )
+        return (apply_weights(stored, kernel, state, further),)
 
     (sums,) = by_noise(problem, run)
     slope = StoredProblem(problem).slope
@@ -91,21 +92,16 @@ def vjp(
 
 
 def scan_outputs(
-    stored: StoredProblem,
-    tree: object,
-    weights: QueryWeights,
-    centre: np.ndarray | None,
-    instruction_set: str | None,
+    stored: StoredProblem, weights: QueryWeights, instruction_set: str | None, **options: object
 ) -> PosteriorState:
     """The scan before a second pass, over the images of all ranks, in stored units."""
-    kernel = native_module().masked_posterior
-    per_image = weights.shape[0] * _BYTES_PER_QUERY
-    state = scan_images(stored, kernel, per_image, instruction_set, tree=tree, centre=centre)
+    kernel = native_kernel("masked_posterior", instruction_set, **options)
+    state = scan_images(stored, kernel, weights.shape[0] * _BYTES_PER_QUERY)
     return stored.problem.merged(state, stored.scale)
 
 
 def by_noise(
-    problem: PosteriorProblem, run: Callable[..., tuple[Tensor, ...]]
+    problem: PosteriorProblem, run: Callable[[StoredProblem, Tensor, Centre], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
     """What `run` answers, a row for each noisy image: those with little and much noise apart.
 

@@ -2,18 +2,19 @@
 
 Kernels work in stored units, as `pyflocality.kernels.stored` tells. A scan gives the state of every
 query; where an operation needs the weights themselves, a second pass computes the distances again
-and applies them: nothing is kept per image and query.
+and applies them: nothing is stored per image and query.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from pyflocality._support.native import native_module
 from pyflocality.kernels.stored import StoredProblem
 from pyflocality.posterior.problem import PosteriorProblem
 from pyflocality.posterior.state import (
@@ -27,24 +28,31 @@ from pyflocality.posterior.state import (
 # A sum takes up to 16 lanes of float32, and 3 numbers in double precision.
 BYTES_PER_SUM = 64 + 24
 
-Kernel = Callable[..., tuple[np.ndarray, ...]]
+Kernel = Callable[..., Any]
 Join = Callable[[PosteriorState, PosteriorState, Tensor], PosteriorState]
 
 
-def image_shape(problem: PosteriorProblem) -> tuple[int, int, int]:
-    """Channels, height and width."""
-    channels, height, width = problem.images.shape[1:]
-    return channels, height, width
+def native_kernel(name: str, instruction_set: str | None, **options: object) -> Kernel:
+    """A kernel of `pyflocality._C`: takes images and, for each noisy image, rows of arrays."""
+    kernel = getattr(native_module(), name)
+    threads = torch.get_num_threads()
+    return functools.partial(kernel, threads=threads, isa=instruction_set or "", **options)
+
+
+def window_kernel(
+    name: str, instruction_set: str | None, problem: PosteriorProblem, window: int
+) -> Kernel:
+    """A kernel with a query per pixel."""
+    shape = tuple(problem.images.shape[1:])
+    return native_kernel(name, instruction_set, image_shape=shape, window=window)
 
 
 def scan_images(
     stored: StoredProblem,
     kernel: Kernel,
     bytes_per_image: int,
-    instruction_set: str | None,
     rows: tuple[Tensor, ...] = (),
     join: Join = merge,
-    **options: object,
 ) -> PosteriorState:
     """Run a scan over all images, for as many noisy images at a time as the budget allows.
 
@@ -52,29 +60,22 @@ def scan_images(
         stored: The problem.
         kernel: The kernel.
         bytes_per_image: Working memory per noisy image and thread.
-        instruction_set: As the callers take it.
         rows: Further arguments of the kernel, a row for each noisy image.
         join: Joins the states of blocks of images.
-        options: Further arguments of the kernel, the same for all.
 
     Returns:
         The state in stored units, but for its weights: they are the same in all units.
     """
 
-    def joined(first: tuple, second: tuple, scale: Tensor) -> tuple:
-        return join(PosteriorState(*first), PosteriorState(*second), scale)
+    def answer(*arrays: object) -> PosteriorState:
+        return PosteriorState(*map(torch.from_numpy, kernel(*arrays)))
 
-    options["isa"] = instruction_set or ""
-    return PosteriorState(*_over_images(stored, kernel, bytes_per_image, rows, joined, options))
+    states = _over_images(stored, answer, bytes_per_image, rows, join)
+    return PosteriorState(*map(torch.cat, zip(*states, strict=True)))
 
 
 def apply_weights(
-    stored: StoredProblem,
-    kernel: Callable[..., np.ndarray],
-    state: PosteriorState,
-    instruction_set: str | None,
-    rows: tuple[Tensor, ...] = (),
-    **options: object,
+    stored: StoredProblem, kernel: Kernel, state: PosteriorState, rows: tuple[Tensor, ...] = ()
 ) -> Tensor:
     """Run a second pass: sums over the images of all ranks in stored units, float64 [B, K, D].
 
@@ -82,23 +83,17 @@ def apply_weights(
         stored: The problem.
         kernel: The kernel.
         state: The state of all ranks after the scan, in stored units.
-        instruction_set: As the callers take it.
         rows: Nothing to apply the weights themselves (K = 1); else cotangents [B, K, D], and
             posterior means and what values are counted from, a row for each noisy image.
-        options: Further arguments of the kernel.
     """
 
-    def kernel_of_one(*arrays: np.ndarray, **options: object) -> tuple[np.ndarray]:
-        return (kernel(*arrays, **options),)
-
-    def added(first: tuple, second: tuple, scale: Tensor) -> tuple:
-        return (first[0] + second[0],)
+    def answer(*arrays: object) -> Tensor:
+        return torch.from_numpy(kernel(*arrays))
 
     sums = stored.noisy.shape[1:].numel() * max(1, rows[0].shape[1] if rows else 1)
     rows = (state.minimum, state.total, *rows)
-    options["isa"] = instruction_set or ""
-    (total,) = _over_images(stored, kernel_of_one, sums * BYTES_PER_SUM, rows, added, options)
-    return stored.problem.summed(total)
+    totals = _over_images(stored, answer, sums * BYTES_PER_SUM, rows, lambda a, b, _: a + b)
+    return stored.problem.summed(torch.cat(totals))
 
 
 def _over_images(
@@ -106,56 +101,37 @@ def _over_images(
     kernel: Kernel,
     bytes_per_image: int,
     rows: tuple[Tensor, ...],
-    join: Callable[[tuple, tuple, Tensor], tuple],
-    options: dict[str, object],
-) -> tuple[Tensor, ...]:
-    """What a kernel answers for all noisy images: each block of images is read once."""
-    threads = torch.get_num_threads()
-    at_a_time = max(1, stored.budget // (bytes_per_image * (threads + 1)))
-    split = [
-        row.contiguous().split(at_a_time) for row in (stored.noisy.flatten(1), stored.factor, *rows)
-    ]
+    join: Callable[[Any, Any, Tensor], Any],
+) -> list[Any]:
+    """What a kernel answers for groups of noisy images: each block of images is read once."""
+    at_a_time = max(1, stored.budget // (bytes_per_image * (torch.get_num_threads() + 1)))
+    rows = (stored.noisy.flatten(1), stored.factor, *rows)
+    split = [row.contiguous().split(at_a_time) for row in rows]
     groups = [tuple(map(Tensor.numpy, group)) for group in zip(*split, strict=True)]
-    result: list[tuple] = []
+    results: list[Any] = []
     for images in stored.rows():
         block = images.numpy()
-        answers = [
-            tuple(map(torch.from_numpy, kernel(block, *arrays, threads=threads, **options)))
-            for arrays in groups
-        ]
-        scales = stored.scale.split(at_a_time) if result else ()
-        result = list(map(join, result, answers, scales)) if result else answers
-    return tuple(map(torch.cat, zip(*result, strict=True)))
+        answers = [kernel(block, *arrays) for arrays in groups]
+        scales = stored.scale.split(at_a_time) if results else ()
+        results = list(map(join, results, answers, scales)) if results else answers
+    return results
 
 
-def scan_values(
-    problem: PosteriorProblem,
-    kernel: Kernel,
-    bytes_per_image: int,
-    instruction_set: str | None,
-    **options: object,
-) -> PosteriorState:
-    """Run a scan; the state in the units of the formulas. Arguments as those of `scan_images`."""
+def scan_values(problem: PosteriorProblem, kernel: Kernel, bytes_per_image: int) -> PosteriorState:
+    """Run a scan; the state in the units of the formulas."""
     stored = StoredProblem(problem)
-    state = scan_images(stored, kernel, bytes_per_image, instruction_set, (), merge, **options)
+    state = scan_images(stored, kernel, bytes_per_image)
     return PosteriorState(
         stored.distances(state.minimum), state.total, stored.values(state.weighted, state.total)
     )
 
 
-def scan_windows(
-    problem: PosteriorProblem,
-    kernel: Kernel,
-    window: int,
-    instruction_set: str | None,
-    **options: object,
-) -> PosteriorState:
+def scan_windows(problem: PosteriorProblem, kernel: Kernel) -> PosteriorState:
     """Run a scan with a query per pixel; the state in the units of the formulas."""
-    channels, height, width = image_shape(problem)
+    channels, height, width = problem.images.shape[1:]
     # Per query and thread: lanes of the sums, and a state in double precision.
     per_query = (channels + 1) * 64 + 20 + 8 * channels
-    options |= {"image_shape": (channels, height, width), "window": window}
-    return scan_values(problem, kernel, height * width * per_query, instruction_set, **options)
+    return scan_values(problem, kernel, height * width * per_query)
 
 
 def scan_tangents(
@@ -165,8 +141,6 @@ def scan_tangents(
     centre: Tensor,
     queries: int,
     bytes_per_sum: int,
-    instruction_set: str | None,
-    **options: object,
 ) -> PosteriorState:
     """Run a scan with tangents; the state in the units of the formulas.
 
@@ -177,23 +151,15 @@ def scan_tangents(
         centre: What values are counted from, in stored units, [B, D].
         queries: Queries per noisy image, which answer all values together.
         bytes_per_sum: Memory of a thread per query and weighted sum.
-        instruction_set: As the callers take it.
-        options: Further arguments of the kernel.
     """
     stored = StoredProblem(problem)
     directions = tangents.detach().flatten(2).transpose(0, 1)
     values = centre.shape[1] // queries
     sums = tangent_values(values, len(tangents))
-    state = scan_images(
-        stored,
-        kernel,
-        # And the states of a thread's piece and of the whole in double precision.
-        queries * (1 + sums) * (bytes_per_sum + 16),
-        instruction_set,
-        (centre, directions),
-        functools.partial(merge_tangents, values=values),
-        **options,
-    )
+    # And the states of a thread's piece and of the whole in double precision.
+    per_image = queries * (1 + sums) * (bytes_per_sum + 16)
+    join = functools.partial(merge_tangents, values=values)
+    state = scan_images(stored, kernel, per_image, (centre, directions), join)
     # Values and c are in stored units, their products in the square of these.
     units = torch.full((sums,), stored.step, dtype=torch.float64)
     units[values + len(tangents) :] *= stored.step

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyflocality._support.native import native_module
 from pyflocality.kernels.cpu.passes import (
     BYTES_PER_SUM,
     apply_weights,
-    image_shape,
     scan_images,
     scan_tangents,
     scan_windows,
+    window_kernel,
 )
 from pyflocality.kernels.stored import StoredProblem
 from pyflocality.posterior.problem import PosteriorProblem
@@ -22,7 +21,9 @@ def scan(
     problem: PosteriorProblem, window: int, *, instruction_set: str | None = None
 ) -> PosteriorState:
     """The state of all images."""
-    return scan_windows(problem, native_module().window_posterior, window, instruction_set)
+    return scan_windows(
+        problem, window_kernel("window_posterior", instruction_set, problem, window)
+    )
 
 
 def jvp(
@@ -33,19 +34,11 @@ def jvp(
     instruction_set: str | None = None,
 ) -> PosteriorState:
     """The state of all images with tangents [K, B, C, H, W]."""
-    shape = image_shape(problem)
-    return scan_tangents(
-        problem,
-        tangents,
-        native_module().window_posterior_jvp,
-        StoredProblem(problem).centre.flatten(1),
-        shape[1] * shape[2],
-        # Up to 16 lanes.
-        64,
-        instruction_set,
-        image_shape=shape,
-        window=window,
-    )
+    kernel = window_kernel("window_posterior_jvp", instruction_set, problem, window)
+    centre = StoredProblem(problem).centre
+    queries = centre.shape[2:].numel()
+    # Up to 16 lanes.
+    return scan_tangents(problem, tangents, kernel, centre.flatten(1), queries, 64)
 
 
 def vjp(
@@ -57,23 +50,13 @@ def vjp(
 ) -> Tensor:
     """Vector-Jacobian products of cotangents [K, B, C, H, W], of the same shape."""
     stored = StoredProblem(problem)
-    shape = image_shape(problem)
-    per_image = shape[1] * shape[2] * (shape[0] + 1) * BYTES_PER_SUM
-    kernel = native_module().window_posterior
-    state = scan_images(
-        stored, kernel, per_image, instruction_set, image_shape=shape, window=window
-    )
+    channels, height, width = problem.images.shape[1:]
+    kernel = window_kernel("window_posterior", instruction_set, problem, window)
+    state = scan_images(stored, kernel, height * width * (channels + 1) * BYTES_PER_SUM)
     state = problem.merged(state, stored.scale)
     # [B, H W, C] -> [B, D]
     mean = finalize(state).transpose(1, 2).flatten(1).float()
     directions = cotangents.detach().float().flatten(2).transpose(0, 1)
-    sums = apply_weights(
-        stored,
-        native_module().window_posterior_vjp,
-        state,
-        instruction_set,
-        (directions, mean, stored.centre.flatten(1)),
-        image_shape=shape,
-        window=window,
-    )
+    kernel = window_kernel("window_posterior_vjp", instruction_set, problem, window)
+    sums = apply_weights(stored, kernel, state, (directions, mean, stored.centre.flatten(1)))
     return (sums * stored.slope[:, None, None]).transpose(0, 1).reshape(cotangents.shape)

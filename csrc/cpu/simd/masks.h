@@ -36,6 +36,16 @@ struct GapTerms {
   const float* centre;
 };
 
+// A noisy image as GapTerms takes it, its values `stride` apart.
+template <bool kCentred, typename Stored>
+inline void fill_targets(const TypedPass<Stored>& pass, std::size_t noisy, std::size_t stride,
+                         float* targets) {
+  const float* image = pass.batch.noisy + noisy * pass.dim;
+  for (std::size_t d = 0; d < pass.dim; ++d) {
+    targets[d * stride] = kCentred ? 2.0f * (image[d] - pass.batch.centre[d]) : image[d];
+  }
+}
+
 // Terms of the centred distance to one noisy image and of the products with kTangents tangents.
 //
 //   of_inputs  [inputs, kOfInput]: twice the noisy value from the centre, the centre, tangents

@@ -26,14 +26,14 @@ inline Vec multiply_sub(Vec a, Vec b, Vec c) { PYFLOCALITY_LANES(c.v[k] - a.v[k]
 inline Vec min(Vec a, Vec b) { PYFLOCALITY_LANES(b.v[k] < a.v[k] ? b.v[k] : a.v[k]); }
 inline Vec max(Vec a, Vec b) { PYFLOCALITY_LANES(a.v[k] < b.v[k] ? b.v[k] : a.v[k]); }
 inline bool any_less(Vec a, Vec b) {
-  bool found = false;
-  for (int k = 0; k < kLanes; ++k) found |= a.v[k] < b.v[k];
-  return found;
+  bool any = false;
+  for (int k = 0; k < kLanes; ++k) any |= a.v[k] < b.v[k];
+  return any;
 }
 inline bool any_at_most(Vec a, Vec b) {
-  bool found = false;
-  for (int k = 0; k < kLanes; ++k) found |= a.v[k] <= b.v[k];
-  return found;
+  bool any = false;
+  for (int k = 0; k < kLanes; ++k) any |= a.v[k] <= b.v[k];
+  return any;
 }
 inline float smallest(Vec a) { return *std::min_element(a.v, a.v + kLanes); }
 

@@ -29,7 +29,7 @@ inline void walk(const DifferenceTree& tree, Sums& sums) {
 //
 //   clear()                            there is nothing at hand
 //   gather(output), recall(slot)       add what an output gives, or what was passed to a slot
-//   spread<plus>(inputs, count)        give what is at hand to some inputs
+//   hand_out<plus>(inputs, count)      give what is at hand to some inputs
 //   pass(slot)                         add what is at hand to a slot
 template <typename Sums>
 inline void walk_back(const DifferenceTree& tree, Sums& sums) {
@@ -42,8 +42,8 @@ inline void walk_back(const DifferenceTree& tree, Sums& sums) {
       sums.gather(static_cast<std::size_t>(node->output));
     }
     const std::uint32_t* inputs = tree.inputs.data() + node->begin;
-    sums.template spread<true>(inputs, node->plus);
-    sums.template spread<false>(inputs + node->plus, node->minus);
+    sums.template hand_out<true>(inputs, node->plus);
+    sums.template hand_out<false>(inputs + node->plus, node->minus);
     continues = node->from == DifferenceTree::kFromLast;
     if (node->from >= 0) sums.pass(static_cast<std::size_t>(node->from));
   }

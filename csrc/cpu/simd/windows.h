@@ -125,15 +125,6 @@ inline std::size_t line_size(const WindowShape& shape) {
 // for every query its minimum, a sum of weights and sums of `values` weighted values.
 template <typename Stored>
 struct WindowSums {
-  WindowSums(const WindowShape& shape, std::size_t batch, std::size_t values)
-      : tile(shape.channels * shape.pixels() * kTileImages),
-        plane(shape.pixels() * kTileImages),
-        line(line_size(shape)),
-        minimum(batch * shape.pixels()),
-        sums(batch * shape.pixels() * (values + 1) * kLanes),
-        queries(batch * shape.pixels()),
-        of_query((values + 1) * kLanes) {}
-
   void clear() const {
     std::fill_n(minimum.data(), queries, std::numeric_limits<float>::infinity());
     std::fill_n(sums.data(), queries * of_query, 0.0f);
@@ -150,7 +141,10 @@ struct WindowSums {
     }
   }
 
-  AlignedArray<Stored> tile;
-  AlignedArray<float> plane, line, minimum, sums;
-  const std::size_t queries, of_query;
+  const WindowShape& shape;
+  const std::size_t batch, values;
+  const std::size_t queries = batch * shape.pixels(), of_query = (values + 1) * kLanes;
+  AlignedArray<Stored> tile{shape.channels * shape.pixels() * kTileImages};
+  AlignedArray<float> plane{shape.pixels() * kTileImages}, line{line_size(shape)};
+  AlignedArray<float> minimum{queries}, sums{queries * of_query};
 };

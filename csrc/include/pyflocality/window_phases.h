@@ -173,7 +173,7 @@ __device__ inline void fill_band(const Tile& tile, int row, int rows, const Imag
 
 // Sums of a window along one line of shared memory, which starts `origin` pixels into a line of the
 // image; emit as in window_sums. Blocks are cut where the image's are, so that the same window has
-// the same sum, to the last bit, whatever the tile: what one kernel found another finds again.
+// the same sum, to the last bit, whatever the tile: what one kernel sums another sums again.
 template <typename Emit>
 __device__ inline void sum_line(const float* line, int stride, int length, int origin, int before,
                                 float* tails, const Emit& emit) {
@@ -184,11 +184,11 @@ __device__ inline void sum_line(const float* line, int stride, int length, int o
     if (x >= phase) emit(x - phase, sum);
   };
   if constexpr (T::kUnrolled) {
-    RegisterTails<T::kWindow> kept;
-    window_sums<T::kWindow, true>(phase + length, before, element, kept, emit_own);
+    RegisterTails<T::kWindow> partials;
+    window_sums<T::kWindow, true>(phase + length, before, element, partials, emit_own);
   } else {
-    StridedTails kept{tails + threadIdx.x, T::kLineThreads};
-    window_sums<T::kWindow, false>(phase + length, before, element, kept, emit_own);
+    StridedTails partials{tails + threadIdx.x, T::kLineThreads};
+    window_sums<T::kWindow, false>(phase + length, before, element, partials, emit_own);
   }
 }
 

@@ -35,17 +35,17 @@ template <int kWindow, bool kUnrolled, typename Element, typename Tails, typenam
 PYFLOCALITY_HOST_DEVICE inline void window_sums(int length, int before, const Element& element,
                                                 Tails& tails, const Emit& emit) {
   constexpr int kUnroll = kUnrolled ? kWindow : 1;
-  const int kept = kUnrolled || kWindow < length ? kWindow : length;
+  const int last = kUnrolled || kWindow < length ? kWindow : length;
   float sum = 0.0f;
 #pragma unroll kUnroll
   for (int place = kWindow - 1; place >= 0; --place) {
     const int x = place - before;
     if (x >= 0 && x < length) sum += element(x);
-    if (place < kept) tails[place] = sum;
+    if (place < last) tails[place] = sum;
   }
   for (int start = 0; start < length; start += kWindow) {
     float head = 0.0f;
-    // The next block is kept, element by element, where its tails will stand: a sum may overwrite
+    // The next block is stored, element by element, where its tails will stand: a sum may overwrite
     // what they are made of.
 #pragma unroll kUnroll
     for (int r = 0; r < kWindow; ++r) {
