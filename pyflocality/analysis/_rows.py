@@ -27,8 +27,7 @@ def jacobian_row(
 
     An output whose posterior compares a set of inputs with weights 1 is one value of the optimal
     denoiser of these inputs alone, whose Jacobian is symmetric: its row is its product with one
-    tangent, in a pass over these inputs of every image. All others take a product with the
-    transposed Jacobian.
+    tangent, in a pass over these inputs of every image. All others take a vjp.
     """
     x = check_batch(x, denoiser.image_shape, denoiser.device, "x")
     levels = check_levels(sigma, alpha, len(x), positive=True)
@@ -49,7 +48,7 @@ def jacobian_row(
 
 
 def _has_rows_of_its_own(denoiser: QueryDenoiser) -> bool:
-    # A backend that was named, and lacks this operation, may well have the transposed product.
+    # A backend that was named, and lacks this operation, may well have the vjp.
     if requested_backend(denoiser.backend) not in ("auto", *OPERATIONS["global_posterior_jvp"]):
         return False
     # The inputs are taken from the images as they are stored, all of them.
@@ -87,7 +86,7 @@ def _row_of_inputs(
         return images.flatten(1).index_select(1, chosen)[:, None, None]
 
     near = at_inputs(x)
-    found = global_posterior_jvp(
+    products = global_posterior_jvp(
         near,
         tangent.expand_as(near)[None],
         at_inputs(denoiser.data.images),
@@ -99,5 +98,5 @@ def _row_of_inputs(
         memory_budget=denoiser.memory_budget,
     )[1][0]
     row = torch.zeros_like(x).flatten(1)
-    row[:, chosen] = found.flatten(1)
+    row[:, chosen] = products.flatten(1)
     return row.reshape(x.shape)

@@ -87,16 +87,16 @@ def memorization(samples: Tensor, data: TrainingSet, *, mean: Tensor | None = No
     if mean is not None and tuple(check_float_tensor(mean, "mean").shape) != data.image_shape:
         raise ValueError(f"`mean` must have shape {list(data.image_shape)}, got {describe(mean)}")
     k = min(2, len(data) * data.copies)
-    found = nearest_images(samples, data.images, k=k, augmentation=data.augmentation)
-    distances = found.distances.sqrt()
-    nearest = Reader.of(data).at(found.indices[:, 0])
+    neighbours = nearest_images(samples, data.images, k=k, augmentation=data.augmentation)
+    distances = neighbours.distances.sqrt()
+    nearest = Reader.of(data).at(neighbours.indices[:, 0])
     mean = _mean_image(data) if mean is None else mean
     similarity = cosine_similarity(samples, training_values(nearest, samples.dtype), mean)
     first, second = distances[:, 0], distances[:, -1]
     ratio = torch.where(first == 0, 0.0, first / second)
     if k == 1:
         ratio = torch.full_like(first, torch.nan)
-    return Memorization(found.indices[:, 0], first, similarity, ratio)
+    return Memorization(neighbours.indices[:, 0], first, similarity, ratio)
 
 
 @dataclass(frozen=True, eq=False)

@@ -157,8 +157,8 @@ def sensitivity_along_run(
     for row, step in progress_bar(visits, description="sensitivity", enabled=progress):
         level = NoiseLevel(float(alpha[row]), float(sigma[row]))
         for column, pixel in enumerate(chosen):
-            found = sensitivity(denoiser, out.x_t[step], level, pixel=pixel)
-            fields[row, column] = found.mean(0)
+            rows = sensitivity(denoiser, out.x_t[step], level, pixel=pixel)
+            fields[row, column] = rows.mean(0)
     return SensitivityRun(fields, times, alpha, sigma, tuple(chosen))
 
 

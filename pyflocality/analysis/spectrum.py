@@ -127,7 +127,7 @@ def jacobian_spectrum(
     k = jacobian.check_k(k)
     start = jacobian.start(seed)
     options = {"v0": start, "tol": jacobian.tolerance}
-    product = jacobian.symmetric if symmetrized else jacobian.forward
+    product = jacobian.symmetric if symmetrized else jacobian.jvp
     operator = jacobian.operator(linalg, product, None)
     if jacobian.is_zero(product, start):
         kind = np.float64 if symmetrized else np.complex128
@@ -169,9 +169,9 @@ def jacobian_singular(
     linalg = _solvers()
     jacobian = _Jacobian(denoiser, x, sigma, alpha)
     k = jacobian.check_k(k)
-    operator = jacobian.operator(linalg, jacobian.forward, jacobian.transposed)
+    operator = jacobian.operator(linalg, jacobian.jvp, jacobian.vjp)
     start = jacobian.start(seed)
-    if jacobian.is_zero(lambda v: jacobian.transposed(jacobian.forward(v)), start):
+    if jacobian.is_zero(lambda v: jacobian.vjp(jacobian.jvp(v)), start):
         vectors = jacobian.images(np.eye(jacobian.size, k))
         zeros = torch.zeros(k, dtype=torch.float64)
         return SingularSpectrum(zeros, vectors, vectors.clone(), jacobian.products)
@@ -216,15 +216,15 @@ def jacobian_trace(
     x = check_batch(x, denoiser.image_shape, denoiser.device, "x")
     probes = check_rounds(probes, "probes", minimum=2)
     generator = check_generator(generator) or torch.Generator().manual_seed(0)
-    found = []
+    estimates = []
     for start in range(0, probes, _PROBES_AT_A_TIME):
         number = min(_PROBES_AT_A_TIME, probes - start)
         signs = torch.randint(2, (number, *x.shape), generator=generator, device=generator.device)
         signs = (2 * signs - 1).to(x)
         _, products = denoiser.jvp(x, signs, sigma, alpha)
-        found.append((signs.double() * products.double()).flatten(2).sum(2))
-    estimates = torch.cat(found)
-    return Trace(estimates.mean(0), estimates.std(0) / probes**0.5)
+        estimates.append((signs.double() * products.double()).flatten(2).sum(2))
+    values = torch.cat(estimates)
+    return Trace(values.mean(0), values.std(0) / probes**0.5)
 
 
 def local_linearity(
@@ -292,25 +292,25 @@ class _Jacobian:
         """
         return not product(start[:, None]).any()
 
-    def forward(self, vectors: np.ndarray) -> np.ndarray:
+    def jvp(self, vectors: np.ndarray) -> np.ndarray:
         """J v of vectors [D, n]."""
         return self._apply(vectors, lambda u: self.denoiser.jvp(self.x, u, *self.level)[1])
 
-    def transposed(self, vectors: np.ndarray) -> np.ndarray:
+    def vjp(self, vectors: np.ndarray) -> np.ndarray:
         """J^T v of vectors [D, n]."""
         return self._apply(vectors, lambda u: self.denoiser.vjp(self.x, u, *self.level))
 
     def symmetric(self, vectors: np.ndarray) -> np.ndarray:
         """(J + J^T) v / 2 of vectors [D, n]."""
         if self.denoiser.symmetric_jacobian:
-            return self.forward(vectors)
-        return (self.forward(vectors) + self.transposed(vectors)) / 2
+            return self.jvp(vectors)
+        return (self.jvp(vectors) + self.vjp(vectors)) / 2
 
     def operator(
         self,
         linalg: Any,  # noqa: ANN401
         product: Callable[[np.ndarray], np.ndarray],
-        transposed: Callable[[np.ndarray], np.ndarray] | None,
+        vjp: Callable[[np.ndarray], np.ndarray] | None,
     ) -> Any:  # noqa: ANN401
         """A SciPy operator."""
 
@@ -321,8 +321,8 @@ class _Jacobian:
             (self.size, self.size),
             matvec=column(product),
             matmat=product,
-            rmatvec=None if transposed is None else column(transposed),
-            rmatmat=transposed,
+            rmatvec=None if vjp is None else column(vjp),
+            rmatmat=vjp,
             dtype=np.float64,
         )
 
@@ -337,8 +337,8 @@ class _Jacobian:
             return self._apply(vectors.real, function) + 1j * self._apply(vectors.imag, function)
         self.products += vectors.shape[1]
         directions = torch.from_numpy(np.ascontiguousarray(vectors.T)).to(self.x)
-        found = function(directions.reshape(-1, *self.x.shape))
-        return found.detach().double().cpu().reshape(-1, self.size).numpy().T
+        result = function(directions.reshape(-1, *self.x.shape))
+        return result.detach().double().cpu().reshape(-1, self.size).numpy().T
 
 
 def _residual(operator: Any, value: complex, vector: np.ndarray) -> float:  # noqa: ANN401

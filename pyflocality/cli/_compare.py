@@ -152,7 +152,7 @@ def _scored(
     against: str,
     memory_budget: str | None,
 ) -> dict[str, Any]:
-    """Write picture and values under their temporary names; the scores, for the record."""
+    """Write picture and values under their temporary names; the agreements, for the record."""
     import numpy as np
 
     from pyflocality import pictures
@@ -160,36 +160,36 @@ def _scored(
     neighbours = neighbours_of(runs[against].images, data, memory_budget, work.stages)
     rows = {name: run.images.cpu() for name, run in runs.items()}
     nearest = neighbour_values(neighbours, data)
-    scores = {name: _score(images, rows[against]) for name, images in rows.items()}
-    near_score = _score(nearest, rows[against])
+    agreements = {name: _agreement(images, rows[against]) for name, images in rows.items()}
+    nearest_agreement = _agreement(nearest, rows[against])
     captioned = [
-        (name if name == against else f"{name}  {_caption(scores[name])}", images)
+        (name if name == against else f"{name}  {_caption(agreements[name])}", images)
         for name, images in rows.items()
     ]
-    captioned.append((f"nearest training images  {_caption(near_score)}", nearest))
+    captioned.append((f"nearest training images  {_caption(nearest_agreement)}", nearest))
     picture, values, _ = map(work.temporary, files)
     pictures.captioned_rows(captioned).save(picture)
     arrays: dict[str, Any] = {name: images.float().numpy() for name, images in rows.items()}
     np.savez(values, **arrays, nearest_training_images=nearest.numpy())
     return {
         "against": against,
-        "methods": [entry | scores[entry["name"]] for entry in described],
-        "nearest": neighbour_record(neighbours, data) | near_score,
+        "methods": [entry | agreements[entry["name"]] for entry in described],
+        "nearest": neighbour_record(neighbours, data) | nearest_agreement,
     }
 
 
-def _score(images: Tensor, target: Tensor) -> dict[str, Any]:
+def _agreement(images: Tensor, target: Tensor) -> dict[str, Any]:
     """Mean and values by image of MSE and r2; None for what is no finite number."""
     from pyflocality import metrics
 
     images = images.to(target.dtype)
-    found = {"mse": metrics.mse(images, target), "r2": metrics.r2(images, target)}
+    measures = {"mse": metrics.mse(images, target), "r2": metrics.r2(images, target)}
     return {
         name: {
             "mean": _finite(float(values.mean())),
             "values": [_finite(value) for value in values.tolist()],
         }
-        for name, values in found.items()
+        for name, values in measures.items()
     }
 
 
@@ -198,14 +198,14 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _shown(score: dict[str, Any]) -> tuple[str, str]:
+def _shown(agreement: dict[str, Any]) -> tuple[str, str]:
     """Mean MSE and r2 as text."""
-    mse, r2 = (score[name]["mean"] for name in ("mse", "r2"))
+    mse, r2 = (agreement[name]["mean"] for name in ("mse", "r2"))
     return f"{mse:.4f}", "-" if r2 is None else f"{r2:.3f}"
 
 
-def _caption(score: dict[str, Any]) -> str:
-    mse, r2 = _shown(score)
+def _caption(agreement: dict[str, Any]) -> str:
+    mse, r2 = _shown(agreement)
     return f"MSE {mse}  r2 {r2}"
 
 

@@ -17,11 +17,11 @@ def doctor(
     """Show versions, the backends that can run here or why not, and the settings in force."""
     from pyflocality.backends.report import configuration, format_configuration
 
-    found = configuration()
+    report = configuration()
     if json:
         from json import dumps
 
-        text = dumps(found, indent=2)
+        text = dumps(report, indent=2)
     else:
-        text = format_configuration(found)
+        text = format_configuration(report)
     answer(text, only_here=True)

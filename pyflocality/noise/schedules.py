@@ -151,8 +151,8 @@ class CosineSchedule(NoiseSchedule):
         if self.spacing == "linspace":
             last = 1 / (steps + 1)
             return torch.linspace(1.0, last, steps, dtype=torch.float64, device="cpu")
-        parts = steps if self.spacing == "trailing" else steps + 1
-        return torch.arange(steps, 0, -1, dtype=torch.float64, device="cpu") / parts
+        intervals = steps if self.spacing == "trailing" else steps + 1
+        return torch.arange(steps, 0, -1, dtype=torch.float64, device="cpu") / intervals
 
     def _levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         angle = check_times(t, 0.0, 1.0) * (math.pi / (2 * 1.008))
