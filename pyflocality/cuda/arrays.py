@@ -45,7 +45,7 @@ def window_posterior_rows(
     *,
     temperature: float = 1.0,
 ) -> Array:
-    """Derivatives of chosen values of `window_posterior_mean` by the noisy image.
+    """Derivatives of chosen values of `window_posterior_mean` with respect to x.
 
     Args:
         x: Noisy images, float32 [B, C, H, W].

@@ -186,7 +186,7 @@ def equivariant_posterior_vjp(
     backend: str | None = None,
     **options: Unpack[PosteriorOptions],
 ) -> Tensor:
-    r"""Transposed derivatives of `equivariant_posterior_mean` along K cotangents, in two passes.
+    r"""Vector-Jacobian products of `equivariant_posterior_mean` along K cotangents, in two passes.
 
     .. math::
         (J^\top g)[c, d] = \frac{\alpha}{\sigma^2 \tau} \sum_\delta
@@ -208,7 +208,7 @@ def equivariant_posterior_vjp(
         options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
 
     Returns:
-        Transposed products, the derivatives of sum(g * mean) by x, dtype of x, [K, B, C, H, W].
+        The derivatives of sum(g * mean) with respect to x, dtype of x, [K, B, C, H, W].
 
     Raises:
         TypeError: An argument has the wrong type or dtype.

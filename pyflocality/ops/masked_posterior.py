@@ -181,7 +181,7 @@ def masked_posterior_vjp(
     backend: str | None = None,
     **options: Unpack[PosteriorOptions],
 ) -> Tensor:
-    r"""Transposed derivatives of `masked_posterior_mean` along K cotangents, in two passes.
+    r"""Vector-Jacobian products of `masked_posterior_mean` along K cotangents, in two passes.
 
     .. math::
         (J^\top g)[d] = \frac{\alpha}{\sigma^2 \tau} \sum_m w_m[d] \, g[m]
@@ -199,7 +199,7 @@ def masked_posterior_vjp(
         options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
 
     Returns:
-        Transposed products, the derivatives of sum(g * mean) by x, dtype of x, [K, B, C, H, W].
+        The derivatives of sum(g * mean) with respect to x, dtype of x, [K, B, C, H, W].
 
     Raises:
         TypeError: An argument has the wrong type or dtype.

@@ -184,7 +184,7 @@ class Operation:
         backend: str | None,
         options: PosteriorOptions,
     ) -> Tensor:
-        """Transposed derivatives along cotangents, [K, B, C, H, W]."""
+        """Vector-Jacobian products along cotangents, [K, B, C, H, W]."""
         level = (sigma, alpha)
         problem, along = problem_along(x, images, *level, options, cotangents, "cotangents")
         return self.vjp_of(problem, along, self.check(problem.image_shape, *given), backend)
@@ -240,7 +240,7 @@ class Operation:
         query: Query = (),
         backend: str | None = None,
     ) -> Tensor:
-        """Transposed derivatives along cotangents, [K, B, C, H, W]."""
+        """Vector-Jacobian products along cotangents, [K, B, C, H, W]."""
         result = self.run("vjp", problem, query, backend, cotangents.to(problem.x.dtype))
         return result.reshape(cotangents.shape).to(problem.dtype)
 

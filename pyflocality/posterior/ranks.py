@@ -66,8 +66,8 @@ class Ranks:
             like = part.new_empty(self.count, *part.shape)
             every.append(self.gathered(part[None], slice(self.rank, self.rank + 1), like))
         scale = finite_factor(scale, torch.float64)
-        parts = [PosteriorState(*part) for part in zip(*every, strict=True)]
-        return functools.reduce(lambda a, b: merge_tangents(a, b, scale, values), parts)
+        partials = [PosteriorState(*part) for part in zip(*every, strict=True)]
+        return functools.reduce(lambda a, b: merge_tangents(a, b, scale, values), partials)
 
     def summed(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over the ranks, the same bits on every rank."""
@@ -123,18 +123,18 @@ class Ranks:
         content = [key.to_bytes(_KEY_BYTES, "big", signed=True) for row in keys for key in row]
         written = torch.frombuffer(bytearray(b"".join(content)), dtype=torch.uint8)
         written = written.reshape(*indices.shape, _KEY_BYTES).to(indices.device)
-        found = []
+        gathered = []
         for own in (indices, distances, written):
             every = own.new_empty(self.count, *own.shape)
-            found.append(torch.cat(list(self.gathered(own, here, every)), 1))
+            gathered.append(torch.cat(list(self.gathered(own, here, every)), 1))
         orders = []
-        for places, row in zip(found[0].tolist(), found[2].cpu().numpy(), strict=True):
+        for places, row in zip(gathered[0].tolist(), gathered[2].cpu().numpy(), strict=True):
             read = [int.from_bytes(key.tobytes(), "big", signed=True) for key in row]
             pairs = list(zip(read, places, strict=True))
             # Among equal distances the earlier image comes first.
             orders.append(sorted(range(len(pairs)), key=pairs.__getitem__)[: indices.shape[1]])
         order = indices.new_tensor(orders).reshape(indices.shape)
-        return found[0].gather(1, order), found[1].gather(1, order)
+        return gathered[0].gather(1, order), gathered[1].gather(1, order)
 
     def agree(self, what: str, *tensors: Tensor) -> None:
         """Raise unless all ranks come here with the same words and the same tensors.

@@ -36,7 +36,7 @@ class ShardedImages(Tensor):
         result.ranks, result.own = ranks, images
         return result
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # noqa: ANN401  (torch's)
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes an untyped keyword
         """Shape and part."""
         part = f"part {self.ranks.rank + 1} of {self.ranks.count}"
         return f"ShardedImages({tuple(self.shape)}, {self.dtype}, {part})"

@@ -167,7 +167,7 @@ def update_tangents(
     distance: Tensor,
     scale: Tensor,
     values: int,
-    sums: Callable[[Tensor, Tensor], Tensor],
+    terms: Callable[[int], tuple[Iterable[Tensor], Tensor]],
 ) -> PosteriorState:
     """Take in a chunk of n images with tangents.
 
@@ -176,13 +176,14 @@ def update_tangents(
         distance: Weighted squared distances of the chunk, as in `update`, [B, n, Q].
         scale: Factor of the distances in the exponent, [B].
         values: Number V of values that a query answers.
-        sums: Maps weights [B, n, Q] and the nearest image of every query [B, Q] to the sums that
-            `tangent_sums` makes of them, [B, Q, V + K + K V].
+        terms: Maps a batch element to its inner products and values, as `tangent_sums` takes them.
     """
     minimum = torch.minimum(state.minimum, distance.amin(1))
     weights = _weights(distance, minimum, scale)
-    found = sums(weights, distance.detach().argmin(1))
-    chunk = PosteriorState(minimum, weights.sum(1, dtype=torch.float64), found)
+    nearest = distance.detach().argmin(1)
+    rows = [tangent_sums(weights[b], *terms(b), nearest[b]) for b in range(len(weights))]
+    weighted = torch.stack(rows) if rows else state.weighted
+    chunk = PosteriorState(minimum, weights.sum(1, dtype=torch.float64), weighted)
     return merge_tangents(state, chunk, scale.double(), values)
 
 

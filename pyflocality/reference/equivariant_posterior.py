@@ -68,24 +68,20 @@ def jvp(problem: PosteriorProblem, tangents: Tensor, window: int, circular: bool
     scale = posterior.finite_factor(problem.scale, problem.x.dtype)
     state = posterior.init_tangents(batch, queries, channels, count, problem.x)
     for view in _views(problem, window, circular, 9 * channels + 4 * count + 6):
+        answers = view.at_query(view.values).flatten(2)
 
-        def sums(weights: Tensor, nearest: Tensor, view: _View = view) -> Tensor:
-            answers, rows = view.at_query(view.values).flatten(2), []
-            for w, near, origin, u in zip(weights, nearest, centre, directions, strict=True):
-                centred = view.values - view.at_patch(origin)
-                planes = torch.einsum("kchw,nchw->knhw", view.at_patch(u), centred)
-                inner = view.at_query(box_sum(planes, window)).flatten(2)
-                rows.append(posterior.tangent_sums(w, inner, answers, near))
-            empty = weights.new_zeros(0, queries, posterior.tangent_values(channels, count))
-            return torch.stack(rows) if rows else empty.double()
+        def terms(b: int, view: _View = view, answers: Tensor = answers) -> tuple[Tensor, Tensor]:
+            centred = view.values - view.at_patch(centre[b])
+            planes = torch.einsum("kchw,nchw->knhw", view.at_patch(directions[b]), centred)
+            return view.at_query(box_sum(planes, window)).flatten(2), answers
 
-        state = posterior.update_tangents(state, view.distance, scale, channels, sums)
-        del view, sums
+        state = posterior.update_tangents(state, view.distance, scale, channels, terms)
+        del view, answers, terms
     return state
 
 
 def vjp(problem: PosteriorProblem, cotangents: Tensor, window: int, circular: bool) -> Tensor:
-    """Transposed derivatives along cotangents [K, B, C, H, W], of the same shape."""
+    """Vector-Jacobian products along cotangents [K, B, C, H, W], of the same shape."""
     centre = centre_of(problem)
     channels, height, width = centre.shape[1:]
 
@@ -98,14 +94,14 @@ def vjp(problem: PosteriorProblem, cotangents: Tensor, window: int, circular: bo
             def inner(b: int, g: Tensor, view: _View = view) -> Tensor:
                 return view.at_query((view.at_patch(g) * centred(b, view)).sum(1)).flatten(1)
 
-            def spread(b: int, coefficients: Tensor, view: _View = view) -> Tensor:
+            def apply(b: int, coefficients: Tensor, view: _View = view) -> Tensor:
                 planes = view.at_patch(coefficients.reshape(1, -1, height, width))
                 return view.at_query(
                     (box_sum(planes, window)[0][:, None] * centred(b, view)).sum(0)
                 )
 
-            yield Piece(view.distance, inner, spread)
-            del view, inner, spread
+            yield Piece(view.distance, inner, apply)
+            del view, inner, apply
 
     return two_passes(problem, cotangents, height * width, pieces).derivatives
 

@@ -61,7 +61,7 @@ def jvp(
 def vjp(
     problem: PosteriorProblem, cotangents: Tensor, weights: QueryWeights, responses: QueryWeights
 ) -> Tensor:
-    """Transposed derivatives along cotangents [K, B, C, H, W], of the same shape."""
+    """Vector-Jacobian products along cotangents [K, B, C, H, W], of the same shape."""
     by_query, answers = _dense(problem, weights, responses)
     return weighted_derivatives(
         problem, cotangents, by_query, lambda products: products @ answers.T, by_query

@@ -39,16 +39,11 @@ def jvp(problem: PosteriorProblem, tangents: Tensor) -> PosteriorState:
     # And the values from the nearest image, their products with the weights, and inner products.
     for flat, distance in _distances(problem, 6 * values + 4 * count):
 
-        def sums(weights: Tensor, nearest: Tensor, flat: Tensor = flat) -> Tensor:
-            rows = []
-            for w, near, origin, u in zip(weights, nearest, centre, directions, strict=True):
-                inner = ((flat - origin) @ u.T).T[..., None]
-                rows.append(posterior.tangent_sums(w, inner, flat[..., None], near))
-            empty = weights.new_zeros(0, 1, posterior.tangent_values(values, count))
-            return torch.stack(rows) if rows else empty.double()
+        def terms(b: int, flat: Tensor = flat) -> tuple[Tensor, Tensor]:
+            return ((flat - centre[b]) @ directions[b].T).T[..., None], flat[..., None]
 
-        state = posterior.update_tangents(state, distance, scale, values, sums)
-        del flat, distance, sums
+        state = posterior.update_tangents(state, distance, scale, values, terms)
+        del flat, distance, terms
     return state
 
 

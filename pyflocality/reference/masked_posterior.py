@@ -42,24 +42,19 @@ def jvp(problem: PosteriorProblem, tangents: Tensor, weights: QueryWeights) -> P
     # And the centred values, a product for every tangent, and temporaries.
     for flat, distance in _distances(problem, by_input, (9 + count) * inputs):
 
-        def sums(weights: Tensor, nearest: Tensor, flat: Tensor = flat) -> Tensor:
-            rows = []
-            for w, near, origin, u in zip(weights, nearest, centre, directions, strict=True):
-                centred = flat - origin
-                inner = [(direction * centred) @ by_input for direction in u]
-                rows.append(posterior.tangent_sums(w, inner, flat[:, None], near))
-            empty = weights.new_zeros(0, queries, posterior.tangent_values(1, count))
-            return torch.stack(rows) if rows else empty.double()
+        def terms(b: int, flat: Tensor = flat) -> tuple[list[Tensor], Tensor]:
+            centred = flat - centre[b]
+            return [(u * centred) @ by_input for u in directions[b]], flat[:, None]
 
-        state = posterior.update_tangents(state, distance, scale, 1, sums)
-        del flat, distance, sums
+        state = posterior.update_tangents(state, distance, scale, 1, terms)
+        del flat, distance, terms
     return state
 
 
 def vjp(problem: PosteriorProblem, cotangents: Tensor, weights: QueryWeights) -> Tensor:
-    """Transposed derivatives along cotangents [K, B, C, H, W], of the same shape."""
-    spread = weights.dense(problem.x.dtype, problem.x.device)
-    return weighted_derivatives(problem, cotangents, spread, _itself, spread).derivatives
+    """Vector-Jacobian products along cotangents [K, B, C, H, W], of the same shape."""
+    by_query = weights.dense(problem.x.dtype, problem.x.device)
+    return weighted_derivatives(problem, cotangents, by_query, _itself, by_query).derivatives
 
 
 def _itself(products: Tensor) -> Tensor:
@@ -72,7 +67,7 @@ def weighted_derivatives(
     directions: Tensor,
     weights: Tensor,
     inner: Callable[[Tensor], Tensor],
-    spread: Tensor,
+    answers: Tensor,
     *,
     blend: bool = False,
 ) -> TwoPasses:
@@ -83,14 +78,14 @@ def weighted_derivatives(
         directions: Directions [K, B, C, H, W].
         weights: Weights of the inputs in the distances, [Q, D].
         inner: Maps products of direction and values [n, D] to their sums per query, [n, Q].
-        spread: Where and how much every query's coefficients count, [Q, D].
-        blend: Whether the posterior weights themselves are spread over the values, too; they are
-            then those of values as they are, if the columns of `spread` sum to 1.
+        answers: Where and how much every query's coefficients count, [Q, D].
+        blend: Whether the posterior weights themselves are applied to the values, too; they are
+            then those of values as they are, if the columns of `answers` sum to 1.
     """
     x, shape, (queries, values) = problem.x.flatten(1), problem.x.shape[1:], weights.shape
     alpha, centre = problem.alpha.to(x.dtype), centre_of(problem).flatten(1)
     per_image = 6 * values + (4 * len(x) + 3) * max(queries, values)
-    fixed = dense_bytes(weights) + (spread is not weights) * dense_bytes(spread)
+    fixed = dense_bytes(weights) + (answers is not weights) * dense_bytes(answers)
     chunk = problem.images_at_a_time(per_image * x.element_size(), fixed)
 
     def pieces() -> Iterator[Piece]:
@@ -101,15 +96,15 @@ def weighted_derivatives(
                 return inner(u.flatten() * (flat - centre[b]))
 
             def sums(b: int, coefficients: Tensor, flat: Tensor = flat) -> Tensor:
-                return ((coefficients @ spread) * (flat - centre[b])).sum(0).reshape(shape)
+                return ((coefficients @ answers) * (flat - centre[b])).sum(0).reshape(shape)
 
             yield Piece(weighted_distances(x, flat, alpha, weights.T), products, sums)
             del images, flat, products, sums
 
-    found = two_passes(problem, directions, queries, pieces, blend=blend)
-    if found.blend is None:
-        return found
-    return TwoPasses(found.derivatives, found.blend + centre.reshape(found.blend.shape))
+    result = two_passes(problem, directions, queries, pieces, blend=blend)
+    if result.blend is None:
+        return result
+    return TwoPasses(result.derivatives, result.blend + centre.reshape(result.blend.shape))
 
 
 def _distances(

@@ -38,10 +38,10 @@ def scan(problem: PosteriorProblem, k: int) -> tuple[Tensor, Tensor]:
     # A chunk as values and half as much again, bounds for all queries; some images in float64.
     per_image = (2 * values + 4 * len(x)) * x.element_size()
     chunk = problem.images_at_a_time(per_image, 6 * 8 * max(_VALUES, values))
-    found = nearest_of(x, problem.alpha, problem.reader.blocks(chunk), k)
+    nearest = nearest_of(x, problem.alpha, problem.reader.blocks(chunk), k)
     if problem.ranks is None:
-        return found.indices, found.distances
-    return problem.ranks.nearest(*found, len(problem.images))
+        return nearest.indices, nearest.distances
+    return problem.ranks.nearest(*nearest, len(problem.images))
 
 
 class Nearest(NamedTuple):
@@ -112,16 +112,16 @@ class _Search:
         order = sorted(range(len(known)), key=known.__getitem__)[: self._k]
         self.best = [known[number] for number in order]
         new = [number for number in order if number >= before]
-        found = [self.distances]
+        distances = [self.distances]
         chosen = candidates[torch.tensor(new, dtype=torch.int64, device=stored.device) - before]
         for rows in chosen.split(_at_a_time(stored)):
             values = training_values(stored.index_select(0, rows), torch.float64)
             gaps = self._x.double() - self._alpha * values
-            found.append(gaps.square().sum(1).to(self._x.dtype))
+            distances.append(gaps.square().sum(1).to(self._x.dtype))
         # The new ones lie in their order behind those that were known.
         place = {number: before + i for i, number in enumerate(new)}
         places = [place.get(number, number) for number in order]
-        self.distances = torch.cat(found)[torch.tensor(places, device=stored.device)]
+        self.distances = torch.cat(distances)[torch.tensor(places, device=stored.device)]
 
 
 class ExactQuery:
@@ -136,23 +136,23 @@ class ExactQuery:
         self._x, self._alpha = x.double(), alpha.as_integer_ratio()
         # Bits that the number of terms takes in a sum.
         self._carry = len(x).bit_length()
-        self._parts: dict[int, tuple[Tensor, list[int]]] = {}
+        self._terms: dict[int, tuple[Tensor, list[int]]] = {}
 
     def keys(self, stored: Tensor) -> list[int]:
         """One integer for each image as stored, [n, D]: the smaller, the nearer."""
         if stored.dtype == torch.uint8:
             # v = w / 255, w an integer of 8 bits and a sign.
-            parts, powers = [stored.double().mul_(2.0).sub_(255.0)], [0]
+            terms, powers = [stored.double().mul_(2.0).sub_(255.0)], [0]
             bits = _EXACT_BITS - self._carry - 8
         else:
             bits = (_EXACT_BITS - self._carry) // 2
-            parts, powers = _split(stored.double(), bits)
+            terms, powers = _split(stored.double(), bits)
         x, shifts = self._of_query(bits)
         squares, products = [0] * len(stored), [0] * len(stored)
-        for part, power in zip(parts, powers, strict=True):
+        for part, power in zip(terms, powers, strict=True):
             for column, shift in zip((part @ x).T.tolist(), shifts, strict=True):
                 _add(products, column, power + shift)
-            for other, shift in zip(parts, powers, strict=True):
+            for other, shift in zip(terms, powers, strict=True):
                 _add(squares, (part * other).sum(1).tolist(), power + shift)
         (numerator, denominator), unit = self._alpha, _unit(stored.dtype)
         factor = 2 * unit * denominator
@@ -166,14 +166,14 @@ class ExactQuery:
         return key / (_unit(dtype) ** 2 * self._alpha[1] << -2 * _LOWEST)
 
     def _of_query(self, bits: int) -> tuple[Tensor, list[int]]:
-        if bits not in self._parts:
-            parts, powers = _split(self._x, bits)
-            self._parts[bits] = torch.stack(parts, 1), powers
-        return self._parts[bits]
+        if bits not in self._terms:
+            terms, powers = _split(self._x, bits)
+            self._terms[bits] = torch.stack(terms, 1), powers
+        return self._terms[bits]
 
 
 def _unit(dtype: torch.dtype) -> int:
-    """What stored images are multiplied by before they are integers or parts of them."""
+    """What stored images are multiplied by before they are integers or sums of them."""
     return 255 if dtype == torch.uint8 else 1
 
 
@@ -189,17 +189,17 @@ def _add(sums: list[int], terms: list[float], power: int) -> None:
 
 def _split(numbers: Tensor, bits: int) -> tuple[list[Tensor], list[int]]:
     """Integers of some bits, float64, and exponents of two: numbers = sum of their products."""
-    parts: list[Tensor] = []
+    terms: list[Tensor] = []
     rest, powers = numbers, []
     power = math.frexp(float(numbers.abs().max()))[1]
-    while not parts or (power > _LOWEST and bool(rest.any())):
+    while not terms or (power > _LOWEST and bool(rest.any())):
         power = max(power - bits, _LOWEST)
         # In two steps: the inverse of the power may lie outside the range of float64.
         part = (rest * 2.0 ** -(power // 2) * 2.0 ** (power // 2 - power)).trunc_()
         rest = rest - part * 2.0**power
-        parts.append(part)
+        terms.append(part)
         powers.append(power)
-    return parts, powers
+    return terms, powers
 
 
 def _candidates(
@@ -219,11 +219,11 @@ def _candidates(
     compute = x.dtype if plain_products() else torch.float64
     limits = [search.bound(stored.dtype) for search in searches]
     rough, slack = _rough(x.to(compute), training_values(stored, compute), alpha)
-    found = []
+    candidates = []
     for b, limit in enumerate(limits):
         rows = _near(rough[b], slack[b], limit, k)
         if len(rows) > k + _FEW and compute != torch.float64:
-            parts = [
+            bounds = [
                 _rough(
                     x[b : b + 1].double(),
                     training_values(stored.index_select(0, part), torch.float64),
@@ -231,10 +231,10 @@ def _candidates(
                 )
                 for part in rows.split(_at_a_time(stored))
             ]
-            better, slacks = zip(*parts, strict=True)
+            better, slacks = zip(*bounds, strict=True)
             rows = rows[_near(torch.cat(better, 1)[0], torch.cat(slacks).max(), limit, k)]
-        found.append(rows)
-    return found
+        candidates.append(rows)
+    return candidates
 
 
 def _rough(x: Tensor, values: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:

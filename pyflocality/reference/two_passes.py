@@ -1,7 +1,7 @@
 r"""Derivatives that take two scans of the training images, in plain torch.
 
-Transposed derivatives, and those of posteriors that answer many values each, are sums over the
-queries of
+Vector-Jacobian products, and derivatives of posteriors that answer many values each, are sums over
+the queries of
 
 .. math::
     \sum_i p_{q,i} \, (c_{q,i} - \mathbb E_q[c]) \, v_i[d]
@@ -33,14 +33,14 @@ class Piece(NamedTuple):
             with an image.
         inner: Maps a batch element b and a direction [C, H, W] of it to its inner products c
             with the images, counted from any origin of the query, [n, Q].
-        spread: Maps a batch element b and coefficients [n, Q] to the sum over images and queries
+        apply: Maps a batch element b and coefficients [n, Q] to the sum over images and queries
             of coefficient times values, where the query's values belong, [C, H, W]. The values
             may be counted from any origin of the query and the place.
     """
 
     distance: Tensor
     inner: Callable[[int, Tensor], Tensor]
-    spread: Callable[[int, Tensor], Tensor]
+    apply: Callable[[int, Tensor], Tensor]
 
 
 class TwoPasses(NamedTuple):
@@ -49,7 +49,7 @@ class TwoPasses(NamedTuple):
     Attributes:
         derivatives: Derivatives along the K directions, the factor alpha / (sigma^2 temperature)
             included, [K, B, C, H, W].
-        blend: The posterior weights themselves spread over the values, [B, C, H, W]; None if it
+        blend: The posterior weights themselves applied to the values, [B, C, H, W]; None if it
             was not asked for.
     """
 
@@ -72,7 +72,7 @@ def two_passes(
         directions: Directions [K, B, C, H, W].
         queries: Queries Q per noisy image.
         pieces: Starts a scan of all images.
-        blend: Whether the posterior weights themselves are spread over the values, too.
+        blend: Whether the posterior weights themselves are applied to the values, too.
     """
     scale = posterior.finite_factor(problem.scale, problem.x.dtype)
     batch, count = len(problem.x), len(directions)
@@ -96,15 +96,15 @@ def two_passes(
     blended = torch.zeros_like(problem.x) if blend else None
     for piece in pieces():
         share = posterior.posterior_weights(piece.distance, state, scale)
-        parts = [
-            piece.spread(b, share[b] * _gaps(piece.inner(b, directions[k, b]), means[b, :, k]))
+        sums = [
+            piece.apply(b, share[b] * _gaps(piece.inner(b, directions[k, b]), means[b, :, k]))
             for k in range(count)
             for b in range(batch)
         ]
-        result = result + _stacked(parts, result)
+        result = result + _stacked(sums, result)
         if blended is not None:
-            parts = [piece.spread(b, share[b]) for b in range(batch)]
-            blended = blended + _stacked(parts, blended)
+            sums = [piece.apply(b, share[b]) for b in range(batch)]
+            blended = blended + _stacked(sums, blended)
         del piece, share
     result = problem.summed(result)
     blended = None if blended is None else problem.summed(blended)
@@ -117,6 +117,6 @@ def _gaps(inner: Tensor, means: Tensor) -> Tensor:
     return (inner - means).to(inner.dtype)
 
 
-def _stacked(parts: list[Tensor], like: Tensor) -> Tensor:
-    """The parts in the shape of a tensor that may be empty."""
-    return torch.stack(parts).reshape(like.shape) if parts else like
+def _stacked(terms: list[Tensor], like: Tensor) -> Tensor:
+    """Terms in the shape of a tensor that may be empty."""
+    return torch.stack(terms).reshape(like.shape) if terms else like

@@ -43,22 +43,17 @@ def jvp(problem: PosteriorProblem, tangents: Tensor, window: int) -> PosteriorSt
     # And the centred values, planes of every tangent, and temporaries.
     for values, distance in _distances(problem, window, 8 * channels + 4 * count + 6):
 
-        def sums(weights: Tensor, nearest: Tensor, values: Tensor = values) -> Tensor:
-            rows = []
-            for w, near, origin, u in zip(weights, nearest, centre, directions, strict=True):
-                planes = torch.einsum("kchw,nchw->knhw", u, values - origin)
-                inner = box_sum(planes, window).flatten(2)
-                rows.append(posterior.tangent_sums(w, inner, values.flatten(2), near))
-            empty = weights.new_zeros(0, queries, posterior.tangent_values(channels, count))
-            return torch.stack(rows) if rows else empty.double()
+        def terms(b: int, values: Tensor = values) -> tuple[Tensor, Tensor]:
+            planes = torch.einsum("kchw,nchw->knhw", directions[b], values - centre[b])
+            return box_sum(planes, window).flatten(2), values.flatten(2)
 
-        state = posterior.update_tangents(state, distance, scale, channels, sums)
-        del values, distance, sums
+        state = posterior.update_tangents(state, distance, scale, channels, terms)
+        del values, distance, terms
     return state
 
 
 def vjp(problem: PosteriorProblem, cotangents: Tensor, window: int) -> Tensor:
-    """Transposed derivatives along cotangents [K, B, C, H, W], of the same shape."""
+    """Vector-Jacobian products along cotangents [K, B, C, H, W], of the same shape."""
     x, centre = problem.x, centre_of(problem)
     channels, height, width = x.shape[1:]
     planes = len(x) * (2 * channels + 4) + 5 * channels + 6
@@ -74,12 +69,12 @@ def vjp(problem: PosteriorProblem, cotangents: Tensor, window: int) -> Tensor:
             def inner(b: int, g: Tensor, values: Tensor = values) -> Tensor:
                 return (g * (values - centre[b])).sum(1).flatten(1)
 
-            def spread(b: int, coefficients: Tensor, values: Tensor = values) -> Tensor:
+            def apply(b: int, coefficients: Tensor, values: Tensor = values) -> Tensor:
                 planes = box_sum(coefficients.reshape(1, -1, height, width), window)[0]
                 return (planes[:, None] * (values - centre[b])).sum(0)
 
-            yield Piece(distance, inner, spread)
-            del values, distance, inner, spread
+            yield Piece(distance, inner, apply)
+            del values, distance, inner, apply
 
     return two_passes(problem, cotangents, height * width, pieces).derivatives
 
