@@ -22,14 +22,6 @@ struct RowTraits {
   static constexpr int kImages = 4 * kAtOnce;
 };
 
-template <bool kBytes>
-struct StoredAs {
-  using Type = unsigned char;
-};
-template <>
-struct StoredAs<false> {
-  using Type = float;
-};
 using Stored = StoredAs<RowTraits::kBytes>::Type;
 
 // The window around a pixel, cut at the border.

@@ -144,7 +144,7 @@ def merge_sums(partial: Tensor) -> Tensor:
     """Sums over the splits in a fixed order: [splits, ...] float32 to [...] float64."""
     merged = partial.new_empty(partial.shape[1:], dtype=torch.float64)
     entries = merged.numel()
-    run(_merge("merge_sums", entries, 1, 1), partial, len(partial), entries, merged)
+    run(_merge("merge_sums", entries), partial, len(partial), entries, merged)
     return merged
 
 
@@ -157,6 +157,6 @@ def _launch(
     return Launch(kernel, kernel, grid, plan.threads, plan.shared_bytes, macros)
 
 
-def _merge(kernel: str, entries: int, rows: int, planes: int) -> Launch:
-    grid = (ceil_div(entries, _MERGE_ENTRIES), rows, planes)
+def _merge(kernel: str, entries: int, batch: int = 1, rows: int = 1) -> Launch:
+    grid = (ceil_div(entries, _MERGE_ENTRIES), batch, rows)
     return Launch("merge", kernel, grid, _MERGE_THREADS, 8 * _MERGE_THREADS)

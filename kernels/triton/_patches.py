@@ -56,8 +56,8 @@ class Geometry:
     @property
     def patches(self) -> tuple[int, int]:
         """Rows and columns of patches of an image."""
-        height, width = self.padded
-        return height - self.window + 1, width - self.window + 1
+        rows, columns = (side - self.window + 1 for side in self.padded)
+        return rows, columns
 
     @property
     def bytes_per_image(self) -> int:
@@ -140,9 +140,9 @@ def converted_images(
         norms[norm_size:] = 0
         pixels = keys[:size].view(len(block), height, width, geometry.channels)
         digits = norms[:norm_size].view(len(block), *geometry.patches, 4)
-        pieces = (some.split(converted) for some in (block, pixels, digits))
-        for stored, into, norm in zip(*pieces, strict=True):
-            _convert(stored, into, norm, geometry)
+        for first in range(0, len(block), converted):
+            some = slice(first, first + converted)
+            _convert(block[some], pixels[some], digits[some], geometry)
         yield keys, norms, len(block)
 
 

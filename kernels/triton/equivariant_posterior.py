@@ -75,8 +75,8 @@ def scan(
             problem's precision is "auto", else takes 2, which is as accurate as float32.
         config: Tile sizes; None takes `default_config`.
     """
-    channels, height, width = shape = problem.images.shape[1:]
-    geometry = Geometry((channels, height, width), window, 0 if circular else window // 2)
+    shape = problem.image_shape
+    geometry = Geometry(shape, window, 0 if circular else window // 2)
     if halves is None and problem.precision == "auto":
         chosen = query_halves(problem, window)
     else:

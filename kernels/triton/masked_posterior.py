@@ -65,7 +65,7 @@ def scan(
     stored, device = StoredProblem(problem), problem.x.device
     arch = generation(device)
     block_d = (config or CONFIGS[arch]).block_d
-    levels = mask_levels(weights, problem.images.shape[1:], block_d, device)
+    levels = mask_levels(weights, problem.image_shape, block_d, device)
     images = centred_images(problem.images)
     exact = torch.ones(len(problem.x), dtype=torch.bool, device=device)
     if problem.precision == "auto":
@@ -122,21 +122,17 @@ def jvp(
     if len(problem.x) == 0:
         return init(0, weights.shape[0], tangent_values(1, len(tangents)), problem.x.double())
     stored, config = StoredProblem(problem), config or JVP_CONFIGS[generation(device)]
-    levels = mask_levels(weights, problem.images.shape[1:], config.block_d, device)
+    levels = mask_levels(weights, problem.image_shape, config.block_d, device)
     images = centred_images(problem.images)
     directions = tangents.detach().double().flatten(2).transpose(0, 1)
-    inner: list[Tensor] = []
-    cross: list[Tensor] = []
+    scans = []
     for first, last, slots in tangent_groups(len(tangents)):
         some = directions.new_zeros(len(directions), slots - 1, directions.shape[2])
         some[:, : last - first] = directions[:, first:last]
-        sums = TangentScan(stored, some, images, levels, config).sums_of(last - first)
-        if not inner:
-            minimum, total, means = sums[:3]
-        # Each group has a total of its own, rounded in its own way.
-        share = (total / sums[1])[..., None]
-        inner.append(sums[3] * share)
-        cross.append(sums[4] * share)
+        scans.append(TangentScan(stored, some, images, levels, config).sums_of(last - first))
+    minimum, total, means = scans[0][:3]
+    # Each group has a total of its own, rounded in its own way.
+    inner, cross = ([sums[k] * (total / sums[1])[..., None] for sums in scans] for k in (3, 4))
     minimum = stored.distances(minimum)
     minimum += sums_over_weights(levels, centred_noisy(problem, images.centre).square())
     state = PosteriorState(minimum, total, torch.cat([means, *inner, *cross], -1))

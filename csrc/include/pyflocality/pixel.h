@@ -22,4 +22,18 @@ PYFLOCALITY_HOST_DEVICE constexpr int centred_byte(unsigned char u) {
   return static_cast<int>(u) - kByteCentre;
 }
 
+// Type of a stored value, and the range of its values.
+template <bool kBytes>
+struct StoredAs;
+template <>
+struct StoredAs<true> {
+  using Type = unsigned char;
+  static constexpr float kLowest = 0.0f, kHighest = 255.0f;
+};
+template <>
+struct StoredAs<false> {
+  using Type = float;
+  static constexpr float kLowest = -1.0f, kHighest = 1.0f;
+};
+
 }  // namespace pyflocality

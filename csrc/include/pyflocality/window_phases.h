@@ -11,18 +11,6 @@
 
 namespace pyflocality {
 
-template <bool kBytes>
-struct StoredAs;
-template <>
-struct StoredAs<true> {
-  using Type = unsigned char;
-  static constexpr float kLowest = 0.0f, kHighest = 255.0f;
-};
-template <>
-struct StoredAs<false> {
-  using Type = float;
-  static constexpr float kLowest = -1.0f, kHighest = 1.0f;
-};
 using Stored = StoredAs<WindowTraits::kBytes>::Type;
 
 // A tile of pixels and the region that its windows reach.
