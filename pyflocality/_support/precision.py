@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 
 Precision = Literal["exact", "auto"]
-PRECISIONS: tuple[str, ...] = get_args(Precision)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # Error of an answer in [-1, 1], against float64, that "auto" permits. Kernels estimate theirs: the
 # estimates held on CIFAR-10 and are no proven bounds.
 TOLERANCE = 1e-3

@@ -41,7 +41,7 @@ def in_forward_mode(run: Callable[[Derivative], T]) -> T:
     It may be asked twice, the second time with another way to take them.
     """
     if torch.compiler.is_dynamo_compiling():
-        return run(lambda function, x, tangent: torch.func.jvp(function, (x,), (tangent,)))
+        return run(_by_torch)
     if _asked.get() or _is_within_jvp():
         # No turn of its own: whoever asks has the level open and waits for the answer.
         return run(_by_forward_mode)
@@ -108,8 +108,13 @@ def _by_forward_mode(function: Function, x: Tensor, tangent: Tensor) -> tuple[Te
         functorch._jvp_decrement_nesting()
 
 
+def _by_torch(function: Function, x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    value, derivative = torch.func.jvp(function, (x,), (tangent,))[:2]
+    return value, derivative
+
+
 def _by_two_reversals(function: Function, x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
     """The transpose of the transposed derivative, which needs no forward mode."""
-    value, transposed = torch.func.vjp(function, x)
-    _, again = torch.func.vjp(lambda g: transposed(g)[0], torch.zeros_like(value))
+    value, transposed = torch.func.vjp(function, x)[:2]
+    _, again = torch.func.vjp(lambda g: transposed(g)[0], torch.zeros_like(value))[:2]
     return value, again(tangent)[0]

@@ -15,7 +15,7 @@ derivatives of its function.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -158,10 +158,10 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {"estimate": _estimate, "jvp": _j
 
 
 def _run(
-    name: str, denoiser: Differentiable, looked_at: bool, x: Tensor, alpha: Argument,
-    sigma: Argument, *directions: Tensor,
-) -> Tensor:  # fmt: skip
+    name: str, denoiser: Differentiable, looked_at: bool, x: Tensor, *rest: Argument
+) -> Tensor:
     """What a denoiser answers for plain tensors, whose values are looked at if nobody could."""
+    alpha, sigma, *directions = rest
     levels = Levels(alpha, sigma)
     if not looked_at:
         x, levels, _, _ = denoiser._checked(x, sigma, alpha)
@@ -209,17 +209,17 @@ class _Estimate(RowMap):
 
         return RowMap(self._function(name), plain, (0, 0, 0, 1), 1)
 
-    def jvp(self, number: int, arguments: tuple[Argument, ...], tangent: Tensor) -> Tensor:
+    def jvp(self, number: int, arguments: Sequence[Argument], tangent: Tensor) -> Tensor:
         """With respect to x the denoiser's own product, to the levels torch's derivative."""
         if number == 0:
             return self.products("jvp")(*arguments, tangent[None])[0]
         return super().jvp(number, arguments, tangent)
 
-    def vjp(self, number: int, arguments: tuple[Argument, ...], cotangent: Tensor) -> Tensor:
+    def vjp(self, number: int, arguments: Sequence[Argument], cotangent: Tensor) -> Tensor:
         """With respect to a level, one number a row, the derivative itself tells the product."""
         if number == 0:
             return self.products("vjp")(*arguments, cotangent[None])[0]
-        level = arguments[number]
+        level = torch.as_tensor(arguments[number])
         derivative = self.jvp(number, arguments, torch.ones_like(level))
         return (derivative.double() * cotangent.double()).flatten(1).sum(1).to(level.device)
 

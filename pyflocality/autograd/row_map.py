@@ -91,7 +91,7 @@ def vjp_by_torch(function: Function, x: Tensor, cotangents: Tensor) -> Tensor:
     """Transposed derivatives by backward differentiation, through one graph of the function."""
     if len(cotangents) == 0:
         return torch.zeros_like(cotangents)
-    _, transposed = torch.func.vjp(function, x)
+    _, transposed = torch.func.vjp(function, x)[:2]
     return torch.stack([transposed(g)[0] for g in cotangents])
 
 

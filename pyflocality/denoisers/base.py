@@ -74,7 +74,8 @@ class Denoiser(nn.Module):
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        self.image_shape = tuple(image_shape)
+        channels, height, width = image_shape
+        self.image_shape = channels, height, width
         self._handle = new_handle(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -300,7 +301,7 @@ class PosteriorDenoiser(Denoiser):
         self.backend = backend
         self.dtype = dtype
         self.memory_budget = memory_budget
-        self.precision = check_choice(precision, "precision", PRECISIONS)
+        self.precision: Precision = check_choice(precision, "precision", PRECISIONS)
 
     @property
     def device(self) -> torch.device:
@@ -369,8 +370,8 @@ class PosteriorDenoiser(Denoiser):
         if kind == "scan":
             return (operation.mean_of(problem, query, self.backend),)
         if kind == "jvp":
-            return operation.jvp_of(problem, *directions, query, self.backend)
-        return (operation.vjp_of(problem, *directions, query, self.backend),)
+            return operation.jvp_of(problem, directions[0], query, self.backend)
+        return (operation.vjp_of(problem, directions[0], query, self.backend),)
 
     def _denoise(self, x: Tensor, levels: Levels) -> Tensor:
         return self._answers("scan", x, levels)[0]

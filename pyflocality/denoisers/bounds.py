@@ -125,7 +125,7 @@ class DistanceBounds:
             block, residuals = block.index_select(0, images), residuals[images]
         inner = inner + _product(block, coefficients.float())
         outside = _outside(self.energy, self._inside, index.defect, len(index.centre), index.stages)
-        bounds = (energies - 2.0 * inner).sub_(residuals, alpha=2.0 * outside**0.5)
+        bounds = (energies - 2.0 * inner).sub_(residuals, alpha=2.0 * float(outside) ** 0.5)
         if images is None:
             self._inner, self.values = inner, bounds
         else:
@@ -172,7 +172,8 @@ def build_index(
         for block, part in zip(blocks, coefficients.split(widths, 1), strict=True):
             block[rows] = part
         inside = coefficients.square().cumsum(1)[:, [k - 1 for k in stages]].T
-        outside = _outside(energies[rows], inside, defect, values, stages).sqrt()
+        energy = _outside(energies[rows], inside, defect, values, stages)
+        outside = torch.as_tensor(energy).sqrt()
         # One ulp and a half of float32 above, so that rounding cannot take it below.
         residuals[:, rows] = outside * (1.0 + 3 * UNIT32)
     return ComponentIndex(

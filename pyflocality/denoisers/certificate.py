@@ -91,7 +91,7 @@ def plan_level(index: ComponentIndex, scale: float, tolerance: float) -> SubsetP
     shares = [share.mean().item() for share in _pilot(index, scale, tolerance)]
     # `shares[j]` of the images are in doubt after stage j.
     costs = []
-    bounding = count * (_LOOK_COST + _BOUND_COST * index.stages[0])
+    bounding: float = count * (_LOOK_COST + _BOUND_COST * index.stages[0])
     for stage, share in enumerate(shares):
         if stage > 0:
             added = index.stages[stage] - index.stages[stage - 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -194,18 +194,19 @@ class CertifiedSubset(Denoiser):
             ValueError: x has the wrong shape or device or holds NaN, or a level is out of range.
         """
         x, levels, _, _ = self._checked(x, sigma, alpha)
+        # Without a limit none gives up.
         readings = [
-            self._read(noisy, *level, limit=None)
+            cast(Reading, self._read(noisy, *level, limit=None))
             for noisy, level in zip(x, levels.pairs(len(x)), strict=True)
         ]
         # What rounding to the dtype of x may move a value in [-1, 1].
-        cast = torch.finfo(x.dtype).eps
+        rounding = torch.finfo(x.dtype).eps
         x0 = torch.zeros_like(x)
         for answer, reading in zip(x0, readings, strict=True):
             answer.copy_(reading.mean.reshape(answer.shape))
         return CertifiedResult(
             x0,
-            x.new_tensor([r.error_bound + cast for r in readings], dtype=torch.float64),
+            x.new_tensor([r.error_bound + rounding for r in readings], dtype=torch.float64),
             x.new_tensor([r.read / len(self.denoiser.data) for r in readings], dtype=torch.float64),
         )
 

@@ -83,10 +83,10 @@ class FilteredPosteriorDenoiser(PosteriorDenoiser):
         return responses[empty].any(0) & ~responses[~empty].any(0)
 
     def _as_weights(self, weights: object, name: str) -> QueryWeights:
-        check_tensor(weights, name, "a bool or float tensor [Q, D]")
-        if tuple(weights.shape[1:]) == self.image_shape:
-            weights = weights.flatten(1)
-        return QueryWeights(weights, name=name)
+        rows = check_tensor(weights, name, "a bool or float tensor [Q, D]")
+        if tuple(rows.shape[1:]) == self.image_shape:
+            rows = rows.flatten(1)
+        return QueryWeights(rows, name=name)
 
     def _questions(self, kind: Kind) -> Callable[[float, float], Asked]:
         if self._responses is None:

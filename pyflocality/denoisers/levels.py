@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from pyflocality._support.levels import Levels, Rows
 from pyflocality._support.transforms import outside_transforms
 
 Choice = TypeVar("Choice")
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Level(NamedTuple):
@@ -54,7 +55,9 @@ def share_passes(
     if len(groups) == 1:
         return [slice(None)], [choices[0]]
     with outside_transforms():
-        rows = [torch.cat([levels[number].rows for number in numbers]) for numbers in groups]
+        rows: list[Rows] = [
+            _positions(levels[number].rows for number in numbers) for numbers in groups
+        ]
     return rows, [choices[numbers[0]] for numbers in groups]
 
 
@@ -62,13 +65,18 @@ def join_rows(results: Sequence[Tensor], rows: Sequence[Rows], axis: int = 0) ->
     """What was computed for groups of images, as one batch in its order along an axis."""
     if len(results) == 1:
         return results[0]
-    order = torch.cat(list(rows)).argsort().to(results[0].device)
+    order = _positions(rows).argsort().to(results[0].device)
     return torch.cat(list(results), axis).index_select(axis, order)
 
 
-def _grouped(keys: Sequence[Hashable]) -> dict[Hashable, list[int]]:
+def _positions(rows: Iterable[Rows]) -> Tensor:
+    """Positions of groups, of which none is the whole batch, one group after the other."""
+    return torch.cat([some for some in rows if isinstance(some, Tensor)])
+
+
+def _grouped(keys: Sequence[Key]) -> dict[Key, list[int]]:
     """Where each of the keys is, in the order in which they come first."""
-    groups: dict[Hashable, list[int]] = {}
+    groups: dict[Key, list[int]] = {}
     for number, key in enumerate(keys):
         groups.setdefault(key, []).append(number)
     return groups

@@ -6,7 +6,7 @@ import numbers
 import os
 import tempfile
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from pyflocality._support.checks import (
 )
 from pyflocality._support.levels import Levels
 from pyflocality.data import TrainingSet
-from pyflocality.denoisers.base import Denoiser, check_set
+from pyflocality.denoisers.base import Denoiser, DenoiserOptions, check_set
 from pyflocality.denoisers.local import LocalDenoiser
 from pyflocality.denoisers.optimal import OptimalDenoiser
 from pyflocality.denoisers.pca_locality import PCALocalityDenoiser
@@ -36,11 +36,7 @@ from pyflocality.ops.window_posterior import check_window
 from pyflocality.storage.reader import Reader
 from pyflocality.wavelets import analyse, check_sides, filters, synthesise
 
-_COARSE = {
-    "optimal": OptimalDenoiser,
-    "wiener": WienerDenoiser,
-    "pca_locality": PCALocalityDenoiser,
-}
+_COARSE = ("optimal", "wiener", "pca_locality")
 _BLOCK_BYTES = 64 * 2**20
 
 
@@ -133,19 +129,18 @@ class MultiscaleDenoiser(Denoiser):
         self.window = _check_windows(window, self.levels, self.image_shape)
         filters(wavelet)
         self.wavelet = wavelet
-        self.coarse = check_choice(coarse, "coarse", tuple(_COARSE))
+        self.coarse = check_choice(coarse, "coarse", _COARSE)
         self.bandwidth = check_positive(bandwidth, "bandwidth")
         mask_threshold = _check_threshold(mask_threshold, coarse)
-        options = {"backend": backend, "dtype": dtype, "memory_budget": memory_budget}
-        of_coarse = {} if coarse == "wiener" else dict(options)
-        if mask_threshold is not None:
-            of_coarse["mask_threshold"] = mask_threshold
+        options: DenoiserOptions = {
+            "backend": backend, "dtype": dtype, "memory_budget": memory_budget
+        }  # fmt: skip
         # Checks the options before the bands are made.
         OptimalDenoiser(data, **options)
-        low, stacks = data, []
+        low, stacks = data, list[TrainingSet]()
         if self.levels > 0:
             low, stacks = _training_bands(data, self.levels, wavelet, self.bandwidth, memory_budget)
-        self.low_pass = _COARSE[coarse](low, **of_coarse)
+        self.low_pass = _low_pass(coarse, low, mask_threshold, options)
         self._conditionals = nn.ModuleList(
             LocalDenoiser(stack, side, **options)
             for stack, side in zip(stacks, self.window, strict=True)
@@ -221,7 +216,7 @@ class MultiscaleDenoiser(Denoiser):
         )
         for level in range(self.levels, 0, -1):
             along = details_along[level - 1].unflatten(0, (count, -1))
-            stacked, stacked_along = self._conditionals[level - 1]._jvp(
+            stacked, stacked_along = self._conditional_model(level)._jvp(
                 self._stacked(noisy_details[level - 1], low, levels),
                 self._stacked(along, low_along, levels),
                 _at(levels, level),
@@ -235,14 +230,14 @@ class MultiscaleDenoiser(Denoiser):
         levels = _divisible(levels)
         noisy_low, noisy_details = self._bands(x)
         low = self._answer_of(self.low_pass, noisy_low, _at(levels, self.levels))
-        inputs = []
+        inputs: list[Tensor] = []
         for level in range(self.levels, 0, -1):
             stacked = self._stacked(noisy_details[level - 1], low, levels)
             inputs.insert(0, stacked)
             # The finest details are the result; only what they depend on is needed.
             if level > 1:
-                conditional = self._conditionals[level - 1]
-                means = self._answer_of(conditional, stacked, _at(levels, level))
+                model = self._conditional_model(level)
+                means = self._answer_of(model, stacked, _at(levels, level))
                 low = self._finer(low, self._details(means))
         count, channels = len(cotangents), self.image_shape[0]
         low_back, details_back = cotangents.flatten(0, 1).to(noisy_low.dtype), []
@@ -250,7 +245,7 @@ class MultiscaleDenoiser(Denoiser):
         for level, stacked in enumerate(inputs, 1):
             low_back, bands_back = (2.0 * part for part in analyse(low_back, self.wavelet))
             padded = torch.cat([bands_back, torch.zeros_like(low_back)], 1)
-            back = self._conditionals[level - 1]._vjp(
+            back = self._conditional_model(level)._vjp(
                 stacked, padded.unflatten(0, (count, -1)), _at(levels, level)
             )
             details_back.append(self._details(back.flatten(0, 1)))
@@ -266,7 +261,10 @@ class MultiscaleDenoiser(Denoiser):
     def _conditional(self, level: int, details: Tensor, low: Tensor, levels: Levels) -> Tensor:
         """Means of the details of a level, and of the low-pass images behind them."""
         stacked = self._stacked(details, low, levels)
-        return self._answer_of(self._conditionals[level - 1], stacked, levels)
+        return self._answer_of(self._conditional_model(level), stacked, levels)
+
+    def _conditional_model(self, level: int) -> Denoiser:
+        return cast(Denoiser, self._conditionals[level - 1])
 
     def _answer_of(self, denoiser: Denoiser, x: Tensor, levels: Levels) -> Tensor:
         # Values that nobody has looked at: a small bandwidth may have made them large.
@@ -303,6 +301,19 @@ class MultiscaleDenoiser(Denoiser):
         )
 
 
+def _low_pass(
+    coarse: str, low: TrainingSet, threshold: float | None, options: DenoiserOptions
+) -> Denoiser:
+    """The global model of low-pass images."""
+    if coarse == "optimal":
+        return OptimalDenoiser(low, **options)
+    if coarse == "wiener":
+        return WienerDenoiser(low)
+    if threshold is None:
+        return PCALocalityDenoiser(low, **options)
+    return PCALocalityDenoiser(low, threshold, **options)
+
+
 def _at(levels: Levels, level: int) -> Levels:
     """The noise levels of bands that are divided by 2^level."""
     return levels._replace(sigma=levels.sigma / 2**level)
@@ -335,10 +346,10 @@ def _check_windows(
         # The finest band takes the largest window; without levels there is none to fit.
         checked = check_window(window, *(sides[0] if sides else (height, width)))
         return tuple(min(checked, 2 * max(side) - 1) for side in sides)
-    check_sequence(window, "window", "a whole number or one for each level")
-    if len(window) != levels:
-        raise ValueError(f"`window` must have {levels} numbers, one a level, got {len(window)}")
-    return tuple(check_window(side, *band) for side, band in zip(window, sides, strict=True))
+    given = check_sequence(window, "window", "a whole number or one for each level")
+    if len(given) != levels:
+        raise ValueError(f"`window` must have {levels} numbers, one a level, got {len(given)}")
+    return tuple(check_window(side, *band) for side, band in zip(given, sides, strict=True))
 
 
 def _training_bands(

@@ -131,13 +131,14 @@ def masks_from_maps(maps: Tensor, share: float) -> Tensor:
 
 
 def _check_masks(masks: object, image_shape: tuple[int, int, int]) -> Tensor:
-    if check_tensor(masks, "masks").dtype != torch.bool:
+    checked = check_tensor(masks, "masks")
+    if checked.dtype != torch.bool:
         raise TypeError(f"`masks` must be a bool tensor [H, W, H, W], got {describe(masks)}")
     _, height, width = image_shape
-    if tuple(masks.shape) != (height, width, height, width):
+    if tuple(checked.shape) != (height, width, height, width):
         expected = [height, width, height, width]
         raise ValueError(f"`masks` must have shape {expected}, got {describe(masks)}")
-    return masks
+    return checked
 
 
 @functools.lru_cache(maxsize=8)

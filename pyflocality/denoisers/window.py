@@ -40,19 +40,20 @@ def level_rule(
         return lambda alpha, sigma: value
     if callable(given):
         return lambda alpha, sigma: check(given(alpha, sigma))
-    check_sequence(
+    rows = check_sequence(
         given,
         name,
         "one value, a function (alpha, sigma) -> value or a table of (sigma / alpha, value) pairs",
     )
-    if len(given) == 0:
+    if len(rows) == 0:
         raise ValueError(f"`{name}` must be a table of at least one pair, got none")
     table = []
-    for row in given:
+    for row in rows:
         if not isinstance(row, Sequence) or len(row) != 2:
             raise TypeError(f"`{name}` must hold pairs (sigma / alpha, value), got {describe(row)}")
         ratio, value = row
-        if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real):
+        is_number = isinstance(ratio, numbers.Real) and not isinstance(ratio, bool)
+        if not is_number:
             raise TypeError(f"`{name}` must hold numbers as noise levels, got {describe(ratio)}")
         if not 0 < ratio < math.inf:
             raise ValueError(f"`{name}` must hold positive noise levels, got {describe(ratio)}")

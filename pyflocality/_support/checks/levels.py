@@ -135,10 +135,11 @@ def check_levels(
         positive: Whether sigma must not be 0 for another reason.
     """
     # As most levels are: nothing to convert and nothing wrong.
-    plain = type(sigma) is float and type(alpha) is float
-    if plain and not torch.compiler.is_dynamo_compiling():
-        if 0 < sigma < math.inf and 0 < alpha < math.inf:
-            return Levels(alpha, sigma)
+    if isinstance(sigma, float) and isinstance(alpha, float):
+        plain = type(sigma) is float and type(alpha) is float
+        if plain and not torch.compiler.is_dynamo_compiling():
+            if 0 < sigma < math.inf and 0 < alpha < math.inf:
+                return Levels(alpha, sigma)
     sigma, alpha = as_pair(sigma, alpha)
     noise = _checked(sigma, batch, "sigma", allow_zero=not positive, derivatives=derivatives)
     return Levels(_checked(alpha, batch, "alpha", allow_zero=False), noise)

@@ -11,14 +11,15 @@ import torch
 from pyflocality._support.checks.describing import describe
 
 T = TypeVar("T")
+Choice = TypeVar("Choice", bound=str)
 
 
-def check_choice(value: object, name: str, choices: Sequence[str]) -> str:
+def check_choice(value: object, name: str, choices: Sequence[Choice]) -> Choice:
     """One of a few strings."""
     if not isinstance(value, str) or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"`{name}` must be one of {listed}, got {describe(value)}")
-    return str(value)
+    return choices[choices.index(value)]
 
 
 def check_flag(value: object, name: str) -> bool:
