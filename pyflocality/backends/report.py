@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -65,7 +65,24 @@ def _by_name(table: dict[str, Implementation]) -> dict[str, str]:
     return {name: one.by_name_only for name, one in table.items() if one.by_name_only is not None}
 
 
-def configuration() -> dict[str, Any]:
+class Configuration(TypedDict):
+    """Versions, backends with the reason why they cannot run here, operations and settings."""
+
+    pyflocality: str
+    python: str
+    platform: str
+    packages: dict[str, str | None]
+    threads: int
+    gpus: list[str]
+    backends: dict[str, str | None]
+    operations: dict[str, list[str]]
+    by_name_only: dict[str, dict[str, str]]
+    backend: str
+    memory_budget: int
+    environment: dict[str, str]
+
+
+def configuration() -> Configuration:
     """The configuration as plain values: versions, backends, operations, settings."""
     gpus = [
         torch.cuda.get_device_name(index)
@@ -91,7 +108,7 @@ def configuration() -> dict[str, Any]:
     }
 
 
-def format_configuration(config: dict[str, Any]) -> str:
+def format_configuration(config: Configuration) -> str:
     """The configuration as text for a person."""
     packages = ", ".join(
         f"{name} {version or '(not installed)'}" for name, version in config["packages"].items()
