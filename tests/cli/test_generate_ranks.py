@@ -105,7 +105,7 @@ def whole(source, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def job(request, source, tmp_path_factory):
     """Folders of the results of a job, and what it printed."""
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
@@ -156,9 +156,8 @@ def test_rank_0_alone_writes_and_speaks(job):
     assert stderr.count("loading") == stderr.count("sampling 5 images") == runs
 
 
-@pytest.mark.parametrize(
-    ("split", "killed"), [("images", 1), pytest.param("samples", 0, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("split", "killed"), [("images", 1), ("samples", 0)])
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_job_which_then_goes_on(split, killed, source, whole, tmp_path):
     out = tmp_path / "out"
     words = arguments(source, out, *CASES["local"], "--split-over", split)
@@ -183,7 +182,12 @@ def test_a_killed_rank_ends_the_job_which_then_goes_on(split, killed, source, wh
 
 
 @pytest.mark.parametrize(
-    "mistake", ["of rank 0", "of all", pytest.param("of the parser", marks=pytest.mark.slow)]
+    "mistake",
+    [
+        "of rank 0",
+        pytest.param("of all", marks=pytest.mark.slow),
+        pytest.param("of the parser", marks=pytest.mark.slow),
+    ],
 )
 def test_mistakes_are_told_once(mistake, source, tmp_path):
     out = tmp_path / "out"
@@ -207,6 +211,7 @@ def test_mistakes_are_told_once(mistake, source, tmp_path):
         assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_set_with_fewer_images_than_ranks_is_refused(source, tmp_path):
     words = arguments(source, tmp_path / "out", *SAMPLES["few"], "--no-progress")
     code, _, stderr = ended(launched(2, "-m", "pyflocality", *words))

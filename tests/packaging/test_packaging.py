@@ -18,7 +18,9 @@ from pyflocality.backends import machine_reason
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE_MISSING = machine_reason("cpu")
 
+# Most of it builds the extension, unless what is built is given: `--built FOLDER`.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         not (ROOT / "setup.py").is_file(), reason="the tests run outside a checkout"
     ),

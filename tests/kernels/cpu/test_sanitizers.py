@@ -96,6 +96,7 @@ def test_the_driver_runs_every_kernel():
     assert not missing, f"csrc/tests/sanitize.cpp does not run {missing}"
 
 
+@pytest.mark.slow
 def test_kernels_under_sanitizers(driver):
     what = "threads" if driver.parent.name.startswith("thread") else "all"
     done = execute(driver, what)
