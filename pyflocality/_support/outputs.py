@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from pyflocality._support.journal import BegunRun, Journal
@@ -63,7 +62,8 @@ class Outputs:
         self.temporary = {path: _hidden_twin(path, self._run.id) for path in self.paths}
         name = f".{self.paths[0].name}.run" if folder is None else ".pyflocality.run"
         self._journal = Journal((folder or self.paths[0].parent) / name)
-        self._locks = [folder] if folder else [_lock_file(path) for path in self.paths]
+        own = [path.with_name(f".{path.name}.lock") for path in self.paths]
+        self._locks = [folder] if folder else own
         self._made: list[Path] = []
         # Files that a killed process had just given their names when it was asked for the same.
         self._own: set[Path] = set()
@@ -111,12 +111,7 @@ class Outputs:
                 os.replace(temporary, path)
             self._committed = True
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Remove what was not committed, and tell where a disk is full."""
         self._clean()
         self._tell_names(error)
@@ -228,10 +223,6 @@ def _quietly(remove: Callable[[], Any]) -> None:
 def _hidden_twin(path: Path, run: str) -> Path:
     """A hidden name beside a file, with its suffix: some writers go by that."""
     return path.with_name(f".{path.stem}.{run}{path.suffix}")
-
-
-def _lock_file(path: Path) -> Path:
-    return path.with_name(f".{path.name}.lock")
 
 
 def _state(path: Path) -> tuple[int, int] | None:

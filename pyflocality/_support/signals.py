@@ -59,12 +59,7 @@ def ended_by_signals() -> Iterator[None]:
         if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
             raise Ended(number)
 
-    before = {}
-    for name, default in _DEFAULTS.items():
-        # Windows has no SIGHUP.
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) == default:
-            before[number] = signal.signal(number, end)
+    before = {number: signal.signal(number, end) for number in _ours()}
     try:
         with _watched(frozenset(before), answered):
             yield
@@ -132,10 +127,14 @@ def nothing_to_end() -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    for name, default in _DEFAULTS.items():
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) == default:
-            signal.signal(number, signal.SIG_IGN)
+    for number in _ours():
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _ours() -> list[signal.Signals]:
+    """The signals that could be answered by us; Windows has no SIGHUP."""
+    known = {signal.Signals[name]: _DEFAULTS[name] for name in _DEFAULTS if hasattr(signal, name)}
+    return [number for number, default in known.items() if signal.getsignal(number) == default]
 
 
 def last_word(error: KeyboardInterrupt) -> tuple[str, int]:

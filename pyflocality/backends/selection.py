@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -250,12 +249,7 @@ class use_backend:  # noqa: N801  (reads as a function, like torch.no_grad)
         """Enter the block; the choice is in force since construction."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Restore the choice that was in force before."""
         if self._token is not None:
             _requested.reset(self._token)

@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace, TracebackType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -167,10 +167,6 @@ class MappedFile:
             self.path, size, modified, self._by_name, start, part.dtype, shape, strides
         )
 
-    def guarded(self) -> Guarded:
-        """A `with` block that reads the map: see `Guarded`."""
-        return Guarded(self)
-
     def read(self, part: Tensor, buffer: Tensor) -> Tensor:
         """The values of some images, read from the file and not from the map.
 
@@ -249,12 +245,7 @@ class Guarded:
         """Whether something could not be read so far."""
         return self._guard.lost
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._end()
         # Of an error the file may be the cause; an interruption has its own.
         if error is None or isinstance(error, Exception):
@@ -367,7 +358,7 @@ def checked_around(file: MappedFile, run: Callable[..., Any]) -> Callable[..., A
     """A function that reads a file, with checks before and after it that the file is the same."""
 
     def checked(*arguments: Any) -> Any:  # noqa: ANN401
-        with file.guarded():
+        with Guarded(file):
             return run(*arguments)
 
     return checked

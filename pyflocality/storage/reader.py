@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyflocality._support.budget import memory_budget_bytes
 from pyflocality.storage.augmentation import IDENTITY, Augmentation
-from pyflocality.storage.mapped import MappedFile, checked_around, mapped_file
+from pyflocality.storage.mapped import Guarded, MappedFile, checked_around, mapped_file
 
 # Steps of 8-bit images in a value of 1.
 BYTES_PER_UNIT = 127.5
@@ -174,7 +174,7 @@ class Reader:
         elif self.from_file:
             yield from _blocks_of_file(self.file, self.images, size)
         else:
-            with self.file.guarded() as guard:
+            with Guarded(self.file) as guard:
                 for block in self.images.split(size):
                     yield block
                     if guard.lost:

@@ -51,19 +51,19 @@ def check_callable(value: object, name: str, expected: str = "callable") -> Call
     return value
 
 
-def check_generator(value: object, name: str = "generator") -> torch.Generator | None:
+def check_generator(value: object) -> torch.Generator | None:
     """A source of randomness, or None for the default one."""
     if value is not None and not isinstance(value, torch.Generator):
-        raise TypeError(f"`{name}` must be a torch.Generator, got {describe(value)}")
+        raise TypeError(f"`generator` must be a torch.Generator, got {describe(value)}")
     return value
 
 
-def check_float_dtype(value: object, name: str = "dtype") -> torch.dtype | None:
+def check_float_dtype(value: object) -> torch.dtype | None:
     """A dtype to compute in, float32 or float64; or None, which leaves it open."""
     if value is not None and not isinstance(value, torch.dtype):
-        raise TypeError(f"`{name}` must be torch.float32 or torch.float64, got {describe(value)}")
+        raise TypeError(f"`dtype` must be torch.float32 or torch.float64, got {describe(value)}")
     if value not in (None, torch.float32, torch.float64):
-        raise ValueError(f"`{name}` must be torch.float32 or torch.float64, got {value}")
+        raise ValueError(f"`dtype` must be torch.float32 or torch.float64, got {value}")
     return value
 
 

@@ -22,10 +22,10 @@ def check_size(value: object, name: str) -> int:
     return check_count(value, name, maximum=_LONGEST_SIDE)
 
 
-def check_image_shape(value: object, name: str = "image_shape") -> tuple[int, int, int]:
+def check_image_shape(value: object) -> tuple[int, int, int]:
     """A shape (C, H, W)."""
-    shape = check_sequence(value, name, "(C, H, W)", length=3)
-    channels, height, width = (check_size(size, name) for size in shape)
+    shape = check_sequence(value, "image_shape", "(C, H, W)", length=3)
+    channels, height, width = (check_size(size, "image_shape") for size in shape)
     return channels, height, width
 
 
@@ -41,28 +41,28 @@ def check_pixel(value: object, image_shape: Sequence[int], name: str = "pixel") 
     return channel, row, column
 
 
-def check_device(value: object, name: str = "device") -> torch.device:
+def check_device(value: object) -> torch.device:
     """A device that holds values: a name such as "cuda:1", a torch.device or a GPU's number."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         value = int(value)
     elif not isinstance(value, (str, torch.device)):
         raise TypeError(
-            f"`{name}` must be a device such as 'cpu' or 'cuda:1', got {describe(value)}"
+            f"`device` must be a device such as 'cpu' or 'cuda:1', got {describe(value)}"
         )
     try:
         device = torch.device(value)
     except (RuntimeError, OverflowError, ValueError) as error:
         raise ValueError(
-            f"`{name}` must be a device such as 'cpu' or 'cuda:1', got {describe(value)}"
+            f"`device` must be a device such as 'cpu' or 'cuda:1', got {describe(value)}"
         ) from error
     if tensors.is_without_values(device):
-        raise ValueError(f"`{name}` must be a device that holds values, got {describe(value)}")
+        raise ValueError(f"`device` must be a device that holds values, got {describe(value)}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         # Torch was built without it, or there is none of this number.
         first = str(error).partition("\n")[0]
         raise ValueError(
-            f"`{name}` must be a device of this machine, got {describe(value)}: {first}"
+            f"`device` must be a device of this machine, got {describe(value)}: {first}"
         ) from error
     return device
