@@ -67,16 +67,10 @@ def run_suite(
     unfinished: Path | None = None,
     progress: bool = True,
 ) -> Record:
-    """Run the cases and gather what the JSON holds.
+    """Run the cases and gather what the JSON holds; the numbers of a quick run mean nothing.
 
-    Args:
-        chosen: Cases to run.
-        data: The set they run on.
-        plan: The plan that they are of.
-        quick: Whether its numbers mean nothing.
-        unfinished: File that keeps what is done. A run that finds it there, of the same machine,
-            software and data, goes on where that one was interrupted; it is gone at the end.
-        progress: Whether to show a progress bar.
+    A run that finds `unfinished`, of the same machine, software and data, goes on where that one
+    was interrupted; the file is gone at the end.
     """
     report: Record = {
         "schema": SCHEMA,

@@ -18,12 +18,8 @@ def picture(
 ) -> Iterator[tuple[Figure, Any]]:
     """A figure and its axes [rows, columns], written to a path when the block ends.
 
-    Args:
-        path: Where to.
-        rows: Rows of axes; none are made where it is 0.
-        columns: Columns of axes.
-        dpi: Resolution.
-        options: Of `matplotlib.pyplot.subplots`; without a `layout` the figure is tightened.
+    No axes are made where `rows` is 0. Options are those of `matplotlib.pyplot.subplots`; without a
+    `layout` the figure is tightened.
     """
     import matplotlib
 

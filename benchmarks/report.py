@@ -82,11 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write_page(results: list[Results], out: Path) -> None:
-    """Write the page, its pictures and the results files into a folder.
-
-    Args:
-        results: All results files.
-        out: The folder; it is made where it is not there.
+    """Write the page, its pictures and the results files into a folder, made if need be.
 
     Raises:
         FileNotFoundError: There is no results file of the CPU suite.

@@ -1,7 +1,8 @@
 """Yardsticks: the algorithms of the published codes in plain torch, and bare memory and matmul.
 
-Each takes training values as float32 in [-1, 1], as those codes hold them, and materialises what
-they materialise, in chunks that fit the memory.
+Each takes noisy images x [B, C, H, W] and training values [N, C, H, W] as float32 in [-1, 1], as
+those codes hold them, and materialises what they materialise, in chunks that fit the memory. The
+answers are posterior means [B, C, H, W].
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from torch import Tensor
 # Images a batch of the published code's loader.
 LOADER_BATCH = 256
 _CHUNK_BYTES = 256 * 2**20
+# Side of the tiles of core and fringe, in pixels.
+_TILE = 4
 
 
 class _Posterior:
@@ -39,15 +42,7 @@ class _Posterior:
 def masked_einsum(x: Tensor, values: Tensor, mask: Tensor, sigma: float, alpha: float) -> Tensor:
     """PCA locality: squared differences [B, n, D] of a loader batch, einsum with the dense mask.
 
-    Args:
-        x: Noisy images, [B, C, H, W].
-        values: Training values, [N, C, H, W].
-        mask: Inputs in the row, outputs in the column, float32 [D, D].
-        sigma: Noise level.
-        alpha: Signal coefficient.
-
-    Returns:
-        Posterior means, [B, C, H, W].
+    The mask has inputs in the row, outputs in the column, float32 [D, D].
     """
     noisy, posterior = x.flatten(1), _Posterior()
     for batch in values.flatten(1).split(LOADER_BATCH):
@@ -102,16 +97,6 @@ def equivariant_convolution(
 
     The square is expanded as |q|^2 - 2 alpha q v + alpha^2 |v|^2; queries are padded circularly,
     images are searched where a patch fits.
-
-    Args:
-        x: Noisy images, [B, C, H, W].
-        values: Training values, [N, C, H, W].
-        window: Side k of the patches, odd.
-        sigma: Noise level.
-        alpha: Signal coefficient.
-
-    Returns:
-        Posterior means, [B, C, H, W].
     """
     _, channels, height, width = x.shape
     half = window // 2
@@ -153,21 +138,17 @@ def read_bytes(images: Tensor) -> Tensor:
     return flat[: len(flat) // 8 * 8].view(torch.int64).sum()
 
 
-def core_fringe_terms(mask: Tensor, shape: tuple[int, int, int], edge: int = 4) -> int:
-    """Multiply-adds per query and image of core and fringe in tiles of edge x edge outputs.
+def core_fringe_terms(mask: Tensor, shape: tuple[int, int, int]) -> int:
+    """Multiply-adds per query and image of core and fringe in tiles of 4 x 4 outputs.
 
     Inputs that every mask of a tile holds (the core) give one sum that its outputs share; inputs
-    that some hold (the fringe) are a column for each output.
-
-    Args:
-        mask: Outputs in the row, inputs in the column, bool [D, D].
-        shape: (C, H, W); the outputs of a tile are of one channel.
-        edge: Side of a tile in pixels.
+    that some hold (the fringe) are a column for each output. The mask, bool [D, D], has outputs in
+    the row, inputs in the column; the outputs of a tile are of one channel.
     """
     terms = 0
     for plane in mask.reshape(*shape, -1):
-        for rows in plane.split(edge):
-            for tile in rows.split(edge, 1):
+        for rows in plane.split(_TILE):
+            for tile in rows.split(_TILE, 1):
                 core = int(tile.all(1).all(0).sum())
                 union = int(tile.any(1).any(0).sum())
                 terms += core + (union - core) * tile.shape[0] * tile.shape[1]

@@ -35,11 +35,7 @@ _TAIL = 15
 
 
 def run_tests(left: Callable[[], float]) -> Record:
-    """The kernels' tests and all marked `gpu`, on the device.
-
-    Args:
-        left: Seconds left for both.
-    """
+    """The kernels' tests and all marked `gpu`, on the device, while there are seconds left."""
     command = [*_PYTEST, _MOST_FAILURES, *_CHOSEN]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]

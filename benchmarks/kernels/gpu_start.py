@@ -39,12 +39,7 @@ _SECONDS, _LEAST_SECONDS = 100, 10
 def start_times(
     operations: Iterable[str] = OPERATIONS, left: Callable[[], float] = lambda: math.inf
 ) -> dict[str, dict[str, dict[str, object]]]:
-    """First calls in a process of their own, with empty caches, then with those that it left.
-
-    Args:
-        operations: Which of `OPERATIONS` to call.
-        left: Seconds left for all of them.
-    """
+    """First calls in a process of their own, with empty caches, then with those that it left."""
     found = {}
     for op in operations:
         with tempfile.TemporaryDirectory() as folder:

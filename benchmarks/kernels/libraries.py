@@ -47,11 +47,6 @@ class Attention:
 
     |x - alpha v|^2 = |x|^2 - 2 alpha x v + alpha^2 |v|^2, and a softmax over the images does not
     see |x|^2: queries alpha x / sigma^2, keys and values v, bias -alpha^2 |v|^2 / (2 sigma^2).
-
-    Args:
-        values: Training values, float32 [N, C, H, W].
-        sigma: Noise level.
-        alpha: Signal coefficient.
     """
 
     def __init__(self, values: Tensor, sigma: float, alpha: float) -> None:
@@ -74,11 +69,6 @@ class Attention:
 class KeOps:
     """The optimal denoiser as a reduction of KeOps, which compiles it at the first call.
 
-    Args:
-        values: Training values, float32 [N, C, H, W].
-        sigma: Noise level.
-        alpha: Signal coefficient.
-
     Raises:
         UnavailableError: KeOps is not installed, or cannot compile here.
     """
@@ -100,11 +90,7 @@ class KeOps:
 
 
 class Faiss:
-    """Exact nearest neighbours of faiss.
-
-    Args:
-        values: Training values, float32 [N, C, H, W].
-        alpha: Signal coefficient.
+    """Exact nearest neighbours of faiss among training values, float32 [N, C, H, W].
 
     Raises:
         UnavailableError: faiss is not installed.

@@ -107,13 +107,7 @@ class BenchmarkSet:
         source: str | os.PathLike[str] | None,
         name: str = "CIFAR-10",
     ) -> BenchmarkSet:
-        """The first `count` images, of a set or synthetic.
-
-        Args:
-            count: N.
-            shape: (C, H, W); images are cut out of the middle of the set's.
-            source: Path of a zip or folder of training images; None is synthetic.
-            name: What the images of the source are.
+        """The first images, (C, H, W) out of the middle of a zip's or a folder's; or synthetic.
 
         Raises:
             ValueError: There are fewer or smaller images.

@@ -57,14 +57,9 @@ def curves(records: Sequence[Record], axis: str) -> dict[str, list[Record]]:
 
 
 def draw(results: Path, picture: Path | None = None) -> Path | None:
-    """Draw the curves of a results file.
+    """Draw the curves of a results file, beside it unless a picture is named.
 
-    Args:
-        results: JSON file of a suite.
-        picture: Where to; None beside the file, under its name.
-
-    Returns:
-        The picture's path, or None without curves.
+    Returns the picture's path, or None without curves.
     """
     report = json.loads(results.read_text(encoding="utf-8"))
     by_axis = {axis: curves(report["results"], axis) for axis in _AXES}

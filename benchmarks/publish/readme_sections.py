@@ -80,14 +80,7 @@ def speed_section(results: list[Results]) -> str:
 def _beside_networks(
     kind: str, body: Callable[[Results], str], what: str = "", *, of: str = "mnist"
 ) -> Section:
-    """A section made of the newest file of a kind for a set of images.
-
-    Args:
-        kind: Suite, study or command.
-        body: Makes it.
-        what: What is not yet measured where there is no such file.
-        of: The set, which the file's name begins with after the kind.
-    """
+    """A section of the newest results of a kind for a set; `what` is named where there are none."""
 
     def section(results: list[Results]) -> str:
         of_set = [one for one in results if one.path.stem.startswith(f"{kind}-{of}")]

@@ -113,15 +113,7 @@ def restore(
     *,
     progress: bool,
 ) -> tuple[list[Record], dict[tuple[str, int], Tensor]]:
-    """A record for each model and time, and the first image as each restores it.
-
-    Args:
-        clean: Test images [n, C, H, W].
-        found: Models by name, with their settings.
-        data: The training set, on the models' device.
-        kept: Where finished models and times lie, found by the images and the noise, too.
-        progress: Whether to show a progress bar.
-    """
+    """A record for each model and time, and the first test image as each restores it."""
     # The same at all noise levels.
     noise = starting_noise(data.image_shape, len(clean), _SEED)
     schedule = pf.DDPMSchedule()

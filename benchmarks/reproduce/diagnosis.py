@@ -51,11 +51,7 @@ def gradient_energy(images: Tensor) -> Tensor:
 def effective_sizes(model: pf.PCALocalityDenoiser, x: Tensor, sigma: float, alpha: float) -> Tensor:
     """Effective sample sizes of the posteriors of every output, float64 [B, Q].
 
-    Args:
-        model: The model, of either aggregation; the batches of a batch mean are those of its set.
-        x: Noisy images [B, C, H, W].
-        sigma: Noise level.
-        alpha: Signal coefficient.
+    The batches of a batch mean are those of the model's set.
     """
     if model.aggregation == "exact":
         return _sizes(model, x, sigma, alpha)

@@ -84,14 +84,9 @@ def settings_of(
     windows: Mapping[str, pf.WindowTable],
     els_images: int,
 ) -> Settings:
-    """Settings of a method.
+    """Settings of a key of `METHODS`, but for "nearest", which is no sampler.
 
-    Args:
-        name: Key of `METHODS`, but for "nearest", which is no sampler.
-        image_shape: Shape (C, H, W) of the images.
-        threshold: Threshold of PCA locality.
-        windows: Calibrated windows by key of `CALIBRATED`, those that the method needs.
-        els_images: Images that the equivariant model searches.
+    Calibrated windows are by key of `CALIBRATED`, those that the method needs.
     """
     settings: Settings = {"model": name}
     calibrated = METHODS[name].calibrated

@@ -62,12 +62,7 @@ def multiples(threshold: float, factors: Sequence[float]) -> list[float]:
 
 
 def variants(threshold: float, labelled: bool) -> dict[str, dict[str, Settings]]:
-    """Settings by sweep and value.
-
-    Args:
-        threshold: Threshold of the variants of temperature and aggregation.
-        labelled: Whether the images can be sorted by class.
-    """
+    """Settings by sweep and value; those of sorted batches where images are `labelled`."""
     base = exact(threshold)
     aggregations = {"exact": base}
     for size in BATCHES:

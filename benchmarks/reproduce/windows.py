@@ -25,13 +25,7 @@ def calibrated_windows(
 ) -> pf.WindowTable:
     """The windows of a model that are most similar to a network, made unless they are kept.
 
-    Args:
-        name: Key of `CALIBRATED`.
-        data: The training set, on the device that is to be used.
-        network: The network.
-        kept: Where finished runs lie.
-        seed: Seed of the noise; not that of the noise on which models are compared.
-        progress: Whether to show progress bars.
+    The seed is not that of the noise on which models are compared.
     """
     settings = {
         "calibrated": name,

@@ -66,9 +66,7 @@ def run(*, quick: bool) -> tuple[list[Record], None]:
 def principal_cosines(vectors: Tensor, tangents: Tensor) -> Tensor:
     """Cosines of the principal angles between two spans, largest first.
 
-    Args:
-        vectors: Orthonormal rows, [k, D].
-        tangents: Linearly independent rows, [m, D].
+    Rows of vectors [k, D] are orthonormal, those of tangents [m, D] linearly independent.
     """
     basis = torch.linalg.qr(tangents.T).Q
     return torch.linalg.svdvals(vectors.double() @ basis).clamp(max=1.0)

@@ -23,10 +23,6 @@ def checked_path(value: object, name: str) -> Path:
     Where no such home folder is known the path is refused, as a folder named `~` would be made
     else; what is there under a name such as `~backup` is found, though.
 
-    Args:
-        value: What was given.
-        name: Name of the argument in error messages.
-
     Raises:
         TypeError: `value` is neither a str nor an os.PathLike of one.
         ValueError: It is empty, has a character that no path can hold, or begins with a `~` that

@@ -17,16 +17,10 @@ _DELAY_SECONDS = 0.5
 def progress_bar(
     items: Iterable[T], *, description: str, total: int | None = None, enabled: bool = True
 ) -> Iterator[T]:
-    """Iterate over `items` behind a progress bar on standard error.
+    """Iterate over `items` behind a progress bar on standard error, unless it is not `enabled`.
 
     The bar shows once a job has run for half a second, so quick jobs stay silent. Where standard
-    error is missing, closed or full, there is no bar.
-
-    Args:
-        items: What to iterate over.
-        description: Words in front of the bar.
-        total: Number of items, where `len(items)` cannot tell.
-        enabled: False iterates silently.
+    error is missing, closed or full, there is no bar. `total` is for items without a length.
     """
     if not enabled or sys.stderr is None:
         yield from items

@@ -238,11 +238,7 @@ class SubsetOptions:
 
 
 def split_options(names: Sequence[str], given: Mapping[str, Any]) -> list[DenoiserOptions]:
-    """Several denoisers, each with those of the given options that it takes.
-
-    Args:
-        names: Keys of `DENOISERS`.
-        given: Values of the options that were given, by their names on the command line.
+    """Several denoisers by their keys, each with those of the given options that it takes.
 
     Raises:
         ValueError: None of the denoisers takes an option.

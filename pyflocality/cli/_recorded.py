@@ -66,11 +66,9 @@ class RecordedDenoiser:
         self._is_replaying = self._is_keeping = False
 
     def keep_in(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Keep the answers, and give those that are kept already.
+        """Keep the answers in the folder of the results, and give those that are kept already.
 
-        Args:
-            folder: Folder of the results.
-            settings: All that the answers depend on; other settings have another file.
+        Settings are all that the answers depend on; others have another file.
         """
         self._is_replaying = True
         if self.ranks is None or self.ranks.rank == 0:

@@ -50,9 +50,7 @@ class Work:
     def finish(self, source: SourceOptions, record: Mapping[str, Any]) -> dict[str, Any]:
         """Write the record, the last of the files, and give all their names; what it tells.
 
-        Args:
-            source: The training set.
-            record: What there is to tell beside the source, the time and the software.
+        Source, time and software are added to what is told already.
         """
         total = round(time.perf_counter() - self._start, 4)
         *_, file = files = self._outputs.paths
@@ -93,12 +91,7 @@ def working(
 ) -> Iterator[Work]:
     """Claim the files of a command for a `with` block, which writes them.
 
-    Args:
-        command: Its name.
-        files: What it writes.
-        results: How.
-        *asked: What tells one run from another.
-        folder: The folder that all of them are in, where it is the run's own.
+    What is asked tells one run from another; a folder is given where it is the run's own.
     """
     from pyflocality import trace_backends
 
@@ -119,11 +112,7 @@ def moments_of(
 ) -> Moments:
     """Moments of the data, computed unless they are at hand.
 
-    Args:
-        data: The whole set.
-        part: What this rank holds of it, where it is sharded; else the set itself.
-        moments: What is at hand.
-        stages: Where the time is noted.
+    Of a sharded set `part` is what this rank holds; else it is the set itself.
     """
     from pyflocality import Moments
 

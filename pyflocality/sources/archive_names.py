@@ -60,12 +60,7 @@ def tidied(
 
 
 def tidy_name(where: str, name: str, backslash: bool) -> str:
-    """One name in the spelling of this module.
-
-    Args:
-        where: The archive, for messages.
-        name: The name as written.
-        backslash: Whether a backslash separates folders.
+    """One name in the spelling of this module; `backslash` tells whether one separates folders.
 
     Raises:
         ValueError: It is empty, has a NUL, or steps back (`..`) behind its beginning.
@@ -86,12 +81,7 @@ def tidy_name(where: str, name: str, backslash: bool) -> str:
 
 
 def link_target(name: str, target: str) -> str | None:
-    """The member that a symbolic link means; None outside of the archive.
-
-    Args:
-        name: Name of the link, tidied.
-        target: What it holds.
-    """
+    """The member that a link means, by its tidied name and what it holds; None if it is outside."""
     path = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
     outside = path.startswith(("/", "../")) or path in ("..", ".")
     return None if outside else unicodedata.normalize("NFC", path)

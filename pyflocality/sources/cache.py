@@ -69,11 +69,7 @@ def cache_key(fingerprint: dict[str, Any], request: Request) -> str:
 
 
 def find(loaded: Loaded, request: Request) -> Loaded | None:
-    """The decoded set in the cache, or None.
-
-    Args:
-        loaded: The source, with its fingerprint; its images are not looked at.
-        request: The conversion asked for.
+    """The decoded set in the cache, or None; the images of `loaded` are not looked at.
 
     A damaged entry is reported by a warning and taken for absent.
     """

@@ -217,12 +217,5 @@ def decode_job(files: ImageFiles, request: Request, *, colour: bool = False) -> 
 def decode_from(
     files: ImageFiles, request: Request, shape: tuple[int, ...], first: int
 ) -> Generator[np.ndarray, None, None]:
-    """Go on with a job of `decode_job` whose images have a known shape [C, H, W].
-
-    Args:
-        files: All files.
-        request: Size and channels asked for.
-        shape: Shape of every image.
-        first: The first file to decode.
-    """
+    """Go on with a job of `decode_job` from a file on; its images have a known shape [C, H, W]."""
     return _Decoder(files, request, shape[0], shape).decode_all(first)

@@ -45,11 +45,7 @@ def check_layout(layout: object) -> str | None:
 
 
 def find_layout(shape: Sequence[int], layout: str | None) -> str:
-    """The layout of images of a shape.
-
-    Args:
-        shape: Shape of the array.
-        layout: What was asked for, or None.
+    """The layout of images of a shape, or the one that was asked for.
 
     Raises:
         ValueError: The shape is not of the layout asked for, or can be read in several ways.

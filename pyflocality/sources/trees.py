@@ -49,11 +49,7 @@ class Tree:
 
 @contextmanager
 def folder_tree(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Tree]:
-    """The files below a folder.
-
-    Args:
-        folder: The folder.
-        wanted: Tells by its name whether a file may be read.
+    """The files below a folder; those whose names are `wanted` may be read.
 
     Raises:
         ValueError: The folder or a wanted file cannot be read, or is no file at all.
@@ -115,9 +111,7 @@ def _reraise(error: OSError) -> None:
 def zip_tree(path: Path, wanted: Callable[[str], bool]) -> Iterator[Tree]:
     """The files inside a zip archive, with those that links inside of it lead to.
 
-    Args:
-        path: The archive.
-        wanted: Tells by its name whether a file may be read.
+    Those whose names are `wanted` may be read.
 
     Raises:
         ValueError: The archive is damaged, or it cannot be told what it holds.

@@ -109,12 +109,7 @@ def _refuse_dtype(dtype: str, kind: str) -> NoReturn:
 
 
 def checked_shape(images: Tensor, layout: str | None = None) -> Tensor:
-    """Images of a known dtype as [N, C, H, W].
-
-    Args:
-        images: The images.
-        layout: How their axes are to be read, as in `pyflocality.sources.layout`.
-    """
+    """Images of a known dtype as [N, C, H, W]; see `pyflocality.sources.layout` for their axes."""
     if images.dtype not in (torch.uint8, torch.float32, torch.float64):
         floats = "f" if images.is_floating_point() else "c" if images.is_complex() else "i"
         kind = "b" if images.dtype == torch.bool else floats
@@ -141,14 +136,10 @@ def blocks(images: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def check_values(images: Tensor, name: str, *, warn: bool = True) -> None:
-    """Raise if images hold what no picture does.
+    """Raise if images, uint8 or float, hold what no picture does.
 
     That is NaN, infinities and values outside of [-1, 1] in floats, nothing but 0 and 1 in bytes.
-
-    Args:
-        images: The images, uint8 or float.
-        name: What to call the set.
-        warn: Whether to warn of floats that look like [0, 1].
+    Of floats that look like [0, 1] a warning tells, unless `warn` is False.
     """
     if images.dtype == torch.uint8:
         _check_levels(images)

@@ -142,10 +142,6 @@ def write_blob(name: str, payload: bytes) -> None:
     """Leave bytes with their checksum; the file appears whole or not at all.
 
     Where it cannot be written one warning says so: the work is done again next time.
-
-    Args:
-        name: Place in the cache folder.
-        payload: The bytes.
     """
     *parts, last = name.split("/")
     folder = cache_folder(*parts)

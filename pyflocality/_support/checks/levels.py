@@ -88,13 +88,7 @@ def check_noisy(
 
 
 def check_magnitude(x: Tensor, alpha: float | Tensor, name: str) -> None:
-    """Noisy images whose squared distances are finite numbers in float32, on every backend.
-
-    Args:
-        x: Finite noisy images, [B, ...].
-        alpha: Signal coefficient: a number, or float64 [B].
-        name: Name of the images in error messages.
-    """
+    """Refuse finite images [B, ...] whose squared distances float32 cannot hold."""
     if x.numel() > 0 and has_readable_values(x, alpha):
         _check_sizes(_sizes(x.detach()).tolist(), alpha, name)
 
@@ -148,15 +142,7 @@ def check_levels(
 def check_level(
     value: object, batch: int, device: torch.device, name: str, *, allow_zero: bool
 ) -> Tensor:
-    """A coefficient of a noise schedule as a float64 tensor [B].
-
-    Args:
-        value: A number, a tensor without dimensions or a tensor [B].
-        batch: Number of images B it must match.
-        device: Where the result lives.
-        name: Name of the argument in error messages.
-        allow_zero: Whether 0 is allowed.
-    """
+    """A coefficient of a schedule, a number or a tensor [] or [B], as float64 [B] on a device."""
     level = _checked(value, batch, name, allow_zero=allow_zero)
     return torch.as_tensor(level, dtype=torch.float64, device=device).expand(batch)
 

@@ -23,16 +23,7 @@ def check_real(
     above: bool = False,
     below: bool = False,
 ) -> float:
-    """A finite number between two ends, as a float.
-
-    Args:
-        value: What was given.
-        name: Name of the argument in error messages.
-        low: The lower end.
-        high: The upper end.
-        above: Whether it must be above the lower end, which is then no answer itself.
-        below: Whether it must be below the upper end.
-    """
+    """A finite number between two ends, as a float; `above` and `below` leave out an end itself."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be a number, got {describe(value)}")
     try:
