@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pyflocality.ops.operation import OPERATIONS
+
 from .registry import DDIM_STEPS, MIDDLE, Case
 
 # Operations that a case has no noise level for.
@@ -95,6 +97,7 @@ def gpu_cases(few: bool = False) -> list[Case]:
         *patches[4:],
         *uniform[early:],
     ]
+    by_importance += _others({(case.op, case.backend) for case in by_importance})
     # A run that is cut off has seen every kernel.
     first = {case.kind: case for case in reversed(by_importance)}
     return sorted(by_importance, key=lambda case: first[case.kind] is not case)
@@ -181,4 +184,21 @@ def _digits() -> list[Case]:
         _case("global_posterior", "mnist", ("copy", "eager"), seconds=2),
         _case("equivariant_posterior", "mnist", ("matmul",), window=5),
         _cuda("window_posterior", ("copy",), "mnist", window=5, seconds=2),
+    ]
+
+
+def _others(known: set[tuple[str, str]]) -> list[Case]:
+    """Declared kernels that have no case of their own."""
+    return [
+        _case(
+            *(operation.variant_name(kind), "cifar"),
+            ("copy",) if kind == "scan" else ("without_tangents",),
+            backend=backend,
+            window=7 if "window" in operation.parameters else None,
+            tangents=0 if kind == "scan" else 8,
+        )
+        for operation in OPERATIONS.values()
+        for kind, variant in operation.variants.items()
+        for backend in variant.backends
+        if backend in ("triton", "cuda") and (operation.variant_name(kind), backend) not in known
     ]

@@ -1,7 +1,7 @@
 """Operations: argument checks, choice of the backend, results.
 
-Each operation has one file here, and a file of the same name for every backend that serves it:
-`pyflocality/reference`, `pyflocality/native` (CPU), `pyflocality/kernels` (Triton).
+Each operation has one file here, with its declaration, and a file of the same name for every
+backend that serves it, in `pyflocality/reference` and `kernels/<backend>`.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch
 
 import pyflocality as pf
 from benchmarks.kernels import runner
+from benchmarks.kernels.gpu_cases import gpu_cases
 from benchmarks.kernels.registry import QUICK, cases
 from benchmarks.kernels.sets import BenchmarkSet
 from pyflocality import reference
@@ -50,8 +51,10 @@ def toy(tmp_path, monkeypatch):
     """The operation: a reference in a file, and its declaration."""
     (tmp_path / f"{NAME}.py").write_text(REFERENCE, encoding="utf-8")
     monkeypatch.setattr(reference, "__path__", [*reference.__path__, str(tmp_path)])
-    for table in (declarations.OPERATIONS, selection.OPERATIONS):
-        monkeypatch.setitem(table, NAME, None)
+    monkeypatch.setitem(declarations.OPERATIONS, NAME, None)
+    for name in (NAME, f"{NAME}_jvp"):
+        monkeypatch.setitem(selection.OPERATIONS, name, {})
+        del selection.OPERATIONS[name]
     yield declare(
         Operation(
             NAME,
@@ -123,3 +126,14 @@ def test_it_is_timed(toy):
     data = BenchmarkSet.build(40, (1, 6, 6), None)
     record = runner.run_case(replace(case, images=40, batch=2, check_images=7), data)
     assert record["flops"] == 40 * 2 * 5 * 36 and record["backend"] == "reference"
+
+
+def test_kernels_for_gpus_are_timed(toy):
+    assert all(case.op != NAME for case in gpu_cases())
+    served = Served("float32_limits")
+    scan = replace(toy.variants["scan"], backends={"triton": served, "reference": Served()})
+    declare(replace(toy, variants={"scan": scan, "jvp": scan}))
+    cases = {case.op: case for case in gpu_cases(few=True) if NAME in case.op}
+    assert set(cases) == {NAME, f"{NAME}_jvp"}
+    assert {case.backend for case in cases.values()} == {"triton"}
+    assert cases[f"{NAME}_jvp"].tangents == 8

@@ -96,7 +96,8 @@ def public() -> Iterator[tuple[str, object]]:
     modules = [pf, *(importlib.import_module(f"pyflocality.{name}") for name in MODULES)]
     modules += [value for value in vars(pf).values() if inspect.ismodule(value)]
     for module in {module.__name__: module for module in modules}.values():
-        for name in getattr(module, "__all__", ()):
+        defined = [name for name, one in vars(module).items() if _is_own(one, module.__name__)]
+        for name in getattr(module, "__all__", defined):
             value = getattr(module, name)
             yield f"{module.__name__}.{name}", value
             if inspect.isclass(value):
@@ -105,6 +106,12 @@ def public() -> Iterator[tuple[str, object]]:
                         plain = inspect.unwrap(getattr(function, "__func__", function))
                         plain = plain.fget if isinstance(plain, property) else plain
                         yield f"{module.__name__}.{name}.{method}", plain
+
+
+def _is_own(value: object, module: str) -> bool:
+    """Whether a module defines a value that has a public name."""
+    own = getattr(value, "__module__", None) == module
+    return own and not getattr(value, "__name__", "_").startswith("_")
 
 
 def test_public_signatures_name_no_any():

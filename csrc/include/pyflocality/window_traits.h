@@ -1,5 +1,5 @@
 // Sizes of a window kernel, constants of one compilation. The launcher plans them
-// (`pyflocality/kernels/geometry.py`) and passes them as macros; what the two must agree on
+// (`kernels/geometry.py`) and passes them as macros; what the two must agree on
 // is asserted here.
 #pragma once
 

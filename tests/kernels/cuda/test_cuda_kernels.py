@@ -213,11 +213,11 @@ def test_directions_at_odd_addresses_are_moved(rng, monkeypatch):
 
     monkeypatch.setattr(_windows, "run", note)
     mean, found = jvp_of(problem, directions, 3)
-    adjoint = window_posterior.vjp(problem, directions, 3)
+    products = window_posterior.vjp(problem, directions, 3)
     assert addresses and all(address % 16 == 0 for address in addresses)
     mean_too, found_too = jvp_of(problem, directions.clone(), 3)
     assert torch.equal(mean, mean_too) and torch.equal(found, found_too)
-    assert torch.equal(adjoint, window_posterior.vjp(problem, directions.clone(), 3))
+    assert torch.equal(products, window_posterior.vjp(problem, directions.clone(), 3))
 
 
 @pytest.mark.parametrize("sigma", [0.0, 1e-30, 1e-3, 80.0, 1e6])
