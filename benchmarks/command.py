@@ -11,6 +11,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from pyflocality._support.locks import remove_abandoned, replacing, twins_of
+
 from .machine import machine_facts
 
 SCHEMA = 1
@@ -64,12 +66,9 @@ class Run:
 
 def write_json(report: Mapping[str, Any], path: Path) -> None:
     """Write a report, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    # What is there, of a run that was killed, may be a link.
-    part.unlink(missing_ok=True)
-    with open(part, "x", encoding="utf-8") as file:
-        file.write(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    os.replace(part, path)
+    remove_abandoned(twins_of(path))
+    with replacing(path, 0o666) as file:
+        file.write((json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path) -> Record:

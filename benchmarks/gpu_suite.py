@@ -131,7 +131,8 @@ class Suite:
             self.report["sanitizers"] = run_sanitizers(self._left)
             self._write()
         if self.options.start and not self.report["start"]:
-            self.report["start"] = self._start_times()
+            few = list(OPERATIONS)[: 1 if self.options.dry_run else None]
+            self.report["start"] = start_times(few, self._left)
         self.report["gpu_after"] = gpu_state()
         self._write()
         return self.report
@@ -192,9 +193,6 @@ class Suite:
         record = {"id": name, "op": op, "backend": backend, "status": status, "reason": why}
         self.report["results"].append(record)
         print(line_of(record), flush=True)
-
-    def _start_times(self) -> Record:
-        return start_times(list(OPERATIONS)[: 1 if self.options.dry_run else None], self._left)
 
     def _reserve(self) -> float:
         """Seconds that the cases leave."""

@@ -1,20 +1,13 @@
-"""Scaling curves of a results file.
-
-    python -m benchmarks.publish.plots benchmarks/results/NAME.json
-
-writes NAME.png beside it: time against images, noisy images, values, windows and threads, a line
-per operation.
-"""
+"""Scaling curves of a results file: seconds a call along one axis, a line per operation."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..command import Record, path_option
+from ..command import Record
 
 _TITLES = {
     "masked_posterior": "masked (PCA locality)",
@@ -116,22 +109,3 @@ def _draw_line(panel: Any, axis: str, records: Sequence[Record], label: str, col
     panel.fill_between(
         places, seconds["p20"], seconds["p80"], color=colour, alpha=0.25, linewidth=0
     )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw what the command line names; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.publish.plots",
-        description="Draw the scaling curves of a results file.",
-    )
-    parser.add_argument("results", type=path_option, help="JSON file of a suite")
-    options = parser.parse_args(arguments)
-    picture = draw(options.results)
-    if picture is None:
-        parser.error(f"{options.results} holds no scaling curves")
-    print(picture)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

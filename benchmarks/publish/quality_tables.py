@@ -10,7 +10,7 @@ from ..reproduce.scores import shown
 
 def sweeps(report: Record) -> str:
     """r2 of every variant against each network, and what sets it apart from the exact model."""
-    results, names = report["results"], _names(report)
+    results, names = report["results"], [network["name"] for network in report["networks"]]
     rows = [
         ("networks", name, record)
         for name, record in results["networks_against_each_other"].items()
@@ -167,10 +167,6 @@ def pattern(report: Record) -> str:
     )
     note += f" Networks: {told}." if told else ""
     return f"{note}\n\n{_table(head, lines)}"
-
-
-def _names(report: Record) -> list[str]:
-    return [network["name"] for network in report["networks"]]
 
 
 def _number(value: float | None, digits: int) -> str:

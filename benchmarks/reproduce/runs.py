@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 import pyflocality as pf
-from pyflocality._support.locks import locked
-from pyflocality._support.record import peak_memory_bytes
+from pyflocality._support.locks import remove_abandoned, replacing, twins_of
+from pyflocality._support.record import memory_bytes
 from pyflocality.backends.selection import requested_backend
 
 from ..command import Record
@@ -232,16 +232,9 @@ class KeptRuns:
 
     def _write(self, path: Path, run: Run) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Under one name for all: what a killed process left is written anew.
-        temporary = path.with_name(f".{path.stem}.part.npz")
-        lock = path.with_name(f".{path.name}.lock")
-        with locked(lock, waiting_for=f"writes {path.name}"):
-            temporary.unlink(missing_ok=True)
-            try:
-                np.savez(temporary, x0=run.x0.numpy(), facts=json.dumps(run.facts))
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+        remove_abandoned(twins_of(path))
+        with replacing(path, 0o666) as file:
+            np.savez(file, x0=run.x0.numpy(), facts=json.dumps(run.facts))
 
 
 class _Timed:
@@ -291,8 +284,8 @@ def _memory_growth(device: torch.device) -> Callable[[], int | None]:
         return lambda: torch.cuda.max_memory_allocated(device) - held
     if not _reset_peak():
         return lambda: None
-    before = _resident_bytes()
-    return lambda: max(0, (peak_memory_bytes() or 0) - before)
+    before = memory_bytes()["VmRSS"]
+    return lambda: max(0, memory_bytes()["VmHWM"] - before)
 
 
 def _reset_peak() -> bool:
@@ -301,9 +294,3 @@ def _reset_peak() -> bool:
         file.write("5")
         return True
     return False
-
-
-def _resident_bytes() -> int:
-    with open("/proc/self/status", encoding="ascii") as status:
-        size = next(line for line in status if line.startswith("VmRSS:"))
-    return int(size.split()[1]) * 1024

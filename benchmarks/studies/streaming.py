@@ -25,6 +25,7 @@ import torch
 
 import pyflocality as pf
 from pyflocality._support.progress import progress_bar
+from pyflocality._support.record import memory_bytes
 from pyflocality.storage import mapped as _mapped
 
 from ..command import Record
@@ -120,7 +121,7 @@ def _measure(what: str, cache: str, path: Path, work: Callable[[], None]) -> Rec
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
-    before = _memory()
+    before = memory_bytes()
     with _peak_memory() as peak:
         start = time.perf_counter()
         work()
@@ -137,25 +138,14 @@ def _measure(what: str, cache: str, path: Path, work: Callable[[], None]) -> Rec
     }
 
 
-def _memory() -> dict[str, int]:
-    """Resident memory of this process by kind, in bytes; empty where the system does not tell."""
-    kinds = {"RssAnon": 0, "RssFile": 0}
-    with open("/proc/self/status", encoding="ascii") as status:
-        for line in status:
-            name, _, value = line.partition(":")
-            if name in kinds:
-                kinds[name] = int(value.split()[0]) * 1024
-    return kinds
-
-
 @contextmanager
 def _peak_memory() -> Iterator[dict[str, int]]:
     """Largest memory by kind inside a block, looked at every five milliseconds."""
-    peak, done = _memory(), threading.Event()
+    peak, done = memory_bytes(), threading.Event()
 
     def watch() -> None:
         while not done.wait(0.005):
-            for name, size in _memory().items():
+            for name, size in memory_bytes().items():
                 peak[name] = max(peak[name], size)
 
     watcher = threading.Thread(target=watch)

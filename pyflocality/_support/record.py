@@ -54,13 +54,22 @@ def software() -> dict[str, Any]:
     }
 
 
+def memory_bytes() -> dict[str, int]:
+    """Memory of this process in bytes, by the names that Linux has for its kinds.
+
+    Raises:
+        OSError: The system does not tell.
+    """
+    with open("/proc/self/status", encoding="ascii") as status:
+        fields = [line.split() for line in status]
+    return {field[0][:-1]: int(field[1]) * 1024 for field in fields if field[-1:] == ["kB"]}
+
+
 def peak_memory_bytes() -> int | None:
     """Largest resident memory of this process so far, or None where the system does not tell."""
     # Linux's getrusage would count what a parent process held when it started this one.
-    with suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    with suppress(OSError, KeyError):
+        return memory_bytes()["VmHWM"]
     try:
         import resource
     except ImportError:

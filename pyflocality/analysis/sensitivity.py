@@ -23,6 +23,7 @@ from torch import Tensor
 from pyflocality._support.checks import (
     LevelLike,
     NoiseLevel,
+    Pixel,
     as_pair,
     check_count,
     check_flag,
@@ -43,8 +44,6 @@ from pyflocality.denoisers.base import Denoiser, check_denoiser
 from pyflocality.moments import Moments
 from pyflocality.noise import DDPMSchedule, NoiseSchedule
 from pyflocality.sampling import sample
-
-Pixel = tuple[int, int, int]
 
 
 def sensitivity(

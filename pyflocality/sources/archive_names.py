@@ -11,7 +11,8 @@ from __future__ import annotations
 import posixpath
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePosixPath
 
 from pyflocality._support.text import printable
 
@@ -107,7 +108,7 @@ def resolve_links(
     """
     result: dict[str, str] = {}
     names = [*files, *links] if links else []
-    folders = {folder for name in names for folder in _folders(name)}
+    folders = {str(folder) for name in names for folder in PurePosixPath(name).parents}
     for link in links:
         target: str | None = link
         for _ in range(_MAX_LINKS):
@@ -129,8 +130,3 @@ def resolve_links(
                 "archive the files that links lead to"
             )
     return result
-
-
-def _folders(name: str) -> Iterable[str]:
-    while name := posixpath.dirname(name):
-        yield name

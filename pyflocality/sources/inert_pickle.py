@@ -60,11 +60,8 @@ class _Array:
     values: np.ndarray | None = None
 
 
-class _Mark:
-    """Where the items of a list, a tuple or a dict begin on the stack."""
-
-
-_MARK = _Mark()
+# Where the items of a list, a tuple or a dict begin on the stack.
+_MARK = object()
 
 
 def loads(content: bytes) -> Any:  # noqa: ANN401
@@ -299,7 +296,7 @@ def _finished(value: Any) -> Any:  # noqa: ANN401
 def _finished_item(value: Any) -> Any:  # noqa: ANN401
     if type(value) is _Array and value.values is not None:
         return value.values
-    if type(value) in (_Array, _Name, _Type, _Mark):
+    if value is _MARK or type(value) in (_Array, _Name, _Type):
         _refuse("it holds what is neither a plain value nor an array")
     return value
 

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Sequence
 
 from pyflocality._support.caller import caller_level
-from pyflocality._support.checks import describe
+from pyflocality._support.checks import check_choice, describe
 
 LAYOUTS = ("NCHW", "NHWC", "NHW")
 _AXES = "give layout='NCHW' or layout='NHWC'"
@@ -36,12 +36,10 @@ def check_layout(layout: object) -> str | None:
     """
     if layout is None:
         return None
-    listed = ", ".join(map(repr, LAYOUTS))
     if not isinstance(layout, str):
+        listed = ", ".join(map(repr, LAYOUTS))
         raise TypeError(f"`layout` must be one of {listed}, got {describe(layout)}")
-    if layout not in LAYOUTS:
-        raise ValueError(f"`layout` must be one of {listed}, got {describe(layout)}")
-    return layout
+    return check_choice(layout, "layout", LAYOUTS)
 
 
 def find_layout(shape: Sequence[int], layout: str | None) -> str:

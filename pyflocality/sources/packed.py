@@ -29,7 +29,6 @@ from pyflocality._support.json import (
     TEXT,
     TEXTS,
     check_fields,
-    parsed_object,
     shape,
     unsealed,
 )
@@ -103,8 +102,7 @@ def read_begun(line: str) -> dict[str, Any]:
     Raises:
         ValueError: It is damaged.
     """
-    # Journals of earlier releases carry no checksum.
-    begun = unsealed(line) if '"self"' in line else parsed_object(line)
+    begun = unsealed(line)
     check_fields(begun, _BEGUN_FIELDS)
     return begun
 
