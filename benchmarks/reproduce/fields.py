@@ -89,14 +89,8 @@ def make_or_find(
 ) -> tuple[SensitivityRun, float]:
     """The mean fields of a model, made unless they are kept, and the seconds that took.
 
-    Args:
-        model: Makes the model.
-        settings: All that its answers depend on besides the images.
-        pixel: Output value (c, h, w).
-        noise: Starting states [n, C, H, W].
-        steps: Steps of the run, of which at most `LEVELS` are looked at.
-        kept: Where finished models lie, found by the noise and the steps, too.
-        progress: Whether to show progress bars.
+    Settings are all that its answers depend on besides images, noise [n, C, H, W] and steps, of
+    which at most `LEVELS` are looked at.
     """
 
     def make() -> Run:

@@ -68,11 +68,7 @@ def facts_of(denoiser: pf.NetworkDenoiser) -> Record:
 def check_networks(
     paths: Sequence[Path], image_shape: tuple[int, int, int] | None = None
 ) -> list[Network]:
-    """The networks of some files, in order.
-
-    Args:
-        paths: One file or more, each another network.
-        image_shape: Shape (C, H, W) of the images that they must denoise; None takes any.
+    """The networks of some files, in order, each another one, for images of a shape or of any.
 
     Raises:
         FileNotFoundError: There is no such file.

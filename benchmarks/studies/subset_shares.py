@@ -91,10 +91,8 @@ def global_shares(
 def share_needed(exact: Tensor, bounds: Tensor, scale: float) -> float:
     """Share of the images to read, in order of their bounds, until the rest provably suffices.
 
-    Args:
-        exact: Squared distances, float64 [N].
-        bounds: Lower bounds on them, float64 [N].
-        scale: Factor of the distances in the exponent.
+    Exact squared distances and lower bounds on them are float64 [N]; the scale is their factor in
+    the exponent.
     """
     lowest, order = bounds.sort()
     nearest = exact.min()

@@ -11,13 +11,9 @@ from pyflocality._support.native import native_module
 def scan(
     images: Tensor, gram: Tensor, total: Tensor, *, instruction_set: str | None = None
 ) -> None:
-    """Add centred sums to `gram` and `total`, as `pyflocality.ops.accumulate_covariance`.
+    """Add centred sums to contiguous `gram` and `total`, as `ops.accumulate_covariance`.
 
-    Args:
-        images: uint8, [n, D].
-        gram: int64, contiguous, changed in place, [D, D].
-        total: int64, contiguous, changed in place, [D].
-        instruction_set: As that of all launchers; the sums are the same with each.
+    They are the same with each instruction set.
     """
     native_module().accumulate_covariance(
         images.contiguous().numpy(),

@@ -294,13 +294,9 @@ def splits_of(count: int, dim: int, config: Config) -> tuple[int, int]:
 def distances_of(
     images: Tensor, norms: Tensor, queries: tuple[Tensor, Tensor, Tensor], config: Config
 ) -> Tensor:
-    """Squared distances of queries, a multiple of QUERIES of them, to images: [R, n].
+    """Squared distances of queries, a multiple of QUERIES of them, to bytes [n, D]: [R, n].
 
-    Args:
-        images: Bytes [n, D].
-        norms: Their squared norms, int64 [n].
-        queries: What `fixed_point` answers.
-        config: Shapes of the kernels.
+    Norms are those of the bytes, int64 [n]; queries are what `fixed_point` answers.
     """
     (count, dim), (digits, quantum, common) = images.shape, queries
     # The kernel knows no strides: of a view it would read other images.

@@ -121,13 +121,9 @@ _built: WeakKeyDictionary[QueryWeights, dict[tuple[object, ...], tuple[MaskLevel
 def mask_levels(
     weights: QueryWeights, image_shape: tuple[int, ...], block_d: int, device: torch.device
 ) -> MaskLevels:
-    """The levels of a set of weights, built once per device, for use on the current stream.
+    """The levels of a set of weights [D, D], built once per device, for use on the current stream.
 
-    Args:
-        weights: Weights with one row per value of an image, [D, D].
-        image_shape: (C, H, W) with C H W = D.
-        block_d: Inputs of a block; lists are padded to whole blocks.
-        device: Where the levels live.
+    Lists of inputs are padded to whole blocks.
     """
     built = _built.setdefault(weights, {})
     key = (tuple(image_shape), block_d, device)

@@ -163,12 +163,9 @@ class ScanPlan:
 
 
 def plan_scan(sizes: ScanSizes, budget: int, *, has_copy: bool) -> ScanPlan:
-    """Cut a scan up so that it fits a budget, if anything does.
+    """Cut a scan up so that it fits a budget in bytes, if anything does.
 
-    Args:
-        sizes: What its memory depends on.
-        budget: Working memory, bytes.
-        has_copy: Whether an earlier call has cached the whole copy of the images.
+    An earlier call may have cached the whole copy of the images.
     """
     copied = has_copy or sizes.copy_bytes <= budget // 2
     room = budget - sizes.held_bytes - sizes.state_bytes

@@ -178,13 +178,9 @@ def merge_kernel(
 def scan(
     images: Tensor, gram: Tensor, total: Tensor, *, config: CovarianceConfig = _CONFIG
 ) -> None:
-    """Add centred sums to `gram` and `total`, as `pyflocality.ops.accumulate_covariance`.
+    """Add centred sums to contiguous `gram` and `total`, as `ops.accumulate_covariance`.
 
-    Args:
-        images: uint8, [n, D].
-        gram: int64, contiguous, changed in place, [D, D].
-        total: int64, contiguous, changed in place, [D].
-        config: Tile sizes. The sums are the same with each.
+    They are the same with each config of tile sizes.
     """
     if len(images) == 0:
         return

@@ -43,11 +43,9 @@ from pyflocality.storage.reader import BYTES_PER_UNIT, values_to_bytes
 
 
 def scan(problem: PosteriorProblem, *, config: Config | None = None) -> PosteriorState:
-    """Scan with one query per batch element, as the reference.
+    """Scan with one query per batch element, as the reference: float32 queries, uint8 images.
 
-    Args:
-        problem: float32 queries against uint8 images.
-        config: Shapes of the kernels; None takes those shipped for the device.
+    The kernels have the shapes shipped for the device unless `config` tells others.
     """
     config = config or CONFIGS[generation(problem.x.device)]
     stored, count, dim = StoredProblem(problem), len(problem.images), problem.images[0].numel()
@@ -84,13 +82,7 @@ def _blocks(stored: StoredProblem) -> Iterator[tuple[Tensor, Tensor]]:
 def jvp(
     problem: PosteriorProblem, tangents: Tensor, *, config: Config | None = None
 ) -> PosteriorState:
-    """Scan with one query per batch element and K tangents, as the reference.
-
-    Args:
-        problem: float32 queries against uint8 images.
-        tangents: Directions, [K, B, C, H, W].
-        config: Shapes of the kernels; None takes those shipped for the device.
-    """
+    """The same scan with K tangents [K, B, C, H, W], as the reference."""
     config = config or CONFIGS[generation(problem.x.device)]
     directions = tangents.detach().double().flatten(2).transpose(0, 1)
     stored, count, dim = StoredProblem(problem), len(problem.images), directions.shape[2]

@@ -180,11 +180,6 @@ def requested_backend(argument: str | None) -> str:
 def select(op: str, call: Call, backend: str | None = None) -> Callable[..., Any]:
     """Choose and load the implementation that serves a call.
 
-    Args:
-        op: Name of the operation.
-        call: What is known of the call.
-        backend: The `backend=` argument of the caller.
-
     Raises:
         BackendUnavailableError: A named backend cannot serve the call.
         ValueError: There is no backend of that name.

@@ -116,12 +116,7 @@ class PosteriorProblem:
         return len(self.reader)
 
     def call(self, *directions: Tensor, **facts: object) -> Call:
-        """The call as a backend's predicate sees it, with further facts of the operation.
-
-        Args:
-            directions: Tensors that the operation takes beside the problem.
-            facts: The facts.
-        """
+        """The call as a backend's predicate sees it, with further facts of the operation."""
         facts |= {
             "images_dtype": self.images.dtype,
             "image_shape": tuple(self.images.shape[1:]),
@@ -147,9 +142,7 @@ class PosteriorProblem:
     def images_at_a_time(self, bytes_per_image: int, fixed: int = 0) -> int:
         """Images of a chunk: as asked for, or as many as fit the budget with their temporaries.
 
-        Args:
-            bytes_per_image: Working memory for each of them.
-            fixed: Working memory that does not depend on their number.
+        Beside the bytes of each image there are fixed ones, whatever their number.
 
         Raises:
             ValueError: Not even one image fits, and it takes more than any call may.
@@ -202,14 +195,7 @@ def problem_along(
 ) -> tuple[PosteriorProblem, Tensor]:
     """The problem of checked arguments, and checked directions of derivatives [K, B, C, H, W].
 
-    Args:
-        x: Noisy images.
-        images: Training images.
-        sigma: Noise level, or both coefficients.
-        alpha: Signal coefficient.
-        options: What a caller may leave out.
-        directions: Directions in the space of x.
-        name: Their name in error messages; None where derivatives are not asked for.
+    `name` is that of the directions in error messages, None where derivatives are not asked for.
     """
     # What is cheap to see comes before what takes a pass over the values.
     known = _known(**options)

@@ -43,9 +43,7 @@ class Ranks:
     def merged(self, state: PosteriorState, scale: Tensor) -> PosteriorState:
         """The state after the images of all ranks, float64, the same bits on every rank.
 
-        Args:
-            state: The state after this rank's images.
-            scale: Factor of its distances in the exponent, [B].
+        The scale [B] is the factor of the distances in the exponent.
         """
         state = PosteriorState(*(part.detach().double() for part in state))
         lowest = state.minimum.clone()

@@ -14,11 +14,6 @@ def scan(images: Tensor, gram: Tensor, total: Tensor) -> None:
 
     The products are taken in float64, where every partial sum is an integer below 2^53 and
     therefore exact in any order of summation; no setting of float32 matrix products matters.
-
-    Args:
-        images: uint8, [n, D].
-        gram: int64, changed in place, [D, D].
-        total: int64, changed in place, [D].
     """
     values = images.shape[1]
     for block in images.split(max(1, _BLOCK_BYTES // (8 * values))):

@@ -111,11 +111,7 @@ def _views(
 ) -> Iterator[_View]:
     """All images at all displacements, as many images at a time as the budget allows.
 
-    Args:
-        problem: The problem.
-        window: Side of the window.
-        circular: Which boundary rule.
-        planes_per_image: Planes of H W numbers that the caller makes of an image.
+    The caller makes so many planes of H W numbers of an image.
     """
     x, batch = problem.x, len(problem.x)
     channels, height, width = x.shape[1:]

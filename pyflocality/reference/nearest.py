@@ -59,13 +59,9 @@ class Nearest(NamedTuple):
 
 
 def nearest_of(x: Tensor, alpha: Tensor, blocks: Iterable[Tensor], k: int) -> Nearest:
-    """The k nearest images of blocks; positions count through all of them.
+    """The k nearest images of blocks [n, ...]; positions count through all of them.
 
-    Args:
-        x: Queries in the dtype of the distances, [B, D].
-        alpha: Signal coefficients, float64 [B].
-        blocks: Images as stored, [n, ...] each.
-        k: Number of neighbours.
+    Queries x [B, D] are in the dtype of the distances, alpha is float64 [B].
     """
     searches = [_Search(row, float(a), k) for row, a in zip(x, alpha, strict=True)]
     start = 0

@@ -65,14 +65,9 @@ def two_passes(
     *,
     blend: bool = False,
 ) -> TwoPasses:
-    """Derivatives along K directions by two scans.
+    """Derivatives along directions [K, B, C, H, W] by two scans, which `pieces` starts.
 
-    Args:
-        problem: The problem, with B noisy images.
-        directions: Directions [K, B, C, H, W].
-        queries: Queries Q per noisy image.
-        pieces: Starts a scan of all images.
-        blend: Whether the posterior weights themselves are applied to the values, too.
+    `blend` tells whether the posterior weights themselves are applied to the values, too.
     """
     scale = posterior.finite_factor(problem.scale, problem.x.dtype)
     batch, count = len(problem.x), len(directions)

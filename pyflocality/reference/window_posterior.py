@@ -97,15 +97,7 @@ def _distances(
 
 
 def box_sum(planes: Tensor, window: int) -> Tensor:
-    """Sum over the window x window neighbourhood of every pixel, cut at the border.
-
-    Args:
-        planes: Values, [B, n, H, W].
-        window: Odd side of the neighbourhood.
-
-    Returns:
-        Sums, [B, n, H, W].
-    """
+    """Sums over the window x window neighbourhoods of pixels, cut at the border: [B, n, H, W]."""
     half = window // 2
     rows = F.avg_pool2d(planes, (window, 1), 1, (half, 0), divisor_override=1)
     return F.avg_pool2d(rows, (1, window), 1, (0, half), divisor_override=1)

@@ -94,13 +94,7 @@ def resolve_links(
     links: Mapping[str, str | None],
     wanted: Callable[[str], bool],
 ) -> dict[str, str]:
-    """The file behind each wanted link.
-
-    Args:
-        where: The archive, for messages.
-        files: Its files by name.
-        links: For each link what it means, or None for something outside of the archive.
-        wanted: Whether a file of some name may be read.
+    """The file behind each wanted link, of which `links` tell what they mean, None for outside.
 
     Raises:
         ValueError: A wanted link leads to no file of the archive, or a link leads to a folder

@@ -22,10 +22,7 @@ _BYTES, _BYTES_PER_FILE = 2**20, 2**13
 def described_labels(tree: Tree, description: str, images: Sequence[str]) -> np.ndarray | None:
     """The classes [N] of images, or None where the file says that there are none.
 
-    Args:
-        tree: The files.
-        description: Name of `dataset.json` in the tree; the names in it are relative to its folder.
-        images: Names of the images in the tree.
+    The names in a description are relative to its folder.
 
     Raises:
         ValueError: The file cannot be read, is not of the form above, or gives an image no
