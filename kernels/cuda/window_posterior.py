@@ -1,4 +1,7 @@
-r"""Posterior means over square windows on the GPU, and their derivatives (`_windows`)."""
+"""Posterior means over square windows of odd side on the GPU, and their derivatives (`_windows`).
+
+Noisy images are float32 [B, C, H, W], images uint8 or float32 [N, C, H, W], all on one GPU.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,6 @@ from pyflocality.posterior.state import PosteriorState, about_means, tangent_val
 def scan(problem: PosteriorProblem, window: int) -> PosteriorState:
     """Scan with a query per pixel, as the reference.
 
-    Args:
-        problem: x float32 [B, C, H, W] and images uint8 or float32 [N, C, H, W] on one GPU.
-        window: Odd side of the window.
-
     Raises:
         ValueError: Images of more than 256 rows or columns.
         CudaKernelError: A kernel could not be compiled or launched.
@@ -33,14 +32,9 @@ def scan(problem: PosteriorProblem, window: int) -> PosteriorState:
 
 
 def jvp(problem: PosteriorProblem, tangents: Tensor, window: int) -> PosteriorState:
-    """The same scan with tangents, in float64, as the reference.
+    """The same scan with tangents [K, B, C, H, W], in float64, as the reference.
 
     Two tangents cost a pass of about twice the work of none; more are taken two at a time.
-
-    Args:
-        problem: x float32 [B, C, H, W] and images uint8 or float32 [N, C, H, W] on one GPU.
-        tangents: Directions, [K, B, C, H, W].
-        window: Odd side of the window.
 
     Raises:
         ValueError: Images of more than 256 rows or columns.
@@ -85,11 +79,6 @@ def vjp(problem: PosteriorProblem, cotangents: Tensor, window: int) -> Tensor:
     .. math::
         (J^T g)[c, d] = \frac{\alpha}{\sigma^2 \tau} \sum_{q: d \in \Omega_q} \sum_i p_{q,i}
             \left( \sum_e g[e, q] (v_i[e, q] - \mathrm{E}_q[v_e]) \right) v_i[c, d]
-
-    Args:
-        problem: x float32 [B, C, H, W] and images uint8 or float32 [N, C, H, W] on one GPU.
-        cotangents: g, [K, B, C, H, W].
-        window: Odd side of the window.
 
     Returns:
         The derivatives of sum(g * mean) with respect to x, float32 [K, B, C, H, W].
