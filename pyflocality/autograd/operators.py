@@ -76,10 +76,10 @@ def _denoiser_of(handle: int) -> Differentiable:
 
 
 def estimate(denoiser: Differentiable, noisy: Noisy) -> Tensor:
-    """A denoiser's estimates, with all derivatives by the arguments."""
+    """A denoiser's estimates, with all derivatives with respect to the arguments."""
     x, levels = noisy.x, noisy.levels
     if _has_parameters(denoiser):
-        # Derivatives by parameters may be asked for, too: torch sees all operations.
+        # Derivatives with respect to parameters may be asked for, too: torch sees all operations.
         return denoiser._denoise(x, levels)
     if not noisy.looked_at or is_differentiated(x, *levels):
         if torch.compiler.is_dynamo_compiling() and forward_ad._current_level >= 0:
@@ -108,7 +108,7 @@ def jvp(denoiser: Differentiable, noisy: Noisy) -> tuple[Tensor, Tensor]:
 
 
 def vjp(denoiser: Differentiable, noisy: Noisy) -> Tensor:
-    """Derivatives by x of the estimates times the directions, themselves differentiable."""
+    """Derivatives with respect to x of estimates times directions, differentiable again."""
     x, levels, cotangents, looked_at = noisy
     if _has_parameters(denoiser):
         return denoiser._vjp(x, cotangents, levels)

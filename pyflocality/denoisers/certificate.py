@@ -267,12 +267,12 @@ class _Reader:
             mean += weights[part] @ self._values(images[part])
         mean /= self.total
         skipped = unread / (self.total + unread) if math.isfinite(unread) else 1.0
-        moved = min(self._moved(weights), 1.0)
+        moved = min(self._moved(), 1.0)
         # The last term: what weighing and summing the values themselves rounds.
         error = value_range * min(skipped + moved, 1.0) + (4 * self.count + 16384) * UNIT64
         return Reading(mean, error, self.count)
 
-    def _moved(self, weights: Tensor) -> float:
+    def _moved(self) -> float:
         """Bound on the share of the posterior that rounding of the distances moves.
 
         Each weight is right to within a factor exp(rounding factor), their sum, too. Where that

@@ -71,7 +71,7 @@ def _exponential(gap: Tensor, scale: Tensor) -> Tensor:
     """exp(-gap * scale), 0 at infinite gaps."""
     if not is_differentiated(scale):
         return torch.exp(-gap * scale)
-    # The derivative by the scale would be 0 times infinity.
+    # The derivative with respect to the scale would be 0 times infinity.
     infinite = torch.isinf(gap)
     return torch.exp(-gap.masked_fill(infinite, 0.0) * scale).masked_fill(infinite, 0.0)
 
@@ -113,6 +113,11 @@ def update(
         state.total * decay + weights.sum(1, dtype=state.total.dtype),
         state.weighted * decay[..., None] + weigh(weights),
     )
+
+
+def no_values(weights: Tensor) -> Tensor:
+    """What `update` is told of a scan that asks for the minimum and total alone."""
+    return weights.new_zeros(weights.shape[0], weights.shape[2], 0)
 
 
 def merge(first: PosteriorState, second: PosteriorState, scale: Tensor) -> PosteriorState:

@@ -33,7 +33,7 @@ def scan(problem: PosteriorProblem, weights: QueryWeights, responses: QueryWeigh
     state = posterior.init(batch, queries, 0, x)
     for images in problem.chunks(chunk):
         distance = weighted_distances(x, images.flatten(1), alpha, by_input)
-        state = posterior.update(state, distance, scale, _no_values)
+        state = posterior.update(state, distance, scale, posterior.no_values)
         del images, distance
     state = problem.merged(state, scale)
     blend = x.new_zeros(batch, values)
@@ -75,7 +75,3 @@ def _dense(
     x = problem.x
     answers = responses.dense(x.dtype, x.device)
     return weights.dense(x.dtype, x.device), answers / answers.sum(0)
-
-
-def _no_values(weights: Tensor) -> Tensor:
-    return weights.new_zeros(weights.shape[0], weights.shape[2], 0)

@@ -38,7 +38,7 @@ def scan(problem: PosteriorProblem, window: int) -> Tensor:
 
     state = posterior.init(batch, inside[0] * inside[1], 0, x)
     for values, distance in pieces():
-        state = posterior.update(state, distance, scale, _no_values)
+        state = posterior.update(state, distance, scale, posterior.no_values)
         del values, distance
     state = problem.merged(state, scale)
     sums = torch.zeros_like(x)
@@ -72,7 +72,3 @@ def _windows_over(length: int, window: int, like: Tensor) -> Tensor:
     place = torch.arange(length, dtype=like.dtype, device=like.device)
     first, last = (place - window + 1).clamp(min=0), place.clamp(max=length - window)
     return last - first + 1
-
-
-def _no_values(weights: Tensor) -> Tensor:
-    return weights.new_zeros(weights.shape[0], weights.shape[2], 0)

@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 from pyflocality._support.paths import regular_file
 from pyflocality._support.text import printable
 from pyflocality.sources.archive_names import link_target, tidied, tidy_name
+from pyflocality.storage.mapped import identity_of
 
 _END_BYTES = 2 * tarfile.BLOCKSIZE
 _OLD_GNU_MAGIC = b"ustar  \0"
@@ -120,11 +121,6 @@ def index_tar(path: Path) -> TarIndex:
         else:
             others[name] = member.kind
     return TarIndex(names, files, links, others, identity)
-
-
-def identity_of(status: os.stat_result) -> tuple[int, ...]:
-    """What tells whether an open file is the one that was indexed."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _members(file: BinaryIO, size: int) -> list[_Member]:

@@ -39,8 +39,9 @@ from pyflocality.sources.selection import (
     select,
 )
 from pyflocality.sources.splits import choose_split, part_words
-from pyflocality.sources.tar_index import Extent, TarIndex, identity_of, index_tar
+from pyflocality.sources.tar_index import Extent, TarIndex, index_tar
 from pyflocality.sources.trees import Tree
+from pyflocality.storage.mapped import identity_of
 
 # Shards that are open at one time; systems allow for about 1,000 files.
 _MAX_OPEN = 16

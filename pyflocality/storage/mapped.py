@@ -123,7 +123,7 @@ class MappedFile:
         else:
             self._descriptor = os.dup(descriptor)
         self._by_name, self.lost = by_name, False
-        self._identity = _identity(os.fstat(self._descriptor))
+        self._identity = identity_of(os.fstat(self._descriptor))
 
     def close(self) -> None:
         """Close the file once nothing maps it any more."""
@@ -147,9 +147,9 @@ class MappedFile:
             ValueError: The file has been changed, cut short or replaced, or could not be read.
         """
         before = self._identity
-        named = _identity_of(self.path) if self._by_name else None
+        named = _identity_of_path(self.path) if self._by_name else None
         # What has the name has the contents, too, where it is the same file.
-        now = before if named == before else _identity(os.fstat(self._descriptor))
+        now = before if named == before else identity_of(os.fstat(self._descriptor))
         if now != before:
             what = f"changed (it has {now[2]} bytes, and had {before[2]})"
             raise ValueError(_useless(self.path, what))
@@ -285,14 +285,14 @@ def _useless(path: str, what: str) -> str:
     )
 
 
-def _identity_of(path: str) -> tuple[int, int, int, int] | None:
+def _identity_of_path(path: str) -> tuple[int, int, int, int] | None:
     try:
-        return _identity(os.stat(path))
+        return identity_of(os.stat(path))
     except OSError:
         return None
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+def identity_of(status: os.stat_result) -> tuple[int, int, int, int]:
     """What tells a file and its contents from others, without reading it."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 

@@ -1,7 +1,7 @@
 // Vectors of 8 floats. Included by for_each_isa.h inside a namespace.
 
 constexpr int kLanes = 8;
-// Image vectors and queries a register tile holds: 1 x 8 sums, a value and 2 temporaries.
+// Image vectors and noisy images a register tile holds: 1 x 8 sums, a value and 2 temporaries.
 constexpr int kTileVectors = 1;
 
 struct Vec {

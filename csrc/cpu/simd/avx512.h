@@ -1,7 +1,7 @@
 // Vectors of 16 floats. Included by for_each_isa.h inside a namespace.
 
 constexpr int kLanes = 16;
-// Image vectors and queries a register tile holds: 3 x 8 sums, 3 values and 2 temporaries.
+// Image vectors and noisy images a register tile holds: 3 x 8 sums, 3 values and 2 temporaries.
 constexpr int kTileVectors = 3;
 
 struct Vec {
