@@ -26,8 +26,8 @@ def _plan(config: pytest.Config) -> Plan:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test per case, under the case's name."""
     if "case" in metafunc.fixturenames:
-        found = cases(_plan(metafunc.config))
-        metafunc.parametrize("case", found, ids=[case.id for case in found])
+        result = cases(_plan(metafunc.config))
+        metafunc.parametrize("case", result, ids=[case.id for case in result])
 
 
 @pytest.fixture(scope="session")

@@ -121,13 +121,13 @@ def steps(options: argparse.Namespace) -> list[Step]:
         name: [_network(options, f"{name}-seed{seed}.safetensors") for seed in SEEDS]
         for name in SETS
     }
-    found = [_suite(options, stamp)]
+    result = [_suite(options, stamp)]
     for name, paths in trained.items():
-        found += [_training(options, name, seed, paths[seed]) for seed in SEEDS]
+        result += [_training(options, name, seed, paths[seed]) for seed in SEEDS]
     for kind in ("reproduce", *_PICTURES):
-        found += [_comparison(options, kind, name, trained[name], stamp) for name in SETS]
+        result += [_comparison(options, kind, name, trained[name], stamp) for name in SETS]
     words: list[object] = ["report", "--results", _folder(options, "work") / "results", "--out"]
-    return [*found, Step("report", _of_package(*words, options.out / "page", "--force"))]
+    return [*result, Step("report", _of_package(*words, options.out / "page", "--force"))]
 
 
 def _suite(options: argparse.Namespace, stamp: str) -> Step:

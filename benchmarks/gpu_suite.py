@@ -103,21 +103,21 @@ class Suite:
             report["machine"]["commit"] = self.options.commit
         if not (self.options.resume and self.options.out.exists()):
             return report
-        found = read_json(self.options.out)
+        result = read_json(self.options.out)
         for key in ("schema", "suite", "quick", "dry_run"):
-            if found.get(key) != report[key]:
-                raise ValueError(f"{key} of the file is {found.get(key)}, not {report[key]}")
-        commits = [one["machine"].get("commit") for one in (found, report)]
+            if result.get(key) != report[key]:
+                raise ValueError(f"{key} of the file is {result.get(key)}, not {report[key]}")
+        commits = [one["machine"].get("commit") for one in (result, report)]
         if commits[0] != commits[1]:
             raise ValueError(f"the file is of commit {commits[0]}, this is {commits[1]}")
         # A case in which the run was interrupted runs again.
-        found.pop("running", None)
-        found["results"] = [
+        result.pop("running", None)
+        result["results"] = [
             one
-            for one in found["results"]
+            for one in result["results"]
             if one["status"] != "skipped" and one.get("reason") != _NOT_REACHED[1]
         ]
-        return found
+        return result
 
     def run(self) -> Record:
         """Run the cases, then the tests, then first calls, which matter least."""

@@ -144,13 +144,13 @@ def _same(denoiser: pf.Denoiser) -> pf.Denoiser:
 def measure(denoiser: pf.Denoiser, clean: Tensor) -> list[float]:
     """Mean PSNR at each noise level, the same noise for every model."""
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(_SEED + 1))
-    found = []
+    result = []
     for level in PSNR_IN:
         sigma = noise_level(level)
         with torch.no_grad():
             x0 = denoiser(clean + sigma * noise, sigma)
-        found.append(float(pf.metrics.psnr(x0, clean).mean()))
-    return found
+        result.append(float(pf.metrics.psnr(x0, clean).mean()))
+    return result
 
 
 def noise_level(psnr: float) -> float:
@@ -222,11 +222,11 @@ def table(record: Record) -> str:
         for name, row in record[group].items():
             label = label_of.format(name)
             lines.append(label.ljust(34) + "".join(f"{value:7.2f}" for value in row))
-    for window, found in record["verdict"].items():
+    for window, mean in record["verdict"].items():
         lines.append(
-            f"window {window}: wavelet domain drops less at {found['drops_less']} of {found['of']} "
-            f"noise levels; mean drop {found['mean_drop_pixel']:.2f} dB in pixels, "
-            f"{found['mean_drop_wavelet']:.2f} dB in wavelets; mean gain {found['mean_gain']:+.2f}"
+            f"window {window}: wavelet domain drops less at {mean['drops_less']} of {mean['of']} "
+            f"noise levels; mean drop {mean['mean_drop_pixel']:.2f} dB in pixels, "
+            f"{mean['mean_drop_wavelet']:.2f} dB in wavelets; mean gain {mean['mean_gain']:+.2f}"
         )
     return "\n".join(lines)
 

@@ -77,12 +77,12 @@ def certified_step(setting: Setting, step: int, certified: CertifiedSubset) -> R
     x, sigma, alpha = setting.noisy(step)
     whole = certified.denoiser
     plan = certified.plan(sigma, alpha)
-    found = certified.certify(x, sigma, alpha)
+    result = certified.certify(x, sigma, alpha)
     y, scale = x.double().flatten(1) / alpha, 0.5 * (alpha / sigma) ** 2
     distances = exact_distances(y, setting.data)
     truth = posterior_means(distances, scale, setting.data).reshape(x.shape)
-    error = (found.x0.double() - truth).abs().flatten(1).amax(1)
-    if (error > found.error_bound).any():
+    error = (result.x0.double() - truth).abs().flatten(1).amax(1)
+    if (error > result.error_bound).any():
         raise RuntimeError(f"t = {step}: an error of {error.max():.3g} exceeds its bound")
     forward = (certified(x, sigma, alpha).double() - truth).abs().max()
     calls: dict[str, Callable[[], object]] = {
@@ -91,14 +91,14 @@ def certified_step(setting: Setting, step: int, certified: CertifiedSubset) -> R
         "whole_one": partial(whole, x[:1], sigma, alpha),
         "forward_one": partial(certified, x[:1], sigma, alpha),
     }
-    if float(found.share_read.max()) < 0.1:
+    if float(result.share_read.max()) < 0.1:
         calls["certify"] = partial(certified.certify, x, sigma, alpha)
     seconds = time_in_turns(calls, setting.repetitions)
     return {
         "step": step,
         "plan": plan.__dict__,
-        "share_read": spread(found.share_read.tolist()),
-        "largest_bound": float(found.error_bound.max()),
+        "share_read": spread(result.share_read.tolist()),
+        "largest_bound": float(result.error_bound.max()),
         "largest_error": float(error.max()),
         "largest_error_forward": float(forward),
         "seconds": {name: spread(values) for name, values in seconds.items()},

@@ -288,7 +288,7 @@ def _similarities(
         parts = x.split(len(x) if batch_size is None else batch_size)
         answers = torch.cat([model(part, sigma, alpha) for part in parts])
         # The factor 1 / sigma^2 of the score does not change an angle.
-        scores = (alpha * found.double() - x.double() for found in (answers, run.x0[step]))
+        scores = (alpha * result.double() - x.double() for result in (answers, run.x0[step]))
         rows[step].append(_median_cosine(*scores))
     ratios = tuple((sigmas / alphas).tolist())
     return ratios, tuple(map(tuple, rows))

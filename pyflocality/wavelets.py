@@ -91,15 +91,15 @@ def _filters(wavelet: str) -> Filters:
             "pip install 'pyflocality[wavelets]'; 'haar' needs nothing"
         ) from error
     try:
-        found = pywt.Wavelet(wavelet)
+        result = pywt.Wavelet(wavelet)
     except (ValueError, TypeError) as error:
         # A TypeError where the name is empty.
         raise ValueError(
             f"`wavelet` must be one of pywt.wavelist(kind='discrete'), got {describe(wavelet)}"
         ) from error
-    if not found.orthogonal or _defect(found.dec_lo) > _ORTHONORMAL:
+    if not result.orthogonal or _defect(result.dec_lo) > _ORTHONORMAL:
         raise ValueError(f"`wavelet` must be orthogonal, got {wavelet!r}")
-    return Filters(tuple(found.dec_lo), tuple(found.dec_hi))
+    return Filters(tuple(result.dec_lo), tuple(result.dec_hi))
 
 
 def analyse(images: Tensor, wavelet: str = "haar") -> tuple[Tensor, Tensor]:

@@ -107,8 +107,8 @@ def gpu_facts(number: int = 0) -> Record:
     """GPU of a number, driver and the versions that matter."""
     facts: Record = {"cuda": torch.version.cuda, "gpu": None}
     for package in ("triton", "cupy"):
-        found = importlib.util.find_spec(package)
-        facts[package] = importlib.import_module(package).__version__ if found else None
+        result = importlib.util.find_spec(package)
+        facts[package] = importlib.import_module(package).__version__ if result else None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(number)
         facts |= {

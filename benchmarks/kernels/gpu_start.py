@@ -40,15 +40,15 @@ def start_times(
     operations: Iterable[str] = OPERATIONS, left: Callable[[], float] = lambda: math.inf
 ) -> dict[str, dict[str, dict[str, object]]]:
     """First calls in a process of their own, with empty caches, then with those that it left."""
-    found = {}
+    result = {}
     for op in operations:
         with tempfile.TemporaryDirectory() as folder:
             caches = {"TRITON_CACHE_DIR": folder, "CUPY_CACHE_DIR": folder}
-            found[op] = {
+            result[op] = {
                 name: _run(op, os.environ | caches, min(_SECONDS, left()))
                 for name in ("compiled", "cached")
             }
-    return found
+    return result
 
 
 def _run(op: str, environment: dict[str, str], seconds: float) -> dict[str, object]:
@@ -66,8 +66,11 @@ def _run(op: str, environment: dict[str, str], seconds: float) -> dict[str, obje
             timeout=seconds,
             check=True,
         )
-        found = json.loads(done.stdout.splitlines()[-1])
-        return {"first_seconds": found["first_seconds"], "second_seconds": found["second_seconds"]}
+        result = json.loads(done.stdout.splitlines()[-1])
+        return {
+            "first_seconds": result["first_seconds"],
+            "second_seconds": result["second_seconds"],
+        }
     except subprocess.CalledProcessError as error:
         return {"failed": (error.stderr.splitlines() or [f"exit code {error.returncode}"])[-1]}
     except subprocess.TimeoutExpired:

@@ -37,9 +37,9 @@ def compiled(
     """
     # What was compiled before counts against the limit of variants of a function.
     torch.compiler.reset()
-    found = torch.compile(function, backend=compiler, fullgraph=True, dynamic=False)
-    _first_call("torch.compile", lambda: found(*arguments))
-    return found
+    result = torch.compile(function, backend=compiler, fullgraph=True, dynamic=False)
+    _first_call("torch.compile", lambda: result(*arguments))
+    return result
 
 
 class Attention:
@@ -56,14 +56,14 @@ class Attention:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Posterior means, [B, C, H, W]."""
-        found = F.scaled_dot_product_attention(
+        result = F.scaled_dot_product_attention(
             x.flatten(1)[None, None],
             self._keys,
             self._keys,
             attn_mask=self._bias.expand(-1, -1, len(x), -1),
             scale=self._scale,
         )
-        return found.reshape(x.shape)
+        return result.reshape(x.shape)
 
 
 class KeOps:

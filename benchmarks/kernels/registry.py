@@ -266,7 +266,7 @@ def _scaling(plan: Plan) -> list[Case]:
     points += [(some, batch, most, None) for batch in plan.batches]
     points += [(some, 8, threads, None) for threads in THREADS]
     points += [(some, 8, most, side) for side in plan.sides]
-    found = [
+    result = [
         _case(
             *(plan, "scaling", op, images),
             # There are no noisy images in a covariance.
@@ -281,7 +281,7 @@ def _scaling(plan: Plan) -> list[Case]:
         for op in ("masked_posterior", "window_posterior", "global_posterior", "covariance")
         for images, batch, threads, side in points
     ]
-    return list({case.id: case for case in found}.values())
+    return list({case.id: case for case in result}.values())
 
 
 def _others(plan: Plan, known: set[str]) -> Iterable[Case]:

@@ -235,10 +235,10 @@ def middle(images: Tensor, height: int, width: int) -> Tensor:
 def _first_of(source: str | os.PathLike[str], count: int, shape: tuple[int, int, int]) -> Tensor:
     """The middle of the first images of a set."""
     images = pf.TrainingSet.load(source).images
-    found = middle(images, *shape[1:])[:count]
-    if found.shape != (count, *shape):
+    result = middle(images, *shape[1:])[:count]
+    if result.shape != (count, *shape):
         raise ValueError(
             f"{os.fspath(source)}: expected at least {count} images of {shape}, got "
-            f"{tuple(found.shape)}"
+            f"{tuple(result.shape)}"
         )
-    return found
+    return result

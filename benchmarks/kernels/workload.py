@@ -54,10 +54,10 @@ class Yardstick:
     check_images: int | None = None
 
 
-def errors_of(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+def errors_of(result: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
     """The largest difference of each answer, relative where exact values are larger than 1."""
     errors = []
-    for one, other in zip(found, exact, strict=True):
+    for one, other in zip(result, exact, strict=True):
         size = max(1.0, float(other.abs().max())) if other.is_floating_point() else 1.0
         errors.append(float((one - other).abs().max()) / size)
     return errors
@@ -138,8 +138,8 @@ class Workload(ABC):
 
     def yardstick(self, name: str) -> Yardstick:
         """The yardstick of a name: the method `_beside_<name>`."""
-        found: Yardstick = getattr(self, f"_beside_{name}")()
-        return found
+        result: Yardstick = getattr(self, f"_beside_{name}")()
+        return result
 
     def _beside_read_bytes(self) -> Yardstick:
         return Yardstick(
@@ -231,8 +231,8 @@ class PosteriorWorkload(Workload):
         if self.directions is not None:
             name, given = self.case.op, [x, self.directions.to(x.dtype)]
         level, options = (self.sigma, self.alpha), {"backend": backend, **self.options()}
-        found = getattr(ops, name)(*given, images, *self.arguments(), *level, **options)
-        return found if isinstance(found, tuple) else (found,)
+        result = getattr(ops, name)(*given, images, *self.arguments(), *level, **options)
+        return result if isinstance(result, tuple) else (result,)
 
     def plain(self, op: str | None = None) -> PosteriorWorkload:
         """The same without derivatives, or another operation that takes the same."""

@@ -35,7 +35,7 @@ def curves(records: Sequence[Record], axis: str) -> dict[str, list[Record]]:
     suite = "local_score" if axis == "window" else "scaling"
     scaling = [record for record in records if record["suite"] == suite]
     others = [name for name in _AXES if name != axis]
-    found = {}
+    result = {}
     for op in dict.fromkeys(record["op"] for record in scaling):
         lines: dict[tuple[int | None, ...], list[Record]] = {}
         for record in scaling:
@@ -45,8 +45,8 @@ def curves(records: Sequence[Record], axis: str) -> dict[str, list[Record]]:
                 lines.setdefault(key, []).append(record)
         longest = max(lines.values(), key=len)
         if len(longest) > 1:
-            found[op] = sorted(longest, key=lambda record: record[axis])
-    return found
+            result[op] = sorted(longest, key=lambda record: record[axis])
+    return result
 
 
 def draw(results: Path, picture: Path | None = None) -> Path | None:

@@ -16,8 +16,8 @@ def sweeps(report: Record) -> str:
         for name, record in results["networks_against_each_other"].items()
         if record["against"]
     ]
-    for kind, found in results["sweeps"].items():
-        rows += [(kind, value, record) for value, record in found.items()]
+    for kind, result in results["sweeps"].items():
+        rows += [(kind, value, record) for value, record in result.items()]
     head = ["sweep", "variant"]
     for name in names:
         head += [f"r2, {name}", f"r2 of all steps, {name}"]
@@ -69,16 +69,16 @@ def diagnosis(report: Record) -> str:
 
 def masks(report: Record) -> str:
     """How dense masks are at each threshold, and what they leave without inputs."""
-    found = report["results"]["masks"]
-    times = [one["t"] for one in next(iter(found.values()))]
-    head = ["t", *(f"threshold {value}" for value in found)]
+    result = report["results"]["masks"]
+    times = [one["t"] for one in next(iter(result.values()))]
+    head = ["t", *(f"threshold {value}" for value in result)]
     lines = [
         [
             str(t),
             *(
                 f"{100 * steps[k]['density']:.2g} % of inputs, "
                 f"{100 * steps[k]['without_inputs']:.2g} % without"
-                for steps in found.values()
+                for steps in result.values()
             ),
         ]
         for k, t in enumerate(times)

@@ -50,27 +50,27 @@ def speed_section(results: list[Results]) -> str:
         FileNotFoundError: There is no results file of the CPU suite.
         ValueError: A figure is not in it.
     """
-    found = cpu_results(results)
-    report, name = found.report, f"benchmarks/results/{found.path.name}"
+    result = cpu_results(results)
+    report, name = result.report, f"benchmarks/results/{result.path.name}"
     machine, data = report["machine"], report["data"]
     sets = machine["instruction_sets"]
     measured = {entry["what"]: entry["value"] for entry in report["summary"]}
     absent = [figure for figure in _FIGURES if figure not in measured]
     if absent:
-        raise ValueError(f"{found.path}: the summary has no figure {absent[0]!r}")
+        raise ValueError(f"{result.path}: the summary has no figure {absent[0]!r}")
     told = _filled(
         f"{data['name']}, {data['images']:,} images {'x'.join(map(str, data['shape']))}, B = 8 "
         f"noisy images, on {machine['cores']} cores of {machine['cpu']}"
         f"{f' ({sets[0]})' if sets else ''}, measured on {report['date'][:10]} by "
-        f"`{found.command.replace(name, 'results.json')}`. Every case is checked against the "
+        f"`{result.command.replace(name, 'results.json')}`. Every case is checked against the "
         "reference in float64 before it is timed, and takes turns with its yardstick; all figures "
         f"are in [the results file]({name})."
     )
     figures = [one for one in (*_FIGURES, *_LIBRARY_FIGURES) if one in measured]
     rows = [f"| {figure} | {measured[figure]:.3g} |" for figure in figures]
     lines = [told, "", "| figure | measured |", "|---|---|", *rows]
-    if "" in found.pictures:
-        picture = found.pictures[""].name
+    if "" in result.pictures:
+        picture = result.pictures[""].name
         lines += ["", f"![Seconds a call as sizes grow](benchmarks/results/{picture})"]
     gpu = latest(results, "gpu", on_gpu=True)
     told = NOT_MEASURED if gpu is None else f"[results file](benchmarks/results/{gpu.path.name})"
@@ -84,23 +84,23 @@ def _beside_networks(
 
     def section(results: list[Results]) -> str:
         of_set = [one for one in results if one.path.stem.startswith(f"{kind}-{of}")]
-        found = latest(of_set, kind)
+        result = latest(of_set, kind)
         missing = f"{what or kind.capitalize()}: {NOT_MEASURED}."
-        return missing if found is None else body(found)
+        return missing if result is None else body(result)
 
     return section
 
 
-def _file_of(found: Results) -> str:
-    return f"[results file](benchmarks/results/{found.path.name})"
+def _file_of(result: Results) -> str:
+    return f"[results file](benchmarks/results/{result.path.name})"
 
 
-def _picture_of(found: Results, name: str, caption: str = "") -> list[str]:
+def _picture_of(result: Results, name: str, caption: str = "") -> list[str]:
     """A picture beside a file as a paragraph of its own, where it is there."""
-    if name not in found.pictures:
+    if name not in result.pictures:
         return []
     caption = CAPTIONS.get(name, name) or caption
-    return ["", f"![{caption}](benchmarks/results/{found.pictures[name].name})"]
+    return ["", f"![{caption}](benchmarks/results/{result.pictures[name].name})"]
 
 
 def _filled(text: str) -> str:
@@ -108,19 +108,19 @@ def _filled(text: str) -> str:
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
-def _quality(found: Results, *, picture: bool = True) -> str:
+def _quality(result: Results, *, picture: bool = True) -> str:
     """The models against the first network, in short; pictures in colour are large."""
     from ..reproduce.scores import shown
     from ..reproduce.table import label_of
 
-    report = found.report
+    report = result.report
     first = report["networks"][0]["name"]
     told = (
         f"{report['data']['name']}, {report['settings']['samples']} images of each model from "
         f"the same noise in {len(report['settings']['timesteps'])} DDIM steps, against those "
         "of a small U-Net: mean ± standard error. The second network differs from the first "
         "in its seed alone. [The findings](docs/findings.md) have the whole table, how long "
-        f"the networks were trained, and what it means; {_file_of(found)}."
+        f"the networks were trained, and what it means; {_file_of(result)}."
     )
     lines = [_filled(told), "", "| model | MSE | r2 | r2 of all steps | s / step |"]
     lines.append("|---|---|---|---|---|")
@@ -132,26 +132,26 @@ def _quality(found: Results, *, picture: bool = True) -> str:
         cells += [shown(r2["all_steps"], 3), f"{row['seconds_per_step']:.3g}"]
         lines.append("| " + " | ".join(cells) + " |")
     # The others are on the report's page.
-    return "\n".join([*lines, *(_picture_of(found, "samples") if picture else [])])
+    return "\n".join([*lines, *(_picture_of(result, "samples") if picture else [])])
 
 
-def _table(found: Results) -> str:
+def _table(result: Results) -> str:
     """The whole table of models, as `pyflocality reproduce` writes it."""
     from ..reproduce.table import markdown
 
-    head, rows, tail = markdown(found.report).strip().split("\n\n")
+    head, rows, tail = markdown(result.report).strip().split("\n\n")
     lines = [_filled(head), "", rows, "", _filled(tail), ""]
-    lines.append(_filled(f"`{found.command}`, {_file_of(found)}."))
-    return "\n".join([*lines, *_picture_of(found, "steps"), *_picture_of(found, "samples")])
+    lines.append(_filled(f"`{result.command}`, {_file_of(result)}."))
+    return "\n".join([*lines, *_picture_of(result, "steps"), *_picture_of(result, "samples")])
 
 
 def _study(table: Callable[[Record], str], picture: str = "") -> Callable[[Results], str]:
     """What a section of a study beside networks holds: its table, and its picture of a name."""
 
-    def body(found: Results) -> str:
-        note, _, rows = table(found.report).partition("\n\n")
-        told = _filled(f"`{found.command}`, {_file_of(found)}.")
-        drawn = _picture_of(found, picture, found.kind.capitalize())
+    def body(result: Results) -> str:
+        note, _, rows = table(result.report).partition("\n\n")
+        told = _filled(f"`{result.command}`, {_file_of(result)}.")
+        drawn = _picture_of(result, picture, result.kind.capitalize())
         return "\n".join([_filled(note), "", rows, "", told, *drawn])
 
     return body
@@ -161,7 +161,7 @@ def _sections() -> dict[str, Section]:
     """The sections by name."""
     models, whole = "Quality against trained networks", "Table of models against networks"
     small = partial(_quality, picture=False)
-    found = {
+    result = {
         "backends": lambda results: backend_table(),
         "speed": speed_section,
         "quality": _beside_networks("reproduce", _quality, models),
@@ -176,9 +176,9 @@ def _sections() -> dict[str, Section]:
         ("fields", "fields", _study(quality_tables.fields), ""),
         ("denoising", "denoising", _study(quality_tables.denoising), ""),
     ):
-        found[name] = _beside_networks(kind, body, what)
-        found[f"{name}_cifar10"] = _beside_networks(kind, body, what, of="cifar10")
-    return found
+        result[name] = _beside_networks(kind, body, what)
+        result[f"{name}_cifar10"] = _beside_networks(kind, body, what, of="cifar10")
+    return result
 
 
 def rewritten(text: str, results: list[Results]) -> str:

@@ -29,14 +29,14 @@ CAPTIONS = {
 
 def baselines_of(record: Record) -> dict[str, Record]:
     """The fastest yardstick of each family that a case ran beside, by family."""
-    found: dict[str, Record] = {}
+    result: dict[str, Record] = {}
     for name, yardstick in record["yardsticks"].items():
         for family in BASELINES:
             if name.startswith(family):
-                best = found.get(family, yardstick)
+                best = result.get(family, yardstick)
                 ratio = min(best, yardstick, key=lambda one: one["ratio"]["median"])
-                found[family] = ratio
-    return found
+                result[family] = ratio
+    return result
 
 
 def missing_of(record: Record) -> dict[str, str]:

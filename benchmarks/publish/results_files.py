@@ -58,14 +58,14 @@ class Results:
         """
         folder, stem = self.path.parent, self.path.stem
         others = [other.stem for other in folder.glob("*.json")]
-        found = {}
+        result = {}
         for path in sorted(folder.glob("*.png"), key=lambda path: path.stem):
             if not _is_of(path.stem, stem):
                 continue
             owner = max((one for one in (stem, *others) if _is_of(path.stem, one)), key=len)
             if owner == stem:
-                found[path.stem[len(stem) + 1 :]] = path
-        return found
+                result[path.stem[len(stem) + 1 :]] = path
+        return result
 
     @property
     def command(self) -> str:
@@ -141,7 +141,7 @@ def read_results(folder: Path) -> list[Results]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder of results files")
-    found = []
+    result = []
     for path in sorted(folder.glob("*.json")):
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
@@ -149,10 +149,10 @@ def read_results(folder: Path) -> list[Results]:
             raise ValueError(f"{path}: expected JSON, got {error}") from error
         if not isinstance(report, dict) or not {"machine", "date"} <= report.keys():
             raise ValueError(f"{path}: expected a results file with `machine` and `date`")
-        found.append(Results(path, report))
-    if not found:
+        result.append(Results(path, report))
+    if not result:
         raise FileNotFoundError(f"{folder}: expected results files *.json, found none")
-    return found
+    return result
 
 
 def latest(results: list[Results], kind: str, *, on_gpu: bool = False) -> Results | None:
@@ -168,11 +168,11 @@ def cpu_results(results: list[Results]) -> Results:
         FileNotFoundError: There is none.
     """
     whole = [one for one in results if one.report.get("complete") and not one.report.get("quick")]
-    found = latest(whole, "cpu")
-    if found is None:
+    result = latest(whole, "cpu")
+    if result is None:
         folder = results[0].path.parent
         raise FileNotFoundError(
             f"{folder}: expected the results of a whole run of `python -m benchmarks.cpu_suite`, "
             "found none"
         )
-    return found
+    return result

@@ -33,12 +33,12 @@ def summarise(records: Sequence[Record], *, judged: bool = True) -> list[Record]
         Entries with `what`, the `value`, the `bar` it is meant to reach, whether it does
         (`reached`). Bar and `reached` are None where nothing is asked.
     """
-    found: list[Record] = []
+    result: list[Record] = []
     for suite, figures in _FIGURES.items():
         of_suite = [record for record in records if record["suite"] == suite]
         if of_suite:
-            found += figures(of_suite)
-    return found if judged else list(map(_unjudged, found))
+            result += figures(of_suite)
+    return result if judged else list(map(_unjudged, result))
 
 
 def _unjudged(entry: Record) -> Record:
@@ -80,31 +80,31 @@ def _pca_locality(records: Sequence[Record]) -> list[Record]:
     mine = sum(record["seconds"]["median"] for record in records)
     steps = f"PCA locality, sum of {len(records)} steps"
     over = f"{steps}: time over matmuls of the"
-    found = [
+    result = [
         _entry(f"{steps}: seconds", mine),
         _entry(f"{steps}: times faster than eager einsum", total("eager") / mine, least=8),
         _entry(f"{over} schedule's multiply-adds", mine / total("matmul_same_terms"), most=2),
         _entry(f"{over} core-and-fringe multiply-adds", mine / total("matmul_core_fringe"), most=2),
     ]
     if {record["timestep"] for record in records} != set(DDIM_STEPS):
-        found = list(map(_unjudged, found))
+        result = list(map(_unjudged, result))
     for record in records:
-        found += _libraries(f"PCA locality, t = {record['timestep']}", record)
-    return found
+        result += _libraries(f"PCA locality, t = {record['timestep']}", record)
+    return result
 
 
 def _local_score(records: Sequence[Record]) -> list[Record]:
-    found = []
+    result = []
     for record in records:
         name = f"local score, window {record['window']}"
         what = f"{name}: times faster than eager unfold of"
         least = 50 if record["window"] == 7 else None
-        found.append(_entry(f"{what} patches", _ratio(record, "eager_patches"), least=least))
-        found.append(_entry(f"{what} differences", _ratio(record, "eager_differences")))
-        found += _libraries(name, record)
+        result.append(_entry(f"{what} patches", _ratio(record, "eager_patches"), least=least))
+        result.append(_entry(f"{what} differences", _ratio(record, "eager_differences")))
+        result += _libraries(name, record)
     times = [record["seconds"]["median"] for record in records]
-    found.append(_entry("local score: slowest window over fastest", max(times) / min(times)))
-    return found
+    result.append(_entry("local score: slowest window over fastest", max(times) / min(times)))
+    return result
 
 
 def _equivariant(records: Sequence[Record]) -> list[Record]:
@@ -124,14 +124,14 @@ def _covariance(records: Sequence[Record]) -> list[Record]:
 
 
 def _optimal(records: Sequence[Record]) -> list[Record]:
-    found = []
+    result = []
     for record in records:
         what = f"optimal, B = {record['batch']}"
-        found.append(_entry(f"{what}: times faster than eager", _ratio(record, "eager")))
-        found += _libraries(what, record)
+        result.append(_entry(f"{what}: times faster than eager", _ratio(record, "eager")))
+        result += _libraries(what, record)
         reading = 1 / _ratio(record, "read_bytes")
-        found.append(_entry(f"{what}: time over one read of the images", reading))
-    return found
+        result.append(_entry(f"{what}: time over one read of the images", reading))
+    return result
 
 
 def _nearest(records: Sequence[Record]) -> list[Record]:

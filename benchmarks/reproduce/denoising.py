@@ -107,7 +107,7 @@ def restore_once(
 
 def restore(
     clean: Tensor,
-    found: Sequence[tuple[str, Settings, Callable[[], Model]]],
+    listed: Sequence[tuple[str, Settings, Callable[[], Model]]],
     data: pf.TrainingSet,
     kept: KeptRuns,
     *,
@@ -121,8 +121,8 @@ def restore(
     for t in TIMES:
         alpha, sigma = schedule(t)
         drawn["noisy", t] = alpha * clean[:1] + sigma * noise[:1]
-    made = {name: functools.cache(make) for name, _, make in found}
-    visits = [(name, settings, t) for name, settings, _ in found for t in TIMES]
+    made = {name: functools.cache(make) for name, _, make in listed}
+    visits = [(name, settings, t) for name, settings, _ in listed for t in TIMES]
     for name, settings, t in progress_bar(visits, description="denoising", enabled=progress):
 
         def make(name: str = name, t: int = t) -> Run:
@@ -213,9 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if study.trained:
         follow = ("local", data, study.trained[0], study.kept())
         windows = calibrated_windows(*follow, seed=_SEED + 1, progress=progress)
-    found = list(models(study, windows))
+    listed = list(models(study, windows))
     kept = study.kept(test=test.content_key(), samples=len(clean), seed=_SEED)
-    results, drawn = restore(clean, found, data, kept, progress=progress)
+    results, drawn = restore(clean, listed, data, kept, progress=progress)
     report = study.write(
         results,
         test={"name": test.name, "images": len(clean)},

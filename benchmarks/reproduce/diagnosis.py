@@ -111,18 +111,18 @@ def diagnose(
             images, threshold, aggregation="batch_mean", batch_size=size, moments=moments
         )
     variance = moments.covariance.diagonal().cpu()
-    found: dict[str, list[Record]] = {name: [] for name in ("network", *models)}
+    result: dict[str, list[Record]] = {name: [] for name in ("network", *models)}
     visits = list(enumerate(run.timesteps.tolist()))
     for step, t in progress_bar(visits, description="diagnosis", enabled=progress):
         alpha, sigma = schedule(t)
         x, target = run.x_t[step], run.x0[step].clamp(-1, 1)
-        found["network"].append(_sharpness(target))
+        result["network"].append(_sharpness(target))
         r2: dict[str, Tensor] = {}
         for name, model in models.items():
             answer = model(x, sigma, alpha).clamp(-1, 1)
             r2[name] = pf.metrics.r2(answer, target)
             sizes = effective_sizes(model, x, sigma, alpha).cpu()
-            found[name].append(
+            result[name].append(
                 {
                     "mse": summary(pf.metrics.mse(answer, target)),
                     "r2": summary(r2[name]),
@@ -135,7 +135,7 @@ def diagnose(
         "samples": len(noise),
         "timesteps": run.timesteps.tolist(),
         "batches": {name: math.ceil(len(images) / size) for name, images, size in batch_means},
-        "models": found,
+        "models": result,
     }
 
 

@@ -46,9 +46,9 @@ def samples(record: Record, runs: Mapping[str, Run]) -> Image.Image:
         if row["name"] == first:
             caption += f"   below: mean and standard error against {first} at the end"
         if first in row["against"]:
-            found = row["against"][first]
-            caption += f"   MSE {shown(found['mse']['final'], 4)}"
-            caption += f"   r2 {shown(found['r2']['final'], 3)}"
+            result = row["against"][first]
+            caption += f"   MSE {shown(result['mse']['final'], 4)}"
+            caption += f"   r2 {shown(result['r2']['final'], 3)}"
         # The built-in font has no such sign.
         rows.append((caption.replace("±", "+-"), runs[row["name"]].x0[-1, :_COLUMNS]))
     return pictures.captioned_rows(rows)

@@ -97,12 +97,12 @@ def make_or_find(
         clock = time.perf_counter()
         denoiser = model()
         start = noise.to(denoiser.device)
-        found = analysis.sensitivity_along_run(
+        result = analysis.sensitivity_along_run(
             denoiser, pixel, steps=steps, every=-(-steps // LEVELS), x_T=start, progress=progress
         )
         seconds = round(now(denoiser.device) - clock, 2)
-        levels = {name: getattr(found, name).tolist() for name in ("timesteps", "alpha", "sigma")}
-        return Run(found.fields.cpu(), levels | {"seconds": seconds})
+        levels = {name: getattr(result, name).tolist() for name in ("timesteps", "alpha", "sigma")}
+        return Run(result.fields.cpu(), levels | {"seconds": seconds})
 
     run, _ = kept.get(settings["model"], settings | {"pixel": list(pixel)}, make)
     levels = {name: torch.tensor(run.facts[name]) for name in ("timesteps", "alpha", "sigma")}
@@ -163,16 +163,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _models(study: Study) -> dict[str, tuple[Settings, Callable[[], pf.Denoiser]]]:
     """Settings of each model, and what makes it."""
     threshold = study.options.threshold
-    found: dict[str, tuple[Settings, Callable[[], pf.Denoiser]]] = {
+    result: dict[str, tuple[Settings, Callable[[], pf.Denoiser]]] = {
         network.name: (network.settings, partial(networks.load, network.path, study.device))
         for network in study.trained
     }
-    found["PCA locality"] = (
+    result["PCA locality"] = (
         {"model": "pca-locality", "threshold": threshold},
         lambda: pf.PCALocalityDenoiser(study.data, threshold, moments=study.moments),
     )
-    found["Wiener filter"] = ({"model": "wiener"}, lambda: pf.WienerDenoiser(study.moments))
-    return found
+    result["Wiener filter"] = ({"model": "wiener"}, lambda: pf.WienerDenoiser(study.moments))
+    return result
 
 
 def _known(value: Tensor) -> float | None:

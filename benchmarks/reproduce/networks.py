@@ -77,7 +77,7 @@ def check_networks(
     """
     if not 1 <= len(paths) <= len(_NAMES):
         raise ValueError(f"`network` must be given 1 to {len(_NAMES)} times, got {len(paths)}")
-    found: list[Network] = []
+    result: list[Network] = []
     for letter, path in zip(_NAMES, map(Path, paths), strict=False):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file")
@@ -88,9 +88,9 @@ def check_networks(
                 f"{unet.image_shape}"
             )
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        for other in found:
+        for other in result:
             if other.sha256 == sha256:
                 raise ValueError(f"`network` must name each network once, {path} is {other.path}")
         parameters = sum(tensor.numel() for tensor in unet.parameters())
-        found.append(Network(f"network {letter}", path, sha256, parameters, unet.facts))
-    return found
+        result.append(Network(f"network {letter}", path, sha256, parameters, unet.facts))
+    return result

@@ -57,8 +57,8 @@ def exact(threshold: float) -> Settings:
 
 def multiples(threshold: float, factors: Sequence[float]) -> list[float]:
     """A threshold itself, and multiples of it below 1 as numbers of few digits."""
-    found = (threshold if factor == 1 else float(f"{factor * threshold:g}") for factor in factors)
-    return [value for value in found if value < 1]
+    result = (threshold if factor == 1 else float(f"{factor * threshold:g}") for factor in factors)
+    return [value for value in result if value < 1]
 
 
 def variants(threshold: float, labelled: bool) -> dict[str, dict[str, Settings]]:
@@ -146,16 +146,16 @@ class Sweep:
 
         With `positive_share`, the share of the images that are closer to the network's at the end.
         """
-        found = {}
+        result = {}
         for name, target in self.targets.items():
             values = by_image(run.x0, target.x0)["r2"] - by_image(base.x0, target.x0)["r2"]
             share = float((values[-1] > 0).double().mean())
-            found[name] = {
+            result[name] = {
                 "final": self._told(values[-1]) | {"positive_share": share},
                 "all_steps": self._told(values.mean(0)),
                 "steps": [summary(step) for step in values],
             }
-        return found
+        return result
 
     def _told(self, values: torch.Tensor) -> Record:
         """Summary of values [seeds samples], and the mean of each seed."""
@@ -199,21 +199,21 @@ def masks(data: pf.TrainingSet, moments: pf.Moments, threshold: float) -> list[d
     """
     denoiser = pf.PCALocalityDenoiser(data, threshold, moments=moments)
     schedule = pf.DDPMSchedule()
-    found = []
+    result = []
     for t in schedule.timesteps(STEPS).tolist():
         alpha, sigma = schedule(t)
         weights = denoiser.weights_at(sigma, alpha)
         empty = (weights.dense(torch.float32) == 0).all(1)
         # Where every image agrees the mean is the right answer.
         varied = moments.covariance.diagonal().cpu() > 0
-        found.append(
+        result.append(
             {
                 "t": t,
                 "density": weights.density,
                 "without_inputs": float(empty[varied].double().mean()),
             }
         )
-    return found
+    return result
 
 
 def why(sweep: Sweep) -> Record:
@@ -226,7 +226,7 @@ def why(sweep: Sweep) -> Record:
     batch_means = [(f"batch_mean {size}", study.data, size) for size in DIAGNOSED]
     if study.data.labels is not None:
         batch_means.append((CLASS_ORDER, in_order(study.data, BY_CLASS), FURTHER))
-    found = diagnosis.diagnose(
+    result = diagnosis.diagnose(
         study.data,
         study.moments,
         networks.load(network.path, study.device),
@@ -236,8 +236,8 @@ def why(sweep: Sweep) -> Record:
         progress=study.progress,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(found, path)
-    return found
+    write_json(result, path)
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

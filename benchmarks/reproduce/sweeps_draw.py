@@ -27,19 +27,19 @@ def sweeps(report: Record, path: Path) -> None:
     with picture(path, 2, len(kinds), **options) as (figure, axes):
         names = [network["name"] for network in report["networks"]]
         for column, kind in zip(axes.T, kinds, strict=True):
-            found = results["sweeps"][kind]
+            result = results["sweeps"][kind]
             # Aggregations have no order that a line could follow.
             lines = kind != "aggregation"
             for k, name in enumerate(names):
-                told = [record["against"][name]["r2"] for record in found.values()]
+                told = [record["against"][name]["r2"] for record in result.values()]
                 _bars(column[0], k, name, told, [record["all_steps"] for record in told], lines)
-                pairs = [record["minus_exact"][name] for record in found.values()]
+                pairs = [record["minus_exact"][name] for record in result.values()]
                 ends, means = ([pair[key] for pair in pairs] for key in ("final", "all_steps"))
                 _bars(column[1], k, name, ends, means, lines)
             _ceiling(column[0], results["networks_against_each_other"])
             column[1].axhline(0.0, color="0.3", linewidth=1)
-            column[1].set_xticks(range(len(found)))
-            column[1].set_xticklabels([value.replace(" ", "\n") for value in found], fontsize=8)
+            column[1].set_xticks(range(len(result)))
+            column[1].set_xticklabels([value.replace(" ", "\n") for value in result], fontsize=8)
             own = "; exact at the same threshold" if kind == "aggregation" else ""
             column[1].set_xlabel(kind + own)
             for axis in column:
@@ -98,9 +98,9 @@ def _two_errors(told: list[Record]) -> list[float]:
     return [2 * (record["standard_error"] or 0.0) for record in told]
 
 
-def _ceiling(axis: Axes, found: Record) -> None:
+def _ceiling(axis: Axes, result: Record) -> None:
     """What the networks reach against each other, at the end and over all steps."""
-    for k, record in enumerate(found.values()):
+    for k, record in enumerate(result.values()):
         for other in record["against"].values():
             for told, style, words in (
                 (other["r2"], "--", "at the end"),
@@ -113,8 +113,8 @@ def _ceiling(axis: Axes, found: Record) -> None:
 
 def why(report: Record, path: Path) -> None:
     """Effective sample size, closeness and sharpness of the aggregations by step."""
-    found = report["results"]["why"]
-    times, models = found["timesteps"], found["models"]
+    result = report["results"]["why"]
+    times, models = result["timesteps"], result["models"]
     target = models["network"]
     with picture(path, 2, 3, figsize=(16, 9)) as (figure, grid):
         *axes, empty = grid.flat
@@ -125,7 +125,7 @@ def why(report: Record, path: Path) -> None:
             style: Record = {"color": color, "marker": "osD^v"[k % 5], "markersize": 4}
             if name == "exact":
                 style |= {"linestyle": "--", "zorder": 5}
-            _sizes(axes[0], shifted, steps, found["batches"].get(name), style | {"label": name})
+            _sizes(axes[0], shifted, steps, result["batches"].get(name), style | {"label": name})
             for axis, key in ((axes[1], "r2"), (axes[2], "r2_minus_exact")):
                 told = [step[key] for step in steps]
                 means = [_number(record["mean"]) for record in told]
@@ -152,7 +152,7 @@ def why(report: Record, path: Path) -> None:
         empty.axis("off")
         empty.legend(*axes[0].get_legend_handles_labels(), loc="center", fontsize=11)
         figure.suptitle(
-            f"The same noisy images for all: the states of {found['samples']} runs of "
+            f"The same noisy images for all: the states of {result['samples']} runs of "
             f"{report['networks'][0]['name']}; error bars of r2: two standard errors over these "
             "runs",
             fontsize=11,

@@ -233,7 +233,7 @@ class _Table:
         return row | {"against": against}
 
     def _search(self, target: torch.Tensor) -> Run:
-        found, seconds = [], []
+        result, seconds = [], []
         data = self.data.to(self.device)
         with self.stages("nearest", "searching for the nearest training images"):
             with pf.trace_backends() as calls:
@@ -241,7 +241,7 @@ class _Table:
                     clock = now(self.device)
                     indices = nearest_images(x0, data.images).indices[:, 0]
                     seconds.append(round(now(self.device) - clock, 4))
-                    found.append(pf.TrainingSet(data.images[indices].cpu()).values())
+                    result.append(pf.TrainingSet(data.images[indices].cpu()).values())
         facts = {
             "seconds": seconds,
             "preparation_seconds": 0.0,
@@ -251,7 +251,7 @@ class _Table:
             "torch": torch.__version__,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
-        return Run(torch.stack(found), facts)
+        return Run(torch.stack(result), facts)
 
     def _row(self, name: str, label: str, settings: Settings, run: Run) -> Record:
         is_network = name not in METHODS
@@ -305,10 +305,10 @@ def _record(
         "windows": {
             name: {
                 "follow": trained[0].name,
-                "windows": [window for _, window in found],
-                "similarities": [max(row) for row in found.similarities],
+                "windows": [window for _, window in result],
+                "similarities": [max(row) for row in result.similarities],
             }
-            for name, found in table.windows.items()
+            for name, result in table.windows.items()
         },
         "table": rows,
         "reused_runs": table.reused,
@@ -372,12 +372,12 @@ def label_of(row: Record, record: Record) -> str:
 def _cells(row: Record, names: list[str], record: Record) -> list[str]:
     cells = [label_of(row, record)]
     for name in names:
-        found = row["against"].get(name)
-        if found is None:
+        result = row["against"].get(name)
+        if result is None:
             cells += ["", "", ""]
             continue
-        cells += [shown(found["mse"]["final"], 4), shown(found["r2"]["final"], 3)]
-        cells.append(shown(found["r2"]["all_steps"], 3))
+        cells += [shown(result["mse"]["final"], 4), shown(result["r2"]["final"], 3)]
+        cells.append(shown(result["r2"]["all_steps"], 3))
     memory = row["extra_memory_bytes"]
     cells.append(f"{row['seconds_per_step']:.3g}")
     cells.append("-" if memory is None else f"{memory / 1e6:,.0f}")

@@ -36,7 +36,7 @@ def calibrated_windows(
     path = kept.path(f"windows-{name}", settings, ".json")
     if path.exists():
         return pf.WindowTable.load(path)
-    found = pf.calibrate_windows(
+    result = pf.calibrate_windows(
         data,
         networks.load(network.path, data.device),
         steps=STEPS,
@@ -46,5 +46,5 @@ def calibrated_windows(
         progress=progress,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    found.save(path)
-    return found
+    result.save(path)
+    return result

@@ -45,9 +45,9 @@ def run(*, quick: bool) -> tuple[list[Record], None]:
         x = (clean + sigma * noise).float()
         spectra, cosines = [], []
         for image, tangent in zip(x, tangents, strict=True):
-            found = analysis.jacobian_spectrum(denoiser, image, sigma, k=_EIGENVALUES)
-            spectra.append(found.values)
-            cosines.append(principal_cosines(found.vectors[:_DIMENSION].flatten(1), tangent))
+            result = analysis.jacobian_spectrum(denoiser, image, sigma, k=_EIGENVALUES)
+            spectra.append(result.values)
+            cosines.append(principal_cosines(result.vectors[:_DIMENSION].flatten(1), tangent))
         size = analysis.posterior_concentration(denoiser, x, sigma).effective_sample_size
         error = (denoiser(x, sigma) - clean).square().mean()
         records.append(

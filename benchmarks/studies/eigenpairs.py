@@ -38,7 +38,7 @@ def run(*, quick: bool, cifar10: Path | None) -> tuple[list[Record], None]:
         noise = torch.randn(1, *data.image_shape, generator=torch.Generator().manual_seed(0))
         x = alpha * data.values(0, 1) + sigma * noise
         start = time.perf_counter()
-        found = analysis.jacobian_spectrum(denoiser, x, sigma, alpha, k=_PAIRS)
+        result = analysis.jacobian_spectrum(denoiser, x, sigma, alpha, k=_PAIRS)
         seconds = time.perf_counter() - start
         tangents = torch.eye(values)[:_TANGENTS].reshape(_TANGENTS, 1, *data.image_shape)
         start = time.perf_counter()
@@ -51,12 +51,12 @@ def run(*, quick: bool, cifar10: Path | None) -> tuple[list[Record], None]:
                 "images": len(data),
                 "values": values,
                 "seconds": seconds,
-                "products": found.products,
-                "largest_residual": float(found.residuals.max()),
-                "eigenvalues": found.values.tolist(),
+                "products": result.products,
+                "largest_residual": float(result.residuals.max()),
+                "eigenvalues": result.values.tolist(),
                 "whole_jacobian_seconds": whole,
                 "whole_jacobian_note": f"{_TANGENTS} tangents measured, scaled to {values}",
-                "vectors_bytes": found.vectors.nbytes,
+                "vectors_bytes": result.vectors.nbytes,
                 "whole_jacobian_bytes": 4 * values**2,
             }
         )

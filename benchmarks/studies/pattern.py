@@ -84,18 +84,18 @@ def by_weight(paths: Sequence[Path], weights: Sequence[float]) -> dict[float, pf
     Raises:
         ValueError: A network's weight is none of `weights`, or there are two networks of one.
     """
-    found: dict[float, pf.NetworkDenoiser] = {}
+    result: dict[float, pf.NetworkDenoiser] = {}
     for path in paths:
         denoiser = load(path)
         gamma = facts_of(denoiser).get("planted", 0.0)
-        if gamma not in weights or gamma in found:
+        if gamma not in weights or gamma in result:
             told = ", ".join(f"{weight:g}" for weight in weights)
             raise ValueError(
                 f"`network` must be given once at most for each of the weights {told} of this run, "
                 f"{path} is of weight {gamma:g}"
             )
-        found[gamma] = denoiser
-    return found
+        result[gamma] = denoiser
+    return result
 
 
 def _look(

@@ -75,7 +75,7 @@ def global_shares(
 ) -> dict[str, float]:
     """Mean share to be read by the number of components, and with exact distances as bounds."""
     every = torch.arange(distances.shape[1])
-    found: dict[str, list[float]] = defaultdict(list)
+    result: dict[str, list[float]] = defaultdict(list)
     for image, exact in zip(y, distances, strict=True):
         bounds = DistanceBounds(index, image)
         for stage, components in enumerate(index.stages):
@@ -83,9 +83,9 @@ def global_shares(
                 bounds.sharpen(every)
             lowest = bounds.values.double() + bounds.energy
             share = share_needed(exact, lowest, scale)
-            found[str(components)].append(share)
-        found["exact"].append(share_needed(exact, exact, scale))
-    return _means(found)
+            result[str(components)].append(share)
+        result["exact"].append(share_needed(exact, exact, scale))
+    return _means(result)
 
 
 def share_needed(exact: Tensor, bounds: Tensor, scale: float) -> float:
@@ -119,7 +119,7 @@ def local_shares(
     vectors = vectors.flip(1)[:, : max(components)]
     coefficients, energies = images @ vectors, images.square().sum(1).double()
     scale = 0.5 * (alpha / sigma) ** 2
-    found: dict[str, list[float]] = defaultdict(list)
+    result: dict[str, list[float]] = defaultdict(list)
     for noisy in x:
         y = noisy.flatten()[chosen] / alpha - centre
         energy, inside = float(y.square().sum()), y @ vectors
@@ -130,13 +130,13 @@ def local_shares(
             outside *= max(energy - float(ours.square().sum()), 0.0)
             lowest = energies + energy - 2.0 * (theirs @ ours) - 2.0 * outside.sqrt()
             share = share_needed(exact, lowest, scale)
-            found[str(count)].append(share)
-        found["exact"].append(share_needed(exact, exact, scale))
-    return _means(found)
+            result[str(count)].append(share)
+        result["exact"].append(share_needed(exact, exact, scale))
+    return _means(result)
 
 
-def _means(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    return {name: sum(shares) / len(shares) for name, shares in found.items()}
+def _means(result: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: sum(shares) / len(shares) for name, shares in result.items()}
 
 
 def windows_step(setting: Setting, step: int) -> Record:
