@@ -98,6 +98,19 @@ def test_a_copy_of_a_level_is_one(level, denoiser, x):
             denoiser(x, *other)
 
 
+@pytest.mark.parametrize("time", [0.4, torch.tensor([0.4, 0.6])])
+def test_torch_load_takes_saved_levels_for_safe(time, tmp_path, denoiser, x):
+    level = pf.CosineSchedule()(time)
+    torch.save({"level": level, "alpha": level.alpha, "sigma": level.sigma}, tmp_path / "a.pt")
+    loaded = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert type(loaded["level"]) is pf.NoiseLevel
+    wanted = denoiser(x, level)
+    assert torch.equal(denoiser(x, loaded["level"]), wanted)
+    assert torch.equal(denoiser(x, loaded["sigma"], loaded["alpha"]), wanted)
+    with pytest.raises(TypeError, match=SWAPPED):
+        denoiser(x, *loaded["level"])
+
+
 def test_a_tensor_that_is_given_is_not_changed(denoiser, x):
     given = torch.tensor([0.3, 0.5])
     level = pf.NoiseLevel(given, given)

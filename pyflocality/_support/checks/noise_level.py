@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 from typing import Generic, TypeAlias, cast
 
+import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
@@ -45,6 +46,7 @@ class NoiseLevel(tuple[Coefficient, Coefficient], Generic[Coefficient]):
     and tensors that know which of the two they are, so that `denoiser(x, *schedule(t))`, which
     would take one for the other, raises a TypeError. Arithmetic, copies and `float(level.sigma)`
     give plain ones, for which alone `torch.compile` leaves a number open in functions of one's own.
+    A graph takes levels; with `fullgraph=True` those of numbers are made outside of it.
 
     Args:
         alpha: Signal coefficient, not negative, a number or a tensor of any shape.
@@ -81,6 +83,9 @@ class NoiseLevel(tuple[Coefficient, Coefficient], Generic[Coefficient]):
         """Noise coefficient."""
         return self[1]
 
+
+# What `torch.save` writes of levels and their coefficients is read as safely as pairs and floats.
+torch.serialization.add_safe_globals([NoiseLevel, float])
 
 # What a public function takes in place of the first of its two coefficients.
 LevelLike: TypeAlias = "float | Tensor | NoiseLevel[float | Tensor]"
