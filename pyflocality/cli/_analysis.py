@@ -44,7 +44,7 @@ _DenoiserName = Annotated[
 @reported(mask_threshold="threshold")
 def sensitivity(
     *,
-    source: SourceOptions,
+    results: FolderOptions,
     pixel: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,7 +55,7 @@ def sensitivity(
     denoiser: _DenoiserName = "pca-locality",
     options: MomentsModelOptions,
     sampling: StepsOptions,
-    results: FolderOptions,
+    source: SourceOptions,
 ) -> None:
     """Draw which inputs an output pixel listens to, over the steps of a sampling run.
 
@@ -105,7 +105,7 @@ def sensitivity(
 @reported(mask_threshold="threshold")
 def spectrum(
     *,
-    source: SourceOptions,
+    results: FolderOptions,
     t: Annotated[
         str, typer.Option(help="Times of the schedule to look at, such as 700,500,300.")
     ] = "700,500,300",
@@ -114,7 +114,7 @@ def spectrum(
     denoiser: _DenoiserName = "optimal",
     options: MomentsModelOptions,
     sampling: NoiseOptions,
-    results: FolderOptions,
+    source: SourceOptions,
 ) -> None:
     """Draw the basis in which a model shrinks: leading eigenpairs of its Jacobian.
 
@@ -170,14 +170,14 @@ def spectrum(
 @reported(mask_threshold="threshold")
 def memorize(
     *,
-    source: SourceOptions,
+    results: FolderOptions,
     sizes: Annotated[
         str, typer.Option(help="Numbers of training images of each model, such as 1,10,100.")
     ] = "1,10,100",
     denoiser: _DenoiserName = "local",
     options: ModelOptions,
     sampling: StepsOptions,
-    results: FolderOptions,
+    source: SourceOptions,
 ) -> None:
     """Draw how recitation gives way to generation as the training set grows.
 

@@ -64,10 +64,10 @@ class _Models(EveryModelOptions):
 @reported(mask_threshold="threshold", batch_size="loader_batch")
 def compare(
     *,
-    source: DeviceSourceOptions,
+    results: FolderOptions,
     models: _Models,
     sampling: SamplingOptions,
-    results: FolderOptions,
+    source: DeviceSourceOptions,
 ) -> None:
     """Draw what several models make of the same noise, one row for each.
 

@@ -183,7 +183,7 @@ class _Plan:
 
 @reported(mask_threshold="threshold", batch_size="loader_batch")
 def generate(
-    *, source: DeviceSourceOptions, model: _Model, sampling: SamplingOptions, results: _Results
+    *, results: _Results, model: _Model, sampling: SamplingOptions, source: DeviceSourceOptions
 ) -> None:
     """Make new images from a set of images, without training.
 

@@ -17,6 +17,16 @@ from typing import Annotated, Any, ClassVar
 # Headings of the options in the help.
 IMAGES, MODEL, SAMPLING, OUTPUT = "Training images", "Model", "Sampling", "Results"
 
+# Options of groups in the order in which the help tells them, whoever declares or inherits them.
+_ORDER = (
+    *("out", "nearest", "trajectory", "individual", "force", "as_json", "progress"),
+    *("denoiser", "methods", "against", "threshold", "window", "boundary", "temperature"),
+    *("aggregation", "loader_batch", "subset", "moments", "global_share", "split_over"),
+    *("backend", "memory_budget", "flip"),
+    *("n", "steps", "schedule", "spacing", "sampler", "seed"),
+    *("source", "resolution", "channels", "split", "layout", "label", "device"),
+)
+
 
 class OneOf:
     """The words that an option takes, in its annotation behind typer's own.
@@ -70,15 +80,13 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _options_of(group: type[Group]) -> list[inspect.Parameter]:
-    """Parameters for the options of a group, its own before those that it inherits."""
+    """Parameters for the options of a group."""
     hints = typing.get_type_hints(group, include_extras=True)
     made: Any = group
     fields = {field.name: field for field in dataclasses.fields(made)}
-    names = [name for base in group.__mro__ for name in inspect.get_annotations(base)]
+    names = [name for name in fields if typing.get_origin(hints[name]) is Annotated]
     options = []
-    for name in dict.fromkeys(names):
-        if name not in fields or typing.get_origin(hints[name]) is not Annotated:
-            continue
+    for name in sorted(names, key=_ORDER.index):
         told: Any = typing.get_args(hints[name])[1]
         if getattr(told, "rich_help_panel", None) is None:
             told.rich_help_panel = group.heading

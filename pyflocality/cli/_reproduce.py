@@ -18,6 +18,7 @@ from pyflocality.cli._options import Device, FolderOptions, Seed, Source
 @reported()
 def reproduce(
     *,
+    results: FolderOptions,
     source: Source,
     network: Annotated[
         list[str],
@@ -58,7 +59,6 @@ def reproduce(
         typer.Option(help="equivariant models: images that are made.", rich_help_panel=MODEL),
     ] = 32,
     device: Device = "cpu",
-    results: FolderOptions,
 ) -> None:
     """Fill the table of the papers: every model against trained networks, from the same noise.
 

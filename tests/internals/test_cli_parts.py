@@ -47,6 +47,14 @@ def test_commands_take_groups_of_options():
         assert set(flat) <= set(own) | options, command.__name__
 
 
+def test_the_help_tells_options_in_one_order():
+    """What is asked for first stands first, whichever group declares or inherits an option."""
+    options = list(inspect.signature(generate).parameters)
+    named = ["out", "denoiser", "threshold", "flip", "n", "steps", "seed", "resolution", "device"]
+    assert options[0] == "out"
+    assert [option for option in options if option in named] == named
+
+
 def test_windows_and_devices_are_read():
     assert parse_window("7") == 7
     assert parse_window("10:15, 0.5:3") == ((10.0, 15), (0.5, 3))
