@@ -349,7 +349,9 @@ def mapped_file(images: Tensor) -> MappedFile | None:
     """The file that images lie in, or None."""
     if images.device.type != "cpu" or not _files:
         return None
-    address = images.data_ptr()
+    # The images that a rank holds lie in a file as any others.
+    with torch._C.DisableTorchFunctionSubclass():
+        address = images.data_ptr()
     result = (file for file in _files.values() if 0 <= address - file.address < file.size)
     return next(result, None)
 

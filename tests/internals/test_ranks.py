@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from pyflocality import TrainingSet
 from pyflocality.backends import selection
 from pyflocality.backends.selection import reason
 from pyflocality.posterior.call import Call
 from pyflocality.posterior.ranks import Ranks
 from pyflocality.posterior.sharded import ShardedImages
+from pyflocality.storage.mapped import mapped_file
 
 
 def test_operations_that_cannot_join_are_refused(monkeypatch):
@@ -52,3 +55,11 @@ def test_sharded_images_tell_their_shape_alone():
     ):
         with pytest.raises(NotImplementedError, match="split over ranks"):
             use()
+
+
+def test_a_rank_moves_images_that_lie_in_a_file(tmp_path):
+    np.save(tmp_path / "set.npy", np.zeros((4, 1, 6, 6), np.uint8))
+    data = TrainingSet.load(tmp_path / "set.npy", progress=False)
+    data.images = ShardedImages.of(data.images, _Alone())
+    assert mapped_file(data.images) is not None
+    assert isinstance(data.to("cpu").images, ShardedImages)
