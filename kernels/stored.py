@@ -123,18 +123,22 @@ class StoredProblem:
         """Sums of the formulas' values [B, Q, V] from those of stored ones and weights [B, Q]."""
         return weighted / BYTES_PER_UNIT - total[..., None] if self.has_bytes else weighted
 
-    @property
+    @cached_property
     def budget(self) -> int:
         """Working memory beside the block that images are read or copied into, bytes."""
-        images, size = self.problem.images, self.problem.chunk_size or self._copied
-        block = self.problem.reader.buffer_bytes(size)
-        if not images.is_contiguous():
-            block = min(size, len(images)) * images[0].nbytes
-        return memory_budget_bytes(self.problem.memory_budget) - block
+        images, budget = self.problem.images, memory_budget_bytes(self.problem.memory_budget)
+        if images.is_contiguous() and not self.problem.reader.from_file:
+            return budget
+        size = self.problem.chunk_size or self._copied
+        return budget - min(size, len(images)) * images[0].nbytes
 
     def rows(self) -> Iterator[Tensor]:
         """The images and their copies as stored, [n, C H W] at a time, contiguous."""
-        return self.problem.reader.rows(self.problem.chunk_size, self._copied)
+        images, reader = self.problem.images, self.problem.reader
+        in_place = reader.augmentation is None and images.is_contiguous() and not reader.from_file
+        size = self.problem.chunk_size or (len(images) if in_place else self._copied)
+        for block in reader.blocks(size):
+            yield block.contiguous().flatten(1)
 
     def blocks(self) -> Iterator[Tensor]:
         """The same as [n, C, H, W]."""

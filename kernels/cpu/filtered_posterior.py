@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ def scan(
     instruction_set: str | None = None,
 ) -> Tensor:
     """The blend of the means of all queries, [B, D]."""
-    shape = problem.images.shape[1:]
+    shape, everything = problem.images.shape[1:], StoredProblem(problem)
     tree, answers = difference_tree(weights, shape), difference_tree(responses, shape)
 
     def run(stored: StoredProblem, rows: Tensor, centre: Centre) -> tuple[Tensor]:
@@ -34,7 +35,7 @@ def scan(
         kernel = native_kernel("filtered_posterior", instruction_set, answers=answers, **options)
         return (apply_weights(stored, kernel, state)[:, 0],)
 
-    (sums,) = by_noise(problem, run)
-    stored = StoredProblem(problem)
-    means = sums / responses.dense(torch.float64).sum(0)
-    return means * stored.step + stored.shift
+    (sums,) = by_noise(everything, run)
+    answering = np.unpackbits(responses.bits, axis=1, count=responses.shape[1])
+    means = sums / torch.from_numpy(answering.sum(0, dtype=np.float64))
+    return means * everything.step + everything.shift

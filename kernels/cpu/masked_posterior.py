@@ -46,7 +46,7 @@ def scan(
         kernel = native_kernel("masked_posterior", instruction_set, tree=tree, centre=centre)
         return scan_values(stored.problem, kernel, weights.shape[1] * _BYTES_PER_QUERY)
 
-    return PosteriorState(*by_noise(problem, run))
+    return PosteriorState(*by_noise(StoredProblem(problem), run))
 
 
 def jvp(
@@ -76,6 +76,7 @@ def vjp(
 ) -> Tensor:
     """Vector-Jacobian products of cotangents [K, B, C, H, W], of the same shape."""
     tree = difference_tree(weights, problem.images.shape[1:])
+    everything = StoredProblem(problem)
     directions = cotangents.detach().float().flatten(2).transpose(0, 1)
 
     def run(stored: StoredProblem, rows: Tensor, centre: Centre) -> tuple[Tensor]:
@@ -86,9 +87,8 @@ def vjp(
         further = (directions[rows], mean, stored.centre.flatten(1))
         return (apply_weights(stored, kernel, state, further),)
 
-    (sums,) = by_noise(problem, run)
-    slope = StoredProblem(problem).slope
-    return (sums * slope[:, None, None]).transpose(0, 1).reshape(cotangents.shape)
+    (sums,) = by_noise(everything, run)
+    return (sums * everything.slope[:, None, None]).transpose(0, 1).reshape(cotangents.shape)
 
 
 def scan_outputs(
@@ -101,25 +101,26 @@ def scan_outputs(
 
 
 def by_noise(
-    problem: PosteriorProblem, run: Callable[[StoredProblem, Tensor, Centre], tuple[Tensor, ...]]
+    stored: StoredProblem, run: Callable[[StoredProblem, Tensor, Centre], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
     """What `run` answers, a row for each noisy image: those with little and much noise apart.
 
     A batch of both reads the images once for each kind: what is computed costs far more.
 
     Args:
-        problem: The problem.
+        stored: The problem of all noisy images.
         run: Takes a stored problem, which of the noisy images [b] it is of, and where its passes
             count from: nowhere, or about the mean image, float32 [D].
     """
-    stored, noisy = StoredProblem(problem), _mostly_noise(problem)
+    noisy = _mostly_noise(stored.problem)
     results, order = [], []
     for centred in (False, True):
         rows = (noisy == centred).nonzero()[:, 0]
-        if len(rows) == 0 and (centred or len(problem.x) > 0):
+        if len(rows) == 0 and (centred or len(noisy) > 0):
             continue
-        centre = _about_the_mean(problem) if centred else None
-        results.append(run(stored.part(rows), rows, centre))
+        centre = _about_the_mean(stored.problem) if centred else None
+        part = stored if len(rows) == len(noisy) else stored.part(rows)
+        results.append(run(part, rows, centre))
         order.append(rows)
     if len(results) == 1:
         return results[0]

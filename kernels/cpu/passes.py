@@ -8,6 +8,7 @@ and applies them: nothing is stored per image and query.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -106,12 +107,12 @@ def _over_images(
     """What a kernel answers for groups of noisy images: each block of images is read once."""
     at_a_time = max(1, stored.budget // (bytes_per_image * (torch.get_num_threads() + 1)))
     rows = (stored.noisy.flatten(1), stored.factor, *rows)
-    split = [row.contiguous().split(at_a_time) for row in rows]
-    groups = [tuple(map(Tensor.numpy, group)) for group in zip(*split, strict=True)]
+    arrays = []
+    for row in rows:
+        arrays.append(list(map(Tensor.numpy, row.contiguous().split(at_a_time))))
     results: list[Any] = []
     for images in stored.rows():
-        block = images.numpy()
-        answers = [kernel(block, *arrays) for arrays in groups]
+        answers = list(map(kernel, itertools.repeat(images.numpy()), *arrays))
         scales = stored.scale.split(at_a_time) if results else ()
         results = list(map(join, results, answers, scales)) if results else answers
     return results

@@ -317,6 +317,8 @@ class PosteriorDenoiser(Denoiser):
         split = split_levels(levels, batch)
         with outside_transforms():
             question = self._questions(kind)
+            if len(split) == 1:
+                return [(split[0].rows, question(split[0].alpha, split[0].sigma))]
             asked = [question(level.alpha, level.sigma) for level in split]
         return zip(*share_passes(split, asked, [one.key for one in asked]), strict=True)
 

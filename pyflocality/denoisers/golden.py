@@ -23,7 +23,7 @@ from pyflocality._support.checks import (
 )
 from pyflocality._support.levels import Levels
 from pyflocality._support.threads import Lock
-from pyflocality._support.transforms import without_derivatives
+from pyflocality._support.transforms import outside_transforms, without_derivatives
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, PosteriorDenoiser
 from pyflocality.denoisers.equivariant import EquivariantDenoiser
@@ -287,8 +287,10 @@ class GoldenSubset(Denoiser):
         images = denoiser.data.images
 
         def gather() -> Tensor:
-            chosen = without_derivatives(self._select(x, sigma, alpha))
-            return images.index_select(0, chosen) if len(chosen) < len(images) else images
+            # Plain tensors, also where torch is differentiating: a training set is made of them.
+            with outside_transforms():
+                chosen = self._select(x, sigma, alpha)
+                return images.index_select(0, chosen) if len(chosen) < len(images) else images
 
         chosen = Reader(images).checked(gather)
         kept = 0 if self._pooled is None else self._pooled.nbytes

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyflocality._support.checks import check_float_tensor, check_real, check_tensor, describe
 from pyflocality.data import TrainingSet
@@ -21,6 +22,9 @@ from pyflocality.weights import QueryWeights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+# What masks ask, with the shape of the images and how often the masks had been written to.
+_flexible: MutableMapping[Tensor, tuple[tuple[object, ...], Asked]] = WeakTensorKeyDictionary()
 
 Masks = Tensor | Callable[[float, float], Tensor] | Sequence[tuple[float, Tensor]]
 
@@ -78,16 +82,14 @@ class PatchSetDenoiser(PosteriorDenoiser):
         _, height, width = self.image_shape
         if self.window is not None:
             check = functools.partial(check_patch, height=height, width=width)
-            return level_rule(
-                self.window, "window", check, lambda given: isinstance(given, numbers.Real)
-            )
+            return level_rule(self.window, "window", check, numbers.Real)
         check_masks = functools.partial(_check_masks, image_shape=self.image_shape)
-        return level_rule(self.masks, "masks", check_masks, lambda given: isinstance(given, Tensor))
+        return level_rule(self.masks, "masks", check_masks, Tensor)
 
     def _questions(self, kind: Kind) -> Callable[[float, float], Asked]:
         patches_at = self._rule()
         # Masks make one object of weights, however many levels they are for.
-        flexible = functools.cache(functools.partial(_answering_themselves, self.image_shape))
+        flexible = functools.cache(functools.partial(_flexible_patches, self.image_shape))
 
         def question(alpha: float, sigma: float) -> Asked:
             patches = patches_at(alpha, sigma)
@@ -153,6 +155,19 @@ def _square_patches(image_shape: tuple[int, int, int], window: int) -> Asked:
     rows, columns = covers(height), covers(width)
     patches = rows[:, None, :, None] & columns[None, :, None, :]
     return _answering_themselves(image_shape, patches)
+
+
+def _flexible_patches(image_shape: tuple[int, int, int], masks: Tensor) -> Asked:
+    """Masks answer themselves: made once for as long as nobody writes to them."""
+    if masks.is_inference():
+        # Tensors of inference mode do not count their changes.
+        return _answering_themselves(image_shape, masks)
+    key = image_shape, masks._version
+    known, asked = _flexible.get(masks, (None, None))
+    if asked is None or known != key:
+        asked = _answering_themselves(image_shape, masks)
+        _flexible[masks] = key, asked
+    return asked
 
 
 def _answering_themselves(image_shape: tuple[int, int, int], patches: Tensor) -> Asked:

@@ -19,7 +19,7 @@ Window = int | Callable[[float, float], int] | Sequence[tuple[float, int]]
 
 
 def level_rule(
-    given: object, name: str, check: Callable[[object], T], is_single: Callable[[object], bool]
+    given: object, name: str, check: Callable[[object], T], single: type
 ) -> Callable[[float, float], T]:
     """What depends on the noise level, given in any form, as a function (alpha, sigma) -> value.
 
@@ -28,14 +28,14 @@ def level_rule(
             (sigma / alpha, value), of which the nearest in log(sigma / alpha) counts.
         name: Name of the argument in error messages.
         check: Returns a value in its canonical form, or raises the error that is due.
-        is_single: Whether `given` is one value.
+        single: What one value is an instance of.
 
     Raises:
         TypeError: `given` has none of these forms.
         ValueError: A value is refused, or the table is empty or holds a noise level that is not
             positive.
     """
-    if is_single(given):
+    if isinstance(given, single):
         value = check(given)
         return lambda alpha, sigma: value
     if callable(given):
@@ -70,7 +70,7 @@ def level_rule(
 
 def window_rule(window: Window, check: Callable[[object], int]) -> Callable[[float, float], int]:
     """A window given in any form, as a function (alpha, sigma) -> size; see `level_rule`."""
-    return level_rule(window, "window", check, lambda given: isinstance(given, numbers.Real))
+    return level_rule(window, "window", check, numbers.Real)
 
 
 class WindowDenoiser(PosteriorDenoiser):

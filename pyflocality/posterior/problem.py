@@ -257,8 +257,9 @@ def trusted_problem(
     return PosteriorProblem(
         x.to(dtype),
         images,
-        signal.to(x.device).expand(len(x)),
-        scale.to(x.device).expand(len(x)),
+        # Their memory is pageable: copied on before the call returns, without a wait.
+        signal.to(x.device, non_blocking=True).expand(len(x)),
+        scale.to(x.device, non_blocking=True).expand(len(x)),
         memory_budget,
         chunk_size,
         augmentation,

@@ -141,15 +141,12 @@ def displacements(
 
 def _axis(length: int, window: int, circular: bool) -> Iterator[tuple[int, Tensor]]:
     place, half = torch.arange(length), window // 2
-    interior = (place >= half) & (place < length - half)
     for shift in range(length) if circular else range(-length + 1, length):
-        if circular:
-            allowed = interior
-        elif shift == 0:
-            allowed = torch.ones(length, dtype=torch.bool)
-        else:
-            query = place + shift
-            inside = (query >= half) & (query < length - half)
-            allowed = interior & inside
-        if allowed.any():
-            yield shift, allowed
+        first, last = half, length - half
+        if shift == 0 and not circular:
+            first, last = 0, length
+        elif not circular:
+            # The window lies inside around the query, too.
+            first, last = max(first, first - shift), min(last, last - shift)
+        if first < last:
+            yield shift, (place >= first) & (place < last)

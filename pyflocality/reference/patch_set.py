@@ -63,8 +63,8 @@ def spread_inside(planes: Tensor, window: int) -> Tensor:
 
 def windows_over(size: Sequence[int], window: int, like: Tensor) -> Tensor:
     """How many windows inside an image of that height and width hold each pixel, [H, W]."""
-    rows, columns = (_windows_over(length, window, like) for length in size)
-    return rows[:, None] * columns
+    height, width = size
+    return _windows_over(height, window, like)[:, None] * _windows_over(width, window, like)
 
 
 def _windows_over(length: int, window: int, like: Tensor) -> Tensor:

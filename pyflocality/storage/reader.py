@@ -107,13 +107,9 @@ class Reader:
         A block that is read from a file is of use until the next one is asked for. The others
         may share memory with the images: do not write to them.
         """
-        trace, first = _trace.get(), 0
-        for transform in (self.augmentation or IDENTITY).transforms:
-            for block in self._stored_blocks(size):
-                if trace is not None:
-                    trace.append(Block(first, len(block), self.from_file))
-                first += len(block)
-                yield transform(block)
+        blocks = self._stored_blocks(size) if self.augmentation is None else self._copies(size)
+        trace = _trace.get()
+        return blocks if trace is None else self._traced(blocks, trace)
 
     def values(self, size: int, dtype: torch.dtype) -> Iterator[Tensor]:
         """The same as numbers in [-1, 1].
@@ -123,18 +119,6 @@ class Reader:
         """
         for block in self.blocks(size):
             yield training_values(block, dtype)
-
-    def rows(self, size: int | None, copied: int) -> Iterator[Tensor]:
-        """All images as rows without gaps in memory, as kernels take them: [n, C H W].
-
-        Args:
-            size: Images at a time; None is all of them where they lie like that.
-            copied: Images at a time where they do not.
-        """
-        lie_so = self.augmentation is None and self.images.is_contiguous() and not self.from_file
-        size = size or (len(self.images) if lie_so else copied)
-        for block in self.blocks(size):
-            yield block.contiguous().flatten(1)
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """All images as stored, `size` at a time but for the last ones, across copies."""
@@ -167,18 +151,33 @@ class Reader:
         run = read if self.file is None else checked_around(self.file, read)
         return run(*args, **kwargs)
 
+    def _copies(self, size: int) -> Iterator[Tensor]:
+        """The images, then copy by copy."""
+        for transform in (self.augmentation or IDENTITY).transforms:
+            for block in self._stored_blocks(size):
+                yield transform(block)
+
+    def _traced(self, blocks: Iterator[Tensor], trace: list[Block]) -> Iterator[Tensor]:
+        first = 0
+        for block in blocks:
+            trace.append(Block(first, len(block), self.from_file))
+            first += len(block)
+            yield block
+
     def _stored_blocks(self, size: int) -> Iterator[Tensor]:
         """The images without copies."""
         if self.file is None:
-            yield from self.images.split(size)
-        elif self.from_file:
-            yield from _blocks_of_file(self.file, self.images, size)
-        else:
-            with Guarded(self.file) as guard:
-                for block in self.images.split(size):
-                    yield block
-                    if guard.lost:
-                        return
+            return iter(self.images.split(size))
+        read = _blocks_of_file if self.from_file else _blocks_of_map
+        return read(self.file, self.images, size)
+
+
+def _blocks_of_map(file: MappedFile, images: Tensor, size: int) -> Iterator[Tensor]:
+    with Guarded(file) as guard:
+        for block in images.split(size):
+            yield block
+            if guard.lost:
+                return
 
 
 def _blocks_of_file(file: MappedFile, images: Tensor, size: int) -> Iterator[Tensor]:
