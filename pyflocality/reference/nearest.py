@@ -13,14 +13,17 @@ in any order. So images are told apart, and ties are ties, however little noise 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyflocality._support.precision import plain_products
+from pyflocality._support.transforms import outside_transforms, without_derivatives
 from pyflocality.posterior.problem import PosteriorProblem
 from pyflocality.storage.reader import training_values
 
@@ -63,18 +66,29 @@ def nearest_of(x: Tensor, alpha: Tensor, blocks: Iterable[Tensor], k: int) -> Ne
 
     Queries x [B, D] are in the dtype of the distances, alpha is float64 [B].
     """
-    searches = [_Search(row, float(a), k) for row, a in zip(x, alpha, strict=True)]
+    # Plain tensors, which Python may look at: distances alone are differentiated.
+    queries, levels = without_derivatives(x), without_derivatives(alpha)
+    with outside_transforms():
+        exact = queries.double().cpu().numpy()
+        numbers = levels.tolist()
+    searches = list(map(_Search, x, exact, numbers, itertools.repeat(k)))
     start = 0
     for block in blocks:
-        stored = block.detach().flatten(1)
-        near = _candidates(x.detach(), stored, alpha, searches, k)
+        with outside_transforms():
+            stored = without_derivatives(block).flatten(1)
+            near = _candidates(queries, stored, levels, searches, k)
         for search, candidates in zip(searches, near, strict=True):
             search.take_in(stored, candidates, start)
         start += len(stored)
-    best = [list(zip(*search.best, strict=True)) for search in searches]
-    indices = torch.tensor([row for _, row in best], dtype=torch.int64, device=x.device)
-    distances = torch.stack([s.distances for s in searches]) if searches else x.new_empty(0, k)
-    return Nearest(indices.reshape(distances.shape), distances, [list(keys) for keys, _ in best])
+    keys, positions, gaps = [], [], []
+    for search in searches:
+        ordered, rows = zip(*search.best, strict=True)
+        keys.append(list(ordered))
+        positions.append(rows)
+        gaps.append(search.distances)
+    indices = torch.tensor(positions, dtype=torch.int64, device=x.device)
+    distances = torch.stack(gaps) if gaps else x.new_empty(0, k)
+    return Nearest(indices.reshape(distances.shape), distances, keys)
 
 
 class _Search:
@@ -85,9 +99,9 @@ class _Search:
         distances: Their squared distances.
     """
 
-    def __init__(self, x: Tensor, alpha: float, k: int) -> None:
+    def __init__(self, x: Tensor, exact: np.ndarray, alpha: float, k: int) -> None:
         self._x, self._alpha, self._k = x, alpha, k
-        self._query = ExactQuery(x.detach(), alpha)
+        self._query = ExactQuery(exact, alpha)
         self.best: list[tuple[int, int]] = []
         self.distances = x.new_empty(0)
 
@@ -101,48 +115,53 @@ class _Search:
         """Take in some images of a block [n, D] whose first one has the position `start`."""
         if len(candidates) == 0:
             return
-        before, known = len(self.best), list(self.best)
-        for part in candidates.split(_at_a_time(stored)):
-            keys = self._query.keys(stored.index_select(0, part))
-            known += zip(keys, [start + place for place in part.tolist()], strict=True)
+        before, known, size = len(self.best), list(self.best), _at_a_time(stored)
+        with outside_transforms():
+            for part in candidates.split(size):
+                keys = self._query.keys(stored.index_select(0, part))
+                known += zip(keys, (part + start).cpu().numpy().tolist(), strict=True)
         order = sorted(range(len(known)), key=known.__getitem__)[: self._k]
-        self.best = [known[number] for number in order]
-        new = [number for number in order if number >= before]
+        self.best = list(map(known.__getitem__, order))
+        # The new ones lie in their order behind those that were known.
+        new: list[int] = []
+        places: list[int] = []
+        for number in order:
+            places.append(number if number < before else before + len(new))
+            if number >= before:
+                new.append(number - before)
         distances = [self.distances]
-        chosen = candidates[torch.tensor(new, dtype=torch.int64, device=stored.device) - before]
-        for rows in chosen.split(_at_a_time(stored)):
+        chosen = candidates[torch.tensor(new, dtype=torch.int64, device=stored.device)]
+        for rows in chosen.split(size):
             values = training_values(stored.index_select(0, rows), torch.float64)
             gaps = self._x.double() - self._alpha * values
             distances.append(gaps.square().sum(1).to(self._x.dtype))
-        # The new ones lie in their order behind those that were known.
-        place = {number: before + i for i, number in enumerate(new)}
-        places = [place.get(number, number) for number in order]
         self.distances = torch.cat(distances)[torch.tensor(places, device=stored.device)]
 
 
 class ExactQuery:
-    """Computes e of images without rounding, up to a positive factor.
+    """Computes e of images without rounding, up to a positive factor, on the CPU.
 
     Args:
-        x: The query, [D].
+        x: The query, float64 [D].
         alpha: Its signal coefficient.
     """
 
-    def __init__(self, x: Tensor, alpha: float) -> None:
-        self._x, self._alpha = x.double(), alpha.as_integer_ratio()
+    def __init__(self, x: np.ndarray, alpha: float) -> None:
+        self._x, self._alpha = x, alpha.as_integer_ratio()
         # Bits that the number of terms takes in a sum.
         self._carry = len(x).bit_length()
-        self._terms: dict[int, tuple[Tensor, list[int]]] = {}
+        self._terms: dict[int, tuple[np.ndarray, list[int]]] = {}
 
     def keys(self, stored: Tensor) -> list[int]:
         """One integer for each image as stored, [n, D]: the smaller, the nearer."""
+        values = stored.double().cpu().numpy()
         if stored.dtype == torch.uint8:
             # v = w / 255, w an integer of 8 bits and a sign.
-            terms, powers = [stored.double().mul_(2.0).sub_(255.0)], [0]
+            terms, powers = [values * 2.0 - 255.0], [0]
             bits = _EXACT_BITS - self._carry - 8
         else:
             bits = (_EXACT_BITS - self._carry) // 2
-            terms, powers = _split(stored.double(), bits)
+            terms, powers = _split(values, bits)
         x, shifts = self._of_query(bits)
         squares, products = [0] * len(stored), [0] * len(stored)
         for part, power in zip(terms, powers, strict=True):
@@ -161,10 +180,10 @@ class ExactQuery:
         """The e that the key of an image of a dtype stands for."""
         return key / (_unit(dtype) ** 2 * self._alpha[1] << -2 * _LOWEST)
 
-    def _of_query(self, bits: int) -> tuple[Tensor, list[int]]:
+    def _of_query(self, bits: int) -> tuple[np.ndarray, list[int]]:
         if bits not in self._terms:
             terms, powers = _split(self._x, bits)
-            self._terms[bits] = torch.stack(terms, 1), powers
+            self._terms[bits] = np.stack(terms, 1), powers
         return self._terms[bits]
 
 
@@ -183,15 +202,15 @@ def _add(sums: list[int], terms: list[float], power: int) -> None:
         sums[number] += int(term) << (power - 2 * _LOWEST)
 
 
-def _split(numbers: Tensor, bits: int) -> tuple[list[Tensor], list[int]]:
+def _split(numbers: np.ndarray, bits: int) -> tuple[list[np.ndarray], list[int]]:
     """Integers of some bits, float64, and exponents of two: numbers = sum of their products."""
-    terms: list[Tensor] = []
+    terms: list[np.ndarray] = []
     rest, powers = numbers, []
-    power = math.frexp(float(numbers.abs().max()))[1]
-    while not terms or (power > _LOWEST and bool(rest.any())):
+    power = math.frexp(float(abs(numbers).max()))[1]
+    while not terms or (power > _LOWEST and rest.any()):
         power = max(power - bits, _LOWEST)
         # In two steps: the inverse of the power may lie outside the range of float64.
-        part = (rest * 2.0 ** -(power // 2) * 2.0 ** (power // 2 - power)).trunc_()
+        part = np.trunc(rest * 2.0 ** -(power // 2) * 2.0 ** (power // 2 - power))
         rest = rest - part * 2.0**power
         terms.append(part)
         powers.append(power)
@@ -213,10 +232,10 @@ def _candidates(
     if len(x) == 0:
         return []
     compute = x.dtype if plain_products() else torch.float64
-    limits = [search.bound(stored.dtype) for search in searches]
     rough, slack = _rough(x.to(compute), training_values(stored, compute), alpha)
     candidates = []
-    for b, limit in enumerate(limits):
+    for b, search in enumerate(searches):
+        limit = search.bound(stored.dtype)
         rows = _near(rough[b], slack[b], limit, k)
         if len(rows) > k + _FEW and compute != torch.float64:
             bounds = [

@@ -274,6 +274,19 @@ def test_second_derivatives_and_what_they_leave_behind(data):
     torch.testing.assert_close(twice, expected, rtol=1e-4, atol=1e-4)
 
 
+@each
+def test_gradients_with_respect_to_the_level_over_float_images(name, data):
+    """A subset of float images is gathered while torch differentiates."""
+    golden = pf.GoldenSubset(MAKERS[name](pf.TrainingSet(data.values())), pool_resolution=3)
+    x, step = noisy(data, 2), 1e-5
+    sigma = torch.tensor([0.4, 0.6], dtype=torch.float64, requires_grad=True)
+    golden(x, sigma).sum().backward()
+    level = sigma.detach()
+    ends = [golden(x, level + sign * step).sum((1, 2, 3)) for sign in (1, -1)]
+    expected = (ends[0] - ends[1]) / (2 * step)
+    torch.testing.assert_close(sigma.grad, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_copies_pickles_and_state(data):
     golden = pf.GoldenSubset(pf.PCALocalityDenoiser(data, 0.1), pool_resolution=3)
     x = noisy(data).float()
