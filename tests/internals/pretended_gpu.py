@@ -28,7 +28,8 @@ _COPIES = (_aten.copy_.default, _aten._to_copy.default)
 def pretended_gpu() -> Iterator[None]:
     """Inside a `with` block tensors on `DEVICE` have values."""
     holds = patch.object(tensors, "is_without_values", lambda where: False)
-    with holds, _Factories(), _Constructors():
+    values = patch.object(torch.Tensor, "is_meta", property(lambda tensor: False))
+    with holds, values, _Factories(), _Constructors():
         yield
 
 
