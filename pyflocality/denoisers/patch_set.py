@@ -23,8 +23,10 @@ from pyflocality.weights import QueryWeights
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# What masks ask, with the shape of the images and how often the masks had been written to.
-_flexible: MutableMapping[Tensor, tuple[tuple[object, ...], Asked]] = WeakTensorKeyDictionary()
+# What masks ask of images of a shape, with a copy of the masks: their owner may write to them.
+_flexible: MutableMapping[Tensor, tuple[tuple[int, int, int], Tensor, Asked]] = (
+    WeakTensorKeyDictionary()
+)
 
 Masks = Tensor | Callable[[float, float], Tensor] | Sequence[tuple[float, Tensor]]
 
@@ -158,16 +160,12 @@ def _square_patches(image_shape: tuple[int, int, int], window: int) -> Asked:
 
 
 def _flexible_patches(image_shape: tuple[int, int, int], masks: Tensor) -> Asked:
-    """Masks answer themselves: made once for as long as nobody writes to them."""
-    if masks.is_inference():
-        # Tensors of inference mode do not count their changes.
-        return _answering_themselves(image_shape, masks)
-    key = image_shape, masks._version
-    known, asked = _flexible.get(masks, (None, None))
-    if asked is None or known != key:
-        asked = _answering_themselves(image_shape, masks)
-        _flexible[masks] = key, asked
-    return asked
+    """Masks answer themselves: made once for as long as they stay as they are."""
+    cached = _flexible.get(masks)
+    if cached is None or cached[0] != image_shape or not torch.equal(cached[1], masks):
+        cached = image_shape, masks.clone(), _answering_themselves(image_shape, masks)
+        _flexible[masks] = cached
+    return cached[2]
 
 
 def _answering_themselves(image_shape: tuple[int, int, int], patches: Tensor) -> Asked:

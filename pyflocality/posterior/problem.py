@@ -257,8 +257,9 @@ def trusted_problem(
     return PosteriorProblem(
         x.to(dtype),
         images,
-        # Their memory is pageable: copied on before the call returns, without a wait.
-        signal.to(x.device, non_blocking=True).expand(len(x)),
+        # From pageable memory of our own, which is read before the call returns: without a wait,
+        # and whatever the caller writes to a tensor of levels afterwards.
+        signal.clone().to(x.device, non_blocking=True).expand(len(x)),
         scale.to(x.device, non_blocking=True).expand(len(x)),
         memory_budget,
         chunk_size,
