@@ -40,7 +40,7 @@ def run_tests(left: Callable[[], float]) -> Record:
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]
     # The few of the CUDA kernels first.
-    chosen = {"marked": ["-m", "gpu", "tests"], "kernels": ["tests/kernels/triton"]}
+    chosen = {"marked": ["-m", "gpu", "tests"], "kernels": ["-m", "", "tests/kernels/triton"]}
     return _all_of({name: [*command, *words] for name, words in chosen.items()}, left)
 
 

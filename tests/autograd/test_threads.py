@@ -120,6 +120,7 @@ def answers(functions: list[Callable[[int], Tensor]], count: int, threads: int) 
         return list(pool.map(lambda k: functions[k % len(functions)](k), range(count)))
 
 
+@pytest.mark.slow
 def test_forward_mode_of_many_threads_is_that_of_one():
     functions = calls()
     serial = [functions[k % len(functions)](k) for k in range(CALLS)]
@@ -268,6 +269,7 @@ def test_what_is_kept_is_computed_once(monkeypatch):
         assert torch.equal(twin.eigh().values, found[0].values)
 
 
+@pytest.mark.slow
 def test_analysis_from_many_threads():
     network = pf.NetworkDenoiser(Network().eval(), takes="sigma", image_shape=SHAPE)
     wavelets = pf.WaveletShrinkageDenoiser(SHAPE, 2, rule="soft")

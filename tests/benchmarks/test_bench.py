@@ -201,6 +201,7 @@ def test_bench_refuses_a_filter_without_cases(capsys):
     assert "`--filter`" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_suite_runs_and_two_runs_compare(tmp_path):
     pytest.importorskip("pytest_benchmark")
     suite = ROOT / "benchmarks" / "bench_cpu.py"

@@ -78,6 +78,7 @@ def outcomes(text):
     return {line[:24].rstrip(): line[24:] for line in lines}
 
 
+@pytest.mark.slow
 def test_the_whole_chain(arguments, tmp_path, monkeypatch, capsys):
     """Every command runs, in this process, but for the suite, which has a test of its own."""
     monkeypatch.setattr(everything, "SETS", {"cifar10": 0.3})

@@ -49,6 +49,7 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
     return json.loads(out.read_text(encoding="utf-8")), done.stdout
 
 
+@pytest.mark.slow
 @needs_triton
 def test_every_case_runs_or_tells_why_not(dry_run):
     report, _ = dry_run

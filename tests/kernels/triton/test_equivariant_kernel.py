@@ -152,6 +152,7 @@ def test_halves_follow_the_noise(rng):
     assert query_halves(problem, 5) == [2, 2, 2, 1, 1]
 
 
+@pytest.mark.slow
 def test_bits_do_not_depend_on_the_batch(rng, device):
     """An image alone, and among others with other noise levels and halves."""
     sigma = torch.tensor([0.02, 1.5, 0.3, 2.0, 0.02])

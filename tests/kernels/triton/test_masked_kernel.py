@@ -75,6 +75,7 @@ def test_sizes_that_are_no_multiples_of_a_block(device, rng, shape, count):
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_kernel_with_cores_of_cores_and_several_splits(device, rng, launches):
     launches.watch(_masked_products, *PRODUCTS)
     launches.watch(_masked_softmax, SCAN)
@@ -132,6 +133,7 @@ def test_levels_and_precision_of_every_image_alone(device, rng, launches):
         assert torch.equal(alone[0], found[b])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["exact", "auto"])
 def test_few_images_have_shapes_of_their_own_and_the_same_bits(device, rng, launches, precision):
     """One noisy image cost what eight did."""
