@@ -26,10 +26,13 @@ def path_option(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def results_parser(name: str, about: str | None = None) -> argparse.ArgumentParser:
+def results_parser(
+    name: str, about: str | None = None, *, required: bool = True
+) -> argparse.ArgumentParser:
     """The parser of the command `python -m benchmarks.NAME`, with the options of its results."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
-    parser.add_argument("--out", "--output", type=path_option, help="JSON file to write")
+    words = ("--out", "--output")
+    parser.add_argument(*words, type=path_option, required=required, help="JSON file to write")
     parser.add_argument("--force", action="store_true", help="replace --out where it exists")
     return parser
 

@@ -122,7 +122,7 @@ def _done_before(report: Record, unfinished: Path | None) -> Record:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = results_parser("cpu_suite", "Run the CPU benchmarks.")
+    parser = results_parser("cpu_suite", "Run the CPU benchmarks.", required=False)
     parser.add_argument(
         "--cifar10",
         type=path_option,
