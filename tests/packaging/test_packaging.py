@@ -142,7 +142,7 @@ def test_wheel_brings_extension_kernels_and_sources(installed):
     output = python(
         installed,
         "from importlib import metadata, resources\n"
-        "import pyflocality, pyflocality._C, pyflocality.kernels\n"
+        "import pyflocality, pyflocality._C, pyflocality.kernels.triton\n"
         "from pyflocality.backends.native_build import FAILURE_FILE\n"
         "print(pyflocality.__file__)\n"
         "print(pyflocality._C.__file__)\n"
