@@ -27,7 +27,7 @@ from torch import Tensor
 
 import pyflocality as pf
 from pyflocality._support.locks import remove_abandoned, replacing, twins_of
-from pyflocality._support.record import memory_bytes
+from pyflocality._support.memory import memory_bytes
 from pyflocality.backends.selection import requested_backend
 
 from ..command import Record

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 import pyflocality as pf
+from pyflocality._support.memory import memory_bytes
 from pyflocality._support.progress import progress_bar
-from pyflocality._support.record import memory_bytes
 from pyflocality.storage import mapped as _mapped
 
 from ..command import Record

@@ -1,12 +1,11 @@
-"""What a run tells about itself: time by stage, versions, memory."""
+"""What a run tells about itself: time by stage, versions."""
 
 from __future__ import annotations
 
 import platform
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from pyflocality._support.streams import tell
@@ -52,27 +51,3 @@ def software() -> dict[str, Any]:
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
     }
-
-
-def memory_bytes() -> dict[str, int]:
-    """Memory of this process in bytes, by the names that Linux has for its kinds.
-
-    Raises:
-        OSError: The system does not tell.
-    """
-    with open("/proc/self/status", encoding="ascii") as status:
-        fields = [line.split() for line in status]
-    return {field[0][:-1]: int(field[1]) * 1024 for field in fields if field[-1:] == ["kB"]}
-
-
-def peak_memory_bytes() -> int | None:
-    """Largest resident memory of this process so far, or None where the system does not tell."""
-    # Linux's getrusage would count what a parent process held when it started this one.
-    with suppress(OSError, KeyError):
-        return memory_bytes()["VmHWM"]
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

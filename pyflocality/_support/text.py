@@ -1,4 +1,4 @@
-"""Names from outside, such as those of files, made fit for a message."""
+"""Names from outside, such as those of files, and sizes, made fit for a message."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ def printable(text: str) -> str:
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
         for char in text
     )
+
+
+def bytes_told(number: float) -> str:
+    """A size in units of a thousand: "4.71 GB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
 
 
 @contextmanager

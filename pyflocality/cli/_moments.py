@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyflocality._support.memory import peak_memory_bytes
 from pyflocality._support.paths import checked_path
-from pyflocality._support.record import peak_memory_bytes, software
+from pyflocality._support.record import software
 from pyflocality._support.streams import answer, listed
 from pyflocality.cli._errors import reported
 from pyflocality.cli._options import ResultOptions, SourceOptions, given_path

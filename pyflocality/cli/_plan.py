@@ -88,19 +88,20 @@ def _parse_shape(text: str) -> tuple[int, int, int]:
 
 
 def _table(record: dict[str, Any]) -> str:
+    from pyflocality._support.text import bytes_told
     from pyflocality.planner import WINDOW
 
     size = "x".join(map(str, record["shape"]))
     lines = [
-        f"{record['images']:,} images {size}: {_bytes(record['set_bytes'])}; "
+        f"{record['images']:,} images {size}: {bytes_told(record['set_bytes'])}; "
         f"one step for {record['batch']:,} noisy images",
         f"{'model':<14}{'operations':>13}{'bytes':>11}{'scans':>7}{'memory':>11}{'time':>12}",
     ]
     for model, cost in record["models"].items():
         told = "not measured" if cost["seconds"] is None else f"{cost['seconds']:.3g} s"
         lines.append(
-            f"{model:<14}{cost['flops'] / 1e9:>10,.1f} G  {_bytes(cost['bytes']):>10}"
-            f"{cost['scans']:>7}{_bytes(cost['working_bytes']):>11}{told:>13}"
+            f"{model:<14}{cost['flops'] / 1e9:>10,.1f} G  {bytes_told(cost['bytes']):>10}"
+            f"{cost['scans']:>7}{bytes_told(cost['working_bytes']):>11}{told:>13}"
         )
     lines.append(
         f"Windows of {WINDOW} pixels or of the image; masks of pca-locality whose sums take "
@@ -112,11 +113,3 @@ def _table(record: dict[str, Any]) -> str:
     else:
         lines.append(f"Time not measured on this device: {record['device']}.")
     return "\n".join(lines)
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"

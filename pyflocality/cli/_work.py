@@ -12,8 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyflocality._support.memory import peak_memory_bytes
 from pyflocality._support.outputs import Outputs
-from pyflocality._support.record import Stages, peak_memory_bytes, software
+from pyflocality._support.record import Stages, software
 from pyflocality.cli._options import NoiseOptions, ResultOptions, SourceOptions
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyflocality._support.text import printable
+from pyflocality._support.text import bytes_told, printable
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,19 @@ def test_what_does_not_show_is_escaped(text, shown):
     assert printable(text) == shown
     assert printable(shown) == shown
     shown.encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (999_600, "1 MB"),
+        (4_714_000_000, "4.71 GB"),
+        (309e9, "309 GB"),
+        (2.5e13, "25 TB"),
+    ],
+)
+def test_sizes_in_units_of_a_thousand(number, told):
+    assert bytes_told(number) == told
