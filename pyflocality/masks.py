@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from pyflocality._support.checks import (
     describe,
 )
 from pyflocality.moments import Moments, check_moments_fit
-from pyflocality.storage.cache import read_blob, write_blob
+from pyflocality.storage.blobs import read_blob, write_blob
 from pyflocality.weights import QueryWeights
 
 # Masks over fewer inputs are built in less time than a file takes.
@@ -145,13 +144,12 @@ def cached_pca_locality_weights(
     key = hashlib.sha256(json.dumps(level).encode()).hexdigest()[:32]
     name = f"masks/{key}.bits"
     row = (inputs + 7) // 8
-    payload = read_blob(name, inputs * row)
-    if payload is not None:
-        bits = np.frombuffer(payload, np.uint8).reshape(inputs, row)
-        return QueryWeights.from_bits(bits, inputs)
+    bits = read_blob(name, inputs * row)
+    if bits is not None:
+        return QueryWeights.from_bits(bits.reshape(inputs, row), inputs)
     _check_making_fits(memory_budget, moments)
     weights = pca_locality_weights(moments, sigma, alpha, threshold)
-    write_blob(name, weights.bits.tobytes())
+    write_blob(name, weights.bits)
     return weights
 
 

@@ -13,8 +13,8 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -146,6 +146,52 @@ def hold(descriptor: int) -> None:
     if fcntl is not None:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def share(descriptor: int) -> bool:
+    """Lock an open file together with whoever reads it, until it is closed and no longer mapped.
+
+    Returns:
+        False where somebody holds it alone; True also where there are no locks.
+    """
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+    return True
+
+
+def remove_unused(paths: Sequence[Path]) -> bool:
+    """Remove files that are of use together, unless somebody has one of them open.
+
+    Those who do hold a lock (see `share`); where there are no locks, what was changed within a day
+    stays, and Windows keeps what is open. Whatever is there of them goes, the first one last.
+
+    Returns:
+        Whether they are gone.
+    """
+    with ExitStack() as stack:
+        try:
+            if os.name != "nt":
+                for path in paths:
+                    _hold_unused(path, stack)
+            # Whoever begins with the first finds all of them, or the first one locked.
+            for path in reversed(paths):
+                path.unlink(missing_ok=True)
+        except OSError:
+            return False
+    return True
+
+
+def _hold_unused(path: Path, stack: ExitStack) -> None:
+    """Lock a file that is about to be removed; raises OSError where it is not to be."""
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    stack.callback(os.close, descriptor)
+    if not _lock(descriptor, path, None) and time.time() - path.stat().st_mtime < _GRACE_SECONDS:
+        raise HeldError(errno.EBUSY, "somebody may have it open", str(path))
 
 
 def _acquire(path: Path, waiting_for: str | None) -> tuple[int | None, bool]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import closing
@@ -42,10 +43,12 @@ from pyflocality.sources.npy import checksum, map_recorded
 from pyflocality.storage.cache import (
     cache_folder,
     make_folder,
+    mark_used,
     open_entry,
     remove_leftovers,
     tell_unwritable,
 )
+from pyflocality.storage.limit import make_room
 
 VERSION = 2
 _FIELDS = {
@@ -95,18 +98,20 @@ def find(loaded: Loaded, request: Request) -> Loaded | None:
 def run_job(job: DecodeJob, source: Loaded, request: Request) -> Loaded:
     """Decode a set: into the cache if its source has a fingerprint, else into memory.
 
-    Where the cache cannot be written, a warning says so and the images stay in memory.
+    Where the cache cannot be written, or its limit leaves no room, a warning says so and the images
+    stay in memory.
     """
     place = _place(source, request)
     if place is not None:
         try:
-            return _cached(job, source, request, place)
+            result = _cached(job, source, request, place)
         except OSError as error:
             # Where there are no locks somebody else may have been faster.
             result = _cached_meanwhile(source, place)
-            if result is not None:
-                return result
-            tell_unwritable(place.parent, error)
+            if result is None:
+                tell_unwritable(place.parent, error)
+        if result is not None:
+            return result
     images = np.empty(job.shape, job.dtype)
     with closing(job.images()) as decoded:
         for index, image in enumerate(_shown(decoded, job, source, request)):
@@ -146,6 +151,7 @@ def _read(source: Loaded, place: Path) -> Loaded:
         ValueError: It is damaged.
     """
     with open_entry(place.with_suffix(".json")) as file:
+        mark_used(file)
         entry = unsealed(file.read())
     if entry.get("version") != VERSION:
         raise ValueError(f"version {entry.get('version')!r}, expected {VERSION}")
@@ -164,14 +170,17 @@ def _read(source: Loaded, place: Path) -> Loaded:
     return Loaded(images, source.name, labels, names)
 
 
-def _cached(job: DecodeJob, source: Loaded, request: Request, place: Path) -> Loaded:
-    """Decode a set into the cache, or find what somebody else decodes meanwhile."""
+def _cached(job: DecodeJob, source: Loaded, request: Request, place: Path) -> Loaded | None:
+    """Decode a set into the cache, or find what somebody else decodes meanwhile.
+
+    None where the limit of the cache leaves no room for it.
+    """
     make_folder(place.parent)
     with locked(_lock_of(place), waiting_for=f"decodes {source.name}"):
         # Also of those that this one has waited for.
         remove_leftovers(place.parent)
         result = _cached_meanwhile(source, place)
-        if result is None:
+        if result is None and make_room(place.parent, math.prod(job.shape) * job.dtype.itemsize):
             _write(job, source, request, place)
             result = _read(source, place)
     return result

@@ -5,16 +5,17 @@ Whatever is wrong with the folder, work goes on without it, and one warning tell
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import os
 import re
 import stat
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from pyflocality._support.caller import caller_level
-from pyflocality._support.locks import remove_abandoned, replacing
+from pyflocality._support.locks import remove_abandoned, share
 from pyflocality._support.paths import checked_path
 
 _CURE = "name a folder of your own with PYFLOCALITY_CACHE_DIR (or cache_dir=)"
@@ -85,10 +86,11 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def open_entry(path: Path) -> IO[bytes]:
-    """Open a cached file for reading.
+    """Open a cached file for reading; nobody removes it for as long as it is open, or mapped.
 
     Raises:
-        OSError: There is none, or it is a link, no plain file, or of somebody else.
+        FileNotFoundError: There is none, or it is being removed.
+        OSError: It is a link, no plain file, or of somebody else.
     """
     # A pipe would be waited for.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -102,59 +104,21 @@ def open_entry(path: Path) -> IO[bytes]:
             why_not = "is no plain file"
         if why_not is not None:
             raise PermissionError(f"{path.name} {why_not}")
+        if not share(file.fileno()):
+            raise FileNotFoundError(errno.ENOENT, "it is being removed", str(path))
     except BaseException:
         file.close()
         raise
     return file
 
 
-def read_blob(name: str, size: int) -> bytes | None:
-    """Bytes that `write_blob` left, or None where there are none or they are damaged.
+def mark_used(file: IO[bytes]) -> None:
+    """Note that an entry was used now, by the time of change of one of its files.
 
-    A damaged file is reported by a warning.
+    Where it cannot be set the entry counts as used when it was written.
     """
-    *parts, last = name.split("/")
-    folder = cache_folder(*parts)
-    if folder is None:
-        return None
-    path = folder / last
-    try:
-        with open_entry(path) as file:
-            # One byte more than expected would be seen, and no more is read.
-            content = file.read(size + 33)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        warnings.warn(
-            f"{path}: the cached file cannot be used ({error})", stacklevel=caller_level()
-        )
-        return None
-    digest, payload = content[:32], content[32:]
-    if len(payload) != size or hashlib.sha256(payload).digest() != digest:
-        warnings.warn(
-            f"{path}: the cached file is damaged and made anew", stacklevel=caller_level()
-        )
-        return None
-    return payload
-
-
-def write_blob(name: str, payload: bytes) -> None:
-    """Leave bytes with their checksum; the file appears whole or not at all.
-
-    Where it cannot be written one warning says so: the work is done again next time.
-    """
-    *parts, last = name.split("/")
-    folder = cache_folder(*parts)
-    if folder is None:
-        return
-    try:
-        make_folder(folder)
-        remove_leftovers(folder)
-        with replacing(folder / last) as file:
-            file.write(hashlib.sha256(payload).digest())
-            file.write(payload)
-    except OSError as error:
-        tell_unwritable(folder, error)
+    with suppress(OSError):
+        os.utime(file.fileno() if os.utime in os.supports_fd else file.name)
 
 
 def tell_unwritable(folder: Path, error: OSError) -> None:
