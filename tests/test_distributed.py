@@ -153,6 +153,7 @@ def test_what_would_take_a_part_for_the_whole_is_refused(results):
     assert "cannot be pickled" in told["pickle"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["killed", "stuck"])
 def test_a_lost_rank_ends_the_others(mode, tmp_path):
     ranks = run_ranks(mode, 2, tmp_path)

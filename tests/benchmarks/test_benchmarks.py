@@ -51,6 +51,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     return out, json.loads(out.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_quick_run_writes_every_field(report):
     out, found = report
     assert found["quick"] and found["complete"] and found["suite"] == "cpu"
@@ -78,6 +79,7 @@ def test_quick_run_writes_every_field(report):
     assert not out.with_name(out.name + ".part").exists()
 
 
+@pytest.mark.slow
 def test_results_name_no_host_and_no_path(report):
     out, _ = report
     text = out.read_text(encoding="utf-8")
@@ -85,6 +87,7 @@ def test_results_name_no_host_and_no_path(report):
         assert secret not in text
 
 
+@pytest.mark.slow
 def test_eager_times_are_scaled_to_all_images(report):
     result = next(r for r in report[1]["results"] if r["suite"] == "pca_locality")
     eager = result["yardsticks"]["eager"]
@@ -95,6 +98,7 @@ def test_eager_times_are_scaled_to_all_images(report):
     )
 
 
+@pytest.mark.slow
 def test_summary_is_of_sums_and_judges_full_runs_only(report):
     results = report[1]["results"]
     assert all(entry["bar"] is None for entry in report[1]["summary"])
@@ -115,6 +119,7 @@ def test_summary_is_of_sums_and_judges_full_runs_only(report):
     assert "NOT REACHED" in table(ten, [entry])
 
 
+@pytest.mark.slow
 def test_picture_of_the_scaling_curves(report):
     pytest.importorskip("matplotlib")
     out, found = report

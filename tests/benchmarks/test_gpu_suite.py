@@ -71,6 +71,7 @@ def test_every_case_runs_or_tells_why_not(dry_run):
             assert "unavailable" in mark or mark["ratio"]["median"] > 0
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_report_says_where_and_with_what(dry_run):
     report, printed = dry_run

@@ -20,8 +20,14 @@ from benchmarks.studies import disks, pattern, regularity  # noqa: E402
 from benchmarks.studies.__main__ import STUDIES, main  # noqa: E402
 from pyflocality import synthetic  # noqa: E402
 
+SLOW = pytest.mark.slow
+# Studies whose quick run takes longest.
+LONG = ("pattern", "planner")
 
-@pytest.mark.parametrize("study", STUDIES)
+
+@pytest.mark.parametrize(
+    "study", [pytest.param(name, marks=SLOW if name in LONG else ()) for name in STUDIES]
+)
 def test_quick_run(study, tmp_path):
     out = tmp_path / "study.json"
     assert main([study, "--quick", "--out", str(out)]) == 0
@@ -49,6 +55,7 @@ def trained_on(source, out, gamma=None):
     return out / "unet.safetensors"
 
 
+@SLOW
 def test_networks_of_planted_images(tmp_path, capsys):
     source = tmp_path / "set.npy"
     images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)

@@ -148,6 +148,7 @@ def test_kamb_equivariant_single_steps(name, model, golden):
             np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["ideal", "ls", "els", "bbels"])
 def test_kamb_twenty_step_run(model, golden):
     file = golden("kamb_public_machine_mnist60.npz")

@@ -233,6 +233,7 @@ def _is_selection(value: object) -> bool:
     if isinstance(value, Tensor):
         whole = value.layout == torch.strided and not value.is_quantized and not value.is_meta
         return whole and not value.dtype.is_floating_point and value.ndim == 1
-    if isinstance(value, (list, tuple)):
+    # A storage is a sequence of its bytes.
+    if isinstance(value, (list, tuple, torch.UntypedStorage)):
         return len(value) > 0 and all(is_int(v) for v in value)
     return isinstance(value, (slice, range))

@@ -136,7 +136,7 @@ while True:
 
 @pytest.mark.skipif(os.name == "nt", reason="mapped files cannot be cut short there")
 @pytest.mark.parametrize("budget", ["65536", "1GB"])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("reference", marks=pytest.mark.slow)])
 def test_a_file_cut_short_by_another_process(path, backend, budget):
     """The process ends with an error that names the file, not with a signal."""
     if backend == "cpu" or budget == "1GB":

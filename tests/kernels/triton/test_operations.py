@@ -71,7 +71,13 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize(
+    "op",
+    [
+        pytest.param(op, marks=pytest.mark.slow if op == "equivariant_posterior" else ())
+        for op in CALLS
+    ],
+)
 def test_answers_by_name(op, given):
     with pf.trace_backends() as calls:
         found = CALLS[op](given, given.x, backend="triton")
