@@ -47,7 +47,7 @@ from pyflocality.denoisers import (
     WienerDenoiser,
     masks_from_maps,
 )
-from pyflocality.moments import Moments
+from pyflocality.moments import Basis, Moments
 from pyflocality.noise import (
     CosineSchedule,
     DDPMSchedule,
@@ -63,6 +63,7 @@ __all__ = [
     "AscentStage",
     "DDIM",
     "BackendUnavailableError",
+    "Basis",
     "CertifiedSubset",
     "CosineSchedule",
     "DDPMSchedule",

@@ -1,13 +1,15 @@
-"""One progress bar for every long job."""
+"""One progress bar for every long job, and the time of one that cannot tell how far it is."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from pyflocality._support.streams import Forgiving
 from pyflocality._support.text import printable
+from pyflocality._support.waiting import interruptible
 
 T = TypeVar("T")
 # Quick jobs stay silent.
@@ -34,3 +36,41 @@ def progress_bar(
         delay=_DELAY_SECONDS,
         file=Forgiving(sys.stderr),
     )
+
+
+def timed_call(
+    call: Callable[[], T], *, description: str, seconds: float, enabled: bool = True
+) -> T:
+    """The result of an `interruptible` call, with the time that has passed on standard error.
+
+    Args:
+        call: What to do.
+        description: What it is.
+        seconds: How long it is going to take, about.
+        enabled: Whether to show the time, as in `progress_bar`.
+    """
+    if not enabled or sys.stderr is None:
+        return interruptible(call)
+    from tqdm.auto import tqdm
+
+    start = time.monotonic()
+    about = f"{printable(description)} (about {max(1.0, seconds):.0f} s)"
+    shown: list[tqdm[None]] = []
+
+    def show() -> None:
+        passed = time.monotonic() - start
+        if passed < _DELAY_SECONDS:
+            return
+        if not shown:
+            shown.append(
+                tqdm(desc=about, bar_format="{desc}: {n:.0f} s", file=Forgiving(sys.stderr))
+            )
+        # At most ten times a second, as often as this is called.
+        shown[0].n = int(passed)
+        shown[0].refresh()
+
+    try:
+        return interruptible(call, show)
+    finally:
+        for bar in shown:
+            bar.close()

@@ -16,7 +16,7 @@ _PAUSE_SECONDS = 0.1
 _abandoned: list[threading.Event] = []
 
 
-def interruptible(call: Callable[[], T]) -> T:
+def interruptible(call: Callable[[], T], meanwhile: Callable[[], object] | None = None) -> T:
     """The result of a call that does not return to Python for seconds, such as one of LAPACK.
 
     It runs in a thread of its own, while the main thread, where Python handles signals, waits: an
@@ -24,6 +24,7 @@ def interruptible(call: Callable[[], T]) -> T:
 
     Args:
         call: What to do. It must leave nothing half-done behind that matters.
+        meanwhile: What the main thread does every tenth of a second until then.
     """
     if threading.current_thread() is not threading.main_thread():
         return call()
@@ -45,7 +46,8 @@ def interruptible(call: Callable[[], T]) -> T:
         threading.Thread(target=work, daemon=True).start()
         # Not `join`: interrupted, Python 3.11 takes the thread for stopped.
         while not done.wait(_PAUSE_SECONDS):
-            pass
+            if meanwhile is not None:
+                meanwhile()
     except BaseException:
         _abandoned.append(done)
         raise

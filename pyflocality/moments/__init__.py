@@ -1,7 +1,8 @@
-"""Mean and covariance of a training set, in one pass over it."""
+"""Mean and covariance of a training set, in one pass over it; its principal components."""
 
 from __future__ import annotations
 
+from pyflocality.moments.basis import Basis
 from pyflocality.moments.moments import Moments, check_moments_fit
 
-__all__ = ["Moments", "check_moments_fit"]
+__all__ = ["Basis", "Moments", "check_moments_fit"]

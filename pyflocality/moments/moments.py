@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -45,10 +46,14 @@ from pyflocality.moments.sums import (
     FloatSums,
     Sums,
     Totals,
+    images_per_block,
     kind_of_sums,
 )
 from pyflocality.posterior.sharded import plain, ranks_of
 from pyflocality.storage.reader import Reader
+
+if TYPE_CHECKING:
+    from pyflocality.moments.basis import Basis
 
 
 class Moments:
@@ -77,7 +82,8 @@ class Moments:
         self._interrupted = False
         self._covariance: Tensor | None = None
         self._eigen: Eigen | None = None
-        # Of both: a batch of threads computes them once.
+        self._key: str | None = None
+        # Of these: a batch of threads computes them once.
         self._caching = Lock()
 
     @classmethod
@@ -108,8 +114,8 @@ class Moments:
         reader = Reader(images, augmentation)
 
         def read() -> None:
-            _check_images(images, "data")
-            size = _images_per_block(images)
+            check_images(images, "data")
+            size = images_per_block(images)
             total = len(reader) // len(images) * -(-len(images) // size)
             blocks = reader.blocks(size)
             for block in progress_bar(blocks, description="moments", total=total, enabled=progress):
@@ -150,7 +156,7 @@ class Moments:
                 self._covariance = sums.covariance()
             return self._covariance
 
-    def eigh(self) -> Eigen:
+    def eigh(self, *, progress: bool = False) -> Eigen:
         """Eigenvalues and eigenvectors of the covariance, kept until the next `update`.
 
         Eigenvalues below D eps max(eigenvalues) are rounding errors of zero and set to exactly
@@ -160,13 +166,27 @@ class Moments:
         An interruption (KeyboardInterrupt) is raised at once, though the solver cannot be
         stopped: it keeps a core busy until it is done.
 
+        Args:
+            progress: Whether to show the time it takes.
+
         Returns:
             `values` [D] descending and `vectors` [D, D] in columns, float64.
         """
+        progress = check_flag(progress, "progress")
         with self._caching:
             if self._eigen is None:
-                self._eigen = eigen_of(self.covariance)
+                self._eigen = eigen_of(self.covariance, progress=progress)
             return self._eigen
+
+    def basis(self, *, progress: bool = False) -> Basis:
+        """The principal components of positive variance, from `eigh`, whose memory they share.
+
+        Args:
+            progress: Whether to show the time it takes.
+        """
+        from pyflocality.moments.basis import basis_of_moments
+
+        return basis_of_moments(self, self.eigh(progress=progress))
 
     def update(self, batch: Tensor, *, backend: str | None = None) -> None:
         """Take in a batch of images; moments that were `blended` take in none.
@@ -185,7 +205,7 @@ class Moments:
                 are no images, they hold NaN or infinite values, or these moments are `blended`.
             BackendUnavailableError: The backend that was asked for cannot run here.
         """
-        _check_images(batch, "batch")
+        check_images(batch, "batch")
         if backend is not None:
             check_choice(backend, "backend", BACKENDS)
         sums = self._sums("take in no further images")
@@ -330,13 +350,17 @@ class Moments:
             moved._covariance = self._covariance.to(device)
         if self._eigen is not None:
             moved._eigen = Eigen(*(tensor.to(device) for tensor in self._eigen))
+        moved._key = self._key
         return moved
 
     def content_key(self) -> str:
         """Hash of the moments, the same for the same images in any order (8-bit images)."""
         sums = self._whole()
-        header = f"{sums.kind} {sums.count} {list(self.image_shape)}"
-        return checksum(header, sums.tensors())
+        with self._caching:
+            if self._key is None:
+                header = f"{sums.kind} {sums.count} {list(self.image_shape)}"
+                self._key = checksum(header, sums.tensors())
+            return self._key
 
     def __repr__(self) -> str:
         if self._totals is None:
@@ -364,9 +388,9 @@ class Moments:
         self._interrupted = sums is not None
         if sums is None:
             sums = kind_of_sums(batch).empty(batch[0].numel(), batch.device)
-        self._covariance = self._eigen = None
+        self._covariance = self._eigen = self._key = None
         try:
-            for block in Reader(batch).blocks(_images_per_block(batch)):
+            for block in Reader(batch).blocks(images_per_block(batch)):
                 sums.add(block.reshape(len(block), -1), backend)
         except BackendUnavailableError:
             # Refused before any work: what was counted before still holds.
@@ -428,7 +452,7 @@ def check_moments_fit(memory_budget: int | str | None, of: TrainingSet | Moments
     check_given(memory_budget, least, f"moments of {values} values and their eigenvectors")
 
 
-def _check_images(images: object, name: str) -> None:
+def check_images(images: object, name: str) -> None:
     """Images [n, C, H, W], at least one, uint8 or finite floating-point."""
     images = check_tensor(images, name)
     if images.dtype != torch.uint8 and images.dtype not in FLOAT_DTYPES:
@@ -439,9 +463,3 @@ def _check_images(images: object, name: str) -> None:
         raise ValueError(f"`{name}` holds no images: {describe(images)}")
     if images.is_floating_point():
         Reader(images).checked(check_finite, images, name)
-
-
-def _images_per_block(images: Tensor) -> int:
-    """Images of a block of bounded size also where it is cast to float64."""
-    per_value = 1 if images.dtype == torch.uint8 else 8
-    return max(1, BLOCK_BYTES // (per_value * images[0].numel()))

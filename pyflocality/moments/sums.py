@@ -108,9 +108,7 @@ class ByteSums(Sums):
 
     def mean(self) -> Tensor:
         """Mean in [-1, 1], float64, [D]."""
-        # (s / N + 1/2) / 127.5 with a single rounding: both integers are exact in float64.
-        divisor = self.vector.new_tensor(255 * self.count, dtype=torch.float64)
-        return (2 * self.vector + self.count).double() / divisor
+        return mean_of_bytes(self.vector, self.count)
 
     def covariance(self) -> Tensor:
         """Covariance about an integer shift m near the mean, which leaves little to cancel.
@@ -120,19 +118,12 @@ class ByteSums(Sums):
         its divisions and its difference.
         """
         count, total = self.count, self.vector
-        # The nearest integer to s / N.
-        shift = torch.div(2 * total + count, 2 * count, rounding_mode="floor")
-        rest = total - count * shift
-
-        # Divisors are tensors because CUDA multiplies by the reciprocal of a number, which rounds
-        # differently.
-        divisors = total.new_tensor([count, (count - 1) * BYTES_PER_UNIT**2], dtype=torch.float64)
+        shift, rest = shift_of_bytes(total, count)
 
         def band(rows: slice, columns: slice) -> Tensor:
             centred = self.matrix[rows, columns] - shift[rows, None] * total[columns]
             centred -= rest[rows, None] * shift[columns]
-            products = (rest[rows, None] * rest[columns]).double().div_(divisors[0])
-            return centred.double().sub_(products).div_(divisors[1])
+            return covariance_of_bytes(centred, rest[rows, None] * rest[columns], count)
 
         return _symmetric(band, self.matrix, count)
 
@@ -203,6 +194,26 @@ class Blend(Totals):
         return self.matrix
 
 
+def mean_of_bytes(total: Tensor, count: int) -> Tensor:
+    """Mean in [-1, 1] from sums s of N bytes less 128 each, int64: float64, correctly rounded."""
+    # (s / N + 1/2) / 127.5 with a single rounding: both integers are exact in float64.
+    return (2 * total + count).double() / total.new_tensor(255 * count, dtype=torch.float64)
+
+
+def shift_of_bytes(total: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The integers m nearest to s / N, and what they leave, s - N m."""
+    shift = torch.div(2 * total + count, 2 * count, rounding_mode="floor")
+    return shift, total - count * shift
+
+
+def covariance_of_bytes(products: Tensor, rests: Tensor, count: int) -> Tensor:
+    """Covariances, float64, from sums of products about m and products of the rests, int64."""
+    # Divisors are tensors because CUDA multiplies by the reciprocal of a number, which rounds
+    # differently.
+    divisors = products.new_tensor([count, (count - 1) * BYTES_PER_UNIT**2], dtype=torch.float64)
+    return products.double().sub_(rests.double().div_(divisors[0])).div_(divisors[1])
+
+
 def _symmetric(band: Callable[[slice, slice], Tensor], like: Tensor, count: int) -> Tensor:
     """A covariance [D, D] from bands of its upper triangle, mirrored; zero for one image.
 
@@ -227,3 +238,9 @@ def _symmetric(band: Callable[[slice, slice], Tensor], like: Tensor, count: int)
 def kind_of_sums(images: Tensor) -> type[Sums]:
     """The totals that images of this dtype are counted in."""
     return ByteSums if images.dtype == torch.uint8 else FloatSums
+
+
+def images_per_block(images: Tensor) -> int:
+    """Images of a block of bounded size also where it is cast to float64."""
+    per_value = 1 if images.dtype == torch.uint8 else 8
+    return max(1, BLOCK_BYTES // (per_value * images[0].numel()))

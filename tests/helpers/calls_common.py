@@ -109,6 +109,11 @@ def moments() -> pf.Moments:
 
 
 @functools.cache
+def basis() -> pf.Basis:
+    return pf.Basis.from_data(training_set())
+
+
+@functools.cache
 def denoisers() -> dict[str, pf.Denoiser]:
     data, values = training_set(), training_set().num_values
     soft = torch.rand(3, values, generator=torch.Generator().manual_seed(1))

@@ -10,6 +10,7 @@ from calls_common import (
     SHAPE,
     STORED,
     Call,
+    basis,
     denoisers,
     files,
     fits,
@@ -26,6 +27,7 @@ from torch import Tensor
 from wrong_values import (
     Kind,
     anything_callable,
+    choice,
     count,
     flag,
     instance,
@@ -131,6 +133,22 @@ def methods() -> dict[str, Call]:
         "TrainingSet.with_label": Call(
             data.with_label, lambda: {"label": 1}, {"label": only(lambda v: fits(v, 0, 1))}
         ),
+        "Basis.from_data": Call(
+            pf.Basis.from_data, lambda: {"data": images(), "method": "gram"},
+            {
+                "data": tensor(dtypes={**STORED, "longer": 0}),
+                "method": choice(None, "gram", "covariance"),
+                "components": count(optional=True),
+            },
+        ),
+        "Basis.leading": Call(
+            basis().leading, lambda: {"components": 2}, {"components": count()}
+        ),
+        "Basis.to": Call(
+            basis().to, lambda: {"device": "cpu"}, {"device": only(lambda v: v == "cpu")}
+        ),
+        "Moments.basis": Call(moments().basis, dict),
+        "Moments.eigh": Call(moments().eigh, dict),
         "Moments.blended": Call(
             moments().blended, lambda: {"other": moments(), "share": 0.5},
             {"other": instance(pf.Moments), "share": real(0, 1, low_open=False, high_open=False)},

@@ -68,6 +68,9 @@ RECORDS = {
     "Trace",
 }
 
+# Of these, too, but for what makes and changes them.
+MADE = {"Basis"}
+
 
 def discovered() -> set[str]:
     """Names of all public callables: `module.function`, `module.Class`, `module.Class.method`."""
@@ -83,7 +86,7 @@ def discovered() -> set[str]:
                 continue
             full = f"{module_name}.{name}".removeprefix("pyflocality.")
             if inspect.isclass(value):
-                names |= {full} if _takes_arguments(value) else set()
+                names |= {full} if _takes_arguments(value) and name not in MADE else set()
                 names |= {f"{full}.{method}" for method in _methods(value)}
             elif _takes_arguments(value):
                 names.add(full)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import pyflocality as pf
+from pyflocality._support import progress
 from pyflocality._support import waiting as _waiting
 from pyflocality._support.waiting import interruptible
 from pyflocality.moments import eigen
@@ -63,12 +64,12 @@ def test_eigenvectors_are_found_in_a_thread_where_they_take_long(monkeypatch):
     plain = found.eigh()
     threads = []
 
-    def noted(call):
+    def noted(call, *meanwhile):
         threads.append(interruptible(threading.current_thread))
-        return interruptible(call)
+        return interruptible(call, *meanwhile)
 
     monkeypatch.setattr(eigen, "_LONG_EIGH", 36)
-    monkeypatch.setattr(eigen, "interruptible", noted)
+    monkeypatch.setattr(progress, "interruptible", noted)
     again = pf.Moments.from_data(images.to(torch.uint8)).eigh()
     assert threads and threads[0] is not threading.main_thread()
     assert torch.equal(plain.values, again.values) and torch.equal(plain.vectors, again.vectors)
