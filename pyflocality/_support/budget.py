@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import os
@@ -30,10 +31,13 @@ def memory_budget_bytes(budget: int | str | None) -> int:
     if budget is None:
         budget = os.environ.get("PYFLOCALITY_MEMORY_BUDGET", _DEFAULT)
         source = "the environment variable PYFLOCALITY_MEMORY_BUDGET"
+    if isinstance(budget, bool) or not isinstance(budget, (numbers.Integral, str)):
+        raise TypeError(f"{source} must be bytes or a string like '2GB', got {describe(budget)}")
     return parsed_bytes(budget, source)
 
 
-def parsed_bytes(given: object, source: str, minimum: int = 1) -> int:
+@functools.lru_cache
+def parsed_bytes(given: int | str, source: str, minimum: int = 1) -> int:
     """Bytes, of a number or a string such as `"2GB"` or `"512M"` (powers of 1024).
 
     Args:
@@ -42,23 +46,19 @@ def parsed_bytes(given: object, source: str, minimum: int = 1) -> int:
         minimum: The least that it may be.
 
     Raises:
-        TypeError: It is neither a whole number nor a string.
         ValueError: It is less, 2^63 or more, or cannot be read.
     """
-    if isinstance(given, bool) or not isinstance(given, (numbers.Integral, str)):
-        raise TypeError(f"{source} must be bytes or a string like '2GB', got {describe(given)}")
     if isinstance(given, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", given, re.IGNORECASE)
         if match is None:
             raise ValueError(
                 f"{source} must be bytes or a string like '2GB', got {describe(given)}"
             )
-        given = min(float(match[1]) * _UNITS[match[2].upper()], 2.0**63)
-    size = int(given)
-    if not minimum <= size < 2**63:
+        given = int(min(float(match[1]) * _UNITS[match[2].upper()], 2.0**63))
+    if not minimum <= given < 2**63:
         least = "positive" if minimum == 1 else f"at least {minimum}"
-        raise ValueError(f"{source} must be {least} and below 2^63, got {describe(size)}")
-    return size
+        raise ValueError(f"{source} must be {least} and below 2^63, got {describe(given)}")
+    return int(given)
 
 
 def check_least(budget: int | str | None, least: int) -> None:

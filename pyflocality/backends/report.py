@@ -11,6 +11,7 @@ import torch
 
 from pyflocality._support.budget import memory_budget_bytes
 from pyflocality._version import __version__
+from pyflocality.backends.native_build import outdated_reason
 from pyflocality.backends.selection import (
     BACKENDS,
     OPERATIONS,
@@ -18,6 +19,7 @@ from pyflocality.backends.selection import (
     machine_reason,
     requested_backend,
 )
+from pyflocality.storage.limit import CacheUse, cache_use, told_use
 
 # Distributions a package may have been installed from: CuPy has one per CUDA version.
 _PACKAGES = {
@@ -66,7 +68,10 @@ def _by_name(table: dict[str, Implementation]) -> dict[str, str]:
 
 
 class Configuration(TypedDict):
-    """Versions, backends with the reason why they cannot run here, operations and settings."""
+    """Versions, backends with the reason why they cannot run here, operations and settings.
+
+    `outdated` is why the native extension may not be that of its sources, or None.
+    """
 
     pyflocality: str
     python: str
@@ -79,6 +84,8 @@ class Configuration(TypedDict):
     by_name_only: dict[str, dict[str, str]]
     backend: str
     memory_budget: int
+    cache: CacheUse
+    outdated: str | None
     environment: dict[str, str]
 
 
@@ -102,6 +109,8 @@ def configuration() -> Configuration:
         },
         "backend": requested_backend(None),
         "memory_budget": memory_budget_bytes(None),
+        "cache": cache_use(),
+        "outdated": None if machine_reason("cpu") is not None else outdated_reason(),
         "environment": {
             name: value for name, value in os.environ.items() if name.startswith("PYFLOCALITY_")
         },
@@ -118,12 +127,15 @@ def format_configuration(config: Configuration) -> str:
         f"packages: {packages}",
         f"CPU threads: {config['threads']}; GPUs: {', '.join(config['gpus']) or 'none'}",
         f"backend: {config['backend']}; memory budget: {config['memory_budget'] / 2**30:g} GB",
+        f"cache: {told_use(config['cache'])}",
     ]
     if config["backends"].get(config["backend"]) is not None:
         lines.append(
             f"PROBLEM: backend {config['backend']!r} is asked for and unavailable here, so every "
             "operation raises an error; choose another by PYFLOCALITY_BACKEND or pf.use_backend"
         )
+    if config["outdated"] is not None:
+        lines.append(f"PROBLEM: {config['outdated']}")
     lines.append("backends:")
     for name, reason in config["backends"].items():
         lines.append(f"  {name:<10} {'ready' if reason is None else 'unavailable: ' + reason}")

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from pyflocality._support.caller import warn_once
 from pyflocality._support.checks import check_choice
 from pyflocality._support.native import native_module
 from pyflocality.posterior.call import Call
@@ -197,6 +198,10 @@ def select(op: str, call: Call, backend: str | None = None) -> Callable[..., Any
                 or _sharded_reason(implementation, call)
             )
             if why_not is None:
+                if name == "cpu":
+                    _tell_if_outdated()
+                elif "cpu" in table and call.device.type == "cpu":
+                    _tell_of_missing_extension(table["cpu"], call)
                 return _chosen(op, name)
             logger.debug("%s: backend %s passed over: %s", op, name, why_not)
         # The last is the reference, which serves all that can be served.
@@ -207,6 +212,28 @@ def select(op: str, call: Call, backend: str | None = None) -> Callable[..., Any
         available = tuple(name for name in table if reason(op, name, call) is None)
         raise BackendUnavailableError(request, op, why_not, available)
     return _chosen(op, request)
+
+
+def _tell_of_missing_extension(native: Implementation, call: Call) -> None:
+    """Say once where "auto" takes another backend for want of the native extension alone."""
+    # What native kernels would not have served either is no loss.
+    if native.by_name_only or native.limits(call):
+        return
+    why_not = machine_reason("cpu")
+    if why_not is not None:
+        warn_once(
+            "tensors of the CPU are served by the reference backend, about 50 times slower than "
+            f"by native kernels: {why_not}"
+        )
+
+
+@functools.cache
+def _tell_if_outdated() -> None:
+    from pyflocality.backends.native_build import outdated_reason
+
+    why = outdated_reason()
+    if why is not None:
+        warn_once(why)
 
 
 def _chosen(op: str, backend: str) -> Callable[..., Any]:

@@ -1,12 +1,13 @@
 """The command line.
 
     pyflocality generate | compare | moments | sensitivity | spectrum | memorize | pack
-    | plan | bench | reproduce | doctor
+    | plan | bench | reproduce | cache | doctor
 
 Every command answers a mistake with one line on standard error. Exit codes: 0 done, 1 this
 machine cannot do it (missing package, backend, memory, disk), 2 wrong arguments or inputs,
 128 + n ended by signal n (130 interrupted). What cannot be written to standard output or standard
-error changes none of them, but for an answer that is asked for there (`--json`, `plan`, `doctor`).
+error changes none of them, but for an answer that is asked for there (`--json`, `plan`, `cache`,
+`doctor`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pyflocality._support.streams import (
 from pyflocality._support.waiting import has_abandoned_calls
 from pyflocality.cli._analysis import memorize, sensitivity, spectrum
 from pyflocality.cli._bench import bench
+from pyflocality.cli._cache import cache
 from pyflocality.cli._compare import compare
 from pyflocality.cli._doctor import doctor
 from pyflocality.cli._errors import in_one_line, show_traceback
@@ -58,6 +60,7 @@ for _command in (
     plan,
     bench,
     reproduce,
+    cache,
     doctor,
 ):
     app.command()(_command)

@@ -9,20 +9,17 @@ import errno
 import os
 import re
 import stat
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from pyflocality._support.caller import caller_level
+from pyflocality._support.caller import warn_once
 from pyflocality._support.locks import remove_abandoned, share
 from pyflocality._support.paths import checked_path
 
 _CURE = "name a folder of your own with PYFLOCALITY_CACHE_DIR (or cache_dir=)"
 # Temporary and lock files of entries, whose names are 32 hexadecimal digits.
 _UNFINISHED = re.compile(r"\.?[0-9a-f]{32}.*\.(tmp|lock)")
-# Every cause is told once.
-_told: set[str] = set()
 
 
 def default_cache_dir() -> Path | None:
@@ -32,17 +29,17 @@ def default_cache_dir() -> Path | None:
         try:
             return checked_path(own, "PYFLOCALITY_CACHE_DIR").absolute()
         except ValueError as error:
-            tell(f"nothing is cached: {error}")
+            warn_once(f"nothing is cached: {error}")
             return None
     try:
         import platformdirs
 
         result = platformdirs.user_cache_path("pyflocality", appauthor=False)
     except (ImportError, RuntimeError) as error:
-        tell(f"nothing is cached, no cache folder is known ({error}): {_CURE}")
+        warn_once(f"nothing is cached, no cache folder is known ({error}): {_CURE}")
         return None
     if not result.is_absolute():
-        tell(f"nothing is cached, the user's cache folder would be {str(result)!r}: {_CURE}")
+        warn_once(f"nothing is cached, the user's cache folder would be {str(result)!r}: {_CURE}")
         return None
     return result
 
@@ -60,7 +57,7 @@ def cache_folder(*parts: str, chosen: Path | None = None) -> Path | None:
     for path in (folder, *(folder.joinpath(*parts[: n + 1]) for n in range(len(parts)))):
         why_not = _distrust(path)
         if why_not is not None:
-            tell(f"nothing is cached: {path} {why_not}: {_CURE}")
+            warn_once(f"nothing is cached: {path} {why_not}: {_CURE}")
             return None
     return folder.joinpath(*parts)
 
@@ -124,14 +121,7 @@ def mark_used(file: IO[bytes]) -> None:
 def tell_unwritable(folder: Path, error: OSError) -> None:
     """Say once that a folder cannot be written to, on a full disk for example."""
     why = error.strerror or str(error)
-    tell(f"nothing is cached: {folder} cannot be written to ({why}): {_CURE}")
-
-
-def tell(message: str) -> None:
-    """Warn of what keeps files from being cached, once."""
-    if message not in _told:
-        _told.add(message)
-        warnings.warn(message, stacklevel=caller_level())
+    warn_once(f"nothing is cached: {folder} cannot be written to ({why}): {_CURE}")
 
 
 def _distrust(folder: Path) -> str | None:

@@ -15,11 +15,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from pyflocality._support.budget import parsed_bytes
+from pyflocality._support.caller import warn_once
 from pyflocality._support.locks import remove_unused
 from pyflocality._support.paths import no_link
-from pyflocality.storage.cache import tell
+from pyflocality._support.text import bytes_told
+from pyflocality.storage.cache import cache_folder
 
 DEFAULT = "20GB"
 BLOB_MAGIC = b"pyflocality blob"
@@ -54,6 +57,49 @@ def cache_limit_bytes() -> int:
     return parsed_bytes(given, "the environment variable PYFLOCALITY_CACHE_LIMIT", minimum=0)
 
 
+class CacheUse(TypedDict):
+    """Where the cache is, bytes and entries that it holds, bytes by kind, and its limit."""
+
+    folder: str | None
+    bytes: int
+    entries: int
+    kinds: dict[str, int]
+    limit: int
+
+
+def cache_use() -> CacheUse:
+    """How much of the cache is used; images are decoded sets, other kinds have their folder's name.
+
+    Raises:
+        ValueError: The limit cannot be read.
+    """
+    folder, limit = cache_folder(), cache_limit_bytes()
+    entries = [] if folder is None else entries_of(folder)
+    kinds: dict[str, int] = {}
+    for entry in entries:
+        place = entry.files[0].parent
+        kind = "images" if place == folder else place.name
+        kinds[kind] = kinds.get(kind, 0) + entry.size
+    return {
+        "folder": None if folder is None else str(folder),
+        "bytes": sum(kinds.values()),
+        "entries": len(entries),
+        "kinds": dict(sorted(kinds.items())),
+        "limit": limit,
+    }
+
+
+def told_use(use: CacheUse) -> str:
+    """How much of the cache is used, in a line."""
+    if use["folder"] is None:
+        return "no folder can be used"
+    kinds = ", ".join(f"{kind} {bytes_told(size)}" for kind, size in use["kinds"].items())
+    return (
+        f"{use['folder']}: {bytes_told(use['bytes'])} in {use['entries']} entries"
+        f"{kinds and f' ({kinds})'}, at most {bytes_told(use['limit'])}"
+    )
+
+
 def entries_of(folder: Path) -> list[Entry]:
     """Our entries in a cache folder, those that were used longest ago first."""
     grouped: dict[tuple[Path, str], list[tuple[Path, os.stat_result]]] = {}
@@ -82,7 +128,7 @@ def make_room(folder: Path, size: int) -> bool:
     try:
         limit = cache_limit_bytes()
     except ValueError as error:
-        tell(f"nothing is cached: {error}")
+        warn_once(f"nothing is cached: {error}")
         return False
     entries = entries_of(folder)
     held = sum(entry.size for entry in entries)
@@ -95,10 +141,10 @@ def make_room(folder: Path, size: int) -> bool:
         return True
     # Whoever wants no cache need not be told.
     if limit > 0:
-        others = "" if size > limit else f", {held} of which running processes use"
-        tell(
-            f"{folder}: {size} bytes are not cached, the limit is {limit} bytes{others}: "
-            "give more by PYFLOCALITY_CACHE_LIMIT"
+        others = "" if size > limit else f", and running processes use {bytes_told(held)} of it"
+        warn_once(
+            f"{folder}: {bytes_told(size)} are not cached, the limit is "
+            f"{bytes_told(limit)}{others}: give more by PYFLOCALITY_CACHE_LIMIT"
         )
     return False
 

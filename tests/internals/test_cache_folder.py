@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pyflocality._support import caller
 from pyflocality.storage import cache as _cache
 from pyflocality.storage.blobs import read_blob, write_blob
 
@@ -18,7 +19,7 @@ NAME = "masks/" + "0" * 32 + ".bits"
 
 @pytest.fixture(autouse=True)
 def nothing_told(monkeypatch):
-    monkeypatch.setattr(_cache, "_told", set())
+    monkeypatch.setattr(caller, "_told", set())
 
 
 @pytest.fixture

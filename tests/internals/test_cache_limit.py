@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 import pyflocality as pf
+from pyflocality._support import caller
 from pyflocality.storage import blobs, limit
-from pyflocality.storage import cache as _cache
 from pyflocality.storage.blobs import BlobWriter, read_blob, write_blob
 
 HEADER = 64
@@ -23,7 +23,7 @@ HEADER = 64
 
 @pytest.fixture(autouse=True)
 def nothing_told(monkeypatch):
-    monkeypatch.setattr(_cache, "_told", set())
+    monkeypatch.setattr(caller, "_told", set())
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_what_does_not_fit_is_told_once_and_removes_nothing(monkeypatch):
     messages = told(lambda: kept.extend(write_blob(name_of(2), bytes(2000)) for _ in range(2)))
     assert kept == [False, False] and path.exists()
     assert len(messages) == 1
-    assert "2064 bytes are not cached, the limit is 1999 bytes" in messages[0]
+    assert "2.06 kB are not cached, the limit is 2 kB: give more by" in messages[0]
     assert "PYFLOCALITY_CACHE_LIMIT" in messages[0]
 
 
@@ -227,7 +227,7 @@ def test_what_is_mapped_stays_until_nobody_maps_it(folder, monkeypatch):
     assert path.exists() and not other.exists()
     messages = told(lambda: write_blob(name_of(4), bytes(2000)))
     assert path.exists()
-    assert "of which running processes use" in messages[0]
+    assert "and running processes use 1.06 kB of it" in messages[0]
     gone, kept = limit.remove_all(folder)
     assert [entry.files for entry in kept] == [(path,)] and len(part) == 500
     del part
@@ -283,7 +283,7 @@ def test_decoded_sets_count_and_stay_while_they_are_in_use(folder, tmp_path, mon
     ((files, size),) = [(entry.files, entry.size) for entry in limit.entries_of(folder)]
     assert sorted(path.suffix for path in files) == [".json", ".npy"] and size > 64000
     monkeypatch.setenv("PYFLOCALITY_CACHE_LIMIT", str(size + 1000))
-    with pytest.warns(UserWarning, match="64000 bytes are not cached"):
+    with pytest.warns(UserWarning, match="64 kB are not cached"):
         second = load(2)
     assert all(path.exists() for path in files)
     # Nothing is amiss with either.
