@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pyflocality import planner as _costs
 from pyflocality.cli import main
+from pyflocality.moments.basis import basis_bytes
 from pyflocality.ops.masked_posterior import MASKED_POSTERIOR
 from pyflocality.planner import Setting, cost_of, models, seconds_of
+from pyflocality.planner import steps as _costs
 
 
 def test_models_come_by_what_they_take():
@@ -35,8 +36,14 @@ def test_costs_of_a_small_set():
     masked = cost_of("pca-locality", replace(setting, mask_share=0.25))
     assert masked.flops == 10 * 2 * values * (7 + values / 4)
     assert cost_of("pca-locality", setting).flops < masked.flops
-    assert cost_of("pca-locality", setting).working_bytes == 2**20 + 24 * values**2
-    assert cost_of("wiener", setting).flops == 4 * 2 * values**2
+    components = basis_bytes(10, values)
+    assert cost_of("pca-locality", setting).working_bytes == 2**20 + components
+    # Ten images span nine directions.
+    assert cost_of("wiener", setting).flops == 4 * 2 * values * 9
+    assert cost_of("wiener", setting).working_bytes == components
+    assert cost_of("wiener", replace(setting, images=500)).flops == 4 * 2 * values**2
+    narrow = replace(setting, window=3)
+    assert cost_of("equivariant", narrow).flops == 6 * 7 * local.flops
 
 
 def test_scans_cost_in_proportion():
@@ -70,7 +77,22 @@ def test_measured_on_this_machine():
     for model in models():
         seconds = seconds_of(model, Setting(3, (1, 9, 9), 2))
         assert 0 < seconds < 5
-    assert seconds_of("pca-locality", Setting(3, (3, 64, 64), 1)) is None
+
+
+def test_masks_of_large_images_are_measured_on_smaller_ones(monkeypatch):
+    """A machine that takes a nanosecond for each operation, and an images' worth at the start."""
+    seen = []
+
+    def step(model, setting):
+        seen.append(setting.shape)
+        return lambda count: cost_of(model, replace(setting, images=count)).flops
+
+    monkeypatch.setattr(_costs, "_step", step)
+    monkeypatch.setattr(_costs, "_timed", lambda step, count: 1e-9 * step(count))
+    setting = Setting(2000, (3, 64, 64), 8, mask_share=0.07)
+    expected = 1e-9 * cost_of("pca-locality", setting).flops
+    assert seconds_of("pca-locality", setting) == pytest.approx(expected, rel=1e-6)
+    assert set(seen) == {(3, 32, 32)}
 
 
 def test_measured_masks_take_the_share_they_are_planned_for():

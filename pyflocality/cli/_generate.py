@@ -49,7 +49,7 @@ _WHOLE_SET = ("ledoit-wolf", "nearest")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Model(EveryModelOptions):
+class Model(EveryModelOptions):
     """One model, and what of the set it searches."""
 
     denoiser: Annotated[
@@ -102,7 +102,7 @@ class _Plan:
     def __init__(
         self,
         source: DeviceSourceOptions,
-        model: _Model,
+        model: Model,
         sampling: SamplingOptions,
         results: _Results,
     ) -> None:
@@ -183,7 +183,7 @@ class _Plan:
 
 @reported(mask_threshold="threshold", batch_size="loader_batch")
 def generate(
-    *, results: _Results, model: _Model, sampling: SamplingOptions, source: DeviceSourceOptions
+    *, results: _Results, model: Model, sampling: SamplingOptions, source: DeviceSourceOptions
 ) -> None:
     """Make new images from a set of images, without training.
 

@@ -22,7 +22,7 @@ _ORDER = (
     *("out", "nearest", "trajectory", "individual", "force", "as_json", "progress"),
     *("denoiser", "methods", "against", "threshold", "window", "boundary", "temperature"),
     *("aggregation", "loader_batch", "subset", "moments", "global_share", "split_over"),
-    *("backend", "memory_budget", "flip"),
+    *("backend", "memory_budget", "ignore_memory", "flip"),
     *("n", "steps", "schedule", "spacing", "sampler", "seed"),
     *("source", "resolution", "channels", "split", "layout", "label", "device"),
 )

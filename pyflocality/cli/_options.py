@@ -129,6 +129,17 @@ MemoryBudget = Annotated[
 ]
 
 
+IgnoreMemory = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-memory",
+        help="Try what takes more memory than there is; it is refused before any work if not "
+        "given.",
+        rich_help_panel=MODEL,
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Group):
     """What goes to a model, where it is given."""
@@ -156,6 +167,7 @@ class ModelOptions(Group):
         typer.Option(help="Divides the logits of every posterior. 1 if not given."),
     ] = None
     memory_budget: MemoryBudget = None
+    ignore_memory: IgnoreMemory = False
 
     @property
     def given(self) -> dict[str, Any]:

@@ -1,76 +1,208 @@
-"""`pyflocality plan`: what a step would cost, before anything is decoded or scanned."""
+"""`pyflocality plan`: what a run would cost, before anything is decoded or scanned."""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pyflocality._support.streams import answer
+from pyflocality._support.text import bytes_told
+from pyflocality.cli._denoisers import DenoiserOptions
 from pyflocality.cli._errors import reported
-from pyflocality.cli._options import MemoryBudget, TellingOptions
+from pyflocality.cli._foreseen import job_of, time_told
+from pyflocality.cli._generate import Model
+from pyflocality.cli._options import (
+    SamplingOptions,
+    Source,
+    SourceOptions,
+    TellingOptions,
+    given_path,
+)
+
+if TYPE_CHECKING:
+    from pyflocality import TrainingSet
+    from pyflocality.planner import Job
 
 
-@reported()
+@dataclass(frozen=True, kw_only=True)
+class _PlannedSource(SourceOptions):
+    """A training set whose run is planned; none where --images and --shape stand for one."""
+
+    source: Source = ""
+
+
+@reported(mask_threshold="threshold", batch_size="loader_batch")
 def plan(
     *,
-    images: Annotated[int, typer.Option(help="Training images.", show_default=False)],
+    source: _PlannedSource,
+    model: Model,
+    sampling: SamplingOptions,
+    nearest: Annotated[
+        bool, typer.Option(help="Count the search for the nearest training images.")
+    ] = True,
+    images: Annotated[int | None, typer.Option(help="In place of SOURCE: training images.")] = None,
     shape: Annotated[
-        str,
-        typer.Option(help="Channels, height and width, such as 3x64x64.", show_default=False),
-    ],
-    batch: Annotated[int, typer.Option(help="Images made at a time.")] = 1,
+        str | None,
+        typer.Option(help="In place of SOURCE: channels, height and width, such as 3x64x64."),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="With --images: images made at a time, 1 if not given.")
+    ] = None,
     device: Annotated[
         str,
         typer.Option(
-            help="cpu measures how long a step takes here; of a100, h100 and h200 costs are told."
+            help="cpu measures how long things take here; of a100, h100 and h200 costs are told."
         ),
     ] = "cpu",
-    memory_budget: MemoryBudget = None,
     mask_share: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Share of an image's values that pca-locality adds up for each of them, up to "
-            "0.5; masks of neighbours share most of their sums. CIFAR-10's mean by default."
+            "0.5; masks of neighbours share most of their sums. CIFAR-10's mean, 0.022, if not "
+            "given and no masks of the set are at hand."
         ),
-    ] = 0.022,
+    ] = None,
     telling: TellingOptions,
 ) -> None:
-    """Tell what one denoising step of every model costs: operations, bytes, time and memory."""
-    from dataclasses import asdict
+    """Tell what `generate` would cost: operations, time and memory of every stage.
 
+    Takes SOURCE and the options of `generate`, and decodes, computes and writes nothing. With
+    --images and --shape in place of SOURCE: what one denoising step of every model costs.
+    """
     from pyflocality._support.budget import memory_budget_bytes
     from pyflocality._support.checks import check_choice, check_count
-    from pyflocality._support.progress import progress_bar
-    from pyflocality.planner import Setting, cost_of, models, seconds_of
 
-    memory_budget_bytes(memory_budget)
+    memory_budget_bytes(model.memory_budget)
     check_choice(device, "device", ("cpu", "a100", "h100", "h200"))
-    setting = Setting(
-        check_count(images, "images"),
-        _parse_shape(shape),
-        check_count(batch, "batch"),
-        memory_budget,
-        _checked_share(mask_share),
-    )
-    measures = telling.progress and device == "cpu"
-    planned = progress_bar(models(), description="measuring", enabled=measures)
-    record: dict[str, Any] = {
-        "images": images,
+    share = None if mask_share is None else _checked_share(mask_share)
+    if bool(source.source) == (images is not None and shape is not None):
+        raise ValueError("give `source`, or both `images` and `shape`")
+    if source.source:
+        if images is not None or shape is not None or batch is not None:
+            raise ValueError("`images`, `shape` and `batch` are in place of `source`")
+        denoiser = DenoiserOptions(model.denoiser, model.given)
+        for group in (source, denoiser, sampling):
+            group.check()
+        stored = given_path(model.moments, "moments")
+        data, decoding = _looked_at(source, flip=model.flip)
+        job = job_of(
+            data,
+            denoiser,
+            sampling,
+            mask_share=share,
+            nearest=nearest,
+            has_moments=stored is not None,
+        )
+        record = _record_of(source.source, job, decoding, measures=device == "cpu")
+        text = _stages_table(record)
+    else:
+        assert images is not None and shape is not None
+        size = check_count(images, "images"), _parse_shape(shape)
+        batch = 1 if batch is None else check_count(batch, "batch")
+        record = _models_record(*size, batch, device, model.memory_budget, share, telling.progress)
+        text = _models_table(record)
+    answer(json.dumps(record, indent=2) if telling.as_json else text, only_here=True)
+
+
+def _looked_at(source: SourceOptions, *, flip: bool) -> tuple[TrainingSet, float]:
+    """The set, its images being left out where they are not decoded, and how long that takes."""
+    import numpy as np
+    import torch
+
+    from pyflocality import TrainingSet
+    from pyflocality.sources.cache import UndecodedError, nothing_decoded
+
+    try:
+        with nothing_decoded():
+            data, seconds = source.load_all(progress=False), 0.0
+    except UndecodedError as undecoded:
+        seconds, known = undecoded.seconds, undecoded.source
+        # One number stands for all.
+        images = torch.from_numpy(np.zeros((), undecoded.dtype)).expand(undecoded.shape)
+        labels = None if known.labels is None else torch.from_numpy(known.labels)
+        data = TrainingSet._of_valid(images, known.name, labels, known.label_names)
+    return source.of_label(data.augmented(flip=flip)), seconds
+
+
+def _record_of(source: str, job: Job, decoding: float, *, measures: bool) -> dict[str, Any]:
+    """What is told of a run."""
+    from dataclasses import asdict
+
+    from pyflocality._support.memory import available_memory, memory_bytes
+    from pyflocality.planner import peak_of, stages_of
+
+    setting = job.setting
+    set_bytes = setting.images * setting.values * job.image_bytes
+    # What the program itself takes, before anything is measured.
+    try:
+        program = memory_bytes()["VmRSS"]
+    except (OSError, KeyError):
+        program = 0
+    stages = stages_of(job) if measures else stages_of(job, aim=None)
+    return {
+        "source": source,
+        "denoiser": job.model,
+        "images": setting.images,
         "shape": list(setting.shape),
-        "batch": batch,
-        "device": device,
-        "mask_share": mask_share,
-        "set_bytes": images * setting.values,
-        "models": {
-            model: asdict(cost_of(model, setting))
-            | {"seconds": seconds_of(model, setting) if device == "cpu" else None}
-            for model in planned
-        },
+        "samples": setting.batch,
+        "calls": job.calls,
+        "mask_share": setting.mask_share if job.model == "pca-locality" else None,
+        "set_bytes": set_bytes,
+        "program_bytes": program,
+        "decoding_seconds": decoding,
+        "stages": list(map(asdict, stages)),
+        "seconds": _total([decoding, *(stage.seconds for stage in stages)]),
+        "peak_bytes": program + set_bytes + peak_of(stages),
+        "available_bytes": available_memory(),
     }
-    answer(json.dumps(record, indent=2) if telling.as_json else _table(record), only_here=True)
+
+
+def _total(seconds: list[float | None]) -> float | None:
+    known = [one for one in seconds if one is not None]
+    return sum(known) if len(known) == len(seconds) else None
+
+
+def _stages_table(record: dict[str, Any]) -> str:
+    """The stages of a run as text."""
+    size = "x".join(map(str, record["shape"]))
+    lines = [
+        f"{record['images']:,} images {size}: {bytes_told(record['set_bytes'])}; "
+        f"{record['samples']:,} samples of {record['denoiser']}",
+        f"{'stage':<15}{'operations':>13}{'memory':>10}{'time':>9}  of",
+    ]
+    decoding = record["decoding_seconds"]
+    if decoding:
+        lines.append(
+            f"{'decoding':<15}{'':>13}{'':>10}{time_told(decoding):>9}  the images (measured)"
+        )
+    for stage in record["stages"]:
+        seconds = stage["seconds"]
+        spent = "-" if seconds is None else time_told(seconds)
+        lines.append(
+            f"{stage['name']:<15}{stage['flops'] / 1e9:>10,.1f} G  {bytes_told(stage['bytes']):>9}"
+            f"{spent:>9}  {stage['told']} ({stage['known']})"
+        )
+    total = "not measured" if record["seconds"] is None else f"about {time_told(record['seconds'])}"
+    there = record["available_bytes"]
+    lines.append(
+        f"{total}, up to {bytes_told(record['peak_bytes'])} of memory with the images and the "
+        "program" + ("" if there is None else f"; {bytes_told(there)} are there")
+    )
+    lines.append(
+        "Memory of a stage is beside these, with what earlier stages leave. Counted: operations by "
+        "a rate measured here."
+    )
+    if any(stage["known"] == "assumed" for stage in record["stages"]):
+        lines.append(
+            "Assumed: masks whose sums take "
+            f"{record['mask_share']:.3g} of an image's values each, as CIFAR-10's do on average "
+            "(--mask-share); those of other images may take several times as many."
+        )
+    return "\n".join(lines)
 
 
 def _checked_share(share: float) -> float:
@@ -87,8 +219,40 @@ def _parse_shape(text: str) -> tuple[int, int, int]:
     return int(match[1]), int(match[2]), int(match[3])
 
 
-def _table(record: dict[str, Any]) -> str:
-    from pyflocality._support.text import bytes_told
+def _models_record(
+    images: int,
+    shape: tuple[int, int, int],
+    batch: int,
+    device: str,
+    memory_budget: str | None,
+    share: float | None,
+    progress: bool,
+) -> dict[str, Any]:
+    """What one step of every model costs."""
+    from dataclasses import asdict
+
+    from pyflocality._support.progress import progress_bar
+    from pyflocality.planner import MASK_SHARE, Setting, cost_of, models, seconds_of
+
+    setting = Setting(images, shape, batch, memory_budget, share or MASK_SHARE)
+    measures = device == "cpu"
+    planned = progress_bar(models(), description="measuring", enabled=progress and measures)
+    return {
+        "images": images,
+        "shape": list(setting.shape),
+        "batch": batch,
+        "device": device,
+        "mask_share": setting.mask_share,
+        "set_bytes": images * setting.values,
+        "models": {
+            model: asdict(cost_of(model, setting))
+            | {"seconds": seconds_of(model, setting) if measures else None}
+            for model in planned
+        },
+    }
+
+
+def _models_table(record: dict[str, Any]) -> str:
     from pyflocality.planner import WINDOW
 
     size = "x".join(map(str, record["shape"]))

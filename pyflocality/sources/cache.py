@@ -17,9 +17,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,38 @@ MIN_IMAGES = 1000
 MIN_SOURCE_BYTES = 32 * 2**20
 
 
+# Images that tell how long a set takes to decode, for each processor, and seconds for them.
+_SAMPLE_IMAGES, _SAMPLE_SECONDS = 128, 2.0
+
+_decodes: ContextVar[bool] = ContextVar("decodes", default=True)
+
+
+class UndecodedError(Exception):
+    """A set that would have to be decoded.
+
+    Attributes:
+        shape: Shape of the images, [N, C, H, W].
+        dtype: Their dtype.
+        source: What is known of the set, without the images.
+        seconds: How long decoding takes, about.
+    """
+
+    def __init__(self, job: DecodeJob, source: Loaded) -> None:
+        super().__init__(f"{source.name} is not decoded")
+        self.shape, self.dtype, self.source = job.shape, job.dtype, source
+        self.seconds = _sampled_seconds(job)
+
+
+@contextmanager
+def nothing_decoded() -> Iterator[None]:
+    """Inside the block sets that would have to be decoded raise `UndecodedError`."""
+    token = _decodes.set(False)
+    try:
+        yield
+    finally:
+        _decodes.reset(token)
+
+
 def cache_key(fingerprint: dict[str, Any], request: Request) -> str:
     """Hash of a source and of the conversion asked for."""
     wanted = [VERSION, fingerprint, request.resolution, request.channels, request.split]
@@ -100,7 +135,12 @@ def run_job(job: DecodeJob, source: Loaded, request: Request) -> Loaded:
 
     Where the cache cannot be written, or its limit leaves no room, a warning says so and the images
     stay in memory.
+
+    Raises:
+        UndecodedError: Inside `nothing_decoded`.
     """
+    if not _decodes.get():
+        raise UndecodedError(job, source)
     place = _place(source, request)
     if place is not None:
         try:
@@ -117,6 +157,18 @@ def run_job(job: DecodeJob, source: Loaded, request: Request) -> Loaded:
         for index, image in enumerate(_shown(decoded, job, source, request)):
             images[index] = image
     return Loaded(images, source.name, source.labels, source.label_names)
+
+
+def _sampled_seconds(job: DecodeJob) -> float:
+    """How long a job takes, from its first images."""
+    wanted = min(job.shape[0], _SAMPLE_IMAGES * min(8, os.cpu_count() or 1))
+    start, done, spent = time.perf_counter(), 0, 0.0
+    with closing(job.images()) as decoded:
+        for done, _ in enumerate(decoded, 1):
+            spent = time.perf_counter() - start
+            if done == wanted or spent > _SAMPLE_SECONDS:
+                break
+    return spent * job.shape[0] / max(1, done)
 
 
 def _shown(

@@ -8,23 +8,25 @@ divided by a rate measured on a machine, the time that a step takes there.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from pyflocality._support.budget import memory_budget_bytes
+from pyflocality._support.rates import shortest
+from pyflocality.moments.basis import basis_bytes
 from pyflocality.ops.costs import Size, Work
 from pyflocality.ops.operation import OPERATIONS, Operation
 from pyflocality.posterior.problem import PosteriorOptions
 
 # A measurement shall take about so many seconds, on a few images at least.
-_SECONDS = 0.4
+MEASURED_SECONDS = 0.4
 _FEW = 64
 _LARGEST_CALIBRATION_BYTES = 128 * 2**20
-# Masks of larger images take long to prepare, matrices of larger ones much memory.
-_LARGEST_MASKED, _LARGEST_MATRIX = 4096, 16384
+# Masks of larger images take long to prepare, matrices of larger ones much memory: masks are
+# measured on smaller images, whose operations take as long each.
+_LARGEST_MASKED, _LARGEST_MATRIX = 3072, 8192
 # The least that can be measured may take so many operations.
 _MOST_FLOPS = 2e9
 WINDOW = 7
@@ -46,6 +48,7 @@ class Setting:
         mask_share: Share of the D inputs that the kernel for masks adds up for an output, in
             (0, 0.5]. Masks of neighbours are nearly alike and most of a sum is taken from one of
             them, so it is far less than the share of ones in the masks.
+        window: Side of the window or of the patches of models that have them.
     """
 
     images: int
@@ -53,13 +56,14 @@ class Setting:
     batch: int
     memory_budget: int | str | None = None
     mask_share: float = MASK_SHARE
+    window: int = WINDOW
 
     @property
     def size(self) -> Size:
         """The same, as operations count it."""
         values = math.prod(self.shape)
         terms = self.mask_share * values**2
-        return Size(self.images, self.shape, self.batch, window=WINDOW, terms=terms)
+        return Size(self.images, self.shape, self.batch, window=self.window, terms=terms)
 
     @property
     def values(self) -> int:
@@ -72,8 +76,8 @@ class Cost(Work):
     """What one step of a model costs.
 
     Attributes:
-        working_bytes: Memory beside the images: at most the budget for scans, and the
-            covariance with its eigenvectors where a model needs them.
+        working_bytes: Memory beside the images: at most the budget for scans, and what the making
+            of components takes where a model needs them.
     """
 
     working_bytes: int
@@ -92,19 +96,25 @@ def _operation(model: str) -> Operation:
 
 def cost_of(model: str, setting: Setting) -> Cost:
     """What a step of a model costs."""
-    values = setting.values
-    # Sums, covariance and eigenvectors, in eight bytes a number.
-    covariance = 3 * 8 * values**2 if model in (_MASKED, _WIENER) else 0
+    values, batch = setting.values, setting.batch
+    made = model in (_MASKED, _WIENER)
+    components = basis_bytes(setting.images, values) if made else 0
     if model == _WIENER:
-        # Two products with the eigenvectors, in float32.
-        flops = 4.0 * setting.batch * values**2
-        return Cost(flops, 8 * values**2 + 8 * setting.batch * values, 0, covariance)
+        rank = components_of(setting)
+        # Two products with the components, which are cast to float32 for them.
+        flops = 4.0 * batch * values * rank
+        return Cost(flops, 12 * values * rank + 8 * batch * values, 0, components)
     work = _operation(model).work("scan", setting.size)
-    working = memory_budget_bytes(setting.memory_budget) + covariance
+    working = memory_budget_bytes(setting.memory_budget) + components
     return Cost(float(work.flops), work.bytes, work.scans, working)
 
 
-def seconds_of(model: str, setting: Setting) -> float | None:
+def components_of(setting: Setting) -> int:
+    """Components of a set at most: one fewer than images, or as many as values."""
+    return max(1, min(setting.images - 1, setting.values))
+
+
+def seconds_of(model: str, setting: Setting, seconds: float = MEASURED_SECONDS) -> float | None:
     """Time of a step on this machine's processor, from a short measurement.
 
     None where a measurement would not be short, or needs much memory.
@@ -112,11 +122,19 @@ def seconds_of(model: str, setting: Setting) -> float | None:
     The model runs on random images of the same shape, on two numbers of images; what it takes for
     more of them is taken to lie on the line through both. Of a batch that would take too long a
     part is measured. Images that come from a disk and not from memory may take longer.
+
+    Args:
+        model: The model.
+        setting: The step.
+        seconds: About how long a run of the measurement may take.
     """
     if model == _MASKED and setting.values > _LARGEST_MASKED:
-        return None
+        smaller = replace(setting, shape=_shrunk(setting.shape))
+        measured = seconds_of(model, smaller, seconds)
+        shares = [cost_of(model, one).flops for one in (setting, smaller)]
+        return None if measured is None else measured * shares[0] / shares[1]
     if model == _WIENER:
-        large = setting.values > _LARGEST_MATRIX
+        large = setting.values * components_of(setting) > _LARGEST_MATRIX**2
         return None if large else _timed(_step(model, setting), 0)
     largest = min(setting.images, max(2, _LARGEST_CALIBRATION_BYTES // setting.values))
     counts = [min(largest, _FEW), min(largest, 2)]
@@ -127,28 +145,30 @@ def seconds_of(model: str, setting: Setting) -> float | None:
     one = _step(model, replace(setting, batch=1))
     # Prepares what a model keeps, and wakes threads.
     one(count)
-    batch = min(setting.batch, max(1, int(_SECONDS / _timed(one, count))))
+    batch = min(setting.batch, max(1, int(seconds / _timed(one, count))))
     step = _step(model, replace(setting, batch=batch))
-    seconds = _timed(step, count)
-    while seconds < _SECONDS and count < largest:
-        count = min(largest, int(count * min(4.0, max(2.0, 1.2 * _SECONDS / seconds))))
-        seconds = _timed(step, count)
+    taken = _timed(step, count)
+    while taken < seconds and count < largest:
+        count = min(largest, int(count * min(4.0, max(2.0, 1.2 * seconds / taken))))
+        taken = _timed(step, count)
     half = max(1, count // 2)
     # Noise may put the line far from both measurements.
     shorter = _timed(step, half)
-    slope = (seconds - shorter) / max(count - half, 1)
-    slope = min(max(slope, 0.7 * seconds / count), seconds / count)
-    return (seconds + slope * (setting.images - count)) * setting.batch / batch
+    slope = (taken - shorter) / max(count - half, 1)
+    slope = min(max(slope, 0.7 * taken / count), taken / count)
+    return (taken + slope * (setting.images - count)) * setting.batch / batch
+
+
+def _shrunk(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """A shape of the same channels and likeness whose masks are made in a moment."""
+    channels, height, width = shape
+    factor = (_LARGEST_MASKED / math.prod(shape)) ** 0.5
+    return channels, max(1, int(factor * height)), max(1, int(factor * width))
 
 
 def _timed(step: Callable[[int], object], count: int) -> float:
     """The shortest of three runs."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        step(count)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return shortest(lambda: step(count))
 
 
 def _step(model: str, setting: Setting) -> Callable[[int], object]:
@@ -156,8 +176,9 @@ def _step(model: str, setting: Setting) -> Callable[[int], object]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(setting.batch, *setting.shape, generator=generator)
     if model == _WIENER:
-        vectors = torch.rand(setting.values, setting.values, generator=generator)
-        return lambda count: (x.flatten(1) @ vectors) @ vectors.T
+        rank = components_of(setting)
+        vectors = torch.rand(setting.values, rank, generator=generator, dtype=torch.float64)
+        return lambda count: _filtered(x.flatten(1), vectors.to(x.dtype))
     largest = min(setting.images, max(2, _LARGEST_CALIBRATION_BYTES // setting.values))
     size = (largest, *setting.shape)
     images = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
@@ -165,3 +186,7 @@ def _step(model: str, setting: Setting) -> Callable[[int], object]:
     # Random masks have nothing in common: each is summed as it stands.
     given = operation.example(setting.size, generator)
     return lambda count: operation.mean(x, images[:count], given, 1.0, 1.0, None, options)
+
+
+def _filtered(x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    return (x @ vectors) @ vectors.T

@@ -1,0 +1,152 @@
+"""What a command is about to do, held against the memory there is, and told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pyflocality._support.streams import tell
+from pyflocality._support.text import bytes_told
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from pyflocality import TrainingSet
+    from pyflocality.cli._denoisers import DenoiserOptions
+    from pyflocality.cli._options import NoiseOptions
+    from pyflocality.noise import NoiseLevel
+    from pyflocality.planner import Job, Stage
+
+# Runs of less are quick: nothing is told of them, and of few operations nothing is measured.
+_LONG_SECONDS, _LONG_FLOPS = 10.0, 2e11
+# Of a measurement for a line that is told before a run.
+_GLANCE_SECONDS = 0.1
+_INSTEAD = (
+    "--denoiser local or patch-set would run, or a smaller --resolution, or fewer images; "
+    "--ignore-memory tries it all the same"
+)
+
+
+class _Listener:
+    """A denoiser of single values that notes the levels it is asked for."""
+
+    image_shape = (1, 1, 1)
+
+    def __init__(self) -> None:
+        from torch import device
+
+        self.device: torch.device = device("cpu")
+        self.levels: list[NoiseLevel] = []
+
+    def __call__(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
+        from pyflocality.noise import NoiseLevel
+
+        self.levels.append(NoiseLevel(alpha, sigma))
+        return x * 0.0
+
+
+def levels_of(sampling: NoiseOptions) -> list[NoiseLevel]:
+    """The noise levels of a run, one for each time that it asks a denoiser."""
+    from pyflocality import sample
+
+    listener = _Listener()
+    sample(
+        listener,
+        1,
+        schedule=sampling.noise_schedule(),
+        steps=sampling.steps,
+        sampler=sampling.sampler,
+        progress=False,
+    )
+    return listener.levels
+
+
+def job_of(
+    data: TrainingSet,
+    model: DenoiserOptions,
+    sampling: NoiseOptions,
+    *,
+    mask_share: float | None = None,
+    nearest: bool = True,
+    has_moments: bool = False,
+) -> Job:
+    """The run that makes samples of a set by a model."""
+    from pyflocality.planner import MASK_SHARE, Job, Setting
+
+    levels = levels_of(sampling)
+    setting = Setting(
+        len(data) * data.copies,
+        data.image_shape,
+        sampling.n,
+        model.given.get("memory_budget"),
+        MASK_SHARE if mask_share is None else mask_share,
+        _window_of(model),
+    )
+    return Job(
+        setting,
+        model.name,
+        levels=len(set(levels)),
+        calls=len(levels),
+        has_moments=has_moments,
+        knows_masks=mask_share is not None,
+        image_bytes=data.images.element_size(),
+        nearest=nearest,
+    )
+
+
+def _window_of(model: DenoiserOptions) -> int:
+    """The largest side of a model's windows, which take most."""
+    from pyflocality.planner import WINDOW
+
+    window = model.given.get("window", WINDOW)
+    return window if isinstance(window, int) else max(side for _, side in window)
+
+
+def hold(jobs: Sequence[Job], *, announce: bool) -> None:
+    """Refuse runs that the memory cannot hold, and tell beforehand how long and large others are.
+
+    Args:
+        jobs: The runs, one after the other.
+        announce: Whether to tell; of what is quick nothing is told.
+
+    Raises:
+        MemoryError: The memory that is there is less.
+    """
+    from pyflocality.planner import check_fits, stages_of
+
+    for job in jobs:
+        check_fits(job, _INSTEAD)
+    for job in jobs if announce else ():
+        if sum(stage.flops for stage in stages_of(job, aim=None)) > _LONG_FLOPS:
+            told = foreseen(job.model, stages_of(job, aim=_GLANCE_SECONDS))
+            if told is not None:
+                tell(told)
+
+
+def foreseen(model: str, stages: Sequence[Stage]) -> str | None:
+    """A line on a run: how long, most of it with what, and how large; None of a quick one."""
+    from pyflocality.planner import peak_of
+
+    seconds = [stage.seconds or 0.0 for stage in stages]
+    if sum(seconds) < _LONG_SECONDS:
+        return None
+    parts = [
+        f"{stage.name} {time_told(spent)}"
+        for stage, spent in zip(stages, seconds, strict=True)
+        if spent > 0.05 * sum(seconds)
+    ]
+    unknown = " at least" if any(stage.seconds is None for stage in stages) else ""
+    return (
+        f"{model}: about {time_told(sum(seconds))}{unknown} ({', '.join(parts)}), up to "
+        f"{bytes_told(peak_of(stages))} of memory beside the images"
+    )
+
+
+def time_told(seconds: float) -> str:
+    """A time in the unit that fits it: "41 s", "12 min", "3.5 h"."""
+    if seconds < 99.5:
+        return f"{seconds:.2g} s"
+    if seconds < 99.5 * 60:
+        return f"{seconds / 60:.2g} min"
+    return f"{seconds / 3600:.2g} h"

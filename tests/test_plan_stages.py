@@ -1,0 +1,159 @@
+"""The stages of a run: what they cost, which there are, and the command that tells them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pyflocality.cli import main
+from pyflocality.planner import Job, Setting, check_fits, peak_of, seconds_of, stages_of
+from pyflocality.planner import stages as _stages
+
+FEW = Setting(200, (3, 16, 16), 4)
+MANY = Setting(2000, (3, 16, 16), 4)
+
+
+def names(job):
+    return [stage.name for stage in stages_of(job, aim=None)]
+
+
+def test_which_stages_there_are():
+    """Few images have thin components, many a covariance; what is at hand is not made."""
+    rest = ["masks", "steps", "nearest images"]
+    assert names(Job(FEW, "pca-locality")) == ["components", *rest]
+    assert names(Job(MANY, "pca-locality")) == ["moments", "components", *rest]
+    assert names(Job(MANY, "pca-locality", has_moments=True)) == ["components", *rest]
+    assert names(Job(MANY, "pca-locality", has_components=True)) == rest
+    assert names(Job(MANY, "pca-locality", missing=0)) == rest[1:]
+    assert names(Job(FEW, "wiener", nearest=False)) == ["components", "steps"]
+    for model in ("optimal", "local", "fourier", "nearest", "equivariant", "patch-set"):
+        assert names(Job(MANY, model)) == rest[1:]
+
+
+def test_operations_are_those_of_the_parts():
+    job = Job(MANY, "pca-locality", levels=3, calls=5, nearest=False)
+    moments, components, masks, steps = stages_of(job, aim=None)
+    values = 3 * 16 * 16
+    assert moments.flops == 2000 * values * (values + 1)
+    each = values * (7 + MANY.mask_share * values)
+    assert steps.flops == pytest.approx(5 * 2000 * 4 * each)
+    one = stages_of(replace(job, missing=1), aim=None)[2]
+    assert masks.flops == 3 * one.flops > 0
+    assert components.flops > moments.flops / 2
+
+
+def test_times_are_operations_by_measured_rates(monkeypatch):
+    """A machine with a rate for each kind of work."""
+    monkeypatch.setattr(_stages, "_sums_rate", lambda: 1e-9)
+    monkeypatch.setattr(_stages, "product_seconds", lambda flops, *dtype: 1e-6 * flops)
+    monkeypatch.setattr(_stages, "solver_seconds", lambda side: 1000.0 * side)
+    monkeypatch.setattr(_stages, "seconds_of", lambda model, setting, aim: 7.0)
+    monkeypatch.setattr(_stages, "_search_seconds", lambda shape, batch: 0.01 * batch)
+    job = Job(MANY, "pca-locality", levels=3, calls=5)
+    moments, components, masks, steps, nearest = stages_of(job)
+    values = 3 * 16 * 16
+    assert moments.seconds == pytest.approx(1e-9 * moments.flops)
+    assert components.seconds == pytest.approx(1000.0 * values)
+    assert masks.seconds == pytest.approx(1e-6 * masks.flops)
+    assert steps.seconds == 35.0
+    assert nearest.seconds == pytest.approx(0.01 * 4 * 2000)
+    assert [stage.known for stage in (masks, steps)] == ["counted", "assumed"]
+    assert stages_of(replace(job, knows_masks=True))[3].known == "counted"
+    thin = stages_of(Job(FEW, "wiener", nearest=False))[0]
+    sums, products = values * 200 * 201, 2 * values * 199 * 200 + 3 * values * 199**2
+    assert thin.seconds == pytest.approx(1e-9 * sums + 1e-6 * products + 1000.0 * 200)
+
+
+def test_nothing_is_measured_for_memory(monkeypatch):
+    for name in ("product_seconds", "solver_seconds", "seconds_of", "_sums_rate"):
+        monkeypatch.delattr(_stages, name)
+    stages = stages_of(Job(MANY, "pca-locality"), aim=None)
+    assert all(stage.seconds is None for stage in stages)
+    assert peak_of(stages) == max(stage.bytes for stage in stages)
+
+
+def test_measured_stages_of_every_model():
+    for model in ("pca-locality", "local", "wiener", "ledoit-wolf", "fourier", "nearest"):
+        stages = stages_of(Job(Setting(40, (1, 9, 9), 2), model), aim=0.01)
+        assert all(0 < stage.seconds < 5 for stage in stages), model
+    assert seconds_of("local", Setting(40, (1, 9, 9), 2), 0.01) > 0
+
+
+def test_what_does_not_fit_is_refused(monkeypatch):
+    job = Job(Setting(2000, (3, 256, 256), 8), "wiener")
+    monkeypatch.setattr("pyflocality._support.memory.available_memory", lambda: 10**9)
+    told = r"wiener: \w+ \(.* takes .* and 1 GB are there: take fewer"
+    with pytest.raises(MemoryError, match=told):
+        check_fits(job, "take fewer")
+    check_fits(replace(job, setting=FEW), "take fewer")
+
+
+def run_json(capsys, *words):
+    assert main(["plan", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Files that are not decoded yet, of two classes, with a cache of their own."""
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.setenv("PYFLOCALITY_CACHE_DIR", str(tmp_path / "cache"))
+    generator = np.random.default_rng(1)
+    for label, count in (("cat", 30), ("dog", 50)):
+        place = tmp_path / "set" / label
+        place.mkdir(parents=True)
+        for number in range(count):
+            pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            image.fromarray(pixels).save(place / f"{number}.png")
+    return tmp_path / "set"
+
+
+def test_command_decodes_nothing(folder, capsys, tmp_path):
+    record = run_json(capsys, folder, "-n", 3, "--steps", 4, "--flip")
+    assert record["images"] == 160 and record["shape"] == [3, 8, 8]
+    assert record["calls"] == 4 and record["samples"] == 3
+    assert 0 < record["decoding_seconds"] < 5
+    assert [one["name"] for one in record["stages"]][:2] == ["components", "masks"]
+    assert record["seconds"] > record["decoding_seconds"]
+    assert record["peak_bytes"] > max(one["bytes"] for one in record["stages"])
+    assert not (tmp_path / "cache").exists()
+    cats = run_json(capsys, folder, "--label", "cat", "--denoiser", "local", "--no-nearest")
+    assert cats["images"] == 30 and [one["name"] for one in cats["stages"]] == ["steps"]
+
+
+def test_command_of_a_set_that_is_decoded(tmp_path, capsys):
+    images = torch.randint(0, 256, (50, 1, 6, 6), dtype=torch.uint8)
+    np.save(tmp_path / "set.npy", images.numpy())
+    source = str(tmp_path / "set.npy")
+    record = run_json(capsys, source, "--sampler", "heun", "--steps", 3, "--mask-share", 0.2)
+    assert record["decoding_seconds"] == 0 and record["mask_share"] == 0.2
+    # Heun's method asks twice, but for the last step.
+    assert record["calls"] == 5
+    assert main(["plan", source]) == 0
+    out = capsys.readouterr().out
+    assert "(assumed)" in out and "are there" in out and "--mask-share" in out
+    told = run_json(capsys, source, "--device", "h200")
+    assert told["seconds"] is None and all(one["seconds"] is None for one in told["stages"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["digits", "--images", "3"],
+        ["digits", "--batch", "3"],
+        ["digits", "--images", "3", "--shape", "1x8x8"],
+        ["--images", "3"],
+        ["digits", "--threshold", "2"],
+        ["digits", "--denoiser", "local", "--threshold", "0.1"],
+        ["digits", "--steps", "0"],
+        ["no-such-set"],
+    ],
+)
+def test_wrong_plans_are_refused(words, capsys):
+    assert main(["plan", *words]) == 2
+    assert "error" in capsys.readouterr().err
