@@ -28,7 +28,6 @@ from pyflocality._support.checks import (
     check_count,
     check_flag,
     check_float_tensor,
-    check_instance,
     check_level,
     check_one_level,
     check_pixel,
@@ -41,7 +40,7 @@ from pyflocality._support.checks import (
 from pyflocality._support.progress import progress_bar
 from pyflocality.analysis._rows import jacobian_row
 from pyflocality.denoisers.base import Denoiser, check_denoiser
-from pyflocality.moments import Moments
+from pyflocality.moments import Basis, Moments
 from pyflocality.noise import DDPMSchedule, NoiseSchedule
 from pyflocality.sampling import sample
 
@@ -162,7 +161,7 @@ def sensitivity_along_run(
 
 
 def high_snr_projection(
-    moments: Moments,
+    moments: Moments | Basis,
     sigma: float | NoiseLevel,
     alpha: float = 1.0,
     *,
@@ -176,7 +175,7 @@ def high_snr_projection(
     is what the Wiener filter tends to where its shrinkage factors are nearly 0 or 1.
 
     Args:
-        moments: Moments of the training set.
+        moments: Moments or components of the training set.
         sigma: Noise level, positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, positive.
         pixel: Output value (c, h, w).
@@ -196,17 +195,17 @@ def high_snr_projection(
     noise, signal = as_pair(sigma, alpha)
     noise = check_one_level(noise, "sigma", allow_zero=False)
     noise /= check_one_level(signal, "alpha", allow_zero=False)
-    values, vectors = moments.eigh()
+    whole = moments.basis() if isinstance(moments, Moments) else moments
     # As a ratio: the squares of large levels leave the range of float64.
-    basis = vectors[:, values > ratio * noise * noise]
+    basis = whole.vectors[:, : int((whole.values > ratio * noise * noise).sum())]
     return (basis @ basis[row]).abs().reshape(shape)
 
 
-def pattern_variance(moments: Moments, pattern: Tensor) -> float:
+def pattern_variance(moments: Moments | Basis, pattern: Tensor) -> float:
     r"""Variance of the data along a pattern, :math:`\lambda_W = W^\top S W / |W|^2`.
 
     Args:
-        moments: Moments of the training set.
+        moments: Moments or components of the training set.
         pattern: W, floating point, [C, H, W], not zero.
 
     Raises:
@@ -223,11 +222,13 @@ def pattern_variance(moments: Moments, pattern: Tensor) -> float:
     # In two steps: the squares of large values leave the range of float64.
     direction = direction.flatten() / direction.abs().max()
     direction = direction / direction.norm()
-    return float(direction @ (moments.covariance.cpu() @ direction))
+    if isinstance(moments, Moments):
+        return float(direction @ (moments.covariance.cpu() @ direction))
+    return float((moments.vectors.cpu().T @ direction).square() @ moments.values.cpu())
 
 
 def snr_ruler(
-    moments: Moments, pattern: Tensor, sigma: LevelLike, alpha: float | Tensor = 1.0
+    moments: Moments | Basis, pattern: Tensor, sigma: LevelLike, alpha: float | Tensor = 1.0
 ) -> Tensor:
     r"""Signal-to-noise ratio :math:`\alpha^2 \lambda_W / \sigma^2` of a pattern, float64 [L].
 
@@ -235,7 +236,7 @@ def snr_ruler(
     in the sensitivity fields.
 
     Args:
-        moments: Moments of the training set.
+        moments: Moments or components of the training set.
         pattern: W, [C, H, W].
         sigma: Noise levels, a number or [L], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficients, a number or [L], positive.
@@ -257,8 +258,9 @@ def snr_ruler(
 
 
 def check_moments(moments: object) -> None:
-    """Moments of a training set."""
-    check_instance(moments, "moments", Moments, "Moments")
+    """Moments or components of a training set."""
+    if not isinstance(moments, (Moments, Basis)):
+        raise TypeError(f"`moments` must be Moments or a Basis, got {describe(moments)}")
 
 
 def _check_pixels(pixels: object, image_shape: Sequence[int]) -> list[Pixel]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyflocality._support.checks import check_tensor
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Asked, DenoiserOptions, PosteriorDenoiser
-from pyflocality.moments.undetermined import warn_of_blind_values
+from pyflocality.moments.undetermined import blind_values_of_set, warn_of_blind
 from pyflocality.ops.filtered_posterior import FILTERED_POSTERIOR, check_pair
 from pyflocality.ops.masked_posterior import MASKED_POSTERIOR
 from pyflocality.ops.operation import Kind
@@ -72,7 +72,8 @@ class FilteredPosteriorDenoiser(PosteriorDenoiser):
                 f"`query_weights` must have shape [{values}, {values}] where every query answers "
                 f"its own value, got {list(self._weights.shape)}"
             )
-        warn_of_blind_values(self._answered_blindly(), data, "in `query_weights`")
+        blind = blind_values_of_set(self._answered_blindly(), data)
+        warn_of_blind(blind, "in `query_weights`")
 
     def _answered_blindly(self) -> Tensor:
         """Which values are answered by queries without weights alone, bool [D]."""

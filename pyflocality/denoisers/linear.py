@@ -53,8 +53,10 @@ class LedoitWolfDenoiser(WienerDenoiser):
     Attributes:
         shrinkage: The weight rho, in [0, 1].
         mean: Mean of the data, float64 [D].
-        eigenvalues: Eigenvalues of the shrunk covariance, descending, float64 [D].
-        eigenvectors: Their eigenvectors in columns, float64 [D, D].
+        eigenvalues: Eigenvalues of the shrunk covariance in the directions in which the images
+            vary, descending, float64 [R].
+        eigenvectors: Their eigenvectors in columns, float64 [D, R].
+        remainder: Its eigenvalue rho m in all other directions.
 
     Raises:
         TypeError: `data` is not a TrainingSet.
@@ -71,12 +73,14 @@ class LedoitWolfDenoiser(WienerDenoiser):
         for values in _centred_blocks(data, self.mean):
             fourth += float(values.square().sum(1).square().sum())
         sample = self.eigenvalues * ((count - 1) / count)
-        level = sample.mean()
-        spread = float((sample - level).square().sum())
+        others = data.num_values - len(sample)
+        level = float(sample.sum()) / data.num_values
+        spread = float((sample - level).square().sum()) + others * level**2
         error = (fourth / count - float(sample.square().sum())) / count
         # Without any spread both estimates are the same.
         self.shrinkage = min(1.0, max(0.0, error) / spread) if spread > 0 else 1.0
-        self.eigenvalues = (1.0 - self.shrinkage) * sample + self.shrinkage * level
+        self.remainder = self.shrinkage * level
+        self.eigenvalues = (1.0 - self.shrinkage) * sample + self.remainder
 
     def extra_repr(self) -> str:
         """What `repr` shows."""

@@ -27,7 +27,7 @@ from pyflocality.denoisers.levels import split_levels
 from pyflocality.denoisers.queries import QueryDenoiser
 from pyflocality.masks import cached_pca_locality_weights, check_threshold
 from pyflocality.moments import Moments, check_moments_fit
-from pyflocality.moments.undetermined import warn_of_few_images, warn_of_missing_inputs
+from pyflocality.moments.undetermined import blind_values, warn_of_blind, warn_of_few_images
 from pyflocality.ops.masked_posterior import MASKED_POSTERIOR
 from pyflocality.ops.operation import Kind
 from pyflocality.storage.reader import Reader
@@ -168,7 +168,8 @@ class PCALocalityDenoiser(QueryDenoiser):
         if not self._told_of_masks:
             place = "at sigma {:.3g} and alpha {:.3g}".format(*reversed(level))
             place += f", where `mask_threshold` {self.mask_threshold:g} keeps none"
-            self._told_of_masks = warn_of_missing_inputs(weights.empty, self.moments, level, place)
+            blind = blind_values(weights.empty, self.moments, level)
+            self._told_of_masks = warn_of_blind(blind, place)
 
     def _questions(self, kind: Kind) -> Callable[[float, float], Asked]:
         return lambda alpha, sigma: Asked(MASKED_POSTERIOR, (self._weights_at(alpha, sigma),))

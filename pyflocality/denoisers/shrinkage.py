@@ -27,7 +27,7 @@ from pyflocality._support.checks import (
 from pyflocality._support.levels import Levels
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, device_after
-from pyflocality.moments import Moments
+from pyflocality.moments import Basis, Moments
 from pyflocality.storage.reader import Reader
 from pyflocality.wavelets import check_sides, decompose, filters, reconstruct
 
@@ -52,13 +52,14 @@ class FourierWienerDenoiser(Denoiser):
     as :math:`\sigma^{2 (1 - 2 / p)}` with the noise.
 
     Args:
-        data: A training set, of which nothing but the spectrum is kept, or `Moments`.
+        data: A training set, of which nothing but the spectrum is kept, or `Moments` or `Basis`
+            (the power of components that it leaves out is not counted).
 
     Attributes:
         spectrum: Mean power P_k, float64 [C, H, W], frequencies in the order of `torch.fft.fft2`.
 
     Raises:
-        TypeError: `data` is neither.
+        TypeError: `data` is none of them.
 
     References:
         Wiener, Extrapolation, interpolation and smoothing of stationary time series, 1949.
@@ -71,13 +72,17 @@ class FourierWienerDenoiser(Denoiser):
 
     symmetric_jacobian = True
 
-    def __init__(self, data: TrainingSet | Moments) -> None:
+    def __init__(self, data: TrainingSet | Moments | Basis) -> None:
         if isinstance(data, TrainingSet):
             spectrum = _power_of_images(data)
         elif isinstance(data, Moments):
             spectrum = _power_of_moments(data)
+        elif isinstance(data, Basis):
+            spectrum = _power_of_basis(data)
         else:
-            raise TypeError(f"`data` must be a TrainingSet or Moments, got {describe(data)}")
+            raise TypeError(
+                f"`data` must be a TrainingSet, Moments or a Basis, got {describe(data)}"
+            )
         super().__init__(data.image_shape)
         self.register_buffer("spectrum", spectrum)
 
@@ -234,4 +239,17 @@ def _power_of_moments(moments: Moments) -> Tensor:
         columns = torch.fft.fft2(covariance[c, :, :, c], norm="ortho")
         both = torch.fft.ifft2(columns, dim=(0, 1), norm="ortho").flatten(2).flatten(0, 1)
         power[c] += share * both.diagonal().real.reshape(height, width).clamp(min=0.0)
+    return power
+
+
+def _power_of_basis(basis: Basis) -> Tensor:
+    """The same from the components: that of the mean, and each component's times its variance."""
+    power = torch.fft.fft2(basis.mean, norm="ortho").abs().square()
+    share = (basis.count - 1) / basis.count
+    size = images_per_chunk(_BLOCK_BYTES, 40 * basis.mean.numel(), max(1, basis.rank))
+    for start in range(0, basis.rank, size):
+        some = slice(start, start + size)
+        images = basis.vectors[:, some].T.reshape(-1, *basis.image_shape)
+        squares = torch.fft.fft2(images, norm="ortho").abs().square()
+        power += share * torch.tensordot(basis.values[some], squares, 1)
     return power

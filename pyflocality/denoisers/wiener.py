@@ -12,8 +12,11 @@ from pyflocality._support.checks import check_count, describe
 from pyflocality._support.levels import Levels
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, device_after
-from pyflocality.moments import Moments, check_moments_fit
+from pyflocality.moments import Basis, Moments
 from pyflocality.moments.undetermined import warn_of_few_images
+
+# Eigenvectors of another dtype are copied so many bytes at a time.
+_COPIED_BYTES = 64 * 2**20
 
 
 class WienerDenoiser(Denoiser):
@@ -28,19 +31,22 @@ class WienerDenoiser(Denoiser):
     depend on the others of its batch and on the number of threads, by rounding alone.
 
     Args:
-        data: A training set, whose moments are then computed, or `Moments`.
+        data: A training set, whose principal components are then computed, or `Moments` or `Basis`.
         rank: Leading components of the covariance to keep; None keeps all. The others count as
             without variance.
 
     Attributes:
         mean: Mean of the data, float64 [D].
-        eigenvalues: Eigenvalues of the covariance that are kept, descending, float64 [R].
+        eigenvalues: Eigenvalues of the covariance that are kept, descending and positive, float64
+            [R]. N images have N - 1 at most: what x shows in other directions is noise, and
+            answered by the mean.
         eigenvectors: Their eigenvectors in columns, float64 [D, R].
 
     Raises:
-        TypeError: `data` is neither, or `rank` no whole number.
+        TypeError: `data` is none of them, or `rank` no whole number.
         ValueError: `rank` is not in 1 .. D, or PYFLOCALITY_MEMORY_BUDGET is set to less than the
-            48 D^2 bytes that moments and eigenvectors take.
+            components take (see `Basis.from_data`): of moments, 40 D^2 bytes.
+        MemoryError: They take more than there is.
 
     Warns:
         UserWarning: There are no more images than values that vary, and more components are kept
@@ -58,26 +64,29 @@ class WienerDenoiser(Denoiser):
     eigenvectors: Tensor
 
     symmetric_jacobian = True
+    # Variance in the directions that no eigenvector has.
+    remainder = 0.0
 
-    def __init__(self, data: TrainingSet | Moments, rank: int | None = None) -> None:
-        if not isinstance(data, (TrainingSet, Moments)):
-            raise TypeError(f"`data` must be a TrainingSet or Moments, got {describe(data)}")
+    def __init__(self, data: TrainingSet | Moments | Basis, rank: int | None = None) -> None:
+        if not isinstance(data, (TrainingSet, Moments, Basis)):
+            raise TypeError(
+                f"`data` must be a TrainingSet, Moments or a Basis, got {describe(data)}"
+            )
         super().__init__(data.image_shape)
-        # Moments and their eigenvectors may take minutes.
+        # The components may take minutes.
         if rank is not None:
             rank = check_count(rank, "rank", maximum=math.prod(self.image_shape))
-        check_moments_fit(None, data)
         if isinstance(data, TrainingSet):
-            data = Moments.from_data(data)
-        values, vectors = data.eigh()
-        if rank is not None:
-            values, vectors = values[:rank], vectors[:, :rank].contiguous()
+            data = Basis.from_data(data)
+        basis = data.basis() if isinstance(data, Moments) else data
         # Subclasses make something else of the covariance.
         if type(self) is WienerDenoiser:
             warn_of_few_images(data, "the Wiener filter", rank)
-        self.register_buffer("mean", data.mean.flatten())
-        self.register_buffer("eigenvalues", values)
-        self.register_buffer("eigenvectors", vectors)
+        if rank is not None and basis.rank > 0:
+            basis = basis.leading(rank)
+        self.register_buffer("mean", basis.mean.flatten())
+        self.register_buffer("eigenvalues", basis.values)
+        self.register_buffer("eigenvectors", basis.vectors)
 
     @property
     def device(self) -> torch.device:
@@ -99,12 +108,26 @@ class WienerDenoiser(Denoiser):
 
     def _filtered(self, values: Tensor, levels: Levels) -> Tensor:
         """The filter applied to values [B, D] of noise-free mean 0, or to [K, B, D]."""
-        variance, (alpha, sigma) = self.eigenvalues, levels.columns(1, values.device)
+        size, rank = self.eigenvectors.shape
+        gain = self._gain(self.eigenvalues, levels)
+        # Exactly 0 for the Wiener filter.
+        rest = self._gain(gain.new_tensor([self.remainder if rank < size else 0.0]), levels)
+        gain, rest = (gain - rest).to(values.dtype), rest.to(values.dtype)
+        result = values * rest
+        # A cast copies them: some at a time.
+        width = max(1, _COPIED_BYTES // (values.element_size() * size))
+        for some in range(0, rank, width):
+            columns = slice(some, some + width)
+            vectors = self.eigenvectors[:, columns].to(values.dtype)
+            result = result + (values @ vectors * gain[:, columns]) @ vectors.T
+        return result
+
+    def _gain(self, variance: Tensor, levels: Levels) -> Tensor:
+        """Factors of components with these variances [R]: float64 [1 or B, R]."""
+        alpha, sigma = levels.columns(1, variance.device)
         # A level of 0 against a variance of 0 answers 0 / 1.
         total = torch.where(variance > 0, alpha**2 * variance + sigma**2, 1.0)
-        gain = (alpha * variance.clamp(min=0.0) / total).to(values.dtype)
-        vectors = self.eigenvectors.to(values.dtype)
-        return (values @ vectors * gain) @ vectors.T
+        return alpha * variance.clamp(min=0.0) / total
 
     def _jvp(self, x: Tensor, tangents: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
         # The filter is symmetric.

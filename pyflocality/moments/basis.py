@@ -272,7 +272,7 @@ def basis_of_moments(moments: Moments, eigen: Eigen) -> Basis:
         mean=moments.mean,
         values=eigen.values[:rank],
         vectors=eigen.vectors[:, :rank],
-        variance=moments.covariance.diagonal().clone(),
+        variance=moments.variance,
         method="covariance",
         error=0.0,
         key=basis_key(moments),

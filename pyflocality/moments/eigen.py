@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyflocality._support.progress import timed_call
+from pyflocality._support.rates import solver_seconds
 
 # Values from which on the eigenvectors of a covariance take a good part of a second.
 _LONG_EIGH = 512
-# Values of the matrix that tells how long another takes: in a twentieth of a second.
-_SAMPLE = 400
 
 
 class Eigen(NamedTuple):
@@ -43,21 +41,9 @@ def eigen_of(covariance: Tensor, *, progress: bool = False) -> Eigen:
         values, vectors = timed_call(
             lambda: torch.linalg.eigh(covariance),
             description=f"eigenvectors of {size:,} x {size:,} numbers",
-            seconds=eigen_seconds(size) if progress else 0.0,
+            seconds=solver_seconds(size) if progress else 0.0,
             enabled=progress,
         )
     values, vectors = values.flip(0), vectors.flip(1)
     floor = len(values) * torch.finfo(torch.float64).eps * values[0]
     return Eigen(torch.where(values > floor, values, 0.0), vectors)
-
-
-def eigen_seconds(size: int) -> float:
-    """About how long the decomposition of a matrix takes on this processor, from a small one."""
-    numbers = torch.rand(_SAMPLE, _SAMPLE, generator=torch.Generator().manual_seed(0))
-    small = (numbers @ numbers.T).double()
-    spent = []
-    for _ in range(2):
-        start = time.perf_counter()
-        torch.linalg.eigh(small)
-        spent.append(time.perf_counter() - start)
-    return min(spent) * (size / _SAMPLE) ** 3

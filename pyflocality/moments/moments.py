@@ -145,6 +145,11 @@ class Moments:
         return self._whole().mean().reshape(self.image_shape)
 
     @property
+    def variance(self) -> Tensor:
+        """Variance of each value, the diagonal of the covariance, float64, [D]."""
+        return self._whole().variance()
+
+    @property
     def covariance(self) -> Tensor:
         """Covariance S (N - 1 in the denominator), float64, [D, D]. Zero where N = 1.
 

@@ -54,6 +54,10 @@ class Totals:
         """Mean in [-1, 1], float64, [D]."""
         raise NotImplementedError
 
+    def variance(self) -> Tensor:
+        """Diagonal of the covariance, to the same bits, float64, [D]."""
+        raise NotImplementedError
+
     def covariance(self) -> Tensor:
         """Covariance, float64, [D, D]; zero for one image."""
         raise NotImplementedError
@@ -110,6 +114,14 @@ class ByteSums(Sums):
         """Mean in [-1, 1], float64, [D]."""
         return mean_of_bytes(self.vector, self.count)
 
+    def variance(self) -> Tensor:
+        """Diagonal of the covariance, to the same bits, float64, [D]."""
+        count, total, squares = self.count, self.vector, self.matrix.diagonal()
+        if count == 1:
+            return torch.zeros_like(total, dtype=torch.float64)
+        shift, rest = shift_of_bytes(total, count)
+        return covariance_of_bytes(squares - shift * total - rest * shift, rest * rest, count)
+
     def covariance(self) -> Tensor:
         """Covariance about an integer shift m near the mean, which leaves little to cancel.
 
@@ -161,6 +173,10 @@ class FloatSums(Sums):
         """Mean in [-1, 1], float64, [D]."""
         return self.vector.clone()
 
+    def variance(self) -> Tensor:
+        """Diagonal of the covariance, to the same bits, float64, [D]."""
+        return self.matrix.diagonal() / (self.count - 1) if self.count > 1 else 0.0 * self.vector
+
     def covariance(self) -> Tensor:
         """Covariance, float64, [D, D]."""
 
@@ -188,6 +204,10 @@ class Blend(Totals):
     def mean(self) -> Tensor:
         """Mean in [-1, 1], float64, [D]."""
         return self.vector.clone()
+
+    def variance(self) -> Tensor:
+        """Diagonal of the covariance, to the same bits, float64, [D]."""
+        return self.matrix.diagonal().clone()
 
     def covariance(self) -> Tensor:
         """Covariance, float64, [D, D]."""

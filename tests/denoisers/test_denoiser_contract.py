@@ -194,7 +194,7 @@ def test_wrong_calls_are_refused_before_any_work(name, case, data, monkeypatch):
 
 WRONG_OPTIONS = {
     "data": (lambda d: pf.OptimalDenoiser(d.images), TypeError, "`data` must be a TrainingSet"),
-    "wiener data": (lambda d: pf.WienerDenoiser(3), TypeError, "`data` must be a TrainingSet or"),
+    "wiener data": (lambda d: pf.WienerDenoiser(3), TypeError, "`data` must be a TrainingSet,"),
     "temperature": (lambda d: pf.OptimalDenoiser(d, 0.0), ValueError, "`temperature`"),
     "temperature nan": (
         lambda d: pf.OptimalDenoiser(d, temperature=float("nan")),

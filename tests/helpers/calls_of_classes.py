@@ -50,7 +50,10 @@ def classes() -> dict[str, Call]:
         "NearestDenoiser": call(pf.NearestDenoiser, data=data),
         "WienerDenoiser": call(
             pf.WienerDenoiser,
-            {"data": instance(pf.TrainingSet, pf.Moments), "rank": count(1, 64, optional=True)},
+            {
+                "data": instance(pf.TrainingSet, pf.Moments, pf.Basis),
+                "rank": count(1, 64, optional=True),
+            },
             data=data,
             rank=3,
         ),
@@ -90,7 +93,9 @@ def classes() -> dict[str, Call]:
             response_weights=soft,
         ),
         "FourierWienerDenoiser": call(
-            pf.FourierWienerDenoiser, {"data": instance(pf.TrainingSet, pf.Moments)}, data=data
+            pf.FourierWienerDenoiser,
+            {"data": instance(pf.TrainingSet, pf.Moments, pf.Basis)},
+            data=data,
         ),
         "WaveletShrinkageDenoiser": call(
             pf.WaveletShrinkageDenoiser,
