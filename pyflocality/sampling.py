@@ -64,8 +64,9 @@ class SampleResult:
 
     Attributes:
         images: Final images [n, C, H, W].
-        x_t: States [steps, n, C, H, W]: the x at the start of each step.
-        x0: The denoiser's answers to them [steps, n, C, H, W], never clipped.
+        x_t: States [steps, k, C, H, W] of the first k images, as many as `trajectory` asked for:
+            the x at the start of each step.
+        x0: The denoiser's answers to them [steps, k, C, H, W], never clipped.
         timesteps: Time of each step [steps], from noise to data.
     """
 
@@ -236,6 +237,7 @@ def sample(
     clip: bool = True,
     progress: bool = True,
     batch_size: int | None = None,
+    trajectory: bool | int = True,
 ) -> SampleResult:
     """Generate images from noise.
 
@@ -260,6 +262,10 @@ def sample(
         progress: Show a progress bar on standard error.
         batch_size: Images per denoiser call; by default all n. A denoiser of this library reads
             its training set anew in every call, so larger batches share passes over it.
+        trajectory: Whether the states and answers of all steps are kept, or of how many images, the
+            first ones. With False or 0 a run holds two states [n, C, H, W], fresh noise where the
+            sampler takes any, and what a step of one batch takes, whatever the number of steps.
+            The images are the same.
 
     Returns:
         Images, states, answers and times; float64 if `x_T` or the denoiser's answers are, else
@@ -278,6 +284,8 @@ def sample(
     clip, progress = check_flag(clip, "clip"), check_flag(progress, "progress")
     if batch_size is not None:
         batch_size = check_count(batch_size, "batch_size")
+    if not isinstance(trajectory, bool):
+        trajectory = check_count(trajectory, "trajectory", minimum=0)
     timesteps, levels = _check_levels(schedule, steps)
     state = _starting_state(denoiser, n, schedule, x_T, generator)
     check_magnitude(state, float(levels[0][0]), "x_T")
@@ -285,32 +293,39 @@ def sample(
         _warn_of_signal(schedule, timesteps, levels[0])
     n, steps = len(state), len(timesteps)
     batch_size = n if batch_size is None else min(batch_size, n)
-    # The states and the answers of all steps.
-    check_within_memory(steps, 2 * state.nbytes, "steps", state.device)
+    kept = n if trajectory is True else min(int(trajectory), n)
+    # The state and the one that follows; the states and the answers of all steps that are kept.
+    check_within_memory(n, 2 * state[:1].nbytes, "n", state.device)
+    check_within_memory(steps, 2 * state[:kept].nbytes, "steps", state.device)
 
-    # State i + 1 is written batch by batch while state i is read.
-    states = state.new_empty((steps + 1, *state.shape))
-    states[0] = state
-    answers = torch.empty_like(states[1:])
+    states = state.new_empty((steps, kept, *state.shape[1:]))
+    answers, following, noise = torch.empty_like(states), state, None
     visits = [(i, slice(k, k + batch_size)) for i in range(steps) for k in range(0, n, batch_size)]
-    noise = None
     with torch.no_grad():
         for i, rows in progress_bar(visits, description="sampling", enabled=progress):
-            if rows.start == 0 and sampler.stochastic:
-                # For all images at once: the batches must not change it.
-                noise = _normal(state.shape, generator, state.device)
+            if rows.start == 0:
+                # What the denoiser was given stays as it is: it may have taken hold of it.
+                state = following
+                following, noise = torch.empty_like(state), None
+                if sampler.stochastic:
+                    # For all images at once: the batches must not change it.
+                    noise = _normal(state.shape, generator, state.device)
             result, x0 = sampler.step(
                 denoiser,
-                states[i, rows],
+                state[rows],
                 levels[i],
                 levels[i + 1],
                 clip=clip,
                 noise=None if noise is None else noise[rows],
             )
             # A denoiser that answers in float64 makes it a float64 run.
+            state, following = state.to(result.dtype), following.to(result.dtype)
             states, answers = states.to(result.dtype), answers.to(result.dtype)
-            states[i + 1, rows], answers[i, rows] = result, x0
-    return SampleResult(states[-1], states[:-1], answers, timesteps)
+            following[rows] = result
+            if rows.start < kept:
+                some = slice(rows.start, min(rows.stop, kept))
+                states[i, some], answers[i, some] = state[some], x0[: some.stop - some.start]
+    return SampleResult(following, states, answers, timesteps)
 
 
 def _check_method(
@@ -392,7 +407,8 @@ def _starting_state(
         check_batch(x_T, shape, x_T.device if device is None else torch.device(device), "x_T")
     if n is not None and n != len(x_T):
         raise ValueError(f"`n` must be the number of images in `x_T`, {len(x_T)}, got {n}")
-    return x_T.to(torch.promote_types(x_T.dtype, torch.float32))
+    # The caller's own stays as it is.
+    return x_T.to(torch.promote_types(x_T.dtype, torch.float32), copy=True)
 
 
 def _normal(

@@ -155,8 +155,9 @@ def memorization_curve(
     if not sizes or max(sizes) > half:
         raise ValueError(f"`sizes` must hold numbers from 1 to {half}, half the set, got {sizes}")
     steps, progress = check_rounds(steps, "steps"), check_flag(progress, "progress")
-    # The states and answers of a run.
-    n = check_within_memory(check_count(n, "n"), 8 * steps * data.num_values, "n")
+    # The samples of all models, and the two states of a run.
+    kept = 2 * len(sizes) + 2
+    n = check_within_memory(check_count(n, "n"), 4 * kept * data.num_values, "n")
     generator = check_generator(generator) or torch.Generator().manual_seed(0)
     order = torch.randperm(len(data), generator=generator, device=generator.device).cpu()
     schedule = DDPMSchedule() if schedule is None else schedule
@@ -182,6 +183,7 @@ def memorization_curve(
                 steps=steps,
                 x_T=start,
                 progress=False,
+                trajectory=False,
             )
             pair.append(out.images)
         between.append(cosine_similarity(pair[0], pair[1], mean))

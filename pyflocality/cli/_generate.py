@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 # Denoisers that read the images themselves, and so the whole set.
 _WHOLE_SET = ("ledoit-wolf", "nearest")
+# Of how many samples the way from noise is drawn.
+_DRAWN_WAYS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +269,8 @@ def _sampled(plan: _Plan, stages: Stages, ranks: Ranks | None, *, progress: bool
     recorded.keep_in(plan.out, settings | others)
     sampling = plan.sampling
     with stages("sampling", f"sampling {sampling.n} images in {sampling.steps} steps"):
-        result = draw(recorded, sampling, progress=progress)
+        drawn = _DRAWN_WAYS if plan.results.trajectory else 0
+        result = draw(recorded, sampling, progress=progress, trajectory=drawn)
     neighbours = None
     if plan.results.nearest:
         scanned = searched
@@ -337,7 +340,7 @@ def _write(plan: _Plan, work: Work, sampled: _Sampled) -> None:
     pictures.sample_sheet(images, nearest).save(file("samples.png"))
     np.save(file("samples.npy"), images.float().numpy())
     if plan.results.trajectory:
-        strip = pictures.trajectory_strip(result.x_t, result.x0, result.timesteps)
+        strip = pictures.trajectory_strip(result.x_t, result.x0, result.timesteps, _DRAWN_WAYS)
         strip.save(file("trajectory.png"))
     for path, image in zip(plan.singles, images, strict=False):
         pictures.image_grid(image[None], pad=0, scale=1).save(work.temporary(path))

@@ -142,8 +142,13 @@ def with_eigenvectors(moments: Moments, stages: Stages) -> Moments:
     return moments
 
 
-def draw(observed: RecordedDenoiser, sampling: NoiseOptions, *, progress: bool) -> SampleResult:
-    """Sample; the same seed starts every denoiser from the same noise."""
+def draw(
+    observed: RecordedDenoiser, sampling: NoiseOptions, *, progress: bool, trajectory: int = 0
+) -> SampleResult:
+    """Sample; the same seed starts every denoiser from the same noise.
+
+    States and answers are kept of the first `trajectory` images.
+    """
     import torch
 
     from pyflocality import sample
@@ -156,6 +161,7 @@ def draw(observed: RecordedDenoiser, sampling: NoiseOptions, *, progress: bool) 
         sampler=sampling.sampler,
         generator=torch.Generator().manual_seed(sampling.seed),
         progress=progress,
+        trajectory=trajectory,
     )
 
 
