@@ -19,6 +19,7 @@ from pyflocality._support.outputs import Outputs
 from pyflocality._support.record import Stages
 from pyflocality.masks import check_threshold
 from pyflocality.ops import nearest_images
+from pyflocality.planner import Job, Setting, check_fits
 
 from ..command import SCHEMA, Record
 from . import draw, methods, networks
@@ -104,6 +105,14 @@ def reproduce(plan: Plan) -> Record:
         with stages("load", f"loading {plan.source}"):
             data = methods.load_mixed(plan.source, progress=plan.progress)
             trained = networks.check_networks(plan.networks, data.image_shape)
+        if any(METHODS[name].needs_moments for name in plan.methods):
+            setting = Setting(len(data), data.image_shape, plan.samples)
+            job = Job(setting, "wiener", of_moments=True, nearest=False)
+            check_fits(
+                job,
+                "--methods without moments would run, such as local and optimal; --ignore-memory "
+                "tries it all the same",
+            )
         table = _Table(plan, data, trained, stages)
         rows = table.rows()
         record = _record(plan, data, trained, rows, table)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from pyflocality._support.memory import ignoring_memory
 from pyflocality._support.paths import checked_path
 from pyflocality._support.record import Stages
 from pyflocality._support.streams import answer, listed
 from pyflocality.cli._denoisers import DENOISERS, DenoiserOptions
 from pyflocality.cli._errors import reported
+from pyflocality.cli._foreseen import hold, job_of
 from pyflocality.cli._groups import MODEL, OneOf
 from pyflocality.cli._options import (
     FolderOptions,
@@ -274,10 +276,17 @@ def _run(
     )
     files = [picture, arrays_file, record_file]
     told = asdict(source), asdict(model), asdict(options), asked
-    with working(command, files, results, told, folder=folder) as at_work:
+    with (
+        ignoring_memory(options.ignore_memory),
+        working(command, files, results, told, folder=folder) as at_work,
+    ):
         moments = None if stored is None else Moments.load(stored)
         with at_work.stages("load", f"loading {source.source}"):
             data = source.load(progress=results.progress)
+        # Of one sample: how many derivatives are taken at a time follows the budget.
+        sampling = NoiseOptions()
+        job = job_of(data, model, sampling, nearest=False, has_moments=stored is not None)
+        hold([job], announce=False)
         arrays, figure, facts = work(_Job(model, data, moments, at_work.stages))
         figure.savefig(at_work.temporary(picture), dpi=120)
         with open(at_work.temporary(arrays_file), "wb") as file:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyflocality._support.memory import ignoring_memory
 from pyflocality._support.paths import checked_path
 from pyflocality._support.streams import answer, listed
 from pyflocality.cli._denoisers import DENOISERS, DenoiserOptions, split_options
 from pyflocality.cli._errors import reported
+from pyflocality.cli._foreseen import hold, job_of
 from pyflocality.cli._options import (
     DENOISERS_HELP,
     DeviceSourceOptions,
@@ -93,10 +95,16 @@ def compare(
         raise ValueError(f"`moments` is of no use to {', '.join(names)}")
     files = [folder / name for name in _FILES]
     asked = asdict(source), asdict(models), asdict(sampling)
-    with working("compare", files, results, asked, folder=folder) as work:
+    with (
+        ignoring_memory(models.ignore_memory),
+        working("compare", files, results, asked, folder=folder) as work,
+    ):
         moments = None if stored is None else Moments.load(stored)
         with work.stages("load", f"loading {source.source}"):
             data = source.load(progress=results.progress).augmented(flip=models.flip)
+        known = stored is not None
+        jobs = [job_of(data, method, sampling, has_moments=known) for method in methods]
+        hold(jobs, announce=results.progress)
         if needs_moments:
             moments = complete_moments(data, moments, work.stages)
         runs, described = _sampled(work, data, moments, methods, sampling, results.progress)

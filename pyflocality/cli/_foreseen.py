@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,9 +24,10 @@ _LONG_SECONDS, _LONG_FLOPS = 10.0, 2e11
 # Of a measurement for a line that is told before a run.
 _GLANCE_SECONDS = 0.1
 _INSTEAD = (
-    "--denoiser local or patch-set would run, or a smaller --resolution, or fewer images; "
+    "--denoiser local or patch-set would run, a smaller --resolution or fewer images; "
     "--ignore-memory tries it all the same"
 )
+_SMALLER = "a smaller --resolution would run; --ignore-memory tries it all the same"
 
 
 class _Listener:
@@ -48,17 +50,23 @@ class _Listener:
 
 def levels_of(sampling: NoiseOptions) -> list[NoiseLevel]:
     """The noise levels of a run, one for each time that it asks a denoiser."""
+    import torch
+
     from pyflocality import sample
 
     listener = _Listener()
-    sample(
-        listener,
-        1,
-        schedule=sampling.noise_schedule(),
-        steps=sampling.steps,
-        sampler=sampling.sampler,
-        progress=False,
-    )
+    # What is odd about the levels the run itself tells.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sample(
+            listener,
+            1,
+            schedule=sampling.noise_schedule(),
+            steps=sampling.steps,
+            sampler=sampling.sampler,
+            generator=torch.Generator(),
+            progress=False,
+        )
     return listener.levels
 
 
@@ -101,6 +109,20 @@ def _window_of(model: DenoiserOptions) -> int:
 
     window = model.given.get("window", WINDOW)
     return window if isinstance(window, int) else max(side for _, side in window)
+
+
+def hold_moments(data: TrainingSet) -> None:
+    """Refuse moments with their components that the memory cannot hold.
+
+    Raises:
+        MemoryError: The memory that is there is less.
+    """
+    from pyflocality.planner import Job, Setting, check_fits
+
+    setting = Setting(len(data) * data.copies, data.image_shape, 1)
+    size = data.images.element_size()
+    job = Job(setting, "wiener", of_moments=True, image_bytes=size, nearest=False)
+    check_fits(job, _SMALLER)
 
 
 def hold(jobs: Sequence[Job], *, announce: bool) -> None:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pyflocality._support.devices import parse_device
+from pyflocality._support.memory import ignoring_memory
 from pyflocality._support.paths import checked_path
 from pyflocality._support.record import Stages, software
 from pyflocality._support.streams import answer, listed
 from pyflocality.cli._denoisers import DENOISERS, SUBSETS, DenoiserOptions, SubsetOptions
 from pyflocality.cli._errors import reported
+from pyflocality.cli._foreseen import hold, job_of
 from pyflocality.cli._groups import OneOf
 from pyflocality.cli._options import (
     DENOISERS_HELP,
@@ -42,6 +44,7 @@ from pyflocality.cli._work import (
 if TYPE_CHECKING:
     from pyflocality import Moments, SampleResult, TrainingSet
     from pyflocality.ops.nearest import Neighbours
+    from pyflocality.planner import Job
     from pyflocality.posterior.ranks import Ranks
 
 # Denoisers that read the images themselves, and so the whole set.
@@ -167,6 +170,16 @@ class _Plan:
                 f"`split_over` must be samples for {whole}, which needs the whole set on every rank"
             )
 
+    def job(self, data: TrainingSet) -> Job:
+        """The run, as it is planned."""
+        return job_of(
+            data,
+            self.denoiser,
+            self.sampling,
+            nearest=self.results.nearest,
+            has_moments=self.moments is not None,
+        )
+
     def part(self, data: TrainingSet) -> TrainingSet:
         """What this process searches of a set."""
         import torch.distributed as dist
@@ -201,12 +214,13 @@ def generate(
     plan, start = _Plan(source, model, sampling, results), time.perf_counter()
     if not is_first():
         # What can be wrong so far rank 0 finds, and tells, before it joins the others.
-        with joined() as ranks:
+        with ignoring_memory(model.ignore_memory), joined() as ranks:
             _sampled(plan, Stages(announce=False), ranks, progress=False)
         return
     plan.check()
     asked = asdict(source), asdict(model), asdict(sampling), results.nearest, plan.split_over
     with (
+        ignoring_memory(model.ignore_memory),
         working("generate", plan.files, results, asked, folder=plan.out) as work,
         joined() as ranks,
     ):
@@ -246,6 +260,7 @@ def _sampled(plan: _Plan, stages: Stages, ranks: Ranks | None, *, progress: bool
         everything = plan.source.load_all(progress=progress).augmented(flip=plan.model.flip)
         data = plan.source.of_label(everything)
         searched = plan.part(data).to(parse_device(plan.source.device))
+    hold([plan.job(data)], announce=stages.announce)
     moments = None
     if plan.needs_moments:
         moments = _moments(plan, everything, data, searched, stored, stages)

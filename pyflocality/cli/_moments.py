@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyflocality._support.memory import peak_memory_bytes
+from pyflocality._support.memory import ignoring_memory, peak_memory_bytes
 from pyflocality._support.paths import checked_path
 from pyflocality._support.record import software
 from pyflocality._support.streams import answer, listed
 from pyflocality.cli._errors import reported
-from pyflocality.cli._options import ResultOptions, SourceOptions, given_path
+from pyflocality.cli._foreseen import hold_moments
+from pyflocality.cli._options import IgnoreMemory, ResultOptions, SourceOptions, given_path
 from pyflocality.cli._work import complete_moments, working
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def moments(
             help="Also draw the mean and the leading eigenvectors into this PNG file.",
         ),
     ] = None,
+    ignore_memory: IgnoreMemory = False,
     results: ResultOptions,
 ) -> None:
     """Compute mean and covariance of a set, once, for `generate --moments`.
@@ -56,9 +58,13 @@ def moments(
         raise ValueError(f"`picture` must be another file than `out`, got {picture!r} twice")
     source.check()
     files = [file] if drawing is None else [file, drawing]
-    with working("moments", files, results, asdict(source), files) as work:
+    with (
+        ignoring_memory(ignore_memory),
+        working("moments", files, results, asdict(source), files) as work,
+    ):
         with work.stages("load", f"loading {source.source}"):
             data = source.load(progress=results.progress)
+        hold_moments(data)
         computed = complete_moments(data, None, work.stages)
         computed.save(work.temporary(file), force=True)
         if drawing is not None:

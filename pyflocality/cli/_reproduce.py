@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
+from pyflocality._support.memory import ignoring_memory
 from pyflocality._support.paths import checked_path
 from pyflocality._support.streams import answer, listed
 from pyflocality.cli._errors import reported
-from pyflocality.cli._groups import MODEL
-from pyflocality.cli._options import Device, FolderOptions, Seed, Source
+from pyflocality.cli._groups import MODEL, Group
+from pyflocality.cli._options import Device, FolderOptions, IgnoreMemory, Seed, Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Machine(Group):
+    """Where models run, and what they may take there."""
+
+    heading = MODEL
+
+    device: Device = "cpu"
+    ignore_memory: IgnoreMemory = False
 
 
 @reported()
@@ -58,7 +70,7 @@ def reproduce(
         int,
         typer.Option(help="equivariant models: images that are made.", rich_help_panel=MODEL),
     ] = 32,
-    device: Device = "cpu",
+    machine: _Machine,
 ) -> None:
     """Fill the table of the papers: every model against trained networks, from the same noise.
 
@@ -87,9 +99,10 @@ def reproduce(
         els_samples,
         results.force,
         results.progress,
-        device,
+        machine.device,
     )
-    record = table.reproduce(plan)
+    with ignoring_memory(machine.ignore_memory):
+        record = table.reproduce(plan)
     if results.as_json:
         text = json.dumps(record, indent=2, allow_nan=False)
     else:

@@ -55,6 +55,7 @@ class Job:
         missing: Levels whose masks are to be made; None for all.
         has_components: Whether the components are at hand.
         has_moments: Whether the moments are at hand.
+        of_moments: Whether components are those of moments, whatever else would be cheaper.
         knows_masks: Whether the share that masks add up is that of the images' own.
         image_bytes: Bytes of a stored value.
         nearest: Whether the training images nearest to the samples are looked for.
@@ -67,6 +68,7 @@ class Job:
     missing: int | None = None
     has_components: bool = False
     has_moments: bool = False
+    of_moments: bool = False
     knows_masks: bool = False
     image_bytes: int = 1
     nearest: bool = True
@@ -92,7 +94,7 @@ class Job:
     @property
     def method(self) -> BasisMethod:
         """How components are computed."""
-        if self.has_moments:
+        if self.has_moments or self.of_moments:
             return "covariance"
         return basis_method(self.setting.images, self.setting.values)
 
