@@ -7,6 +7,7 @@ Small images are enlarged by a whole factor, every value a square of equal pixel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 # Height of a line of text in pixels, and what a picture shows where there is no image.
 CAPTION_HEIGHT = 14
 _PAPER = 255
+_FRAME = (220, 0, 0)
 # Images are enlarged by the largest factor that keeps their longer side within this.
 _TILE = 64
 # Longer sides are beyond what formats and viewers take.
@@ -62,7 +64,12 @@ def default_scale(height: int, width: int) -> int:
 
 
 def image_grid(
-    images: Tensor, columns: int | None = None, pad: int = 2, scale: int | None = None
+    images: Tensor,
+    columns: int | None = None,
+    pad: int = 2,
+    scale: int | None = None,
+    *,
+    marked: Tensor | None = None,
 ) -> Image.Image:
     """Images side by side, row by row.
 
@@ -75,9 +82,10 @@ def image_grid(
         columns: Images in a row; None draws up to eight.
         pad: Pixels between images and around them, at least 0.
         scale: Whole factor of enlargement; None takes `default_scale`.
+        marked: Which images have a red frame in the space around them, bool [n]; None for none.
 
     Returns:
-        A picture of mode "L" or "RGB".
+        A picture of mode "L" or "RGB"; "RGB" where there are frames.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -91,6 +99,9 @@ def image_grid(
     scale = default_scale(*tiles.shape[1:3]) if scale is None else scale
     columns = min(len(tiles), 8) if columns is None else columns
     _check_canvas(tiles.shape, columns, pad, scale)
+    framed = _check_marked(marked, len(tiles))
+    if any(framed) and tiles.shape[3] == 1:
+        tiles = tiles.repeat(3, axis=3)
     tiles = tiles.repeat(scale, axis=1).repeat(scale, axis=2)
     height, width, channels = tiles.shape[1:]
     rows = -(-len(tiles) // columns)
@@ -100,12 +111,18 @@ def image_grid(
     for index, tile in enumerate(tiles):
         top = pad + index // columns * (height + pad)
         left = pad + index % columns * (width + pad)
+        if framed[index]:
+            canvas[top - pad : top + height + pad, left - pad : left + width + pad] = _FRAME
         canvas[top : top + height, left : left + width] = tile
     return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
 
 
 def captioned_rows(
-    rows: Sequence[tuple[str, Tensor]], pad: int = 2, scale: int | None = None
+    rows: Sequence[tuple[str, Tensor]],
+    pad: int = 2,
+    scale: int | None = None,
+    *,
+    marked: Sequence[Tensor | None] | None = None,
 ) -> Image.Image:
     """Rows of images, each below a line of text.
 
@@ -116,6 +133,8 @@ def captioned_rows(
         rows: Pairs of a caption and images in [-1, 1], [n, C, H, W], of one shape (C, H, W).
         pad: Pixels between images and around them, at least 0.
         scale: Whole factor of enlargement; None takes `default_scale`.
+        marked: For each row which of its images have a red frame, as training images that they
+            are, bool [n] or None; a line at the end says so. None for no frames.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -125,26 +144,45 @@ def captioned_rows(
 
     pad, scale = _check_layout(pad, scale)
     rows = _check_rows(rows)
-    grids = [image_grid(images, max(len(images), 1), pad, scale) for _, images in rows]
+    marks = [None] * len(rows) if marked is None else check_sequence(marked, "marked", "masks")
+    if len(marks) != len(rows):
+        raise ValueError(f"`marked` must have one for each of {len(rows)} rows, got {len(marks)}")
+    grids = [
+        image_grid(images, max(len(images), 1), pad, scale, marked=mark)
+        for (_, images), mark in zip(rows, marks, strict=True)
+    ]
     width = max(grid.width for grid in grids)
+    is_marked = any(mark is not None and bool(mark.any()) for mark in marks)
+    if is_marked:
+        # Also the ends of captions tell how many are.
+        width = max(width, *(_length(caption) for caption, _ in rows))
     height = sum(grid.height + CAPTION_HEIGHT for grid in grids)
-    sheet = Image.new(grids[0].mode, (width, height), "white")
+    mode = "RGB" if any(grid.mode == "RGB" for grid in grids) else "L"
+    sheet = Image.new(mode, (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     top = 0
     for (caption, _), grid in zip(rows, grids, strict=True):
         draw.text((max(pad, 1), top + 1), caption, fill="black")
         sheet.paste(grid, (0, top + CAPTION_HEIGHT))
         top += CAPTION_HEIGHT + grid.height
-    return sheet
+    return sheet if not is_marked else _explained(sheet)
 
 
-def sample_sheet(samples: Tensor, nearest: Tensor | None = None, columns: int = 8) -> Image.Image:
+def sample_sheet(
+    samples: Tensor,
+    nearest: Tensor | None = None,
+    columns: int = 8,
+    *,
+    marked: Tensor | None = None,
+) -> Image.Image:
     """Samples, each above the training image nearest to it.
 
     Args:
         samples: Images in [-1, 1], [n, C, H, W].
         nearest: For each sample a training image, [n, C, H, W], or None to draw samples alone.
         columns: Images in a row.
+        marked: Which samples have a red frame, as training images that they are, bool [n]; a line
+            below says so. None for none.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -152,20 +190,36 @@ def sample_sheet(samples: Tensor, nearest: Tensor | None = None, columns: int = 
     """
     columns = check_count(columns, "columns")
     _check_images(samples, "samples")
+    framed = _check_marked(marked, len(samples))
     if nearest is None:
-        return image_grid(samples, min(columns, len(samples)))
+        grid = image_grid(samples, min(columns, len(samples)), marked=marked)
+        return _explained(grid) if any(framed) else grid
     _check_images(nearest, "nearest")
     if nearest.shape != samples.shape:
         raise ValueError(
             f"`nearest` must have the shape of `samples`, {list(samples.shape)}, got "
             f"{describe(nearest)}"
         )
-    rows = []
+    rows: list[tuple[str, Tensor]] = []
+    marks: list[Tensor | None] = []
     for start in range(0, len(samples), columns):
         part = slice(start, start + columns)
         rows.append(("samples", samples[part]))
         rows.append(("nearest training images", nearest[part]))
-    return captioned_rows(rows)
+        marks += [None if marked is None else marked[part], None]
+    return captioned_rows(rows, marked=marks)
+
+
+def _explained(sheet: Image.Image) -> Image.Image:
+    """A sheet above a line that says what its frames mean, whose end it is wide enough for."""
+    from PIL import Image, ImageDraw
+
+    text = "framed: recited, within 1/255 of a training image"
+    size = max(sheet.width, _length(text)), sheet.height + CAPTION_HEIGHT
+    whole = Image.new("RGB", size, "white")
+    whole.paste(sheet, (0, 0))
+    ImageDraw.Draw(whole).text((2, sheet.height + 1), text, fill=_FRAME)
+    return whole
 
 
 def trajectory_strip(
@@ -211,6 +265,23 @@ def _check_layout(pad: object, scale: object) -> tuple[int, int | None]:
     """Space around images, and their enlargement where one is given."""
     pad = check_count(pad, "pad", minimum=0, maximum=_WIDEST)
     return pad, None if scale is None else check_count(scale, "scale", maximum=_WIDEST)
+
+
+def _length(text: str) -> int:
+    """Pixels that a line of text takes, with a little space around it."""
+    from PIL import Image, ImageDraw
+
+    return math.ceil(ImageDraw.Draw(Image.new("L", (1, 1))).textlength(text)) + 4
+
+
+def _check_marked(marked: object, count: int) -> list[bool]:
+    """Which of some images have a frame."""
+    if marked is None:
+        return [False] * count
+    tensor = check_tensor(marked, "marked")
+    if tensor.dtype != torch.bool or tensor.shape != (count,):
+        raise ValueError(f"`marked` must be bool [{count}], got {describe(marked)}")
+    return tensor.tolist()
 
 
 def _check_canvas(tiles: Sequence[int], columns: int, pad: int, scale: int) -> None:

@@ -64,9 +64,9 @@ class SampleResult:
 
     Attributes:
         images: Final images [n, C, H, W].
-        x_t: States [steps, k, C, H, W] of the first k images, as many as `trajectory` asked for:
-            the x at the start of each step.
-        x0: The denoiser's answers to them [steps, k, C, H, W], never clipped.
+        x_t: States [steps, n, C, H, W]: the x at the start of each step; [0, n, C, H, W] where no
+            trajectory was kept.
+        x0: The denoiser's answers to them, of the same shape, never clipped.
         timesteps: Time of each step [steps], from noise to data.
     """
 
@@ -237,7 +237,7 @@ def sample(
     clip: bool = True,
     progress: bool = True,
     batch_size: int | None = None,
-    trajectory: bool | int = True,
+    trajectory: bool = True,
 ) -> SampleResult:
     """Generate images from noise.
 
@@ -262,10 +262,9 @@ def sample(
         progress: Show a progress bar on standard error.
         batch_size: Images per denoiser call; by default all n. A denoiser of this library reads
             its training set anew in every call, so larger batches share passes over it.
-        trajectory: Whether the states and answers of all steps are kept, or of how many images, the
-            first ones. With False or 0 a run holds two states [n, C, H, W], fresh noise where the
-            sampler takes any, and what a step of one batch takes, whatever the number of steps.
-            The images are the same.
+        trajectory: Keep the states and answers of all steps. Without, a run holds two states
+            [n, C, H, W], fresh noise where the sampler takes any, and what a step of one batch
+            takes, whatever the number of steps. The images are the same.
 
     Returns:
         Images, states, answers and times; float64 if `x_T` or the denoiser's answers are, else
@@ -282,10 +281,9 @@ def sample(
     """
     schedule, sampler = _check_method(denoiser, schedule, sampler, generator)
     clip, progress = check_flag(clip, "clip"), check_flag(progress, "progress")
+    trajectory = check_flag(trajectory, "trajectory")
     if batch_size is not None:
         batch_size = check_count(batch_size, "batch_size")
-    if not isinstance(trajectory, bool):
-        trajectory = check_count(trajectory, "trajectory", minimum=0)
     timesteps, levels = _check_levels(schedule, steps)
     state = _starting_state(denoiser, n, schedule, x_T, generator)
     check_magnitude(state, float(levels[0][0]), "x_T")
@@ -293,12 +291,12 @@ def sample(
         _warn_of_signal(schedule, timesteps, levels[0])
     n, steps = len(state), len(timesteps)
     batch_size = n if batch_size is None else min(batch_size, n)
-    kept = n if trajectory is True else min(int(trajectory), n)
-    # The state and the one that follows; the states and the answers of all steps that are kept.
+    # The state and the one that follows; the states and the answers of all steps.
     check_within_memory(n, 2 * state[:1].nbytes, "n", state.device)
-    check_within_memory(steps, 2 * state[:kept].nbytes, "steps", state.device)
+    if trajectory:
+        check_within_memory(steps, 2 * state.nbytes, "steps", state.device)
 
-    states = state.new_empty((steps, kept, *state.shape[1:]))
+    states = state.new_empty((steps if trajectory else 0, *state.shape))
     answers, following, noise = torch.empty_like(states), state, None
     visits = [(i, slice(k, k + batch_size)) for i in range(steps) for k in range(0, n, batch_size)]
     with torch.no_grad():
@@ -322,9 +320,8 @@ def sample(
             state, following = state.to(result.dtype), following.to(result.dtype)
             states, answers = states.to(result.dtype), answers.to(result.dtype)
             following[rows] = result
-            if rows.start < kept:
-                some = slice(rows.start, min(rows.stop, kept))
-                states[i, some], answers[i, some] = state[some], x0[: some.stop - some.start]
+            if trajectory:
+                states[i, rows], answers[i, rows] = state[rows], x0
     return SampleResult(following, states, answers, timesteps)
 
 

@@ -43,6 +43,9 @@ from pyflocality.ops import nearest_images
 from pyflocality.sampling import sample
 from pyflocality.storage.reader import Reader, training_values
 
+# A sample is a training image, and was recited, where it lies this near to one, as the root mean
+# square difference of their values: half a step of 8-bit images.
+RECITED_RMS = 1.0 / 255.0
 # Values of the training set that are summed at a time.
 _BLOCK = 2**22
 
@@ -59,12 +62,25 @@ class Memorization:
         ratio: Distance to the nearest over that to the second nearest image, [n]: near 0 for a
             recited image, near 1 for one that is no closer to any training image than to the
             next. 0 where the nearest is at distance 0, NaN for a set of one image.
+        recited: Whether a sample is a training image: within a root mean square difference of
+            1/255, half a step of 8-bit images, of the nearest; bool [n].
     """
 
     indices: Tensor
     distances: Tensor
     similarity: Tensor
     ratio: Tensor
+    recited: Tensor
+
+
+def rms_differences(squared_distances: Tensor, values: int) -> Tensor:
+    """Root mean square differences of images of so many values, float64 [n]."""
+    return (squared_distances.double() / values).sqrt()
+
+
+def is_recited(squared_distances: Tensor, values: int) -> Tensor:
+    """Which samples are training images, bool [n], by the distances to their nearest ones."""
+    return rms_differences(squared_distances, values) <= RECITED_RMS
 
 
 def memorization(samples: Tensor, data: TrainingSet, *, mean: Tensor | None = None) -> Memorization:
@@ -96,7 +112,8 @@ def memorization(samples: Tensor, data: TrainingSet, *, mean: Tensor | None = No
     ratio = torch.where(first == 0, 0.0, first / second)
     if k == 1:
         ratio = torch.full_like(first, torch.nan)
-    return Memorization(neighbours.indices[:, 0], first, similarity, ratio)
+    recited = is_recited(neighbours.distances[:, 0], data.num_values)
+    return Memorization(neighbours.indices[:, 0], first, similarity, ratio, recited)
 
 
 @dataclass(frozen=True, eq=False)

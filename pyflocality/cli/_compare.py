@@ -24,12 +24,13 @@ from pyflocality.cli._options import (
     SamplingOptions,
     given_path,
 )
+from pyflocality.cli._recited import recited_line, recited_record, recited_samples
 from pyflocality.cli._recorded import RecordedDenoiser
+from pyflocality.cli._samples import draw, starting_noise
 from pyflocality.cli._work import (
     Work,
     complete_moments,
     data_record,
-    draw,
     neighbour_record,
     neighbour_values,
     neighbours_of,
@@ -40,7 +41,8 @@ from pyflocality.cli._work import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pyflocality import Moments, SampleResult, TrainingSet
+    from pyflocality import Moments, TrainingSet
+    from pyflocality.ops.nearest import Neighbours
 
 _FILES = ("compare.png", "samples.npz", "run.json")
 
@@ -75,8 +77,8 @@ def compare(
 
     An option goes to all models that take it. Writes into the folder --out: compare.png (a row
     for each model, with its MSE and r2 against the row of --against; below them the training
-    images nearest to that row), samples.npz (the values of each row) and run.json (settings,
-    numbers, versions, timings).
+    images nearest to that row; samples that are training images are framed), samples.npz (the
+    values of each row) and run.json (settings, numbers, versions, timings).
     """
     from pyflocality import Moments
 
@@ -111,7 +113,7 @@ def compare(
         record = _scored(work, files, data, runs, described, against, models.memory_budget) | {
             "data": data_record(data, flip=models.flip),
             "moments": None if stored is None else str(stored),
-            "sampling": sampling.settings | {"timesteps": runs[against].timesteps.tolist()},
+            "sampling": sampling.settings | {"timesteps": sampling.timesteps.tolist()},
             "backends": work.backends_by_operation(),
         }
         record = work.finish(source, record)
@@ -137,7 +139,7 @@ def _sampled(
     methods: Sequence[DenoiserOptions],
     sampling: SamplingOptions,
     progress: bool,
-) -> tuple[dict[str, SampleResult], list[dict[str, Any]]]:
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """What every model makes, by name, and what is told of it."""
     runs, described = {}, []
     for method in methods:
@@ -145,7 +147,8 @@ def _sampled(
         recorded = RecordedDenoiser(denoiser)
         doing = f"sampling {method.name}"
         with work.stages(doing, f"{doing}: {sampling.n} images"):
-            runs[method.name] = draw(recorded, sampling, progress=progress)
+            start = starting_noise(recorded, sampling)
+            runs[method.name] = draw(recorded, sampling, start.to(data.device), progress=progress)
         settings = {"name": method.name, **method.in_force(denoiser)}
         described.append(settings | {"calls": recorded.calls})
     return runs, described
@@ -155,7 +158,7 @@ def _scored(
     work: Work,
     files: Sequence[Path],
     data: TrainingSet,
-    runs: dict[str, SampleResult],
+    runs: dict[str, Tensor],
     described: Sequence[dict[str, Any]],
     against: str,
     memory_budget: str | None,
@@ -165,25 +168,45 @@ def _scored(
 
     from pyflocality import pictures
 
-    neighbours = neighbours_of(runs[against].images, data, memory_budget, work.stages)
-    rows = {name: run.images.cpu() for name, run in runs.items()}
-    nearest = neighbour_values(neighbours, data)
+    near = _neighbours(work, data, runs, memory_budget)
+    recited = {name: recited_samples(one, data) for name, one in near.items()}
+    told = {name: recited_record(which) for name, which in recited.items()}
+    rows = {name: images.cpu() for name, images in runs.items()}
+    nearest = neighbour_values(near[against], data, len(rows[against]))
     agreements = {name: _agreement(images, rows[against]) for name, images in rows.items()}
     nearest_agreement = _agreement(nearest, rows[against])
-    captioned = [
-        (name if name == against else f"{name}  {_caption(agreements[name])}", images)
-        for name, images in rows.items()
-    ]
+    captioned = []
+    for name, images in rows.items():
+        caption = name if name == against else f"{name}  {_caption(agreements[name])}"
+        number = told[name]["number"]
+        captioned.append((f"{caption}  {number} recited" if number else caption, images))
     captioned.append((f"nearest training images  {_caption(nearest_agreement)}", nearest))
     picture, values, _ = map(work.temporary, files)
-    pictures.captioned_rows(captioned).save(picture)
+    pictures.captioned_rows(captioned, marked=[*recited.values(), None]).save(picture)
     arrays: dict[str, Any] = {name: images.float().numpy() for name, images in rows.items()}
     np.savez(values, **arrays, nearest_training_images=nearest.numpy())
     return {
         "against": against,
-        "methods": [entry | agreements[entry["name"]] for entry in described],
-        "nearest": neighbour_record(neighbours, data) | nearest_agreement,
+        "methods": [
+            entry | agreements[entry["name"]] | {"recited": told[entry["name"]]}
+            for entry in described
+        ],
+        "nearest": neighbour_record(near[against], data) | nearest_agreement,
     }
+
+
+def _neighbours(
+    work: Work, data: TrainingSet, runs: dict[str, Tensor], memory_budget: str | None
+) -> dict[str, Neighbours]:
+    """The training images nearest to the samples of each model, looked for at once."""
+    import torch
+
+    from pyflocality.ops.nearest import Neighbours
+
+    images = torch.cat(list(runs.values()))
+    every = neighbours_of(images, data, memory_budget, work.stages)
+    parts = zip(*(part.chunk(len(runs)) for part in every), strict=True)
+    return {name: Neighbours(*part) for name, part in zip(runs, parts, strict=True)}
 
 
 def _agreement(images: Tensor, target: Tensor) -> dict[str, Any]:
@@ -219,14 +242,21 @@ def _caption(agreement: dict[str, Any]) -> str:
 
 def _table(record: dict[str, Any], files: list[Path]) -> str:
     """The numbers of a run as text."""
-    lines = [f"{'model':<24}{'MSE':>9}{'r2':>9}{'seconds':>9}"]
+    lines = [f"{'model':<24}{'MSE':>9}{'r2':>9}{'seconds':>9}{'recited':>9}"]
+    number, recited = record["sampling"]["n"], []
     for method in record["methods"]:
         name = method["name"]
         mse, r2 = ("", "") if name == record["against"] else _shown(method)
         seconds = record["seconds"][f"sampling {name}"]
-        lines.append(f"{name:<24}{mse:>9}{r2:>9}{seconds:>9.1f}")
+        found = method["recited"]["number"]
+        lines.append(f"{name:<24}{mse:>9}{r2:>9}{seconds:>9.1f}{found:>9}")
+        if found:
+            instead = DENOISERS[name].instead
+            told = recited_line(method["recited"], number, instead, "compare.png")
+            recited.append(f"{name}: {told}")
     mse, r2 = _shown(record["nearest"])
     lines.append(f"{'nearest training images':<24}{mse:>9}{r2:>9}")
-    lines.append(f"against {record['against']}, means of {record['sampling']['n']} images")
+    lines.append(f"against {record['against']}, means of {number} images")
+    lines += recited
     lines.append(listed(files))
     return "\n".join(lines)

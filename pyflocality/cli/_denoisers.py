@@ -29,6 +29,7 @@ class Entry:
         centred: Whether its window lies around a pixel, so that its side must be odd.
         subsets: Ways in which it can search part of the images, keys of `SUBSETS`.
         sums_by_torch: Whether torch adds up its answers, whose rounding depends on the threads.
+        instead: What to try, beside more images, where its samples are training images.
     """
 
     class_name: str
@@ -40,6 +41,7 @@ class Entry:
     centred: bool = False
     subsets: tuple[str, ...] = ()
     sums_by_torch: bool = False
+    instead: tuple[str, ...] = ()
 
 
 # Classes in `pyflocality.denoisers` that wrap a denoiser, and what tells how much they search.
@@ -48,6 +50,8 @@ SUBSETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "certified": ("CertifiedSubset", ("tol",)),
 }
 
+_LOCAL_MODELS = "--denoiser local or patch-set"
+_SMALLER_WINDOW = "a smaller --window (a larger one recites more)"
 _SCAN = {"backend": "backend", "memory_budget": "memory_budget"}
 
 DENOISERS: dict[str, Entry] = {
@@ -64,6 +68,7 @@ DENOISERS: dict[str, Entry] = {
         ("masked_posterior",),
         needs_moments="also",
         subsets=("golden",),
+        instead=("a larger --threshold", _LOCAL_MODELS),
     ),
     "local": Entry(
         "LocalDenoiser",
@@ -72,6 +77,7 @@ DENOISERS: dict[str, Entry] = {
         ("window_posterior",),
         centred=True,
         subsets=("golden",),
+        instead=(_SMALLER_WINDOW,),
     ),
     "equivariant": Entry(
         "EquivariantDenoiser",
@@ -80,6 +86,7 @@ DENOISERS: dict[str, Entry] = {
         ("equivariant_posterior",),
         centred=True,
         subsets=("golden",),
+        instead=(_SMALLER_WINDOW,),
     ),
     "patch-set": Entry(
         "PatchSetDenoiser",
@@ -88,6 +95,7 @@ DENOISERS: dict[str, Entry] = {
         ("patch_set",),
         required=("window",),
         subsets=("golden",),
+        instead=(_SMALLER_WINDOW,),
     ),
     "optimal": Entry(
         "OptimalDenoiser",
@@ -95,9 +103,16 @@ DENOISERS: dict[str, Entry] = {
         {"temperature": "temperature", **_SCAN},
         ("global_posterior",),
         subsets=("golden", "certified"),
+        instead=("--denoiser pca-locality, local or patch-set",),
     ),
     "wiener": Entry(
-        "WienerDenoiser", "the best linear one", {}, (), needs_moments="only", sums_by_torch=True
+        "WienerDenoiser",
+        "the best linear one",
+        {},
+        (),
+        needs_moments="only",
+        sums_by_torch=True,
+        instead=("--denoiser ledoit-wolf", _LOCAL_MODELS),
     ),
     "ledoit-wolf": Entry(
         "LedoitWolfDenoiser",
@@ -105,6 +120,7 @@ DENOISERS: dict[str, Entry] = {
         {},
         (),
         sums_by_torch=True,
+        instead=(_LOCAL_MODELS,),
     ),
     "fourier": Entry(
         "FourierWienerDenoiser",
@@ -113,8 +129,15 @@ DENOISERS: dict[str, Entry] = {
         (),
         needs_moments="only",
         sums_by_torch=True,
+        instead=(_LOCAL_MODELS,),
     ),
-    "nearest": Entry("NearestDenoiser", "the nearest training image", _SCAN, ("nearest",)),
+    "nearest": Entry(
+        "NearestDenoiser",
+        "the nearest training image",
+        _SCAN,
+        ("nearest",),
+        instead=("--denoiser pca-locality, local or patch-set",),
+    ),
 }
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,11 +28,12 @@ from pyflocality.cli._options import (
     given_path,
 )
 from pyflocality.cli._ranks import is_first, joined, split_in_force
+from pyflocality.cli._recited import recited_line, recited_record, recited_samples
 from pyflocality.cli._recorded import RecordedDenoiser
+from pyflocality.cli._samples import SHOWN, SHOWN_WAYS, Samples, SamplesFile, make_samples
 from pyflocality.cli._work import (
     Work,
     data_record,
-    draw,
     moments_of,
     neighbour_record,
     neighbour_values,
@@ -42,15 +44,14 @@ from pyflocality.cli._work import (
 )
 
 if TYPE_CHECKING:
-    from pyflocality import Moments, SampleResult, TrainingSet
-    from pyflocality.ops.nearest import Neighbours
+    from torch import Tensor
+
+    from pyflocality import Moments, TrainingSet
     from pyflocality.planner import Job
     from pyflocality.posterior.ranks import Ranks
 
 # Denoisers that read the images themselves, and so the whole set.
 _WHOLE_SET = ("ledoit-wolf", "nearest")
-# Of how many samples the way from noise is drawn.
-_DRAWN_WAYS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,9 +204,10 @@ def generate(
     """Make new images from a set of images, without training.
 
     Writes into the folder --out: samples.png (the images, each above the training image nearest
-    to it), samples.npy (their values, float32 in [-1, 1]), trajectory.png (the way from noise to
-    image) and run.json (settings, versions, timings). A run that was interrupted goes on behind
-    its last finished step when it is started again with the same options.
+    to it, framed where it is one: the first 256), samples.npy (their values, float32 in [-1, 1]),
+    trajectory.png (the way from noise to image) and run.json (settings, versions, timings). A run
+    that was interrupted goes on behind its last finished step when it is started again with the
+    same options.
 
     Started by torchrun, as in `torchrun --nproc-per-node 4 -m pyflocality generate SOURCE --out
     DIR -n 64`, the ranks share the work: see --split-over. Rank 0 alone writes files and prints.
@@ -215,7 +217,7 @@ def generate(
     if not is_first():
         # What can be wrong so far rank 0 finds, and tells, before it joins the others.
         with ignoring_memory(model.ignore_memory), joined() as ranks:
-            _sampled(plan, Stages(announce=False), ranks, progress=False)
+            _sampled(plan, Stages(announce=False), ranks, lambda images: None, progress=False)
         return
     plan.check()
     asked = asdict(source), asdict(model), asdict(sampling), results.nearest, plan.split_over
@@ -224,8 +226,10 @@ def generate(
         working("generate", plan.files, results, asked, folder=plan.out) as work,
         joined() as ranks,
     ):
-        sampled = _sampled(plan, work.stages, ranks, progress=results.progress)
-        _write(plan, work, sampled)
+        path, singles = plan.out / "samples.npy", map(work.temporary, plan.singles)
+        with SamplesFile(work.temporary(path), sampling.n, singles) as file:
+            sampled = _sampled(plan, work.stages, ranks, file.write, progress=results.progress)
+        _write_pictures(plan, work, sampled)
         record = work.finish(source, _told(plan, work, sampled))
         sampled.recorded.forget()
     if results.as_json:
@@ -233,7 +237,11 @@ def generate(
     else:
         files = listed(plan.files[: -1 - len(plan.singles)] + plan.files[-1:])
         seconds = time.perf_counter() - start
-        answer(f"{sampling.n} images in {seconds:.1f} s: {files}", only_here=False)
+        instead = plan.denoiser.entry.instead
+        recited = recited_line(record["recited"], sampling.n, instead, "samples.png")
+        if sampling.n > SHOWN:
+            recited += f"\nsamples.png has the first {SHOWN} of them"
+        answer(f"{sampling.n} images in {seconds:.1f} s: {files}\n{recited}", only_here=False)
 
 
 @dataclass(frozen=True)
@@ -246,12 +254,24 @@ class _Sampled:
     data: TrainingSet
     settings: dict[str, Any]
     recorded: RecordedDenoiser
-    result: SampleResult
-    neighbours: Neighbours | None
+    samples: Samples
+
+    @property
+    def recited(self) -> Tensor | None:
+        """Which samples are training images, bool [n]; None where nobody looked."""
+        neighbours = self.samples.neighbours
+        return None if neighbours is None else recited_samples(neighbours, self.data)
 
 
-def _sampled(plan: _Plan, stages: Stages, ranks: Ranks | None, *, progress: bool) -> _Sampled:
-    """Load and sample, on every rank alike."""
+def _sampled(
+    plan: _Plan,
+    stages: Stages,
+    ranks: Ranks | None,
+    write: Callable[[Tensor], None],
+    *,
+    progress: bool,
+) -> _Sampled:
+    """Load and sample, on every rank alike; `write` takes the samples as they come."""
     from pyflocality import Moments
     from pyflocality.distributed import shard, split_samples
 
@@ -282,17 +302,24 @@ def _sampled(plan: _Plan, stages: Stages, ranks: Ranks | None, *, progress: bool
         }
         others = _further(plan, everything, stored)
     recorded.keep_in(plan.out, settings | others)
-    sampling = plan.sampling
-    with stages("sampling", f"sampling {sampling.n} images in {sampling.steps} steps"):
-        drawn = _DRAWN_WAYS if plan.results.trajectory else 0
-        result = draw(recorded, sampling, progress=progress, trajectory=drawn)
-    neighbours = None
+    look = None
     if plan.results.nearest:
         scanned = searched
         if ranks is not None and divides and len(searched) >= ranks.count:
             scanned = shard(searched)
-        neighbours = neighbours_of(result.images, scanned, plan.model.memory_budget, stages)
-    return _Sampled(data, settings, recorded, result, neighbours)
+        look = partial(
+            neighbours_of, data=scanned, memory_budget=plan.model.memory_budget, stages=stages
+        )
+    samples = make_samples(
+        recorded,
+        plan.sampling,
+        look,
+        write,
+        stages,
+        ways=SHOWN_WAYS if plan.results.trajectory else 0,
+        progress=progress,
+    )
+    return _Sampled(data, settings, recorded, samples)
 
 
 def _further(plan: _Plan, everything: TrainingSet, stored: Moments | None) -> dict[str, Any]:
@@ -328,34 +355,33 @@ def _moments(
 
 def _told(plan: _Plan, work: Work, sampled: _Sampled) -> dict[str, Any]:
     """What is told of the run."""
-    neighbours = sampled.neighbours
+    neighbours = sampled.samples.neighbours
     return {
         **sampled.settings,
         "moments": None if plan.moments is None else str(plan.moments),
-        "sampling": plan.sampling.settings | {"timesteps": sampled.result.timesteps.tolist()},
+        "sampling": plan.sampling.settings | {"timesteps": plan.sampling.timesteps.tolist()},
         "backends": work.backends_by_operation(),
         "calls": sampled.recorded.calls,
         "resumed_calls": sampled.recorded.resumed,
+        "resumed_samples": sampled.recorded.resumed_samples,
         "nearest": None if neighbours is None else neighbour_record(neighbours, sampled.data),
+        "recited": recited_record(sampled.recited),
     }
 
 
-def _write(plan: _Plan, work: Work, sampled: _Sampled) -> None:
-    """Write values and pictures under their temporary names."""
-    import numpy as np
-
+def _write_pictures(plan: _Plan, work: Work, sampled: _Sampled) -> None:
+    """Draw pictures under their temporary names."""
     from pyflocality import pictures
 
-    def file(name: str) -> Path:
-        return work.temporary(plan.out / name)
-
-    result, neighbours = sampled.result, sampled.neighbours
-    images = result.images.cpu()
-    nearest = None if neighbours is None else neighbour_values(neighbours, sampled.data)
-    pictures.sample_sheet(images, nearest).save(file("samples.png"))
-    np.save(file("samples.npy"), images.float().numpy())
-    if plan.results.trajectory:
-        strip = pictures.trajectory_strip(result.x_t, result.x0, result.timesteps, _DRAWN_WAYS)
-        strip.save(file("trajectory.png"))
-    for path, image in zip(plan.singles, images, strict=False):
-        pictures.image_grid(image[None], pad=0, scale=1).save(work.temporary(path))
+    samples, recited = sampled.samples, sampled.recited
+    shown, nearest = samples.images, None
+    if samples.neighbours is not None:
+        nearest = neighbour_values(samples.neighbours, sampled.data, len(shown))
+    marked = None if recited is None else recited[: len(shown)]
+    sheet = pictures.sample_sheet(shown, nearest, marked=marked)
+    sheet.save(work.temporary(plan.out / "samples.png"))
+    way = samples.way
+    if way is not None:
+        times = plan.sampling.timesteps[way.steps]
+        strip = pictures.trajectory_strip(way.x_t, way.x0, times, SHOWN_WAYS)
+        strip.save(work.temporary(plan.out / "trajectory.png"))

@@ -17,6 +17,8 @@ from pyflocality.cli._groups import IMAGES, MODEL, OUTPUT, SAMPLING, Group, OneO
 from pyflocality.sources.layout import check_layout
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pyflocality import TrainingSet
     from pyflocality.noise import NoiseSchedule
 
@@ -272,6 +274,11 @@ class NoiseOptions(Group):
                 f"{self.schedule}"
             )
         self.noise_schedule().timesteps(self.steps)
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The times of the steps."""
+        return self.noise_schedule().timesteps(self.steps)
 
     def noise_schedule(self) -> NoiseSchedule:
         """The schedule itself."""

@@ -5,6 +5,10 @@ the denoiser's answers. So the answers are all that has to be kept: a run that i
 with the same settings gets them back without asking the denoiser, and makes the same images to the
 bit. They lie in a hidden file in the folder of the results, which is gone once these are written.
 Of several ranks rank 0 keeps the file, and hands its answers to the others.
+
+Where samples are made batch by batch, another file takes those of the batches that are done, and
+the answers are those of the batch at hand: what is kept grows with the samples, not with their
+steps.
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ class RecordedDenoiser:
             weights are built for each noise level also the seconds of that and the share of
             weights not zero.
         resumed: How many answers came from the file so far.
+        resumed_samples: How many samples came from the file of batches that were done.
     """
 
     def __init__(
@@ -59,46 +64,61 @@ class RecordedDenoiser:
         self.denoiser, self.ranks = denoiser, ranks
         self.image_shape, self.device = denoiser.image_shape, denoiser.device
         self.calls: list[dict[str, float]] = []
-        self.resumed = 0
+        self.resumed = self.resumed_samples = 0
         self._ask = denoiser if ask is None else ask
-        self._file: Path | None = None
-        self._end = 0
-        self._is_replaying = self._is_keeping = False
+        self._answers, self._samples = _Records(), _Records()
+        self._keeps = self._is_replaying = False
 
     def keep_in(self, folder: Path, settings: Mapping[str, Any]) -> None:
         """Keep the answers in the folder of the results, and give those that are kept already.
 
         Settings are all that the answers depend on; others have another file.
         """
-        self._is_replaying = True
+        self._keeps = self._is_replaying = True
         if self.ranks is None or self.ranks.rank == 0:
             text = json.dumps(settings, sort_keys=True, default=str)
             key = hashlib.sha256(text.encode()).hexdigest()[:16]
-            self._file, self._is_keeping = folder / f".generate-{key}.answers", True
+            self._answers = _Records(folder / f".generate-{key}.answers")
+            self._samples = _Records(folder / f".generate-{key}.samples")
+
+    def finished(self, start: Tensor, like: Tensor) -> Tensor | None:
+        """What `finish` kept of the batch that comes next, a tensor of the form of `like`, or None.
+
+        Its answers are then those that are kept from here on.
+        """
+        if not self._keeps:
+            return None
+        self._answers.rewind()
+        self._is_replaying = True
+        kept = self._on_all_ranks(self._samples.next(_question(start), like), like)
+        self.resumed_samples += 0 if kept is None else len(start)
+        return kept
+
+    def finish(self, start: Tensor, content: Tensor) -> None:
+        """Keep what a batch came to in place of its answers."""
+        self._samples.add(_question(start), content)
 
     def __call__(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
         """The kept answer, or else the denoiser's, which is kept."""
-        question = 0
-        if self._is_keeping:
-            question = zlib.crc32(struct.pack("<dd", sigma, alpha), zlib.crc32(_bytes(x)))
+        question = _question(x, sigma, alpha) if self._answers.is_kept else 0
         if self._is_replaying:
-            answer = self._kept(question, x)
-            if self.ranks is not None:
-                answer = self.ranks.of_first(answer, x)
+            answer = self._on_all_ranks(self._answers.next(question, x), x)
             if answer is not None:
                 self.resumed += 1
                 return answer
             self._is_replaying = False
         answer = self._answered(x, sigma, alpha)
-        if self._file is not None and self._is_keeping:
-            self._keep(self._file, question, answer)
+        self._answers.add(question, answer)
         return answer
 
     def forget(self) -> None:
-        """Remove the file: the results are there."""
-        if self._file is not None:
-            with suppress(OSError):
-                self._file.unlink(missing_ok=True)
+        """Remove the files: the results are there."""
+        self._answers.remove()
+        self._samples.remove()
+
+    def _on_all_ranks(self, kept: Tensor | None, like: Tensor) -> Tensor | None:
+        """What rank 0 has kept."""
+        return kept if self.ranks is None else self.ranks.of_first(kept, like)
 
     def _answered(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
         call = {"alpha": alpha, "sigma": sigma}
@@ -117,44 +137,76 @@ class RecordedDenoiser:
         self.calls.append(call)
         return answer
 
-    def _kept(self, question: int, x: Tensor) -> Tensor | None:
-        """The next answer in the file, or None where there is none to this question."""
+
+class _Records:
+    """A file of tensors in float32, each behind a checksum of the question that it answers.
+
+    Args:
+        path: The file; None keeps nothing.
+
+    Attributes:
+        is_kept: Whether it takes more of them.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.is_kept = path is not None
+        self._path, self._end = path, 0
+
+    def rewind(self) -> None:
+        """Begin anew: with what is there, or in its place."""
+        self._end = 0
+
+    def next(self, question: int, like: Tensor) -> Tensor | None:
+        """The next tensor, of the form of `like`, or None where there is none to this question."""
         import numpy as np
         import torch
 
-        if self._file is None:
+        if self._path is None:
             return None
         try:
-            with open(self._file, "rb", opener=no_link) as file:
+            with open(self._path, "rb", opener=no_link) as file:
                 file.seek(self._end)
                 header = file.read(_HEADER.size)
                 if len(header) < _HEADER.size:
                     return None
                 asked, checksum, size = _HEADER.unpack(header)
-                content = file.read(size) if size == x.numel() * 4 else b""
+                content = file.read(size) if size == like.numel() * 4 else b""
         except OSError:
             return None
-        # A last answer that was cut short, or other noise: the denoiser is asked from here on.
+        # A last one that was cut short, or other noise: what follows is made anew.
         if asked != question or len(content) < size or zlib.crc32(content) != checksum:
             return None
         self._end += _HEADER.size + size
-        values = np.frombuffer(content, np.float32).reshape(x.shape).copy()
-        return torch.from_numpy(values).to(x.device)
+        values = np.frombuffer(content, np.float32).reshape(like.shape).copy()
+        return torch.from_numpy(values).to(like.device)
 
-    def _keep(self, path: Path, question: int, answer: Tensor) -> None:
-        content = _bytes(answer)
+    def add(self, question: int, tensor: Tensor) -> None:
+        """Write a tensor behind the last one, and let go of what was there."""
+        if self._path is None or not self.is_kept:
+            return
+        content = _bytes(tensor)
         try:
-            with open(path, "ab", opener=no_link) as file:
+            with open(self._path, "ab", opener=no_link) as file:
                 file.truncate(self._end)
                 file.write(_HEADER.pack(question, zlib.crc32(content), len(content)) + content)
             self._end += _HEADER.size + len(content)
         except OSError as error:
-            self._is_keeping = False
+            self.is_kept = False
             warnings.warn(
-                f"{path} cannot be written ({error.strerror}): the steps from here on could not "
-                "be resumed",
+                f"{self._path} cannot be written ({error.strerror}): the steps from here on could "
+                "not be resumed",
                 stacklevel=2,
             )
+
+    def remove(self) -> None:
+        """Remove the file."""
+        if self._path is not None:
+            with suppress(OSError):
+                self._path.unlink(missing_ok=True)
+
+
+def _question(x: Tensor, *level: float) -> int:
+    return zlib.crc32(struct.pack(f"<{len(level)}d", *level), zlib.crc32(_bytes(x)))
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 from pyflocality._support.memory import peak_memory_bytes
 from pyflocality._support.outputs import Outputs
 from pyflocality._support.record import Stages, software
-from pyflocality.cli._options import NoiseOptions, ResultOptions, SourceOptions
+from pyflocality.cli._options import ResultOptions, SourceOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pyflocality import Moments, SampleResult, TrainingSet
-    from pyflocality.cli._recorded import RecordedDenoiser
+    from pyflocality import Moments, TrainingSet
     from pyflocality.ops.nearest import Neighbours
 
 
@@ -142,29 +141,6 @@ def with_eigenvectors(moments: Moments, stages: Stages) -> Moments:
     return moments
 
 
-def draw(
-    observed: RecordedDenoiser, sampling: NoiseOptions, *, progress: bool, trajectory: int = 0
-) -> SampleResult:
-    """Sample; the same seed starts every denoiser from the same noise.
-
-    States and answers are kept of the first `trajectory` images.
-    """
-    import torch
-
-    from pyflocality import sample
-
-    return sample(
-        observed,
-        sampling.n,
-        schedule=sampling.noise_schedule(),
-        steps=sampling.steps,
-        sampler=sampling.sampler,
-        generator=torch.Generator().manual_seed(sampling.seed),
-        progress=progress,
-        trajectory=trajectory,
-    )
-
-
 def neighbours_of(
     images: Tensor, data: TrainingSet, memory_budget: str | None, stages: Stages
 ) -> Neighbours:
@@ -182,24 +158,25 @@ def neighbours_of(
         )
 
 
-def neighbour_values(neighbours: Neighbours, data: TrainingSet) -> Tensor:
-    """The nearest training images themselves, on the CPU: [n, C, H, W]."""
+def neighbour_values(neighbours: Neighbours, data: TrainingSet, count: int) -> Tensor:
+    """The training images nearest to the first samples themselves, on the CPU: [n, C, H, W]."""
     import torch
 
     from pyflocality.storage.reader import Reader, training_values
 
-    positions = neighbours.indices[:, 0].to(data.device)
+    positions = neighbours.indices[:count, 0].to(data.device)
     return training_values(Reader.of(data).at(positions), torch.float32).cpu()
 
 
 def neighbour_record(neighbours: Neighbours, data: TrainingSet) -> dict[str, list[float]]:
     """Positions in the set, and root mean square differences in units of the values."""
-    distance = (neighbours.distances[:, 0].double() / data.num_values).sqrt()
+    from pyflocality.analysis.memorization import rms_differences
+
     positions = neighbours.indices[:, 0]
     return {
         "index": (positions % len(data)).tolist(),
         "mirrored": (positions >= len(data)).tolist(),
-        "rms_difference": distance.tolist(),
+        "rms_difference": rms_differences(neighbours.distances[:, 0], data.num_values).tolist(),
     }
 
 

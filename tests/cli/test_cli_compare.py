@@ -102,7 +102,14 @@ def test_rows_and_numbers_are_those_of_the_library(run, source, images, tmp_path
         pixels = np.asarray(drawn)
     scale = pictures.default_scale(6, 6)
     height = pictures.CAPTION_HEIGHT + 4 + 6 * scale
-    assert pixels.shape == (4 * height, 2 + 3 * (6 * scale + 2))
+    # The optimal model recites: its samples are framed, and a line below says so.
+    assert [told[name]["recited"]["number"] for name in rows] == [0, 0, 3]
+    assert pixels.shape[0] == 4 * height + pictures.CAPTION_HEIGHT
+    # Letters have smooth edges.
+    red = pixels[..., 0].astype(int) - pixels[..., 1] > 100
+    assert red[2 * height : 3 * height].any() and red[4 * height :].any()
+    assert not red[: 2 * height].any() and not red[3 * height : 4 * height].any()
+    pixels = pixels[..., 0]
     for row, shown in enumerate((*rows.values(), nearest)):
         top = row * height + pictures.CAPTION_HEIGHT + 2
         assert (pixels[top - pictures.CAPTION_HEIGHT : top - 2] < 128).any()

@@ -168,7 +168,7 @@ def test_what_goes_wrong_midway_leaves_answers_alone(
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("pyflocality.cli._generate._write", fail)
+    monkeypatch.setattr("pyflocality.cli._generate._write_pictures", fail)
     found, stdout, stderr = run(*small(source, tmp_path / "out"))
     assert (found, stdout) == (code, "")
     assert words in stderr and stderr.count("\n") == 1
@@ -186,7 +186,7 @@ def test_a_fault_of_the_library_is_not_hidden(source, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("pyflocality.cli._generate._write", fail)
+    monkeypatch.setattr("pyflocality.cli._generate._write_pictures", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main([str(word) for word in small(source, tmp_path / "out")])
     assert_only_answers_are_left(tmp_path)

@@ -100,7 +100,7 @@ def test_names_cannot_speak_to_the_terminal(run, source, tmp_path, monkeypatch):
     evil = "a\x1b[31m\u202eb\nc"
     code, stdout, _ = run(*words(source, tmp_path / evil))
     assert code == 0
-    assert "a\\x1b[31m\\u202eb\\nc/run.json" in stdout and stdout.count("\n") == 1
+    assert "a\\x1b[31m\\u202eb\\nc/run.json" in stdout and stdout.count("\n") == 2
     code, stdout, _ = run("moments", source, "--out", tmp_path / evil / "m.safetensors", "--json")
     assert code == 0
     assert json.loads(stdout)["files"] == [str(tmp_path / evil / "m.safetensors")]

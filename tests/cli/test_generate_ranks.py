@@ -129,6 +129,7 @@ def test_ranks_that_divide_the_images_make_those_of_one_process(job, whole):
         assert expected["ranks"] is None
         assert found["nearest"]["index"] == expected["nearest"]["index"]
         assert found["nearest"]["mirrored"] == expected["nearest"]["mirrored"]
+        assert found["recited"] == expected["recited"]
         assert found["data"] == expected["data"]
         assert found["backends"] == expected["backends"]
 
@@ -152,7 +153,8 @@ def test_rank_0_alone_writes_and_speaks(job):
         assert sorted(path.name for path in out.iterdir()) == FILES
         assert stdout.count(f"{out}/run.json") == 1
     runs = len(CASES) + len(SAMPLES)
-    assert len(stdout.splitlines()) == runs
+    # Files and time, and whether samples are training images.
+    assert len(stdout.splitlines()) == 2 * runs
     assert stderr.count("loading") == stderr.count("sampling 5 images") == runs
 
 

@@ -49,7 +49,7 @@ def functions() -> dict[str, Call]:
             {
                 "denoiser": anything_callable(), "n": count(optional=True),
                 "sampler": choice("ddim", "euler", "heun"),
-                "x_T": tensor(optional=True), "clip": flag(), "trajectory": count(0),
+                "x_T": tensor(optional=True), "clip": flag(), "trajectory": flag(),
             },
         ),
         "ascend": (

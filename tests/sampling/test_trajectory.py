@@ -1,4 +1,4 @@
-"""Runs that keep the way of no image, or of some: the same images in memory of two states."""
+"""Runs that keep no step: the same images, in the memory of two states."""
 
 from __future__ import annotations
 
@@ -39,16 +39,15 @@ def run(n, trajectory, sampler="ddim", steps=4, batch_size=None, denoiser=denois
 @pytest.mark.parametrize(
     "sampler", ["ddim", "euler", "heun", DDIM(0.5), DDIM(1.0)], ids=lambda one: str(one)
 )
-def test_what_is_kept_is_that_of_the_first_images(sampler, batch_size):
-    whole = run(7, True, sampler)
-    for trajectory in (False, 0, 1, 3, 5, 7, 100, True):
-        some = run(7, trajectory, sampler, batch_size=batch_size)
-        kept = 7 if trajectory is True else min(int(trajectory), 7)
-        assert torch.equal(some.images, whole.images)
-        assert some.x_t.shape == some.x0.shape == (4, kept, 2, 3, 4)
-        assert torch.equal(some.x_t, whole.x_t[:, :kept])
-        assert torch.equal(some.x0, whole.x0[:, :kept])
-        assert torch.equal(some.timesteps, whole.timesteps)
+def test_the_images_are_those_of_a_run_that_keeps_everything(sampler, batch_size):
+    whole, none = run(7, True, sampler), run(7, False, sampler, batch_size=batch_size)
+    assert torch.equal(none.images, whole.images)
+    assert none.x_t.shape == none.x0.shape == (0, 7, 2, 3, 4)
+    assert torch.equal(none.timesteps, whole.timesteps)
+    # Nor do batches change what is kept.
+    again = run(7, True, sampler, batch_size=batch_size)
+    for name in ("images", "x_t", "x0"):
+        assert torch.equal(getattr(again, name), getattr(whole, name))
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])
@@ -91,7 +90,6 @@ def test_a_run_holds_two_states_whatever_the_steps(steps, batch_size):
     assert peak(False) <= state + 2 * state + 3 * batch + SMALL
     # Of each step two states more.
     assert peak(True) - peak(False) == pytest.approx(2 * steps * state, abs=SMALL)
-    assert peak(4) - peak(False) == pytest.approx(2 * steps * 4 * 96, abs=SMALL)
 
 
 def test_fresh_noise_is_held_once():
@@ -153,8 +151,8 @@ def test_a_compiled_denoiser():
     assert torch.equal(none.images, run(5, False, "heun", 3).images)
 
 
-@pytest.mark.parametrize("trajectory", [-1, 1.0, "yes", None, torch.tensor(True)])
-def test_what_is_no_number_of_images_is_refused_before_work(trajectory):
+@pytest.mark.parametrize("trajectory", [-1, 1, 1.0, "yes", None, torch.tensor(True)])
+def test_what_is_no_flag_is_refused_before_work(trajectory):
     with pytest.raises((TypeError, ValueError), match="`trajectory`"), PeakMemory() as memory:
         run(2, trajectory, denoiser=lambda *_: pytest.fail("was asked"))
     # The noise of the test.
