@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyflocality.moments.basis import Basis
-from pyflocality.moments.moments import Moments, check_moments_fit
+from pyflocality.moments.limits import check_moments_fit
+from pyflocality.moments.moments import Moments
 
 __all__ = ["Basis", "Moments", "check_moments_fit"]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from pyflocality._support.budget import check_given, memory_budget_bytes
+from pyflocality._support.budget import memory_budget_bytes
 from pyflocality._support.checks import (
     check_choice,
     check_count,
@@ -18,11 +20,13 @@ from pyflocality._support.checks import (
     check_flag,
     describe,
 )
+from pyflocality._support.paths import checked_path
 from pyflocality.data import TrainingSet
-from pyflocality.moments.eigen import Eigen, eigen_of
+from pyflocality.moments.eigen import Eigen, check_fits, eigen_bytes, eigen_of
+from pyflocality.moments.files import BASIS, check_free, read_metadata, read_tensors, write_tensors
 from pyflocality.moments.gram import BAND_BYTES, components_of, gram_of
-from pyflocality.moments.moments import Moments, check_images
-from pyflocality.moments.sums import BLOCK_BYTES
+from pyflocality.moments.moments import Moments
+from pyflocality.moments.sums import BLOCK_BYTES, check_images
 from pyflocality.posterior.sharded import ranks_of
 from pyflocality.storage.reader import Reader
 
@@ -30,6 +34,7 @@ BasisMethod = Literal["gram", "covariance"]
 BASIS_METHODS: tuple[BasisMethod, ...] = get_args(BasisMethod)
 # Part of the key: changes with what the methods compute.
 _RULE_VERSION = 1
+_TENSORS = ("mean", "values", "vectors", "variance")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -106,10 +111,11 @@ class Basis:
         progress = check_flag(progress, "progress")
         memory_budget_bytes(memory_budget)
         count, values = len(data) * data.copies, data.num_values
-        check_given(
-            memory_budget,
+        check_fits(
             basis_bytes(count, values, chosen),
             f"components of {count} images of {values} values",
+            data.device,
+            memory_budget,
         )
         if chosen == "covariance":
             moments = Moments.from_data(data, progress=progress)
@@ -168,8 +174,65 @@ class Basis:
         device = check_device(device)
         if self.device == device:
             return self
-        names = ("mean", "values", "vectors", "variance")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
+
+    def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
+        """Write the components to a safetensors file, from which `load` reads the same bits.
+
+        Args:
+            path: The file; its folder must exist. It appears whole or not at all; what is equal
+                makes equal files.
+            force: Whether to replace a file that is there.
+
+        Raises:
+            FileExistsError: `path` exists and `force` is False; it is a pipe or a device.
+            IsADirectoryError: `path` is a folder.
+            FileNotFoundError: The folder of `path` does not exist.
+            OSError: The file cannot be written, on a full disk for example.
+        """
+        path, force = checked_path(path, "path"), check_flag(force, "force")
+        check_free(path, force)
+        self._write(path, None, force)
+
+    def save_beside(self, moments: Path, path: Path) -> None:
+        """Write them as those of a file of moments, whose name is that of `files.basis_file`."""
+        self._write(path, read_metadata(moments)["sha256"], force=True)
+
+    def _write(self, path: Path, of: str | None, force: bool) -> None:
+        header = {
+            "count": self.count,
+            "image_shape": list(self.image_shape),
+            "rank": self.rank,
+            "method": self.method,
+            "error": self.error,
+            "key": self.key,
+            "of": of,
+        }
+        write_tensors(path, BASIS, header, {name: getattr(self, name) for name in _TENSORS}, force)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Basis:
+        """Read what `save` wrote, onto the CPU.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            OSError: The system does not let it be read, or takes no such name.
+            ValueError: The file is damaged, or not a file of components of this version.
+        """
+        path = checked_path(path, "path")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file")
+        header, tensors = read_tensors(path, BASIS)
+        return cls(
+            count=header["count"],
+            mean=tensors["mean"],
+            values=tensors["values"],
+            vectors=tensors["vectors"],
+            variance=tensors["variance"],
+            method=header["method"],
+            error=header["error"],
+            key=header["key"],
+        )
 
     def __repr__(self) -> str:
         shape = f"image_shape={self.image_shape}"
@@ -185,8 +248,7 @@ def basis_bytes(count: int, values: int, method: BasisMethod | None = None) -> i
     """Most bytes that components of N images of D values take at a time, these included."""
     method = method or basis_method(count, values)
     side = count if method == "gram" else values
-    # The matrix, its copy for the solver, what that works in, and the vectors.
-    solver = 5 * 8 * side**2
+    solver = 8 * side**2 + eigen_bytes(side)
     if method == "covariance":
         return solver + 8 * values**2 + BLOCK_BYTES
     bands = 3 * min(BAND_BYTES, 8 * count * values) + 3 * BLOCK_BYTES
@@ -208,7 +270,8 @@ def basis_key(
     if isinstance(source, Basis):
         key = source.key
     elif isinstance(source, Moments):
-        key = _hashed("moments", source.content_key())
+        stored = source.stored_basis
+        key = _hashed("moments", source.content_key()) if stored is None else stored.key
     else:
         key = _hashed("images", source.content_key(), _chosen_method(source, method))
     return key if components is None else _hashed(key, "leading", components)
@@ -275,5 +338,5 @@ def basis_of_moments(moments: Moments, eigen: Eigen) -> Basis:
         variance=moments.variance,
         method="covariance",
         error=0.0,
-        key=basis_key(moments),
+        key=_hashed("moments", moments.content_key()),
     )

@@ -7,11 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyflocality._support.budget import check_given
+from pyflocality._support.memory import check_memory
 from pyflocality._support.progress import timed_call
 from pyflocality._support.rates import solver_seconds
 
 # Values from which on the eigenvectors of a covariance take a good part of a second.
 _LONG_EIGH = 512
+_INSTEAD = (
+    "a `Basis` of fewer images than values takes no such matrix, and images of a lower resolution "
+    "take a smaller one"
+)
 
 
 class Eigen(NamedTuple):
@@ -47,3 +53,30 @@ def eigen_of(covariance: Tensor, *, progress: bool = False) -> Eigen:
     values, vectors = values.flip(0), vectors.flip(1)
     floor = len(values) * torch.finfo(torch.float64).eps * values[0]
     return Eigen(torch.where(values > floor, values, 0.0), vectors)
+
+
+def eigen_bytes(side: int) -> int:
+    """Most bytes that the decomposition takes beside its matrix [D, D], the vectors included."""
+    # A copy of the matrix that becomes the vectors, what the solver works in, and a copy in the
+    # other order.
+    return 4 * 8 * side**2
+
+
+def check_fits(
+    least: int, what: str, device: torch.device, memory_budget: int | str | None = None
+) -> None:
+    """Refuse what a budget that somebody gave, or the memory there is, cannot hold.
+
+    Args:
+        least: Bytes that it takes.
+        what: What takes them.
+        device: Whose memory it is; what a GPU has its allocator tells.
+        memory_budget: Working memory; None follows the environment variable.
+
+    Raises:
+        ValueError: It takes more than the budget; the least is named.
+        MemoryError: It takes more than there is.
+    """
+    check_given(memory_budget, least, what)
+    if device.type == "cpu":
+        check_memory(least, what, _INSTEAD)

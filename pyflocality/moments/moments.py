@@ -14,38 +14,41 @@ on every backend and device.
 
 from __future__ import annotations
 
-import math
 import os
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pyflocality._support.budget import check_given
 from pyflocality._support.checks import (
-    FLOAT_DTYPES,
     check_choice,
     check_device,
-    check_finite,
     check_flag,
     check_real,
     check_tensor,
     describe,
 )
-from pyflocality._support.paths import check_result, checked_path
+from pyflocality._support.paths import checked_path
 from pyflocality._support.progress import progress_bar
 from pyflocality._support.threads import Lock
 from pyflocality.backends.selection import BACKENDS, BackendUnavailableError
 from pyflocality.data import TrainingSet
-from pyflocality.moments.eigen import Eigen, eigen_of
-from pyflocality.moments.files import checksum, read_moments, write_moments
+from pyflocality.moments.eigen import Eigen, check_fits, eigen_bytes, eigen_of
+from pyflocality.moments.files import (
+    StoredBasis,
+    check_free,
+    checksum,
+    read_tensors,
+    stored_basis,
+    write_tensors,
+)
 from pyflocality.moments.sums import (
-    BLOCK_BYTES,
+    KINDS,
+    MOMENTS,
     Blend,
-    ByteSums,
-    FloatSums,
     Sums,
     Totals,
+    check_images,
     images_per_block,
     kind_of_sums,
 )
@@ -83,6 +86,8 @@ class Moments:
         self._covariance: Tensor | None = None
         self._eigen: Eigen | None = None
         self._key: str | None = None
+        self.stored_basis: StoredBasis | None = None
+        self._basis: Basis | None = None
         # Of these: a batch of threads computes them once.
         self._caching = Lock()
 
@@ -140,6 +145,11 @@ class Moments:
         return self._image_shape
 
     @property
+    def device(self) -> torch.device:
+        """Where the totals live; ValueError before the first batch."""
+        return self._whole().device
+
+    @property
     def mean(self) -> Tensor:
         """Mean image in [-1, 1], float64, [C, H, W]."""
         return self._whole().mean().reshape(self.image_shape)
@@ -158,6 +168,8 @@ class Moments:
         sums = self._whole()
         with self._caching:
             if self._covariance is None:
+                values = len(sums.vector)
+                check_fits(8 * values**2, f"the covariance of {values} values", sums.device)
                 self._covariance = sums.covariance()
             return self._covariance
 
@@ -178,20 +190,40 @@ class Moments:
             `values` [D] descending and `vectors` [D, D] in columns, float64.
         """
         progress = check_flag(progress, "progress")
+        sums = self._whole()
         with self._caching:
             if self._eigen is None:
+                values = len(sums.vector)
+                what = f"eigenvectors of the covariance of {values} values"
+                check_fits(eigen_bytes(values), what, sums.device)
                 self._eigen = eigen_of(self.covariance, progress=progress)
             return self._eigen
 
     def basis(self, *, progress: bool = False) -> Basis:
-        """The principal components of positive variance, from `eigh`, whose memory they share.
+        """The principal components of positive variance.
+
+        They are those of `eigh`, whose memory they share; of moments that were loaded from a file
+        with components beside it, as the command `moments` writes them, those.
 
         Args:
             progress: Whether to show the time it takes.
-        """
-        from pyflocality.moments.basis import basis_of_moments
 
-        return basis_of_moments(self, self.eigh(progress=progress))
+        Raises:
+            ValueError: The file of components has been changed meanwhile.
+        """
+        from pyflocality.moments.basis import Basis, basis_of_moments
+
+        stored = self.stored_basis
+        if stored is None:
+            return basis_of_moments(self, self.eigh(progress=progress))
+        self._whole()
+        with self._caching:
+            if self._basis is None:
+                basis = Basis.load(stored.path)
+                if basis.key != stored.key:
+                    raise ValueError(f"{stored.path} has been changed since the moments were read")
+                self._basis = basis.to(self.mean.device)
+            return self._basis
 
     def update(self, batch: Tensor, *, backend: str | None = None) -> None:
         """Take in a batch of images; moments that were `blended` take in none.
@@ -306,14 +338,9 @@ class Moments:
         """
         path, force = checked_path(path, "path"), check_flag(force, "force")
         sums = self._whole()
-        # A link that leads nowhere is there, too; a link is replaced, not what it leads to.
-        if os.path.lexists(path) and not force:
-            raise FileExistsError(f"{path} exists: pass force=True to replace it")
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"{path.parent} is not a folder to save {path.name} in")
-        check_result(path)
+        check_free(path, force)
         header = {"kind": sums.kind, "count": sums.count, "image_shape": list(self.image_shape)}
-        write_moments(path, header, sums.tensors(), force)
+        write_tensors(path, MOMENTS, header, sums.tensors(), force)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Moments:
@@ -327,11 +354,11 @@ class Moments:
         path = checked_path(path, "path")
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file")
-        kinds: dict[str, type[Totals]] = {sums.kind: sums for sums in (ByteSums, FloatSums, Blend)}
-        header, tensors = read_moments(path, {kind: kinds[kind].layout for kind in kinds})
-        kind, moments = kinds[header["kind"]], cls()
+        header, tensors = read_tensors(path, MOMENTS)
+        kind, moments = KINDS[header["kind"]], cls()
         channels, height, width = header["image_shape"]
         moments._image_shape = channels, height, width
+        moments.stored_basis = stored_basis(path)
         moments._totals = kind(header["count"], *(tensors[name] for name in kind.layout))
         return moments
 
@@ -355,7 +382,7 @@ class Moments:
             moved._covariance = self._covariance.to(device)
         if self._eigen is not None:
             moved._eigen = Eigen(*(tensor.to(device) for tensor in self._eigen))
-        moved._key = self._key
+        moved._key, moved.stored_basis = self._key, self.stored_basis
         return moved
 
     def content_key(self) -> str:
@@ -393,7 +420,7 @@ class Moments:
         self._interrupted = sums is not None
         if sums is None:
             sums = kind_of_sums(batch).empty(batch[0].numel(), batch.device)
-        self._covariance = self._eigen = self._key = None
+        self._covariance = self._eigen = self._key = self.stored_basis = self._basis = None
         try:
             for block in Reader(batch).blocks(images_per_block(batch)):
                 sums.add(block.reshape(len(block), -1), backend)
@@ -428,43 +455,3 @@ class Moments:
                 "start again from a new object or a saved file"
             )
         return self._totals
-
-
-def check_moments_fit(memory_budget: int | str | None, of: TrainingSet | Moments) -> None:
-    """Refuse moments with eigenvectors that a memory budget which was given cannot hold.
-
-    Args:
-        memory_budget: Working memory; None follows the environment variable.
-        of: The training set whose moments are to be made; or the moments where they are at hand:
-            they are no working memory, nor are their eigenvectors where they have been asked for.
-
-    Raises:
-        ValueError: They take more; the least is named.
-    """
-    values = math.prod(of.image_shape)
-    square = 8 * values**2
-    # The covariance, its copy for the solver, what that works in, and the eigenvectors.
-    least = 5 * square
-    if isinstance(of, Moments):
-        if of._eigen is not None:
-            return
-    else:
-        block = min(BLOCK_BYTES, len(of) * of.copies * values)
-        if of.dtype != torch.uint8:
-            # As float64, its differences from the mean, and their products.
-            block = 2 * min(BLOCK_BYTES, 8 * block) + square
-        least = square + max(least, block)
-    check_given(memory_budget, least, f"moments of {values} values and their eigenvectors")
-
-
-def check_images(images: object, name: str) -> None:
-    """Images [n, C, H, W], at least one, uint8 or finite floating-point."""
-    images = check_tensor(images, name)
-    if images.dtype != torch.uint8 and images.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"`{name}` must be uint8 or floating-point, got {describe(images)}")
-    if images.ndim != 4:
-        raise ValueError(f"`{name}` must have shape [n, C, H, W], got {describe(images)}")
-    if images.numel() == 0:
-        raise ValueError(f"`{name}` holds no images: {describe(images)}")
-    if images.is_floating_point():
-        Reader(images).checked(check_finite, images, name)

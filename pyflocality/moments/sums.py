@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from pyflocality._support.checks import FLOAT_DTYPES, check_finite, check_tensor, describe
+from pyflocality._support.json import POSITIVE, TEXT, shape
+from pyflocality.moments.files import Form
 from pyflocality.ops.covariance import accumulate_covariance
 from pyflocality.posterior.ranks import Ranks
 from pyflocality.reference.covariance import add_upper_product
-from pyflocality.storage.reader import BYTES_PER_UNIT
+from pyflocality.storage.reader import BYTES_PER_UNIT, Reader
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -264,3 +268,31 @@ def images_per_block(images: Tensor) -> int:
     """Images of a block of bounded size also where it is cast to float64."""
     per_value = 1 if images.dtype == torch.uint8 else 8
     return max(1, BLOCK_BYTES // (per_value * images[0].numel()))
+
+
+def check_images(images: object, name: str) -> None:
+    """Images [n, C, H, W], at least one, uint8 or finite floating-point."""
+    images = check_tensor(images, name)
+    if images.dtype != torch.uint8 and images.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"`{name}` must be uint8 or floating-point, got {describe(images)}")
+    if images.ndim != 4:
+        raise ValueError(f"`{name}` must have shape [n, C, H, W], got {describe(images)}")
+    if images.numel() == 0:
+        raise ValueError(f"`{name}` holds no images: {describe(images)}")
+    if images.is_floating_point():
+        Reader(images).checked(check_finite, images, name)
+
+
+KINDS: dict[str, type[Totals]] = {sums.kind: sums for sums in (ByteSums, FloatSums, Blend)}
+
+
+def _layout(header: dict[str, Any]) -> dict[str, tuple[torch.dtype, list[int]]]:
+    """Tensors of a file of moments."""
+    if header["kind"] not in KINDS:
+        raise ValueError(f"it holds moments of an unknown kind, {header['kind']!r}")
+    values = math.prod(header["image_shape"])
+    layout = KINDS[header["kind"]].layout
+    return {name: (dtype, [values] * dimensions) for name, (dtype, dimensions) in layout.items()}
+
+
+MOMENTS = Form("moments", {"kind": TEXT, "count": POSITIVE, "image_shape": shape(3)}, _layout)

@@ -149,6 +149,8 @@ def files(kind: str) -> Path:
         np.save(place, images().numpy())
     elif kind == "moments.safetensors" and not place.exists():
         moments().save(place)
+    elif kind == "basis.safetensors" and not place.exists():
+        basis().save(place)
     elif kind == "table.json" and not place.exists():
         table().save(place)
     elif kind == "folder" and not place.exists():

@@ -144,6 +144,8 @@ def methods() -> dict[str, Call]:
         "Basis.leading": Call(
             basis().leading, lambda: {"components": 2}, {"components": count()}
         ),
+        "Basis.load": Call(pf.Basis.load, lambda: {"path": files("basis.safetensors")}),
+        "Basis.save": Call(basis().save, lambda: {"path": "saved.safetensors", "force": True}),
         "Basis.to": Call(
             basis().to, lambda: {"device": "cpu"}, {"device": only(lambda v: v == "cpu")}
         ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from moment_images import SHAPE, byte_images, float_images
 
 import pyflocality as pf
 from pyflocality.backends import trace_backends, trace_blocks
-from pyflocality.moments import Basis, Moments, gram
+from pyflocality.moments import Basis, Moments, eigen, gram
 from pyflocality.moments.basis import basis_bytes, basis_key
 
 EPS = np.finfo(np.float64).eps
@@ -230,3 +232,34 @@ def test_repr_and_place():
     basis = Basis.from_data(byte_images(4))
     assert repr(basis) == "Basis(count=4, image_shape=(2, 3, 5), rank=3, 'gram')"
     assert basis.to("cpu") is basis
+
+
+def test_matrices_beyond_a_budget_that_is_given_are_refused(monkeypatch):
+    moments = Moments.from_data(torch.zeros(2, 3, 24, 24, dtype=torch.uint8))
+    least = {"covariance": 8 * 1728**2, "eigenvectors": 32 * 1728**2}
+    monkeypatch.setenv("PYFLOCALITY_MEMORY_BUDGET", "17MB")
+    message = f"must be at least {-(-least['covariance'] // 2**20)}MB for the covariance of 1728"
+    with pytest.raises(ValueError, match=message):
+        moments.covariance  # noqa: B018
+    monkeypatch.setenv("PYFLOCALITY_MEMORY_BUDGET", "24MB")
+    assert not moments.covariance.any()
+    message = f"at least {-(-least['eigenvectors'] // 2**20)}MB for eigenvectors of the covariance"
+    with pytest.raises(ValueError, match=message):
+        moments.eigh()
+    # Without the covariance.
+    assert not moments.variance.any()
+
+
+def test_matrices_beyond_the_memory_there_is_are_refused(monkeypatch):
+    monkeypatch.setattr(eigen, "check_memory", functools.partial(refuse_beyond, 20 * 2**20))
+    moments = Moments.from_data(torch.zeros(2, 3, 24, 24, dtype=torch.uint8))
+    with pytest.raises(MemoryError, match="the covariance of 1728 values takes"):
+        moments.covariance  # noqa: B018
+    images = torch.zeros(1800, 3, 24, 24, dtype=torch.uint8)
+    with pytest.raises(MemoryError, match="components of 1800 images of 1728 values takes"):
+        Basis.from_data(images)
+
+
+def refuse_beyond(there: int, needed: int, what: str, instead: str) -> None:
+    if needed > there:
+        raise MemoryError(f"{what} takes {needed} bytes: {instead}")

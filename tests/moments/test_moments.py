@@ -14,7 +14,6 @@ from moment_images import SHAPE, assert_same_bits, byte_images, float_images
 import pyflocality as pf
 from pyflocality.backends import machine_reason, trace_blocks
 from pyflocality.moments import Moments
-from pyflocality.moments import moments as moments_module
 from pyflocality.moments import sums as _moment_sums
 
 EPS = np.finfo(np.float64).eps
@@ -138,7 +137,6 @@ def test_small_blocks_change_nothing(make, monkeypatch):
     whole = Moments.from_data(images)
     whole_covariance = whole.covariance
     monkeypatch.setattr(_moment_sums, "BLOCK_BYTES", 8 * D * 7)
-    monkeypatch.setattr(moments_module, "BLOCK_BYTES", 8 * D * 7)
     with trace_blocks() as blocks:
         small = Moments.from_data(images, progress=True)
     assert min(block.count for block in blocks) < len(images) or make is byte_images
