@@ -53,6 +53,7 @@ def pictures_and_sets() -> dict[str, Call]:
     pyramid = wavelets.decompose(noisy(2, *SHAPE), 2)
     loose = {"images": tensor(dtypes={**FLOATS, "longer": 0, "no values": 0}, finite=False)}
     side = {"n": 2, "size": 8}
+    frames = only(lambda v: v is None or (v.dtype == torch.bool and v.shape == (3,)))
     functions: dict[str, tuple[Callable[..., object], dict[str, object], dict[str, Kind]]] = {
         "pictures.to_bytes": (pictures.to_bytes, {"images": shown}, {"images": _any_shape()}),
         "pictures.default_scale": (
@@ -61,15 +62,18 @@ def pictures_and_sets() -> dict[str, Call]:
         ),
         "pictures.image_grid": (
             pictures.image_grid, {"images": shown},
-            {"images": tensor(dtypes={**FLOATS, "longer": 0}), "columns": count(optional=True)},
+            {
+                "images": tensor(dtypes={**FLOATS, "longer": 0}), "columns": count(optional=True),
+                "marked": frames,
+            },
         ),
         "pictures.captioned_rows": (
             pictures.captioned_rows, {"rows": [("a", shown), ("b", shown)]},
-            {"rows": only(lambda v: False)},
+            {"rows": only(lambda v: False), "marked": only(lambda v: v is None)},
         ),
         "pictures.sample_sheet": (
             pictures.sample_sheet, {"samples": shown, "nearest": shown},
-            {"nearest": tensor(optional=True)},
+            {"nearest": tensor(optional=True), "marked": frames},
         ),
         "pictures.trajectory_strip": (
             pictures.trajectory_strip,
