@@ -67,6 +67,13 @@ def _by_name(table: dict[str, Implementation]) -> dict[str, str]:
     return {name: one.by_name_only for name, one in table.items() if one.by_name_only is not None}
 
 
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class Configuration(TypedDict):
     """Versions, backends with the reason why they cannot run here, operations and settings.
 
@@ -78,6 +85,7 @@ class Configuration(TypedDict):
     platform: str
     packages: dict[str, str | None]
     threads: int
+    cores: int
     gpus: list[str]
     backends: dict[str, str | None]
     operations: dict[str, list[str]]
@@ -101,6 +109,7 @@ def configuration() -> Configuration:
         "platform": platform.platform(),
         "packages": {name: _installed(names) for name, names in _PACKAGES.items()},
         "threads": torch.get_num_threads(),
+        "cores": _cores(),
         "gpus": gpus,
         "backends": {name: machine_reason(name) for name in BACKENDS if name != "auto"},
         "operations": {op: list(table) for op, table in sorted(OPERATIONS.items())},
@@ -125,7 +134,8 @@ def format_configuration(config: Configuration) -> str:
     lines = [
         f"pyflocality {config['pyflocality']}, Python {config['python']}, {config['platform']}",
         f"packages: {packages}",
-        f"CPU threads: {config['threads']}; GPUs: {', '.join(config['gpus']) or 'none'}",
+        f"CPU threads: {config['threads']} of {config['cores']} cores; "
+        f"GPUs: {', '.join(config['gpus']) or 'none'}",
         f"backend: {config['backend']}; memory budget: {config['memory_budget'] / 2**30:g} GB",
         f"cache: {told_use(config['cache'])}",
     ]

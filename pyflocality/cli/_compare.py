@@ -31,6 +31,7 @@ from pyflocality.cli._work import (
     Work,
     complete_moments,
     data_record,
+    foretell_few_images,
     neighbour_record,
     neighbour_values,
     neighbours_of,
@@ -104,6 +105,7 @@ def compare(
         moments = None if stored is None else Moments.load(stored)
         with work.stages("load", f"loading {source.source}"):
             data = source.load(progress=results.progress).augmented(flip=models.flip)
+        foretell_few_images(data if moments is None else moments, methods)
         known = stored is not None
         jobs = [job_of(data, method, sampling, has_moments=known) for method in methods]
         hold(jobs, announce=results.progress)

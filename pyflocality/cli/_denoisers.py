@@ -29,6 +29,8 @@ class Entry:
         centred: Whether its window lies around a pixel, so that its side must be odd.
         subsets: Ways in which it can search part of the images, keys of `SUBSETS`.
         sums_by_torch: Whether torch adds up its answers, whose rounding depends on the threads.
+        estimate: What it makes of the covariance of the images alone, for a warning where these are
+            few; None where it makes nothing of it, or shrinks it.
         instead: What to try, beside more images, where its samples are training images.
     """
 
@@ -41,6 +43,7 @@ class Entry:
     centred: bool = False
     subsets: tuple[str, ...] = ()
     sums_by_torch: bool = False
+    estimate: str | None = None
     instead: tuple[str, ...] = ()
 
 
@@ -68,6 +71,7 @@ DENOISERS: dict[str, Entry] = {
         ("masked_posterior",),
         needs_moments="also",
         subsets=("golden",),
+        estimate="PCA locality",
         instead=("a larger --threshold", _LOCAL_MODELS),
     ),
     "local": Entry(
@@ -112,6 +116,7 @@ DENOISERS: dict[str, Entry] = {
         (),
         needs_moments="only",
         sums_by_torch=True,
+        estimate="the Wiener filter",
         instead=("--denoiser ledoit-wolf", _LOCAL_MODELS),
     ),
     "ledoit-wolf": Entry(

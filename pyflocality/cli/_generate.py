@@ -34,6 +34,7 @@ from pyflocality.cli._samples import SHOWN, SHOWN_WAYS, Samples, SamplesFile, ma
 from pyflocality.cli._work import (
     Work,
     data_record,
+    foretell_few_images,
     moments_of,
     neighbour_record,
     neighbour_values,
@@ -280,6 +281,8 @@ def _sampled(
         everything = plan.source.load_all(progress=progress).augmented(flip=plan.model.flip)
         data = plan.source.of_label(everything)
         searched = plan.part(data).to(parse_device(plan.source.device))
+    if plan.model.global_share is None:
+        foretell_few_images(data if stored is None else stored, [plan.denoiser])
     hold([plan.job(data)], announce=stages.announce)
     moments = None
     if plan.needs_moments:

@@ -6,7 +6,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pyflocality import Moments, TrainingSet
+    from pyflocality.cli._denoisers import DenoiserOptions
     from pyflocality.ops.nearest import Neighbours
 
 
@@ -100,6 +101,23 @@ def working(
         trace_backends() as backends,
     ):
         yield Work(command, outputs, Stages(announce=results.progress), backends)
+
+
+def foretell_few_images(source: TrainingSet | Moments, methods: Iterable[DenoiserOptions]) -> None:
+    """Say before any work where images are too few for a covariance; models then do not, again.
+
+    Args:
+        source: The training set, or its moments where these are given.
+        methods: The models.
+    """
+    from pyflocality.moments.undetermined import warn_of_few_images
+
+    # In their own words.
+    made = [method.entry.estimate for method in methods if method.entry.estimate is not None]
+    if made:
+        warn_of_few_images(source, " and ".join(made))
+        # Until the command ends.
+        warnings.filterwarnings("ignore", r"\d+ images are too few for ")
 
 
 def complete_moments(data: TrainingSet, moments: Moments | None, stages: Stages) -> Moments:

@@ -325,6 +325,9 @@ def test_doctor_names_every_backend_and_reason(run):
         for name, reason in by_name.items():
             assert re.search(rf"^  {operation} .*\b{name} \(by name only\)", text, re.MULTILINE)
             assert re.search(rf"^by name only: .*\b{name}\b.* as {reason}; ", text, re.MULTILINE)
+    # A kernel that runs on one thread of many is no wonder then.
+    threads, cores = configuration()["threads"], configuration()["cores"]
+    assert cores >= 1 and f"CPU threads: {threads} of {cores} cores" in text
     code, text, _ = run("doctor", "--json")
     assert code == 0
     assert json.loads(text) == json.loads(json.dumps(configuration()))

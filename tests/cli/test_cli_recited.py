@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -122,3 +123,31 @@ def test_the_measure_is_half_a_step_of_8_bits():
     offsets[2, 0, 0, 0], offsets[3, 0, 0, 0] = 3.99 / 255, 4.01 / 255
     result = analysis.memorization(base + offsets, data)
     assert result.recited.tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("words", "models"),
+    [
+        (["generate"], "PCA locality"),
+        (
+            ["compare", "--methods", "local,pca-locality,wiener"],
+            "PCA locality and the Wiener filter",
+        ),
+    ],
+)
+@pytest.mark.parametrize("given", [False, True])
+def test_too_few_images_are_told_once_and_before_any_work(
+    run, source, tmp_path, words, models, given
+):
+    if given:
+        assert run("moments", source, "--out", tmp_path / "moments")[0] == 0
+        words = [*words, "--moments", tmp_path / "moments"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, _, stderr = run(*words, source, "--out", tmp_path / "out", "--n", 1, "--steps", 4)
+    assert code == 0
+    lines = stderr.splitlines()
+    (told,) = [number for number, line in enumerate(lines) if "too few" in line]
+    assert f"20 images are too few for {models} of 36 values that vary" in lines[told]
+    work = [number for number, line in enumerate(lines) if "eigen" in line or "sampling" in line]
+    assert work and told < min(work)
