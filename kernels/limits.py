@@ -17,6 +17,7 @@ from pyflocality.posterior.call import Call
 # Values of a patch in one row of pixels, which a step of the Triton kernel of the equivariant
 # posterior holds for a tile of patches.
 LONGEST_RUN = 128
+_NO_DERIVATIVE = "it has no derivative, and one may be asked of this call"
 
 
 def float32_limits(call: Call) -> str | None:
@@ -24,11 +25,19 @@ def float32_limits(call: Call) -> str | None:
     if call.dtype != torch.float32:
         return f"it computes in float32, {call.dtype} was asked for"
     if call.requires_grad:
-        return "it has no derivative, and one may be asked of this call"
+        return _NO_DERIVATIVE
     stored = call.facts.get("images_dtype", torch.uint8)
     if stored not in (torch.uint8, torch.float32):
         return f"it reads uint8 or float32 images, these are {stored}"
     return None
+
+
+def bytes_limits(call: Call) -> str | None:
+    """Limits of a kernel of exact products with bytes, in any dtype and without derivatives."""
+    if call.requires_grad:
+        return _NO_DERIVATIVE
+    stored = call.facts.get("images_dtype", torch.uint8)
+    return None if stored == torch.uint8 else f"it reads uint8 images, these are {stored}"
 
 
 def mask_limits(call: Call) -> str | None:

@@ -132,9 +132,16 @@ class StoredProblem:
         size = self.problem.chunk_size or self._copied
         return budget - min(size, len(images)) * images[0].nbytes
 
-    def rows(self) -> Iterator[Tensor]:
-        """The images and their copies as stored, [n, C H W] at a time, contiguous."""
+    def rows(self, among: Tensor | None = None) -> Iterator[Tensor]:
+        """The images and their copies as stored, [n, C H W] at a time, contiguous.
+
+        `among` are the positions of those that are read, int64; None for all.
+        """
         images, reader = self.problem.images, self.problem.reader
+        if among is not None:
+            for block in reader.blocks_at(among, self.problem.chunk_size or self._copied):
+                yield block.flatten(1)
+            return
         in_place = reader.augmentation is None and images.is_contiguous() and not reader.from_file
         size = self.problem.chunk_size or (len(images) if in_place else self._copied)
         for block in reader.blocks(size):

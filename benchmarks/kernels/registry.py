@@ -241,7 +241,7 @@ def _optimal(plan: Plan) -> list[Case]:
         _case(
             *(plan, "nearest", "nearest", plan.tangent_images),
             yardsticks=("faiss", "read_bytes"),
-            backend="reference",
+            repetitions=3 * plan.repetitions,
         ),
     ]
 

@@ -12,6 +12,7 @@
 #include <optional>
 #include <string>
 
+#include "arrays.h"
 #include "covariance.h"
 #include "cpu_features.h"
 #include "difference_tree.h"
@@ -19,6 +20,7 @@
 #include "global_posterior.h"
 #include "mapped_guard.h"
 #include "masked_posterior.h"
+#include "nearest.h"
 #include "posterior.h"
 #include "window_posterior.h"
 
@@ -26,45 +28,6 @@ namespace py = pybind11;
 
 namespace pyflocality {
 namespace {
-
-template <typename T>
-using Array = py::array_t<T, py::array::c_style>;
-using Floats = Array<float>;
-using Doubles = Array<double>;
-using ImageShape = std::array<std::size_t, 3>;
-
-std::string shape_text(const py::array& array) {
-  return py::str(array.attr("shape")).cast<std::string>();
-}
-
-std::size_t size(const py::array& array, py::ssize_t axis) {
-  return static_cast<std::size_t>(array.shape(axis));
-}
-
-// An array of that shape, of which `text` tells.
-void check_shape(const py::array& array, const std::string& name,
-                 std::initializer_list<std::size_t> shape, const std::string& text) {
-  bool same = static_cast<std::size_t>(array.ndim()) == shape.size();
-  for (std::size_t axis = 0; same && axis < shape.size(); ++axis) {
-    same = size(array, static_cast<py::ssize_t>(axis)) == shape.begin()[axis];
-  }
-  if (!same) {
-    throw py::value_error("`" + name + "` must have shape " + text + ", got " + shape_text(array));
-  }
-}
-
-std::size_t checked_threads(py::ssize_t threads) {
-  if (threads < 1) {
-    throw py::value_error("`threads` must be at least 1, got " + std::to_string(threads));
-  }
-  return static_cast<std::size_t>(threads);
-}
-
-// Raises KeyboardInterrupt in the middle of a long call.
-void check_signals() {
-  const py::gil_scoped_acquire acquire;
-  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-}
 
 Pass checked_pass(const py::array& images, const Floats& noisy, const Floats& scale,
                   py::ssize_t threads, const std::string& isa) {
@@ -315,6 +278,58 @@ void accumulate(const Array<std::uint8_t>& images, Array<std::int64_t>& gram,
                         check_signals);
 }
 
+py::list search_nearest(const Array<std::uint8_t>& images, const Doubles& noisy,
+                        const Doubles& limit, std::size_t k, py::ssize_t threads,
+                        const std::string& isa) {
+  const auto [count, dim] = checked_rows(images, noisy);
+  const NearestQueries queries{noisy.data(), limit.data(), size(noisy, 0)};
+  check_shape(limit, "limit", {queries.count}, "[B]");
+  if (k == 0) throw py::value_error("`k` must be at least 1, got 0");
+  const std::size_t workers = checked_threads(threads);
+  const InstructionSet instructions = choose_instruction_set(isa);
+  const std::uint8_t* images_data = images.data();
+  std::vector<std::vector<NearestCandidate>> lists(queries.count);
+  if (count > 0 && queries.count > 0) {
+    const py::gil_scoped_release release;
+    lists = nearest_candidates(images_data, count, dim, queries, k, workers, instructions,
+                               check_signals);
+  }
+  py::list result;
+  for (const std::vector<NearestCandidate>& list : lists) {
+    Array<std::int64_t> rows(list.size());
+    Doubles values(list.size()), slacks(list.size());
+    for (std::size_t i = 0; i < list.size(); ++i) {
+      rows.mutable_data()[i] = static_cast<std::int64_t>(list[i].image);
+      values.mutable_data()[i] = list[i].value;
+      slacks.mutable_data()[i] = list[i].slack;
+    }
+    result.append(py::make_tuple(rows, values, slacks));
+  }
+  return result;
+}
+
+Doubles measure_pairs(const Array<std::uint8_t>& images, const Doubles& noisy, const Doubles& alpha,
+                      const Array<std::int64_t>& owner, py::ssize_t threads) {
+  const auto [count, dim] = checked_rows(images, noisy);
+  check_shape(alpha, "alpha", {size(noisy, 0)}, "[B]");
+  check_shape(owner, "owner", {count}, "[n]");
+  const NearestPairs pairs{images.data(), count, dim, noisy.data(), alpha.data(), owner.data()};
+  for (std::size_t i = 0; i < count; ++i) {
+    if (pairs.owner[i] < 0 || pairs.owner[i] >= noisy.shape(0)) {
+      throw py::value_error("`owner` must hold numbers of noisy images, got " +
+                            std::to_string(pairs.owner[i]));
+    }
+  }
+  const std::size_t workers = checked_threads(threads);
+  Doubles distances(count);
+  double* result = distances.mutable_data();
+  {
+    const py::gil_scoped_release release;
+    pair_distances(pairs, workers, result);
+  }
+  return distances;
+}
+
 // Binds what takes a pass and further arguments, as (images, noisy, scale, those, threads, isa).
 template <typename... Arguments, typename... Names>
 void def_pass(py::module_& module, const char* name,
@@ -382,6 +397,17 @@ PYBIND11_MODULE(_C, module) {
              py::arg("threads"), py::arg("isa") = "",
              "Add the sums of uint8 images [n, D], centred by 128, to int64 totals.\n\n"
              "gram [D, D] gains sum_i c_i c_i^T in its upper triangle, total [D] gains sum_i c_i.");
+  module.def("nearest_candidates", &search_nearest, py::arg("images").noconvert(),
+             py::arg("noisy").noconvert(), py::arg("limit").noconvert(), py::kw_only(),
+             py::arg("k"), py::arg("threads"), py::arg("isa") = "",
+             "Images of [n, D], uint8, that may be among the k nearest to noisy images [B, D].\n\n"
+             "Noisy images are in stored units. Returns for each the images, ascending, their\n"
+             "|u|^2 - 2 <t, u>, and how far off these may be; beyond limit [B] no image counts.");
+  module.def("pair_distances", &measure_pairs, py::arg("images").noconvert(),
+             py::arg("noisy").noconvert(), py::arg("alpha").noconvert(),
+             py::arg("owner").noconvert(), py::kw_only(), py::arg("threads"),
+             "Squared distances |x - alpha v|^2 of images [n, D], uint8, and the noisy images\n"
+             "owner [n] of [B, D], float64 [n].");
   bind_passes(module);
   py::class_<DifferenceTree>(
       module, "DifferenceTree",

@@ -25,6 +25,7 @@
 #include "mapped_guard.h"
 #include "masked_posterior.h"
 #include "masks.h"
+#include "nearest_images.h"
 #include "plain_scan.h"
 #include "plain_sums.h"
 #include "window_posterior.h"
@@ -295,12 +296,16 @@ void check_everything() {
     }
     for (const std::size_t dim : {1u, 5u, 33u, 105u, 300u}) {
       check_covariance(count, dim, Bytes::kRandom, threads);
+      check_nearest(count, dim, threads);
+      check_pairs(count, dim, threads);
     }
   }
   // More than one block of images, and the largest sums a block can hold.
   check_covariance(16500, 5, Bytes::kRandom, threads);
   check_covariance(16500, 5, Bytes::kSmallest, threads);
   check_covariance(16500, 5, Bytes::kLargest, threads);
+  // Integers of more than one piece.
+  check_nearest(9, 4500, threads);
 }
 
 void check_threads() {
@@ -310,6 +315,8 @@ void check_threads() {
   check_scans<std::uint8_t>(shape, 3100, 3, threads);
   check_scans<float>(shape, 3100, 3, threads);
   check_covariance(16500, 150, Bytes::kRandom, threads);
+  check_nearest(3100, 70, threads);
+  check_pairs(3100, 70, threads);
 }
 
 }  // namespace

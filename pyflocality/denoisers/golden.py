@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +32,8 @@ from pyflocality.denoisers.local import LocalDenoiser
 from pyflocality.denoisers.optimal import OptimalDenoiser
 from pyflocality.denoisers.patch_set import PatchSetDenoiser
 from pyflocality.denoisers.pca_locality import PCALocalityDenoiser
-from pyflocality.reference.nearest import nearest_of
+from pyflocality.ops.nearest import nearest_positions
+from pyflocality.posterior.problem import trusted_problem
 from pyflocality.storage.reader import Reader, values_to_bytes
 
 _WRAPPED = (
@@ -198,52 +199,72 @@ class GoldenSubset(Denoiser):
         alpha, sigma = check_single_level(sigma, alpha)
         check_magnitude(x[None], alpha, "x")
         images = self.denoiser.data.images
-        return Reader(images).checked(self._select, x, sigma, alpha)
+        return Reader(images).checked(self._select, x[None], [(alpha, sigma)])[0]
 
-    def _select(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
-        images = self.denoiser.data.images
-        sizes = self.sizes(sigma, alpha)
-        if sizes.kept == len(images):
-            return torch.arange(len(images), device=self.device)
-        y = x.double() / alpha
-        if images.dtype == torch.uint8:
-            y = values_to_bytes(y)
-        y = y.float()
-        pool = self._pool(y, sizes.pool)
-        if pool is not None and len(pool) == sizes.kept:
-            return pool.sort().values
-        kept = self._nearest(x.double().flatten(), y, alpha, pool, sizes.kept)
-        return (kept if pool is None else pool[kept]).sort().values
-
-    def _nearest(self, x: Tensor, y: Tensor, alpha: float, pool: Tensor | None, k: int) -> Tensor:
-        """Which k of the pool are nearest to x [D], which is y in stored units: exactly these."""
-        images = self.denoiser.data.images
-        distances = _distances(_chunks(images, pool, self.denoiser.memory_budget), y).double()
-        # What float32 may be off by: a sum of D squares, their differences, and y itself.
-        unit = torch.finfo(torch.float32).eps / 2
-        slack = unit * ((y.numel() / 2 + 8) * distances + 4 * y.double().norm())
-        low, high = distances - slack, distances + slack
-        sure = high < low.kthvalue(k).values
-        doubtful = ((low <= high.kthvalue(k).values) & ~sure).nonzero()[:, 0]
-        sure = sure.nonzero()[:, 0]
-        positions = doubtful if pool is None else pool[doubtful]
-        size = _at_a_time(images, self.denoiser.memory_budget)
-        blocks = Reader(images).blocks_at(positions, size)
-        level = torch.tensor([alpha], dtype=torch.float64, device=x.device)
-        found = nearest_of(x[None], level, blocks, k - len(sure))
-        return torch.cat([sure, doubtful[found.indices[0]]])
-
-    def _pool(self, y: Tensor, size: int) -> Tensor | None:
-        """Positions of the candidates for y in stored units, ascending; None for all images."""
+    def _select(self, x: Tensor, levels: Sequence[tuple[float, float]]) -> list[Tensor]:
+        """The positions of each noisy image [B, C, H, W] of levels (alpha, sigma), ascending."""
         count = len(self.denoiser.data)
-        if size == count:
-            return None
+        sizes = [self.sizes(sigma, alpha) for alpha, sigma in levels]
+        alpha = torch.tensor([level[0] for level in levels], dtype=torch.float64)
+        alpha = alpha.to(x.device)
+        pools = self._pools(x, alpha, sizes)
+        chosen: dict[int, Tensor] = {}
+        whole: dict[int, list[int]] = {}
+        for b, (pool, size) in enumerate(zip(pools, sizes, strict=True)):
+            if size.kept == count:
+                chosen[b] = torch.arange(count, device=self.device)
+            elif pool is None:
+                whole.setdefault(size.kept, []).append(b)
+            elif len(pool) == size.kept:
+                chosen[b] = pool
+            else:
+                chosen[b] = self._nearest(x[b : b + 1], alpha[b : b + 1], size.kept, pool)[0]
+        # Those that keep as many of all images are ranked in one pass.
+        for kept, rows in whole.items():
+            places = torch.tensor(rows, device=x.device)
+            some, level = x.index_select(0, places), alpha.index_select(0, places)
+            chosen.update(zip(rows, self._nearest(some, level, kept), strict=True))
+        return [chosen[b] for b in range(len(x))]
+
+    def _nearest(self, x: Tensor, alpha: Tensor, k: int, among: Tensor | None = None) -> Tensor:
+        """Which k images, of all or some, are nearest to each noisy image: exactly these."""
+        images, budget = self.denoiser.data.images, self.denoiser.memory_budget
+        problem = trusted_problem(x, images, 0.0, alpha, memory_budget=budget)
+        return nearest_positions(problem, k, among)
+
+    def _pools(self, x: Tensor, alpha: Tensor, sizes: Sequence[SubsetSizes]) -> list[Tensor | None]:
+        """Positions of the candidates of each noisy image, ascending; None for all images."""
+        count = len(self.denoiser.data)
+        pools: list[Tensor | None] = [None] * len(x)
+        rows = [b for b, size in enumerate(sizes) if size.pool < count]
         if self.generator is not None:
             device = self.generator.device
-            drawn = torch.randperm(count, generator=self.generator, device=device)[:size]
-            return drawn.to(self.device).sort().values
-        distances = _distances(self._pooled_chunks(), self._pool_images(y[None])[0])
-        return distances.topk(size, largest=False).indices.sort().values
+            for b in rows:
+                drawn = torch.randperm(count, generator=self.generator, device=device)
+                pools[b] = drawn[: sizes[b].pool].to(self.device).sort().values
+            return pools
+        # Distances of as many noisy images at a time as half of the budget holds.
+        together = max(1, memory_budget_bytes(self.denoiser.memory_budget) // (8 * count))
+        for first in range(0, len(rows), together):
+            some = rows[first : first + together]
+            places = torch.tensor(some, device=x.device)
+            level = alpha.index_select(0, places)[:, None, None, None]
+            y = x.index_select(0, places).double() / level
+            if self.denoiser.data.images.dtype == torch.uint8:
+                y = values_to_bytes(y)
+            for b, distances in zip(some, self._pooled_distances(y.float()), strict=True):
+                found = distances.topk(sizes[b].pool, largest=False).indices
+                pools[b] = found.sort().values
+        return pools
+
+    def _pooled_distances(self, y: Tensor) -> Tensor:
+        """Distances of all images to y [B, C, H, W], both pooled: float32 [B, N]."""
+        targets = self._pool_images(y)
+        parts = [
+            torch.stack([(values - target).flatten(1).norm(dim=1) for target in targets])
+            for values in self._pooled_chunks()
+        ]
+        return torch.cat(parts, 1)
 
     def _pool_images(self, values: Tensor) -> Tensor:
         height, width = values.shape[-2:]
@@ -256,11 +277,11 @@ class GoldenSubset(Denoiser):
             pooled = self._kept_pooled()
         if pooled is None:
             # Rounded like those that are kept: the budget must not change the answer.
-            for values in _chunks(self.denoiser.data.images, None, self.denoiser.memory_budget):
+            for values in self._chunks():
                 yield self._pool_images(values).half().float()
             return
         for part in pooled.split(_CACHED_IMAGES):
-            yield part.to(torch.float32, copy=True)
+            yield part.float()
 
     def _kept_pooled(self) -> Tensor | None:
         """All pooled images, float16; None where they do not fit the memory budget."""
@@ -270,40 +291,48 @@ class GoldenSubset(Denoiser):
             if 2 * len(data) * math.prod(shape) > memory_budget_bytes(budget) // 2:
                 return None
             pooled = torch.empty(len(data), *shape, dtype=torch.float16, device=self.device)
-            parts = pooled.split(_at_a_time(data.images, budget))
-            for part, values in zip(parts, _chunks(data.images, None, budget), strict=True):
+            parts = pooled.split(self._at_a_time())
+            for part, values in zip(parts, self._chunks(), strict=True):
                 part.copy_(self._pool_images(values))
             # Also where torch is differentiating, and lends its tensors for that long only.
             self._pooled = without_derivatives(pooled)
         return self._pooled
 
-    def _over_subset(self, x: Tensor, sigma: float, alpha: float) -> PosteriorDenoiser:
-        """The wrapped denoiser with the subset of a noisy image [C, H, W] for its training set."""
+    def _chunks(self) -> Iterator[Tensor]:
+        """All images in stored units, float32, a few at a time."""
+        reader = Reader(self.denoiser.data.images, memory_budget=self.denoiser.memory_budget)
+        for stored in reader.blocks(self._at_a_time()):
+            yield stored.float()
+
+    def _at_a_time(self) -> int:
+        """Images of a chunk: as stored, as numbers, and pooled or squared."""
+        budget = memory_budget_bytes(self.denoiser.memory_budget) // 2
+        return images_per_chunk(budget, 16 * self.denoiser.data.num_values, _CACHED_IMAGES)
+
+    def _over_subset(self, chosen: Tensor, sigma: float, alpha: float) -> PosteriorDenoiser:
+        """The wrapped denoiser with the chosen images for its training set."""
         denoiser = self.denoiser
         if isinstance(denoiser, PCALocalityDenoiser):
             # From the moments of the whole set; the twin shares them.
             denoiser.weights_at(sigma, alpha)
         twin = copy.copy(denoiser)
-        images = denoiser.data.images
-
-        def gather() -> Tensor:
+        kept = 0 if self._pooled is None else self._pooled.nbytes
+        if len(chosen) < len(denoiser.data):
             # Plain tensors, also where torch is differentiating: a training set is made of them.
             with outside_transforms():
-                chosen = self._select(x, sigma, alpha)
-                return images.index_select(0, chosen) if len(chosen) < len(images) else images
-
-        chosen = Reader(images).checked(gather)
-        kept = 0 if self._pooled is None else self._pooled.nbytes
-        if chosen is not images:
-            twin.data = TrainingSet._of_valid(chosen, denoiser.data.name)
-            kept += chosen.nbytes
+                images = Reader(denoiser.data.images).at(chosen)
+            twin.data = TrainingSet._of_valid(images, denoiser.data.name)
+            kept += images.nbytes
         twin.memory_budget = max(1, memory_budget_bytes(denoiser.memory_budget) - kept)
         return twin
 
     def _subsets(self, x: Tensor, levels: Levels) -> Iterator[tuple[slice, PosteriorDenoiser]]:
         """For each image of the batch its place and the denoiser over its subset."""
-        for b, (alpha, sigma) in enumerate(levels.pairs(len(x))):
-            yield slice(b, b + 1), self._over_subset(without_derivatives(x[b]), sigma, alpha)
+        pairs, images = levels.pairs(len(x)), self.denoiser.data.images
+        with outside_transforms():
+            chosen = Reader(images).checked(self._select, without_derivatives(x), pairs)
+        for b, (alpha, sigma) in enumerate(pairs):
+            yield slice(b, b + 1), self._over_subset(chosen[b], sigma, alpha)
 
     def _denoise(self, x: Tensor, levels: Levels) -> Tensor:
         means = [denoiser._denoise(x[b], levels.of(b)) for b, denoiser in self._subsets(x, levels)]
@@ -344,23 +373,3 @@ def refuse_augmented(denoiser: PosteriorDenoiser) -> None:
 
 def _checked_size(size: object, name: str, largest: int) -> int:
     return check_count(size, name, maximum=largest)
-
-
-def _chunks(
-    images: Tensor, chosen: Tensor | None, memory_budget: int | str | None
-) -> Iterator[Tensor]:
-    """All or some images in the units in which they are stored, new float32, a few at a time."""
-    size, reader = _at_a_time(images, memory_budget), Reader(images, memory_budget=memory_budget)
-    for stored in reader.blocks(size) if chosen is None else reader.blocks_at(chosen, size):
-        yield stored.to(torch.float32, copy=True)
-
-
-def _at_a_time(images: Tensor, memory_budget: int | str | None) -> int:
-    """Images that are compared at a time: as stored, as numbers, and pooled or squared."""
-    budget = memory_budget_bytes(memory_budget) // 2
-    return images_per_chunk(budget, 16 * images[0].numel(), _CACHED_IMAGES)
-
-
-def _distances(chunks: Iterator[Tensor], y: Tensor) -> Tensor:
-    """Distances of images, a few at a time and overwritten, to one image: float32 [n]."""
-    return torch.cat([values.sub_(y).flatten(1).norm(dim=1) for values in chunks])

@@ -9,14 +9,19 @@ from torch import Tensor
 
 from pyflocality._support.checks import check_count
 from pyflocality.ops.operation import Operation, Served, Variant, declare, per_pair
-from pyflocality.posterior.problem import posterior_problem
+from pyflocality.posterior.problem import PosteriorProblem, posterior_problem
 from pyflocality.storage.augmentation import Augmentation
 
 NEAREST = declare(
     Operation(
         "nearest",
-        # Differences, their squares and the sum of these.
-        {"scan": Variant({"reference": Served()}, per_pair(lambda s: 3 * s.values))},
+        {
+            "scan": Variant(
+                {"cpu": Served("bytes_limits"), "reference": Served()},
+                # Differences, their squares and the sum of these.
+                per_pair(lambda s: 3 * s.values),
+            )
+        },
         answers_state=False,
         parameters=("k",),
         example=lambda size, generator: (1,),
@@ -91,3 +96,19 @@ def nearest_images(
     if k > problem.count:
         raise ValueError(f"`k` must be at most the number of images {problem.count}, got {k}")
     return Neighbours(*NEAREST.run("scan", problem, (k,), backend))
+
+
+def nearest_positions(problem: PosteriorProblem, k: int, among: Tensor | None = None) -> Tensor:
+    """The k images nearest to each query of a checked problem, in the order of their positions.
+
+    Args:
+        problem: The problem, of a set that is not sharded.
+        k: Number of images.
+        among: Positions of the images that count, ascending, int64 [m]; None for all.
+
+    Returns:
+        Their positions, ascending, int64 [B, k].
+    """
+    # Whatever backend was chosen was chosen for a model: every one of them answers the same.
+    indices: Tensor = NEAREST.run("scan", problem, (k, False, among), "auto")[0]
+    return indices

@@ -101,7 +101,7 @@ def test_what_is_not_installed_is_recorded(data, monkeypatch):
         "keops": "not installed: no package 'pykeops'",
     }
     assert "keops not installed" in table([record], [])
-    found = replace(case, op="nearest", suite="nearest", backend="reference", yardsticks=("faiss",))
+    found = replace(case, op="nearest", suite="nearest", yardsticks=("faiss",))
     record = runner.run_case(found, data)
     assert record["missing"] == {"faiss": "not installed: no package 'faiss'"}
 
