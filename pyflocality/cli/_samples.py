@@ -27,8 +27,9 @@ SHOWN, SHOWN_WAYS = 256, 3
 # At how many steps a way is drawn.
 _COLUMNS = 10
 # A batch has at least so many images, those whose way is drawn among them; else so many bytes in a
-# state, and so many in the answers of all its steps, which are kept for a run that goes on.
-_LEAST, _STATE_BYTES, _ANSWERS_BYTES = 64, 64 * 2**20, 2**30
+# state, and so many in the answers of all its steps, which are kept for a run that goes on. For
+# tensors beyond 32 MiB the C library asks the system each time, which took twice the arithmetic.
+_LEAST, _STATE_BYTES, _ANSWERS_BYTES = 64, 16 * 2**20, 2**30
 
 
 @dataclass(frozen=True)

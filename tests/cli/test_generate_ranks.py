@@ -77,9 +77,9 @@ def ended(job, seconds=120):
     return job.returncode, stdout, stderr
 
 
-def job_file(folder, commands, killed=None):
+def job_file(folder, commands, killed=None, batch=None):
     path = folder / "job.json"
-    path.write_text(json.dumps({"commands": commands, "killed": killed}))
+    path.write_text(json.dumps({"commands": commands, "killed": killed, "batch": batch}))
     return path
 
 
@@ -181,6 +181,24 @@ def test_a_killed_rank_ends_the_job_which_then_goes_on(split, killed, source, wh
     assert code == 0, stderr
     assert sorted(path.name for path in out.iterdir() if path.stat().st_size > 0) == FILES
     assert (record(out)["resumed_calls"], len(record(out)["calls"])) == (4, STEPS - 4)
+    difference = abs(samples(out) - samples(whole / "local")).max()
+    assert difference < 2e-6 * STEPS if split == "images" else difference == 0
+
+
+@pytest.mark.parametrize(("split", "killed"), [("images", 1), ("samples", 0)])
+@pytest.mark.slow
+def test_batches_go_on_where_a_rank_was_killed(split, killed, source, whole, tmp_path):
+    """The first batch of three is done, the second one of two in its third step."""
+    out = tmp_path / "out"
+    words = arguments(source, out, *CASES["local"], "--split-over", split)
+    job = launched(2, WORKER, job_file(tmp_path, [words], (killed, STEPS + 2), batch=3))
+    assert ended(job)[0] == 1
+    assert {".samples", ".answers"} <= {path.suffix for path in out.iterdir()}
+    code, stdout, stderr = ended(launched(2, WORKER, job_file(tmp_path, [words], batch=3)))
+    assert code == 0, stderr
+    assert sorted(path.name for path in out.iterdir() if path.stat().st_size > 0) == FILES
+    assert (record(out)["resumed_samples"], record(out)["resumed_calls"]) == (3, 2)
+    assert record(out)["nearest"]["index"] == record(whole / "local")["nearest"]["index"]
     difference = abs(samples(out) - samples(whole / "local")).max()
     assert difference < 2e-6 * STEPS if split == "images" else difference == 0
 

@@ -1,11 +1,12 @@
 """One rank of a job that runs `pyflocality`: `generate_worker.py JOB.json`.
 
-The file holds `commands`, lists of arguments, and `killed`: null, or a rank and the number of
-answers of its denoiser after which that rank is killed.
+The file holds `commands`, lists of arguments; `killed`: null, or a rank and the number of answers
+of its denoiser after which that rank is killed; and `batch`: null, or samples a batch.
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -21,7 +22,12 @@ from pyflocality.cli import main
 _whole = pf.Denoiser.__call__
 
 
-def _run(commands: list[list[str]], killed: tuple[int, int] | None) -> int:
+def _run(
+    commands: list[list[str]], killed: tuple[int, int] | None, batch: int | None = None
+) -> int:
+    if batch is not None:
+        samples = importlib.import_module("pyflocality.cli._samples")
+        samples._LEAST, samples._STATE_BYTES = batch, 1
     answered = itertools.count()
 
     def call(denoiser: pf.Denoiser, *arguments: object) -> Tensor:

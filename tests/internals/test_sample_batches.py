@@ -83,10 +83,11 @@ def test_batches_make_the_files_of_one_batch(source, tmp_path, in_threes, sample
 
 
 def test_batches_are_bounded_by_states_and_answers():
-    """64 MiB of states, 1 GiB of answers, but 64 samples at least."""
-    assert _samples.batch_size((3, 32, 32), 10) == 2**26 // (4 * 3072)
-    assert _samples.batch_size((3, 32, 32), 100) == 2**30 // 100 // (4 * 3072)
-    assert _samples.batch_size((3, 256, 256), 10) == 85
+    """16 MiB of states, 1 GiB of answers, but 64 samples at least."""
+    assert _samples.batch_size((3, 32, 32), 10) == 2**24 // (4 * 3072) == 1365
+    assert _samples.batch_size((3, 32, 32), 100) == 2**30 // 100 // (4 * 3072) == 873
+    assert _samples.batch_size((3, 64, 64), 10) == 341
+    assert _samples.batch_size((3, 256, 256), 10) == 64
     assert _samples.batch_size((3, 256, 256), 1000) == 64
 
 
