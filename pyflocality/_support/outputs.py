@@ -95,6 +95,11 @@ class Outputs:
             raise
         return self
 
+    def leave_out(self, path: Path) -> None:
+        """Claim a file no longer: what is there stays, and there is nothing to commit."""
+        self.temporary.pop(path).unlink()
+        self.paths = tuple(one for one in self.paths if one != path)
+
     def commit(self) -> None:
         """Give every file its name.
 

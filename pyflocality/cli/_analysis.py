@@ -27,12 +27,12 @@ from pyflocality.cli._options import (
     StepsOptions,
     given_path,
 )
-from pyflocality.cli._work import complete_moments, text_of, working
+from pyflocality.cli._work import check_stored, components_of, text_of, working
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from pyflocality import Moments, TrainingSet
+    from pyflocality import Basis, Moments, TrainingSet
     from pyflocality.denoisers import Denoiser
 
 N = TypeVar("N", int, float)
@@ -78,9 +78,10 @@ def sensitivity(
         depth, height, width = job.data.image_shape
         wanted = chosen or [(depth // 2, height // 2, width // 2)]
         pixels = [check_pixel(place, job.data.image_shape) for place in wanted]
+        components = job.components()
         models = {model.name: job.denoiser()}
         if model.name != "wiener":
-            models["wiener"] = WienerDenoiser(job.moments())
+            models["wiener"] = WienerDenoiser(components)
         generator = torch.Generator().manual_seed(sampling.seed)
         noise = torch.randn(sampling.n, *job.data.image_shape, generator=generator)
         schedule = sampling.noise_schedule()
@@ -193,11 +194,11 @@ def memorize(
     sampling.check()
 
     def work(job: _Job) -> _Result:
-        from pyflocality import Moments, analysis
+        from pyflocality import analysis
         from pyflocality.analysis import figures
 
         def make(part: TrainingSet) -> Denoiser:
-            return model.build(part, Moments.from_data(part) if model.needs_moments else None)
+            return model.build(part, None)
 
         with job.stages("samples", f"samples of {2 * len(counts)} models"):
             curve = analysis.memorization_curve(
@@ -236,20 +237,24 @@ class _Job:
     """
 
     def __init__(
-        self, model: DenoiserOptions, data: TrainingSet, moments: Moments | None, stages: Stages
+        self,
+        model: DenoiserOptions,
+        data: TrainingSet,
+        moments: Moments | Basis | None,
+        stages: Stages,
     ) -> None:
         self.data, self.stages = data, stages
         self._model, self._moments = model, moments
 
-    def moments(self) -> Moments:
-        """Moments of the set with their eigenvectors, computed once unless they were given."""
-        self._moments = complete_moments(self.data, self._moments, self.stages)
+    def components(self) -> Basis:
+        """Principal components of the set, computed once unless they were given."""
+        source = self.data if self._moments is None else self._moments
+        self._moments = components_of(source, self.stages)
         return self._moments
 
     def denoiser(self) -> Denoiser:
         """The model of the set."""
-        moments = self.moments() if self._model.needs_moments else None
-        return self._model.build(self.data, moments)
+        return self._model.build(self.data, self._moments, self.stages)
 
 
 def _run(
@@ -264,7 +269,7 @@ def _run(
     """Check, load, work and write: the picture, the arrays and the record."""
     import numpy as np
 
-    from pyflocality import Moments
+    from pyflocality.moments.basis import stored_source
 
     _need("matplotlib", "plot")
     source.check()
@@ -280,9 +285,10 @@ def _run(
         ignoring_memory(options.ignore_memory),
         working(command, files, results, told, folder=folder) as at_work,
     ):
-        moments = None if stored is None else Moments.load(stored)
+        moments = None if stored is None else stored_source(stored)
         with at_work.stages("load", f"loading {source.source}"):
             data = source.load(progress=results.progress)
+        check_stored(data, moments)
         # Of one sample: how many derivatives are taken at a time follows the budget.
         sampling = NoiseOptions()
         job = job_of(data, model, sampling, nearest=False, has_moments=stored is not None)

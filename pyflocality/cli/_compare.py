@@ -29,7 +29,7 @@ from pyflocality.cli._recorded import RecordedDenoiser
 from pyflocality.cli._samples import draw, starting_noise
 from pyflocality.cli._work import (
     Work,
-    complete_moments,
+    check_stored,
     data_record,
     foretell_few_images,
     neighbour_record,
@@ -42,7 +42,7 @@ from pyflocality.cli._work import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pyflocality import Moments, TrainingSet
+    from pyflocality import Basis, Moments, TrainingSet
     from pyflocality.ops.nearest import Neighbours
 
 _FILES = ("compare.png", "samples.npz", "run.json")
@@ -81,7 +81,7 @@ def compare(
     images nearest to that row; samples that are training images are framed), samples.npz (the
     values of each row) and run.json (settings, numbers, versions, timings).
     """
-    from pyflocality import Moments
+    from pyflocality.moments.basis import stored_source
 
     names, folder = _names(models.methods), checked_path(results.out, "out")
     methods = split_options(names, models.given)
@@ -102,15 +102,14 @@ def compare(
         ignoring_memory(models.ignore_memory),
         working("compare", files, results, asked, folder=folder) as work,
     ):
-        moments = None if stored is None else Moments.load(stored)
+        moments = None if stored is None else stored_source(stored)
         with work.stages("load", f"loading {source.source}"):
             data = source.load(progress=results.progress).augmented(flip=models.flip)
+        check_stored(data, moments)
         foretell_few_images(data if moments is None else moments, methods)
         known = stored is not None
         jobs = [job_of(data, method, sampling, has_moments=known) for method in methods]
         hold(jobs, announce=results.progress)
-        if needs_moments:
-            moments = complete_moments(data, moments, work.stages)
         runs, described = _sampled(work, data, moments, methods, sampling, results.progress)
         record = _scored(work, files, data, runs, described, against, models.memory_budget) | {
             "data": data_record(data, flip=models.flip),
@@ -137,7 +136,7 @@ def _names(methods: str) -> list[str]:
 def _sampled(
     work: Work,
     data: TrainingSet,
-    moments: Moments | None,
+    moments: Moments | Basis | None,
     methods: Sequence[DenoiserOptions],
     sampling: SamplingOptions,
     progress: bool,
@@ -145,7 +144,7 @@ def _sampled(
     """What every model makes, by name, and what is told of it."""
     runs, described = {}, []
     for method in methods:
-        denoiser = method.build(data, moments)
+        denoiser = method.build(data, moments, work.stages)
         recorded = RecordedDenoiser(denoiser)
         doing = f"sampling {method.name}"
         with work.stages(doing, f"{doing}: {sampling.n} images"):

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyflocality import Moments, TrainingSet
+    from pyflocality import Basis, Moments, TrainingSet
+    from pyflocality._support.record import Stages
     from pyflocality.denoisers import Denoiser
 
 
@@ -24,7 +25,8 @@ class Entry:
         summary: What it is, for the help.
         options: Options it takes: the name on the command line and its argument.
         operations: Operations it runs, where the backend can be chosen.
-        needs_moments: Whether it is made of moments: "no", "also" beside the images, or "only".
+        needs_moments: Whether it is made of moments: "no", "also" beside the images, which it makes
+            them of where it needs them, "only", or "either" of moments or of images.
         required: Options that must be given.
         centred: Whether its window lies around a pixel, so that its side must be odd.
         subsets: Ways in which it can search part of the images, keys of `SUBSETS`.
@@ -132,7 +134,7 @@ DENOISERS: dict[str, Entry] = {
         "the best linear one that treats all places alike",
         {},
         (),
-        needs_moments="only",
+        needs_moments="either",
         sums_by_torch=True,
         instead=(_LOCAL_MODELS,),
     ),
@@ -206,13 +208,23 @@ class DenoiserOptions:
         for operation in self.entry.operations:
             _check_backend(operation, self.given.get("backend"))
 
-    def build(self, data: TrainingSet, moments: Moments | None) -> Denoiser:
-        """The denoiser itself."""
+    def build(
+        self, data: TrainingSet, moments: Moments | Basis | None, stages: Stages | None = None
+    ) -> Denoiser:
+        """The denoiser itself, of moments or components where they are at hand.
+
+        Principal components that it is made of are a stage of the run.
+        """
         from pyflocality import denoisers
 
         make = getattr(denoisers, self.entry.class_name)
-        if self.entry.needs_moments == "only":
-            return make(moments).to(data.device)
+        source = data if moments is None else moments
+        if self.entry.needs_moments == "only" and stages is not None:
+            from pyflocality.cli._work import components_of
+
+            source = components_of(source, stages)
+        if self.entry.needs_moments in ("only", "either"):
+            return make(source).to(data.device)
         arguments = {self.entry.options[name]: value for name, value in self.given.items()}
         if self.entry.needs_moments == "also":
             arguments["moments"] = moments
@@ -252,7 +264,7 @@ class SubsetOptions:
         if denoiser.given.get("aggregation") == "batch_mean":
             raise ValueError("`subset` does not go with `aggregation` batch-mean")
 
-    def build(self, denoiser: Denoiser, moments: Moments | None) -> Denoiser:
+    def build(self, denoiser: Denoiser, moments: Moments | Basis | None) -> Denoiser:
         """The denoiser over subsets."""
         from pyflocality import denoisers
 

@@ -33,6 +33,8 @@ from pyflocality.cli._recorded import RecordedDenoiser
 from pyflocality.cli._samples import SHOWN, SHOWN_WAYS, Samples, SamplesFile, make_samples
 from pyflocality.cli._work import (
     Work,
+    check_stored,
+    components_of,
     data_record,
     foretell_few_images,
     moments_of,
@@ -40,14 +42,13 @@ from pyflocality.cli._work import (
     neighbour_values,
     neighbours_of,
     text_of,
-    with_eigenvectors,
     working,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pyflocality import Moments, TrainingSet
+    from pyflocality import Basis, Moments, TrainingSet
     from pyflocality.planner import Job
     from pyflocality.posterior.ranks import Ranks
 
@@ -273,21 +274,22 @@ def _sampled(
     progress: bool,
 ) -> _Sampled:
     """Load and sample, on every rank alike; `write` takes the samples as they come."""
-    from pyflocality import Moments
     from pyflocality.distributed import shard, split_samples
+    from pyflocality.moments.basis import stored_source
 
-    stored = None if plan.moments is None else Moments.load(plan.moments)
+    stored = None if plan.moments is None else stored_source(plan.moments)
     with stages("load", f"loading {plan.source.source}"):
         everything = plan.source.load_all(progress=progress).augmented(flip=plan.model.flip)
         data = plan.source.of_label(everything)
         searched = plan.part(data).to(parse_device(plan.source.device))
+    check_stored(data if plan.model.global_share is None else everything, stored)
     if plan.model.global_share is None:
         foretell_few_images(data if stored is None else stored, [plan.denoiser])
     hold([plan.job(data)], announce=stages.announce)
-    moments = None
-    if plan.needs_moments:
-        moments = _moments(plan, everything, data, searched, stored, stages)
-    whole = plan.denoiser.build(searched, moments)
+    moments = _moments(plan, everything, data, stored, stages)
+    whole = plan.denoiser.build(searched, moments, stages)
+    if plan.subset is not None and plan.subset.needs_moments:
+        moments = components_of(searched if moments is None else moments, stages)
     denoiser = whole if plan.subset is None else plan.subset.build(whole, moments)
     divides = ranks is not None and plan.split_over == "samples"
     recorded = RecordedDenoiser(
@@ -325,7 +327,9 @@ def _sampled(
     return _Sampled(data, settings, recorded, samples)
 
 
-def _further(plan: _Plan, everything: TrainingSet, stored: Moments | None) -> dict[str, Any]:
+def _further(
+    plan: _Plan, everything: TrainingSet, stored: Moments | Basis | None
+) -> dict[str, Any]:
     """What else the answers depend on, which the record tells elsewhere or not at all."""
     from pyflocality.backends.selection import requested_backend
 
@@ -343,17 +347,22 @@ def _moments(
     plan: _Plan,
     everything: TrainingSet,
     data: TrainingSet,
-    searched: TrainingSet,
-    stored: Moments | None,
+    stored: Moments | Basis | None,
     stages: Stages,
-) -> Moments:
-    """What the denoiser is made of: the moments of the data, leaning on those of all classes."""
+) -> Moments | Basis | None:
+    """What is at hand of moments before the denoiser asks: those of a file, or a class's blend."""
+    from pyflocality import Moments
+
     if plan.model.global_share is None:
-        return with_eigenvectors(moments_of(data, searched, stored, stages), stages)
+        return stored
+    if stored is not None and not isinstance(stored, Moments):
+        raise ValueError(
+            "`moments` must be moments for `global_share`, which blends covariances: "
+            f"{plan.moments} holds components alone"
+        )
     # Both on the CPU, where moments of a file are.
-    overall = moments_of(everything, plan.part(everything), stored, stages)
-    own = moments_of(data, plan.part(data), None, stages)
-    return with_eigenvectors(own.blended(overall, plan.model.global_share), stages)
+    overall = moments_of(plan.part(everything), stages) if stored is None else stored
+    return moments_of(plan.part(data), stages).blended(overall, plan.model.global_share)
 
 
 def _told(plan: _Plan, work: Work, sampled: _Sampled) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from pyflocality.cli._options import ResultOptions, SourceOptions
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pyflocality import Moments, TrainingSet
+    from pyflocality import Basis, Moments, TrainingSet
     from pyflocality.cli._denoisers import DenoiserOptions
     from pyflocality.ops.nearest import Neighbours
 
@@ -43,6 +42,10 @@ class Work:
     def temporary(self, file: Path) -> Path:
         """Where a result is written until all are there."""
         return self._outputs.temporary[file]
+
+    def leave_out(self, file: Path) -> None:
+        """Claim a file no longer: there is nothing to write into it."""
+        self._outputs.leave_out(file)
 
     def commit(self) -> None:
         """Give all results their names."""
@@ -103,7 +106,9 @@ def working(
         yield Work(command, outputs, Stages(announce=results.progress), backends)
 
 
-def foretell_few_images(source: TrainingSet | Moments, methods: Iterable[DenoiserOptions]) -> None:
+def foretell_few_images(
+    source: TrainingSet | Moments | Basis, methods: Iterable[DenoiserOptions]
+) -> None:
     """Say before any work where images are too few for a covariance; models then do not, again.
 
     Args:
@@ -120,43 +125,47 @@ def foretell_few_images(source: TrainingSet | Moments, methods: Iterable[Denoise
         warnings.filterwarnings("ignore", r"\d+ images are too few for ")
 
 
-def complete_moments(data: TrainingSet, moments: Moments | None, stages: Stages) -> Moments:
-    """Moments of the data, computed unless they are at hand, and their eigenvectors."""
-    return with_eigenvectors(moments_of(data, data, moments, stages), stages)
+def check_stored(data: TrainingSet, stored: Moments | Basis | None) -> None:
+    """Refuse moments of a file that are of other images, and tell where they are of more or fewer.
 
-
-def moments_of(
-    data: TrainingSet, part: TrainingSet, moments: Moments | None, stages: Stages
-) -> Moments:
-    """Moments of the data, computed unless they are at hand.
-
-    Of a sharded set `part` is what this rank holds; else it is the set itself.
+    Raises:
+        ValueError: Their images have another shape.
     """
-    from pyflocality import Moments
-
-    if moments is not None and tuple(moments.image_shape) != data.image_shape:
+    if stored is None:
+        return
+    if tuple(stored.image_shape) != data.image_shape:
         raise ValueError(
             f"`moments` must be of images of shape {data.image_shape}, got "
-            f"{tuple(moments.image_shape)}"
+            f"{tuple(stored.image_shape)}"
         )
     count = len(data) * data.copies
-    if moments is not None and moments.count != count:
+    if stored.count != count:
         warnings.warn(
-            f"the moments are of {moments.count:,} images, {data.name} has {count:,}",
+            f"the moments are of {stored.count:,} images, {data.name} has {count:,}",
             stacklevel=2,
         )
-    if moments is None:
-        with stages("moments", f"covariance of {count:,} images"):
-            moments = Moments.from_data(part, progress=stages.announce)
-    return moments
 
 
-def with_eigenvectors(moments: Moments, stages: Stages) -> Moments:
-    """The same moments, with the eigenvectors computed."""
-    size = math.prod(moments.image_shape)
-    with stages("eigenvectors", f"eigenvectors of the covariance ({size:,} x {size:,})"):
-        moments.eigh()
-    return moments
+def moments_of(part: TrainingSet, stages: Stages) -> Moments:
+    """Moments of a set, or of the whole of which this rank holds a part."""
+    from pyflocality import Moments
+
+    with stages("moments", f"covariance of {len(part) * part.copies:,} images"):
+        return Moments.from_data(part, progress=stages.announce)
+
+
+def components_of(source: TrainingSet | Moments | Basis, stages: Stages) -> Basis:
+    """Principal components of a set, or of the whole of which this rank holds a part."""
+    from pyflocality import Basis, Moments
+
+    if isinstance(source, Basis):
+        return source
+    name, told = "components", "principal components of {:,} images"
+    if isinstance(source, Moments):
+        with stages(name, told.format(source.count)):
+            return source.basis(progress=stages.announce)
+    with stages(name, told.format(len(source) * source.copies)):
+        return Basis.from_data(source, progress=stages.announce)
 
 
 def neighbours_of(

@@ -38,7 +38,7 @@ from torch import Tensor
 from pyflocality._support.budget import images_per_chunk
 from pyflocality._support.precision import plain_products
 from pyflocality.data import TrainingSet
-from pyflocality.moments import Moments
+from pyflocality.moments import Basis
 from pyflocality.storage.reader import Reader
 
 UNIT32, UNIT64 = 2.0**-24, 2.0**-53
@@ -144,11 +144,18 @@ class DistanceBounds:
 
 
 def build_index(
-    data: TrainingSet, moments: Moments, memory_budget: int | str | None, stages: Sequence[int]
+    data: TrainingSet, basis: Basis, memory_budget: int | str | None, stages: Sequence[int]
 ) -> ComponentIndex:
-    """Read the whole set once and keep the coefficients of its images."""
-    centre = moments.mean.flatten().to(data.device)
-    vectors = moments.eigh().vectors[:, : stages[-1]].to(data.device).contiguous()
+    """Read the whole set once and keep the coefficients of its images.
+
+    Of few images there are fewer components than the stages ask for: the last one has all of them.
+    """
+    centre = basis.mean.flatten().to(data.device)
+    vectors = basis.vectors[:, : stages[-1]].to(data.device).contiguous()
+    if basis.rank == 0:
+        # Images that are all alike: any direction will do.
+        vectors = torch.eye(len(centre), 1, dtype=torch.float64, device=data.device)
+    stages = sorted({min(stage, vectors.shape[1]) for stage in stages})
     count, (values, components) = len(data), vectors.shape
     defect = float(torch.linalg.norm(vectors.T @ vectors - torch.eye(components).to(vectors)))
     defect += components * values * UNIT64

@@ -32,7 +32,7 @@ from pyflocality.denoisers.certificate import (
 )
 from pyflocality.denoisers.golden import refuse_augmented
 from pyflocality.denoisers.optimal import OptimalDenoiser
-from pyflocality.moments import Moments, check_moments_fit
+from pyflocality.moments import Basis, Moments, check_moments_fit
 from pyflocality.storage.reader import Reader
 
 # Plans kept: a schedule has fewer noise levels.
@@ -87,16 +87,17 @@ class CertifiedSubset(Denoiser):
 
     The bounds take 4 N (K + J + 1) bytes for K components in J stages, no more than half of the
     wrapped denoiser's memory budget: fewer components are kept where N is large. They are
-    computed at first use. Moments and their eigenvectors take 48 D^2 bytes while they are
-    computed, 450 MB at D = 3,072: a budget that is given, by argument or environment variable,
-    must hold them, and the default of 1 GB has them on top. `moments` that have been asked for
-    their eigenvectors need no more.
+    computed at first use. The components of the set take what `Basis.from_data` tells, 450 MB at
+    N > D = 3,072: a budget that is given, by argument or environment variable, must hold them,
+    and the default of 1 GB has them on top. A `Basis`, and moments that have been asked for their
+    eigenvectors, need no more.
 
     Args:
         denoiser: An `OptimalDenoiser`; no other denoiser has a certificate.
         tol: Largest share of the posterior to skip, in [0, 1). 0 skips only what a number of
             the dtype of x cannot show.
-        moments: Moments of the training set, where they are at hand; None computes them.
+        moments: Moments or components of the training set, where they are at hand; None computes
+            the latter.
 
     Raises:
         TypeError: `denoiser` is no OptimalDenoiser, or an option has the wrong type.
@@ -107,7 +108,11 @@ class CertifiedSubset(Denoiser):
     symmetric_jacobian = True
 
     def __init__(
-        self, denoiser: OptimalDenoiser, tol: float = 1e-3, *, moments: Moments | None = None
+        self,
+        denoiser: OptimalDenoiser,
+        tol: float = 1e-3,
+        *,
+        moments: Moments | Basis | None = None,
     ) -> None:
         if not isinstance(denoiser, OptimalDenoiser):
             raise TypeError(
@@ -116,8 +121,8 @@ class CertifiedSubset(Denoiser):
             )
         refuse_augmented(denoiser)
         tol = check_real(tol, "tol", low=0.0, high=1.0, below=True)
-        if moments is not None and not isinstance(moments, Moments):
-            raise TypeError(f"`moments` must be Moments, got {describe(moments)}")
+        if moments is not None and not isinstance(moments, (Moments, Basis)):
+            raise TypeError(f"`moments` must be Moments or a Basis, got {describe(moments)}")
         if moments is not None and tuple(moments.image_shape) != denoiser.image_shape:
             raise ValueError(
                 f"`moments` must be of images of shape {denoiser.image_shape}, got "
@@ -147,11 +152,14 @@ class CertifiedSubset(Denoiser):
             if self._index is None or self._index.device != self.device:
                 self._forget()
                 data, budget = self.denoiser.data, self.denoiser.memory_budget
-                check_moments_fit(budget, data if self._moments is None else self._moments)
                 if self._moments is None:
-                    self._moments = Moments.from_data(data)
+                    self._moments = Basis.from_data(data, memory_budget=budget)
+                basis = self._moments
+                if isinstance(basis, Moments):
+                    check_moments_fit(budget, basis)
+                    basis = basis.basis()
                 stages = subset_stages(data, memory_budget_bytes(budget) // 2)
-                self._index = build_index(data, self._moments, budget, stages)
+                self._index = build_index(data, basis, budget, stages)
             return self._index
 
     def plan(self, sigma: float | NoiseLevel, alpha: float = 1.0) -> SubsetPlan:

@@ -86,7 +86,8 @@ class WienerDenoiser(Denoiser):
             basis = basis.leading(rank)
         self.register_buffer("mean", basis.mean.flatten())
         self.register_buffer("eigenvalues", basis.values)
-        self.register_buffer("eigenvectors", basis.vectors)
+        # In one piece, so that products round as those of the same components from a file.
+        self.register_buffer("eigenvectors", basis.vectors.contiguous())
 
     @property
     def device(self) -> torch.device:

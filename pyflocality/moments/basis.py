@@ -247,12 +247,19 @@ def basis_method(count: int, values: int) -> BasisMethod:
 def basis_bytes(count: int, values: int, method: BasisMethod | None = None) -> int:
     """Most bytes that components of N images of D values take at a time, these included."""
     method = method or basis_method(count, values)
-    side = count if method == "gram" else values
-    solver = 8 * side**2 + eigen_bytes(side)
+    # Images in float64, and what is made of them.
+    block = 2 * min(BLOCK_BYTES, 8 * count * values)
     if method == "covariance":
-        return solver + 8 * values**2 + BLOCK_BYTES
-    bands = 3 * min(BAND_BYTES, 8 * count * values) + 3 * BLOCK_BYTES
-    return max(solver, 16 * side**2 + bands, 8 * side**2 + 8 * count * values + bands)
+        # Totals and covariance; or totals and products of a block.
+        square = 8 * values**2
+        return max(2 * square + eigen_bytes(values), 2 * square + block)
+    square = 8 * count**2
+    bands = 2 * min(BAND_BYTES, 8 * count * values) + block
+    return max(
+        2 * square + bands,
+        square + eigen_bytes(count),
+        2 * square + 8 * count * values + bands,
+    )
 
 
 def basis_key(
@@ -325,6 +332,20 @@ def _of_images(data: TrainingSet, progress: bool) -> Basis:
         )
 
     return reader.checked(made)
+
+
+def stored_source(path: str | os.PathLike[str]) -> Moments | Basis:
+    """What a file holds, moments or components.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        OSError: The system does not let it be read, or takes no such name.
+        ValueError: The file is damaged, or holds neither.
+    """
+    path = checked_path(path, "path")
+    if path.is_file() and read_metadata(path).get("format") == BASIS.format:
+        return Basis.load(path)
+    return Moments.load(path)
 
 
 def basis_of_moments(moments: Moments, eigen: Eigen) -> Basis:

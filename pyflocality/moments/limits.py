@@ -28,14 +28,19 @@ def check_moments_fit(memory_budget: int | str | None, of: TrainingSet | Moments
     values = math.prod(of.image_shape)
     square = 8 * values**2
     least = square + eigen_bytes(values)
-    if isinstance(of, Moments):
-        if of._eigen is not None:
-            return
-    else:
-        block = min(BLOCK_BYTES, len(of) * of.copies * values)
-        if of.dtype != torch.uint8:
-            # As float64, its differences from the mean, and their products.
-            block = 2 * min(BLOCK_BYTES, 8 * block) + square
-        least = square + max(least, block)
+    if isinstance(of, TrainingSet):
+        least = max(square + least, totals_bytes(of))
+    elif of._eigen is not None:
+        return
     what = f"moments of {values} values and their eigenvectors"
     check_fits(least, what, of.device, memory_budget)
+
+
+def totals_bytes(data: TrainingSet) -> int:
+    """Most bytes that counting the moments of a set takes, their totals included."""
+    square = 8 * data.num_values**2
+    block = min(BLOCK_BYTES, len(data) * data.copies * data.num_values)
+    if data.dtype != torch.uint8:
+        # As float64, its differences from the mean, and their products.
+        block = 2 * min(BLOCK_BYTES, 8 * block) + square
+    return square + block

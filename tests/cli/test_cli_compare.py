@@ -199,7 +199,7 @@ def test_progress_is_told_on_standard_error(run, source, tmp_path):
     arguments.remove("--no-progress")
     code, stdout, stderr = run(*arguments)
     assert code == 0
-    for words in ("loading", "covariance of 20 images", "sampling local: 3 images", "nearest"):
+    for words in ("loading", "components of 20 images", "sampling local: 3 images", "nearest"):
         assert words in stderr
     assert "loading" not in stdout
 

@@ -103,7 +103,8 @@ def test_names_cannot_speak_to_the_terminal(run, source, tmp_path, monkeypatch):
     assert "a\\x1b[31m\\u202eb\\nc/run.json" in stdout and stdout.count("\n") == 2
     code, stdout, _ = run("moments", source, "--out", tmp_path / evil / "m.safetensors", "--json")
     assert code == 0
-    assert json.loads(stdout)["files"] == [str(tmp_path / evil / "m.safetensors")]
+    names = "m.safetensors", "m.basis.safetensors"
+    assert json.loads(stdout)["files"] == [str(tmp_path / evil / name) for name in names]
     for arguments in (
         words(evil, tmp_path / "x"),
         ["generate", source, evil, "--out", "x"],
