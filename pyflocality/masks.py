@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-
 import torch
 from torch import Tensor
 
-from pyflocality._support.budget import check_given, memory_budget_bytes
+from pyflocality._support.budget import memory_budget_bytes
 from pyflocality._support.checks import (
     LARGEST,
     NoiseLevel,
     check_float_tensor,
-    check_instance,
     check_real,
     check_single_level,
     describe,
 )
-from pyflocality.moments import Moments, check_moments_fit
-from pyflocality.storage.blobs import read_blob, write_blob
+from pyflocality.moments import Basis, Moments
+from pyflocality.moments.mask_source import MaskSource
 from pyflocality.weights import QueryWeights
-
-# Masks over fewer inputs are built in less time than a file takes.
-_CACHED_INPUTS = 1024
-# Part of the key of cached masks: changes with the rule.
-_RULE_VERSION = 1
 
 
 def wiener_gain(eigenvalues: Tensor, sigma: float | NoiseLevel, alpha: float = 1.0) -> Tensor:
@@ -54,7 +44,10 @@ def wiener_gain(eigenvalues: Tensor, sigma: float | NoiseLevel, alpha: float = 1
 
 
 def pca_locality_weights(
-    moments: Moments, sigma: float | NoiseLevel, alpha: float = 1.0, threshold: float = 0.02
+    moments: Moments | Basis,
+    sigma: float | NoiseLevel,
+    alpha: float = 1.0,
+    threshold: float = 0.02,
 ) -> QueryWeights:
     r"""Query weights of the PCA-locality model at one noise level.
 
@@ -70,13 +63,16 @@ def pca_locality_weights(
     reaches h times the largest magnitude of the whole matrix and 0 elsewhere; h = 0 keeps the
     signed values.
 
+    All of it is float64, tile by tile: no matrix of D x D numbers but at h = 0. Masks made of
+    components and of a covariance are the same but for entries within 1e-6 of the threshold.
+
     Where the training images are fewer than their values the covariance has a null space.
-    Its eigenvalues are exactly zero here (see `Moments.eigh`), so the projector's rows lie in
-    the span of the data at every noise level; single-precision codes fill that null space with
-    rounding noise at low noise levels and their masks differ there.
+    Its eigenvalues are exactly zero here (see `Moments.eigh` and `Basis`), so the projector's rows
+    lie in the span of the data at every noise level; single-precision codes fill that null space
+    with rounding noise at low noise levels and their masks differ there.
 
     Args:
-        moments: Moments of the training set over D = C H W values.
+        moments: Moments of the training set over D = C H W values, or its components (`Basis`).
         sigma: Noise level, not negative; or a `NoiseLevel` for both.
         alpha: Signal coefficient, positive.
         threshold: h, in [0, 1).
@@ -85,27 +81,19 @@ def pca_locality_weights(
         Weights with the output value in the row and the input value in the column, [D, D].
 
     Raises:
+        TypeError: An argument has the wrong type.
         ValueError: An argument is out of range.
+        MemoryError: The memory that is there does not hold what making them takes.
 
     References:
         Lukoianov, Yuan, Solomon and Sitzmann, Locality in image diffusion models emerges from
         data statistics, 2025.
     """
-    check_instance(moments, "moments", Moments, "Moments")
-    threshold = check_threshold(threshold, "threshold")
-    alpha, sigma = _check_level(sigma, alpha)
-    eigenvalues, vectors = moments.eigh()
-    projector = (vectors * wiener_gain(eigenvalues, sigma, alpha)) @ vectors.T
-    diagonal = projector.diagonal().clone()
-    projector /= torch.where(diagonal.abs() < 1e-6, 1.0, diagonal)[:, None]
-    if threshold == 0:
-        return QueryWeights(projector.T.contiguous(), signed=True)
-    magnitude = projector.abs_().T
-    return QueryWeights(magnitude >= threshold * magnitude.max())
+    return _made(moments, sigma, alpha, threshold, None, cached=False)
 
 
 def cached_pca_locality_weights(
-    moments: Moments,
+    moments: Moments | Basis,
     sigma: float | NoiseLevel,
     alpha: float = 1.0,
     threshold: float = 0.02,
@@ -114,51 +102,46 @@ def cached_pca_locality_weights(
 ) -> QueryWeights:
     """As `pca_locality_weights`, with large masks kept as files in the user's cache folder.
 
-    A file is named by a hash of the moments, the noise level, the threshold and the version of
-    the rule; it carries a checksum, and a damaged one is made anew with a warning. Masks that
-    take a moment (D < 1,024 values) and signed weights are not kept.
+    A file is named by a hash of the moments or components, the way the masks are made, the noise
+    level, the threshold and the version of the rule; it carries a checksum, and a damaged one is
+    made anew with a warning. Masks that take a moment (D < 1,024 values) and signed weights are
+    not kept.
 
     Args:
-        moments: Moments of the training set over D = C H W values.
+        moments: Moments of the training set over D = C H W values, or its components (`Basis`).
         sigma: Noise level, not negative; or a `NoiseLevel` for both.
         alpha: Signal coefficient, positive.
         threshold: h, in [0, 1).
         memory_budget: Working memory, bytes or a string such as "2GB"; None follows the
-            environment variable PYFLOCALITY_MEMORY_BUDGET. Where neither is given, nothing is
-            refused.
+            environment variable PYFLOCALITY_MEMORY_BUDGET, else 1 GB. Masks whose bits exceed it
+            are read from their file a piece at a time; where none can be kept they are made by
+            tiles whenever they are used.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An argument is out of range, or the budget is less than the making takes:
-            27 D^2 bytes, or 40 D^2 where the moments have no eigenvectors yet.
+        ValueError: An argument is out of range, or a budget was given and is less than the making
+            takes: the least is named.
+        MemoryError: The memory that is there does not hold what making them takes.
     """
-    check_instance(moments, "moments", Moments, "Moments")
+    return _made(moments, sigma, alpha, threshold, memory_budget, cached=True)
+
+
+def _made(
+    moments: Moments | Basis,
+    sigma: float | NoiseLevel,
+    alpha: float,
+    threshold: float,
+    memory_budget: int | str | None,
+    *,
+    cached: bool,
+) -> QueryWeights:
+    if not isinstance(moments, (Moments, Basis)):
+        raise TypeError(f"`moments` must be Moments or a Basis, got {describe(moments)}")
     threshold = check_threshold(threshold, "threshold")
     alpha, sigma = _check_level(sigma, alpha)
     memory_budget_bytes(memory_budget)
-    inputs = math.prod(moments.image_shape)
-    if inputs < _CACHED_INPUTS or threshold == 0:
-        _check_making_fits(memory_budget, moments)
-        return pca_locality_weights(moments, sigma, alpha, threshold)
-    level = [_RULE_VERSION, moments.content_key(), sigma, alpha, threshold]
-    key = hashlib.sha256(json.dumps(level).encode()).hexdigest()[:32]
-    name = f"masks/{key}.bits"
-    row = (inputs + 7) // 8
-    bits = read_blob(name, inputs * row)
-    if bits is not None:
-        return QueryWeights.from_bits(bits.reshape(inputs, row), inputs)
-    _check_making_fits(memory_budget, moments)
-    weights = pca_locality_weights(moments, sigma, alpha, threshold)
-    write_blob(name, weights.bits)
-    return weights
-
-
-def _check_making_fits(memory_budget: int | str | None, moments: Moments) -> None:
-    """Refuse to make weights that a memory budget which was given cannot hold."""
-    check_moments_fit(memory_budget, moments)
-    inputs = math.prod(moments.image_shape)
-    # The filter, its factors, and its magnitudes in the order of the weights.
-    check_given(memory_budget, 27 * inputs**2, f"the weights of {inputs} values")
+    source = MaskSource(moments, memory_budget=memory_budget)
+    return source.masks(alpha, sigma, threshold, cached=cached).weights
 
 
 def _check_level(sigma: float | NoiseLevel, alpha: float) -> tuple[float, float]:

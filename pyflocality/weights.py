@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,6 +23,10 @@ from pyflocality._support.checks import (
 
 # Weighted squared distances of the largest images allowed stay finite in float32.
 _LARGEST = 1e9
+# Bits that are looked at together.
+_BLOCK_BYTES = 2**24
+# Ones of a byte.
+ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
 
 
 class QueryWeights:
@@ -35,7 +43,7 @@ class QueryWeights:
     Attributes:
         shape: (Q, D).
         is_mask: Whether the weights are boolean.
-        density: Share of weights that are not zero.
+        is_held: Whether the weights are held, or made whenever some of them are asked for.
         bits: The rows of a mask, eight inputs a byte, the first in the highest bit.
 
     Raises:
@@ -43,6 +51,8 @@ class QueryWeights:
         ValueError: They are not a matrix, or hold NaN, infinities, unwanted negatives or values
             beyond 1e9.
     """
+
+    is_held = True
 
     def __init__(self, weights: Tensor, *, signed: bool = False, name: str = "weights") -> None:
         name, signed = check_text(name, "name"), check_flag(signed, "signed")
@@ -54,7 +64,6 @@ class QueryWeights:
             raise ValueError(f"`{name}` must have shape [Q, D], got {describe(weights)}")
         self.shape: tuple[int, int] = (weights.shape[0], weights.shape[1])
         self.is_mask = weights.dtype == torch.bool
-        self.density = float((weights != 0).double().mean())
         if self.is_mask:
             self.bits = np.packbits(weights.cpu().contiguous().numpy(), axis=1)
         else:
@@ -80,20 +89,36 @@ class QueryWeights:
             raise ValueError(
                 f"`bits` must be uint8 [Q, {row}] for `inputs` {inputs}, got {describe(bits)}"
             )
-        mask = np.unpackbits(bits, axis=1, count=inputs)
-        return cls(torch.from_numpy(mask).bool())
+        # Bits past the last input count as nothing.
+        past = np.uint8(0xFF >> inputs % 8 if inputs % 8 else 0)
+        if (bits[:, -1] & past).any():
+            bits = bits.copy()
+            bits[:, -1] &= ~past
+        masks = cls.__new__(cls)
+        masks.shape, masks.is_mask, masks.bits = (len(bits), inputs), True, bits
+        return masks
+
+    @cached_property
+    def density(self) -> float:
+        """Share of weights that are not zero."""
+        if not self.is_mask:
+            return float(self._values.bool().double().mean())
+        return sum(int(ONES[bits].sum()) for bits in self._blocks()) / math.prod(self.shape)
 
     @property
     def answered(self) -> Tensor:
         """Which of the D columns hold a weight above zero, bool [D]."""
-        return self.dense(torch.bool if self.is_mask else self._values.dtype).any(0).cpu()
+        if not self.is_mask:
+            return self._values.bool().any(0).cpu()
+        held = np.bitwise_or.reduce([np.bitwise_or.reduce(bits) for bits in self._blocks()])
+        return torch.from_numpy(np.unpackbits(held, count=self.shape[1])).bool()
 
     @property
     def empty(self) -> Tensor:
         """Which queries have no weight but 0, bool [Q]."""
-        if self.is_mask:
-            return torch.from_numpy(~self.bits.any(axis=1))
-        return ~self._values.bool().any(1).cpu()
+        if not self.is_mask:
+            return ~self._values.bool().any(1).cpu()
+        return torch.from_numpy(np.concatenate([~bits.any(axis=1) for bits in self._blocks()]))
 
     def with_row(self, row: Tensor) -> QueryWeights:
         """These weights and one more query with a mask, bool [D]."""
@@ -111,6 +136,23 @@ class QueryWeights:
             bits = np.unpackbits(self.bits[query], count=self.shape[1])
             return torch.from_numpy(bits).bool()
         return self._values[query]
+
+    def tile(self, outputs: Tensor) -> QueryWeights:
+        """The weights of some of the queries, int64 [n]."""
+        chosen, count = check_tensor(outputs, "outputs"), self.shape[0]
+        if chosen.dtype != torch.int64 or chosen.ndim != 1 or len(chosen) == 0:
+            raise ValueError(f"`outputs` must be int64 [n], got {describe(chosen)}")
+        if chosen.min() < 0 or chosen.max() >= count:
+            raise ValueError(f"`outputs` must be from 0 to {count - 1}, got {describe(chosen)}")
+        if self.is_mask:
+            return QueryWeights.from_bits(self.bits[chosen.numpy()], self.shape[1])
+        return QueryWeights(self._values[chosen.to(self._values.device)], signed=True)
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        """The bits of masks, a few queries at a time."""
+        size = max(1, _BLOCK_BYTES // self.bits.shape[1])
+        for first in range(0, len(self.bits), size):
+            yield self.bits[first : first + size]
 
     @property
     def nbytes(self) -> int:

@@ -95,7 +95,9 @@ def test_large_masks_are_kept_as_files(large, monkeypatch):
     assert not np.array_equal(first.bits, other.bits)
     folder = Path(os.environ["PYFLOCALITY_CACHE_DIR"]) / "masks"
     assert len(list(folder.iterdir())) == 2
-    monkeypatch.setattr(masks, "pca_locality_weights", lambda *a: pytest.fail("built again"))
+    # Neither the covariance nor eigenvectors are looked at again.
+    monkeypatch.setattr(pf.Moments, "covariance", property(lambda _: pytest.fail("built again")))
+    monkeypatch.setattr(pf.Moments, "eigh", lambda *_, **__: pytest.fail("built again"))
     again = masks.cached_pca_locality_weights(large, 0.3, 1.0, 0.05)
     assert np.array_equal(first.bits, again.bits) and again.density == first.density
 

@@ -129,7 +129,7 @@ void check_tree(const Pass& pass, const DifferenceTree& tree, bool answers) {
     throw py::value_error("`images` must have as many values as the tree has inputs");
   }
   if (answers && tree.answered() == 0) {
-    throw py::value_error("`tree` must have an output for every input");
+    throw py::value_error("the outputs of `tree` must answer values of inputs");
   }
 }
 
@@ -243,7 +243,8 @@ py::object apply_masks(const Pass& plain, const Doubles& minimum, const Doubles&
 }
 
 DifferenceTree make_tree(const Array<std::uint8_t>& bits, std::size_t inputs, std::size_t channels,
-                         std::size_t height, std::size_t width) {
+                         std::size_t height, std::size_t width,
+                         const std::vector<std::uint32_t>& answers) {
   if (bits.ndim() != 2 || size(bits, 1) != (inputs + 7) / 8) {
     throw py::value_error("`bits` must have shape [Q, ceil(D / 8)], got " + shape_text(bits));
   }
@@ -253,8 +254,18 @@ DifferenceTree make_tree(const Array<std::uint8_t>& bits, std::size_t inputs, st
     throw py::value_error("`bits` must have a row for each output on the grid, got " +
                           shape_text(bits));
   }
+  if (!answers.empty() && answers.size() != outputs) {
+    throw py::value_error("`answers` must name an input for each of " + std::to_string(outputs) +
+                          " outputs, got " + std::to_string(answers.size()));
+  }
+  for (const std::uint32_t input : answers) {
+    if (input >= inputs) {
+      throw py::value_error("`answers` must name inputs below " + std::to_string(inputs) +
+                            ", got " + std::to_string(input));
+    }
+  }
   const py::gil_scoped_release release;
-  return build_difference_tree(bits.data(), inputs, outputs, grid);
+  return build_difference_tree(bits.data(), inputs, outputs, grid, answers);
 }
 
 void accumulate(const Array<std::uint8_t>& images, Array<std::int64_t>& gram,
@@ -413,7 +424,8 @@ PYBIND11_MODULE(_C, module) {
       module, "DifferenceTree",
       "Schedule that forms the sums over the masks of all outputs from one another.")
       .def(py::init(&make_tree), py::arg("bits").noconvert(), py::arg("inputs"),
-           py::arg("channels"), py::arg("height"), py::arg("width"))
+           py::arg("channels"), py::arg("height"), py::arg("width"),
+           py::arg("answers") = std::vector<std::uint32_t>())
       .def_property_readonly("terms", &DifferenceTree::terms,
                              "Terms added or subtracted in all, per query and image.")
       .def_property_readonly(

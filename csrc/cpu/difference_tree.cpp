@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <queue>
 #include <tuple>
+#include <utility>
 
 namespace pyflocality {
 namespace {
@@ -277,8 +279,15 @@ std::vector<double> squares_over_masks(const DifferenceTree& tree, const float* 
 }
 
 DifferenceTree build_difference_tree(const std::uint8_t* bits, std::size_t inputs,
-                                     std::size_t outputs, const OutputGrid& grid) {
-  return Builder(bits, inputs, outputs, grid).build();
+                                     std::size_t outputs, const OutputGrid& grid,
+                                     std::vector<std::uint32_t> answers) {
+  DifferenceTree tree = Builder(bits, inputs, outputs, grid).build();
+  if (answers.empty() && outputs == inputs) {
+    answers.resize(outputs);
+    std::iota(answers.begin(), answers.end(), 0u);
+  }
+  tree.answers = std::move(answers);
+  return tree;
 }
 
 }  // namespace pyflocality

@@ -36,9 +36,11 @@ struct DifferenceTree {
   std::size_t slots = 0;
   std::vector<Node> nodes;  // in the order of the scan
   std::vector<std::uint32_t> inputs;
+  // The input whose value each output answers; empty where outputs answer none.
+  std::vector<std::uint32_t> answers;
 
-  // Values that an output answers: its own, where there is an output for every input.
-  std::size_t answered() const { return outputs == inputs_count ? 1 : 0; }
+  // Values that an output answers.
+  std::size_t answered() const { return answers.empty() ? 0 : 1; }
 
   // Terms added or subtracted in all, per query and image.
   std::size_t terms() const { return inputs.size(); }
@@ -62,7 +64,10 @@ struct OutputGrid {
 //   bits      masks, a row of ceil(inputs / 8) bytes for each output; input d is bit 7 - d % 8 of
 //             byte d / 8; bits past the last input are zero
 //   grid      outputs near one another on it are tried as neighbours
+//   answers   the input whose value each output answers, or nothing: where there is an output for
+//             every input, each answers its own then, else none
 DifferenceTree build_difference_tree(const std::uint8_t* bits, std::size_t inputs,
-                                     std::size_t outputs, const OutputGrid& grid);
+                                     std::size_t outputs, const OutputGrid& grid,
+                                     std::vector<std::uint32_t> answers = {});
 
 }  // namespace pyflocality

@@ -11,8 +11,9 @@ namespace pyflocality {
 //   e[b, m, i] = sum_{d in M_m} (noisy[b, d] - image[i, d])^2
 //
 // gives minimum = min_i e, total = sum_i 2^(-scale (e - minimum)) and
-// weighted = sum_i 2^(-scale (e - minimum)) image[i, m]. Where there is not one output for every
-// input, there are no values: minimum and total alone.
+// weighted = sum_i 2^(-scale (e - minimum)) image[i, m], with m the input whose value the output
+// answers: its own, where the outputs are some of the inputs. Where outputs answer none there are
+// minimum and total alone.
 //
 // With a centre c the scan sums (image - c) (image - c - 2 (noisy - c)), which differs from the
 // squared difference by (noisy - c)^2 alone: nothing that depends on the image. Where noise is
@@ -32,8 +33,8 @@ void masked_posterior_jvp(const Pass& pass, const DifferenceTree& tree, const Ta
 //
 //   sums[b, k, d] = sum_i (sum over the m with d in R_m of a[b, k, m, i]) image[i, d]
 //
-// where a = p without cotangents: a filtered posterior. With them, where there is an output for
-// every input, and image[i, d] counted from their centre,
+// where a = p without cotangents: a filtered posterior. With them, where outputs answer values of
+// inputs m, and image[i, d] counted from their centre,
 //
 //   a[b, k, m, i] = p[b, m, i] g[b, k, m] (image[i, m] - mean[b, m])
 //

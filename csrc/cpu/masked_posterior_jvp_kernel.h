@@ -34,18 +34,19 @@ class MaskedJvp {
     const MaskedJvp& scan;
     AlignedArray<Stored> tile{scan.pass_.dim * kTileImages};
     AlignedArray<float> slots{scan.tree_.slots * Terms::kSums * kTileImages};
-    AlignedArray<float> minimum{scan.pass_.dim}, nearest{scan.pass_.dim * Terms::kSums};
-    AlignedArray<float> sums{scan.pass_.dim * kSumsOfQuery};
+    AlignedArray<float> minimum{scan.tree_.outputs}, nearest{scan.tree_.outputs * Terms::kSums};
+    AlignedArray<float> sums{scan.tree_.outputs * kSumsOfQuery};
   };
 
   Scratch scratch() const { return {*this}; }
-  ScanState state() const { return {pass_.dim, kValues, kTangents}; }
+  ScanState state() const { return {tree_.outputs, kValues, kTangents}; }
   double scale(std::size_t) const { return scale_; }
 
   void scan(std::size_t first, std::size_t last, const Scratch& scratch, ScanState& state) const {
-    std::fill_n(scratch.minimum.data(), pass_.dim, std::numeric_limits<float>::infinity());
-    std::fill_n(scratch.nearest.data(), pass_.dim * Terms::kSums, 0.0f);
-    std::fill_n(scratch.sums.data(), pass_.dim * kSumsOfQuery, 0.0f);
+    const std::size_t outputs = tree_.outputs;
+    std::fill_n(scratch.minimum.data(), outputs, std::numeric_limits<float>::infinity());
+    std::fill_n(scratch.nearest.data(), outputs * Terms::kSums, 0.0f);
+    std::fill_n(scratch.sums.data(), outputs * kSumsOfQuery, 0.0f);
     for_each_tile(pass_, first, last, 1, 1, scratch.tile.data(),
                   [&](std::size_t, const Stored* tile, std::size_t number) {
                     pass_.checkpoint();
@@ -104,9 +105,10 @@ class MaskedJvp {
       nearer = true;
     };
     if (!weigh(distance, scale_, reach_, minimum, decay, weight)) return;
-    const Vec centre = broadcast(of_inputs_.data()[output * Terms::kOfInput + 1]);
+    const std::size_t own = tree_.answers[output];
+    const Vec centre = broadcast(of_inputs_.data()[own * Terms::kOfInput + 1]);
     for (int i = 0; i < kTileVectors; ++i) {
-      value[i] = sub(load(tile + output * kTileImages + i * kLanes), centre);
+      value[i] = sub(load(tile + own * kTileImages + i * kLanes), centre);
     }
     if (nearer) count_from(image_at(distance, *minimum), value, sums, nearest, lanes);
     const Vec origin = broadcast(nearest[0]);

@@ -62,7 +62,7 @@ class MaskedScan {
     float* minimum = scratch.minimum.data();
     float* lanes = scratch.sums.data();
     const auto answer = [&](std::size_t output, const Vec(&sums)[kBatch][kTileVectors]) {
-      const Stored* values = tile + answered * output * kTileImages;
+      const Stored* values = answered == 1 ? tile + tree_.answers[output] * kTileImages : tile;
       for (int b = 0; b < kBatch; ++b, ++minimum, lanes += kSumsOfQuery) {
         Vec distance[kTileVectors];
         for (int i = 0; i < kTileVectors; ++i) {

@@ -156,10 +156,11 @@ class MaskedVjp {
               const Scratch& scratch, Tile& result) const {
     load_vectors(scratch.weights.data() + output * kTileImages, result);
     if (weights_.cotangents == nullptr) return;
-    const Vec cotangent = broadcast(weights_.cotangents[set * tree_.outputs + output]);
-    const Vec mean = broadcast(weights_.mean[b * tree_.outputs + output]);
+    const std::size_t own = tree_.answers[output];
+    const Vec cotangent = broadcast(weights_.cotangents[set * pass_.dim + own]);
+    const Vec mean = broadcast(weights_.mean[b * pass_.dim + own]);
     for (int i = 0; i < kTileVectors; ++i) {
-      const Vec gap = sub(load(tile + output * kTileImages + i * kLanes), mean);
+      const Vec gap = sub(load(tile + own * kTileImages + i * kLanes), mean);
       result[i] = mul(result[i], mul(cotangent, gap));
     }
   }

@@ -31,7 +31,7 @@ def scan(
 
     def run(stored: StoredProblem, rows: Tensor, centre: Centre) -> tuple[Tensor]:
         options = {"tree": tree, "centre": centre}
-        state = scan_outputs(stored, weights, instruction_set, **options)
+        state = scan_outputs(stored, weights.shape[0], instruction_set, **options)
         kernel = native_kernel("filtered_posterior", instruction_set, answers=answers, **options)
         return (apply_weights(stored, kernel, state)[:, 0],)
 

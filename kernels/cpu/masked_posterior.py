@@ -7,7 +7,7 @@ worked on apart by it, each as if it were alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,12 +26,17 @@ from pyflocality.kernels.cpu.passes import (
 from pyflocality.kernels.stored import StoredProblem
 from pyflocality.posterior.problem import PosteriorProblem
 from pyflocality.posterior.state import PosteriorState, finalize
+from pyflocality.posterior.tiles import joined, output_bands
 from pyflocality.weights import QueryWeights
 
 # Where passes count from: nowhere, or an image [D].
 Centre = np.ndarray | None
 
 _trees: WeakKeyDictionary[QueryWeights, Any] = WeakKeyDictionary()
+# Bits of the masks that are scanned together: a schedule takes several times as much.
+_TILE_BYTES = 2**26
+# Images that the centre is found from, and values of them that are copied together.
+_LOOKED_AT, _COPIED_VALUES = 1024, 2**24
 # Lanes of a query's two sums, its minimum, and a state in double precision.
 _BYTES_PER_QUERY = 160
 
@@ -40,11 +45,14 @@ def scan(
     problem: PosteriorProblem, weights: QueryWeights, *, instruction_set: str | None = None
 ) -> PosteriorState:
     """The state of all images."""
-    tree = difference_tree(weights, problem.images.shape[1:])
 
     def run(stored: StoredProblem, rows: Tensor, centre: Centre) -> PosteriorState:
-        kernel = native_kernel("masked_posterior", instruction_set, tree=tree, centre=centre)
-        return scan_values(stored.problem, kernel, weights.shape[1] * _BYTES_PER_QUERY)
+        states = []
+        for outputs, tree in _tiles(weights, problem.image_shape):
+            kernel = native_kernel("masked_posterior", instruction_set, tree=tree, centre=centre)
+            size = len(outputs) * _BYTES_PER_QUERY
+            states.append((outputs, scan_values(stored.problem, kernel, size)))
+        return joined(states)
 
     return PosteriorState(*by_noise(StoredProblem(problem), run))
 
@@ -57,14 +65,17 @@ def jvp(
     instruction_set: str | None = None,
 ) -> PosteriorState:
     """The state of all images with tangents [K, B, C, H, W]."""
-    tree = difference_tree(weights, problem.images.shape[1:])
-    kernel = native_kernel("masked_posterior_jvp", instruction_set, tree=tree)
     # Distances are counted from the centre too.
     mean = torch.from_numpy(_about_the_mean(problem))
     noisy = StoredProblem(problem).noisy.flatten(1)
     centre = torch.where(_mostly_noise(problem)[:, None], mean, noisy)
-    # Sums with lanes are those of one noisy image at a time: they do not grow with the batch.
-    return scan_tangents(problem, tangents, kernel, centre, weights.shape[0], 0)
+    states = []
+    for outputs, tree in _tiles(weights, problem.image_shape):
+        kernel = native_kernel("masked_posterior_jvp", instruction_set, tree=tree)
+        # Sums with lanes are those of one noisy image at a time: they do not grow with the batch.
+        state = scan_tangents(problem, tangents, kernel, centre, len(outputs), 0, outputs)
+        states.append((outputs, state))
+    return joined(states)
 
 
 def vjp(
@@ -75,28 +86,48 @@ def vjp(
     instruction_set: str | None = None,
 ) -> Tensor:
     """Vector-Jacobian products of cotangents [K, B, C, H, W], of the same shape."""
-    tree = difference_tree(weights, problem.images.shape[1:])
     everything = StoredProblem(problem)
     directions = cotangents.detach().float().flatten(2).transpose(0, 1)
 
     def run(stored: StoredProblem, rows: Tensor, centre: Centre) -> tuple[Tensor]:
-        options = {"tree": tree, "centre": centre}
-        state = scan_outputs(stored, weights, instruction_set, **options)
-        mean = finalize(state)[..., 0].float()
-        kernel = native_kernel("masked_posterior_vjp", instruction_set, **options)
-        further = (directions[rows], mean, stored.centre.flatten(1))
-        return (apply_weights(stored, kernel, state, further),)
+        results = []
+        for outputs, tree in _tiles(weights, problem.image_shape):
+            options = {"tree": tree, "centre": centre}
+            state = scan_outputs(stored, len(outputs), instruction_set, **options)
+            mean = torch.zeros(len(rows), weights.shape[1], dtype=torch.float32)
+            mean[:, outputs] = finalize(state)[..., 0].float()
+            kernel = native_kernel("masked_posterior_vjp", instruction_set, **options)
+            further = (directions[rows], mean, stored.centre.flatten(1))
+            results.append(apply_weights(stored, kernel, state, further))
+        return (sum(results[1:], results[0]),)
 
     (sums,) = by_noise(everything, run)
     return (sums * everything.slope[:, None, None]).transpose(0, 1).reshape(cotangents.shape)
 
 
+def _tiles(weights: QueryWeights, image_shape: Sequence[int]) -> Iterator[tuple[Tensor, Any]]:
+    """Outputs that are scanned together, int64 [n], and the schedule of their masks.
+
+    How masks are cut up depends on the shape of the images alone, and so do all sums.
+    """
+    count, inputs = weights.shape
+    bands = output_bands(image_shape, -(-inputs // 8), _TILE_BYTES)
+    if len(bands) == 1 and weights.is_held:
+        yield torch.arange(count), difference_tree(weights, image_shape)
+        return
+    channels, _, width = image_shape
+    for outputs in bands:
+        grid = channels, len(outputs) // (channels * width), width
+        bits = weights.tile(outputs).bits
+        yield outputs, native_module().DifferenceTree(bits, inputs, *grid, outputs.tolist())
+
+
 def scan_outputs(
-    stored: StoredProblem, weights: QueryWeights, instruction_set: str | None, **options: object
+    stored: StoredProblem, queries: int, instruction_set: str | None, **options: object
 ) -> PosteriorState:
     """The scan before a second pass, over the images of all ranks, in stored units."""
     kernel = native_kernel("masked_posterior", instruction_set, **options)
-    state = scan_images(stored, kernel, weights.shape[0] * _BYTES_PER_QUERY)
+    state = scan_images(stored, kernel, queries * _BYTES_PER_QUERY)
     return stored.problem.merged(state, stored.scale)
 
 
@@ -128,7 +159,7 @@ def by_noise(
     return tuple(torch.cat(pieces)[back] for pieces in zip(*results, strict=True))
 
 
-def difference_tree(weights: QueryWeights, image_shape: torch.Size) -> Any:  # noqa: ANN401
+def difference_tree(weights: QueryWeights, image_shape: Sequence[int]) -> Any:  # noqa: ANN401
     """The schedule of a set of masks (`pyflocality._C.DifferenceTree`), built once."""
     if weights not in _trees:
         queries, inputs = weights.shape
@@ -151,5 +182,8 @@ def _about_the_mean(problem: PosteriorProblem) -> np.ndarray:
 
     It is the same on all ranks of a sharded set, whose sums are counted from it.
     """
-    mean = next(problem.reader.blocks(1024)).flatten(1).float().mean(0)
+    first = next(problem.reader.blocks(_LOOKED_AT)).flatten(1)
+    # As many at a time as are no great copy; all of them but of large images.
+    pieces = first.split(max(1, _COPIED_VALUES // first.shape[1]))
+    mean = sum(piece.float().sum(0) for piece in pieces) / len(first)
     return (problem.summed(mean) / (problem.ranks.count if problem.ranks else 1)).numpy()

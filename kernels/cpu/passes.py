@@ -142,6 +142,7 @@ def scan_tangents(
     centre: Tensor,
     queries: int,
     bytes_per_sum: int,
+    outputs: Tensor | None = None,
 ) -> PosteriorState:
     """Run a scan with tangents; the state in the units of the formulas.
 
@@ -150,12 +151,13 @@ def scan_tangents(
         tangents: Directions [K, B, C, H, W].
         kernel: The kernel.
         centre: What values are counted from, in stored units, [B, D].
-        queries: Queries per noisy image, which answer all values together.
+        queries: Queries per noisy image.
         bytes_per_sum: Memory of a thread per query and weighted sum.
+        outputs: The value that each query answers, [Q]; None where they answer all together.
     """
     stored = StoredProblem(problem)
     directions = tangents.detach().flatten(2).transpose(0, 1)
-    values = centre.shape[1] // queries
+    values = 1 if outputs is not None else centre.shape[1] // queries
     sums = tangent_values(values, len(tangents))
     # And the states of a thread's piece and of the whole in double precision.
     per_image = queries * (1 + sums) * (bytes_per_sum + 16)
@@ -165,6 +167,7 @@ def scan_tangents(
     units = torch.full((sums,), stored.step, dtype=torch.float64)
     units[values + len(tangents) :] *= stored.step
     state = PosteriorState(stored.distances(state.minimum), state.total, state.weighted * units)
-    origin = centre.double() * stored.step + stored.shift
+    answered = centre if outputs is None else centre[:, outputs]
+    origin = answered.double() * stored.step + stored.shift
     # [B, D], where a query's values lie Q apart -> [B, Q, V]
     return uncentred(state, origin.reshape(-1, values, queries).transpose(1, 2))

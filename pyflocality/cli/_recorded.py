@@ -125,7 +125,7 @@ class RecordedDenoiser:
         start = time.perf_counter()
         weights_at: Callable[..., QueryWeights] | None = getattr(self.denoiser, "weights_at", None)
         if weights_at is not None:
-            call["density"] = weights_at(sigma, alpha).density
+            weights_at(sigma, alpha)
             call["weights_seconds"] = round(time.perf_counter() - start, 4)
             start = time.perf_counter()
         answer = self._ask(x, sigma, alpha)
@@ -134,6 +134,9 @@ class RecordedDenoiser:
 
             torch.cuda.synchronize(answer.device)
         call["seconds"] = round(time.perf_counter() - start, 4)
+        if weights_at is not None:
+            # Last: of masks that are made when they are used it is known then.
+            call["density"] = weights_at(sigma, alpha).density
         self.calls.append(call)
         return answer
 

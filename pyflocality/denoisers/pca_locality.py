@@ -15,6 +15,7 @@ from pyflocality._support.checks import (
     NoiseLevel,
     check_choice,
     check_count,
+    check_flag,
     check_single_level,
     describe,
 )
@@ -25,9 +26,10 @@ from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Asked, DenoiserOptions
 from pyflocality.denoisers.levels import split_levels
 from pyflocality.denoisers.queries import QueryDenoiser
-from pyflocality.masks import cached_pca_locality_weights, check_threshold
-from pyflocality.moments import Moments, check_moments_fit
-from pyflocality.moments.undetermined import blind_values, warn_of_blind, warn_of_few_images
+from pyflocality.masks import check_threshold
+from pyflocality.moments import Basis, Moments
+from pyflocality.moments.mask_source import Masks, MaskSource
+from pyflocality.moments.undetermined import warn_of_blind, warn_of_few_images
 from pyflocality.ops.masked_posterior import MASKED_POSTERIOR
 from pyflocality.ops.operation import Kind
 from pyflocality.storage.reader import Reader
@@ -57,10 +59,13 @@ class PCALocalityDenoiser(QueryDenoiser):
     order of the images, it is a different estimator, and it is here to reproduce published
     numbers.
 
-    The weights of a noise level are built at its first use (D^3 multiply-adds) and kept as bits
-    while they fit the memory budget; large masks are also kept in the user's cache folder. A budget
-    that is given must hold the making: 48 D^2 bytes for moments and their eigenvectors, and 27 D^2
-    for the weights where the moments are given with their eigenvectors.
+    The weights of a noise level are built at its first use and kept as bits while they fit the
+    memory budget; large masks are also kept in the user's cache folder, and nothing is computed of
+    a set whose masks are there. They are made of the components of the N x N products of the images
+    or of the covariance, whichever takes less (a function of N and D; `way` tells). A level takes
+    about N D^2 / 2 or D^3 multiply-adds then, tile by tile. A budget that is given must hold the
+    components or the covariance. Masks whose bits (D^2 / 8 bytes) exceed the budget are read from
+    their file, or made, by tiles of outputs whenever they are used.
 
     A batch of several noise levels is scanned once for each of them, as their weights differ;
     reading the images again is little beside what the posteriors cost.
@@ -72,16 +77,21 @@ class PCALocalityDenoiser(QueryDenoiser):
         temperature: Divides the logits.
         aggregation: "exact" or "batch_mean".
         batch_size: Images a batch for "batch_mean".
-        moments: Moments of the data, where they are at hand; None computes them at first use.
+        moments: Moments of the data or its components (`Basis`), where they are at hand; None
+            makes what is needed at the first mask that is not cached.
+        progress: Whether to show what is being done where weights are built.
         options: Backend, dtype, memory and precision: see `pyflocality.denoisers.DenoiserOptions`.
 
     Attributes:
         weights_seconds: Time spent on building the weights of noise levels so far.
+        way: How weights are made: of "components" or a covariance that were given ("cholesky",
+            "eigenvectors"), or of a set: "gram", "cholesky" or "eigenvectors".
 
     Raises:
         TypeError: An option has the wrong type.
         ValueError: An option is out of range, or the moments are of images of another shape; in
-            calls, a given budget is too small for the moments or the weights.
+            calls, a given budget is too small for the making of the weights.
+        MemoryError: In calls: the memory that is there is too small for that.
 
     Warns:
         UserWarning: There are no more images than values that vary (said once, at the first
@@ -100,40 +110,47 @@ class PCALocalityDenoiser(QueryDenoiser):
         temperature: float = 1.0,
         aggregation: Literal["exact", "batch_mean"] = "exact",
         batch_size: int = 256,
-        moments: Moments | None = None,
+        moments: Moments | Basis | None = None,
+        progress: bool = False,
         **options: Unpack[DenoiserOptions],
     ) -> None:
         super().__init__(data, temperature, **options)
         self.mask_threshold = check_threshold(mask_threshold, "mask_threshold")
         self.aggregation = check_choice(aggregation, "aggregation", ("exact", "batch_mean"))
         self.batch_size = check_count(batch_size, "batch_size")
-        if moments is not None and not isinstance(moments, Moments):
-            raise TypeError(f"`moments` must be Moments, got {describe(moments)}")
+        if moments is not None and not isinstance(moments, (Moments, Basis)):
+            raise TypeError(f"`moments` must be Moments or a Basis, got {describe(moments)}")
         if moments is not None and tuple(moments.image_shape) != self.image_shape:
             raise ValueError(
                 f"`moments` must be of images of shape {self.image_shape}, got "
                 f"{tuple(moments.image_shape)}"
             )
+        self.progress = check_flag(progress, "progress")
         self.weights_seconds = 0.0
-        self._moments = moments
-        self._weights: OrderedDict[tuple[float, float], QueryWeights] = OrderedDict()
+        self._masks = self._source_of(data if moments is None else moments)
+        self._weights: OrderedDict[tuple[float, float], Masks] = OrderedDict()
         self._told_of_few = self._told_of_masks = False
-        # Of the moments and the weights: a batch of threads builds them once.
+        # Of the weights: a batch of threads builds them once.
         self._keeping = Lock()
 
+    def _source_of(self, given: TrainingSet | Moments | Basis) -> MaskSource:
+        return MaskSource(given, memory_budget=self.memory_budget, progress=self.progress)
+
     @property
-    def moments(self) -> Moments:
-        """Moments of the training set, computed at first use."""
-        with self._keeping:
-            if self._moments is None:
-                self._moments = Moments.from_data(self.data)
-            return self._moments
+    def moments(self) -> Moments | Basis:
+        """What the masks are made of: as given, or made of the training set at first use."""
+        return self._masks.source
+
+    @property
+    def way(self) -> str:
+        """How the weights are made."""
+        return self._masks.way
 
     def weights_at(self, sigma: float | NoiseLevel, alpha: float = 1.0) -> QueryWeights:
         """The query weights [D, D] of a noise level."""
-        return self._weights_at(*check_single_level(sigma, alpha))
+        return self._masks_at(*check_single_level(sigma, alpha)).weights
 
-    def _weights_at(self, alpha: float, sigma: float) -> QueryWeights:
+    def _masks_at(self, alpha: float, sigma: float) -> Masks:
         level = alpha, sigma
         with self._keeping:
             if level not in self._weights:
@@ -145,45 +162,42 @@ class PCALocalityDenoiser(QueryDenoiser):
         """Build the weights of a noise level, and drop those not used for longest."""
         start = time.perf_counter()
         with outside_transforms():
-            if self._moments is None:
-                check_moments_fit(self.memory_budget, self.data)
-            weights = cached_pca_locality_weights(
-                self.moments,
-                NoiseLevel(*level),
-                threshold=self.mask_threshold,
-                memory_budget=self.memory_budget,
-            )
+            masks = self._masks.masks(*level, self.mask_threshold)
         self.weights_seconds += time.perf_counter() - start
-        self._weights[level] = weights
-        self._warn(level, weights)
-        budget = memory_budget_bytes(self.memory_budget)
-        while len(self._weights) > 1 and sum(w.nbytes for w in self._weights.values()) > budget:
-            self._weights.popitem(last=False)
+        self._weights[level] = masks
+        if masks.weights.is_held:
+            self._warn(level, masks)
+        budget, kept = memory_budget_bytes(self.memory_budget), self._weights
+        while len(kept) > 1 and sum(masks.weights.nbytes for masks in kept.values()) > budget:
+            kept.popitem(last=False)
 
-    def _warn(self, level: tuple[float, float], weights: QueryWeights) -> None:
+    def _warn(self, level: tuple[float, float], masks: Masks) -> None:
         """Say once what the moments, and once what the masks leave undetermined."""
         if not self._told_of_few:
             self._told_of_few = True
-            warn_of_few_images(self.moments, "PCA locality")
+            warn_of_few_images(self._masks.given, "PCA locality")
         if not self._told_of_masks:
             place = "at sigma {:.3g} and alpha {:.3g}".format(*reversed(level))
             place += f", where `mask_threshold` {self.mask_threshold:g} keeps none"
-            blind = blind_values(weights.empty, self.moments, level)
-            self._told_of_masks = warn_of_blind(blind, place)
+            self._told_of_masks = warn_of_blind(masks.weights.empty & masks.told, place)
 
     def _questions(self, kind: Kind) -> Callable[[float, float], Asked]:
-        return lambda alpha, sigma: Asked(MASKED_POSTERIOR, (self._weights_at(alpha, sigma),))
+        return lambda alpha, sigma: Asked(MASKED_POSTERIOR, (self._masks_at(alpha, sigma).weights,))
 
     def _passes(self, kind: Kind, levels: Levels, batch: int) -> Iterator[tuple[Rows, Asked]]:
         # One level after the other: its weights need not outlive its pass.
         for alpha, sigma, rows in split_levels(levels, batch):
-            weights = self._weights_at(alpha, sigma)
+            masks = self._masks_at(alpha, sigma)
+            weights = masks.weights
             if not weights.is_mask and is_differentiated(*levels):
                 raise NotImplementedError(
                     "no derivative by `sigma` or `alpha` at mask_threshold=0, where the weights "
                     "themselves change with the noise level"
                 )
             yield rows, Asked(MASKED_POSTERIOR, (weights,))
+            if not weights.is_held:
+                # All of them have been made once.
+                self._warn((alpha, sigma), masks)
 
     def _answer(
         self, kind: Kind, asked: Asked, x: Tensor, levels: Levels, *directions: Tensor
@@ -207,6 +221,13 @@ class PCALocalityDenoiser(QueryDenoiser):
                 f"{self.aggregation!r}"
             )
         return super()._looked_at()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PCALocalityDenoiser:
+        before = self.data
+        super()._apply(fn, recurse)
+        if self._masks.given is before and not self._masks.is_made:
+            self._masks = self._source_of(self.data)
+        return self
 
     def extra_repr(self) -> str:
         """What `repr` shows."""

@@ -7,35 +7,71 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from pyflocality._support.budget import ALWAYS_ALLOWED, memory_budget_bytes
 from pyflocality.posterior import state as posterior
 from pyflocality.posterior.problem import PosteriorProblem
 from pyflocality.posterior.state import PosteriorState
 from pyflocality.posterior.tangents import centre_of
+from pyflocality.posterior.tiles import joined, output_bands
 from pyflocality.reference.two_passes import Piece, TwoPasses, two_passes
 from pyflocality.weights import QueryWeights
+
+# Outputs of a tile: places among all, int64 [n], or all of them.
+Outputs = slice | Tensor
 
 
 def scan(problem: PosteriorProblem, weights: QueryWeights) -> PosteriorState:
     """Scan of all images with a query per output value, Q = D, that answers that one value."""
-    by_input = weights.dense(problem.x.dtype, problem.x.device).T
+    tiles = _tiles(problem, weights)
+    return joined([(outputs, _scan(problem, outputs, by_query)) for outputs, by_query in tiles])
+
+
+def jvp(problem: PosteriorProblem, tangents: Tensor, weights: QueryWeights) -> PosteriorState:
+    """The same scan with tangents [K, B, C, H, W]."""
+    return joined(
+        [
+            (outputs, _jvp(problem, tangents, outputs, by_query))
+            for outputs, by_query in _tiles(problem, weights)
+        ]
+    )
+
+
+def vjp(problem: PosteriorProblem, cotangents: Tensor, weights: QueryWeights) -> Tensor:
+    """Vector-Jacobian products along cotangents [K, B, C, H, W], of the same shape."""
+    parts = []
+    for outputs, by_query in _tiles(problem, weights):
+
+        def inner(products: Tensor, outputs: Outputs = outputs) -> Tensor:
+            return products[:, outputs]
+
+        found = weighted_derivatives(problem, cotangents, by_query, inner, by_query)
+        parts.append(found.derivatives)
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _scan(problem: PosteriorProblem, outputs: Outputs, by_query: Tensor) -> PosteriorState:
+    """The scan of some outputs, whose weights are [n, D]."""
+    by_input = by_query.T
     scale = posterior.finite_factor(problem.scale, problem.x.dtype)
     state = posterior.init(len(problem.x), by_input.shape[1], 1, problem.x)
     # One chunk holds its values and the squared differences of one query.
     for flat, distance in _distances(problem, by_input, 3 * len(by_input)):
 
         def weigh(posterior_weights: Tensor, flat: Tensor = flat) -> Tensor:
-            return (posterior_weights * flat).sum(1)[..., None]
+            return (posterior_weights * flat[:, outputs]).sum(1)[..., None]
 
         state = posterior.update(state, distance, scale, weigh)
         del flat, distance, weigh
     return state
 
 
-def jvp(problem: PosteriorProblem, tangents: Tensor, weights: QueryWeights) -> PosteriorState:
-    """The same scan with tangents [K, B, C, H, W]."""
+def _jvp(
+    problem: PosteriorProblem, tangents: Tensor, outputs: Outputs, by_query: Tensor
+) -> PosteriorState:
+    """The same with tangents [K, B, C, H, W]."""
     centre = centre_of(problem).flatten(1)
     directions = tangents.flatten(2).transpose(0, 1)
-    by_input = weights.dense(problem.x.dtype, problem.x.device).T
+    by_input = by_query.T
     (inputs, queries), count = by_input.shape, len(tangents)
     scale = posterior.finite_factor(problem.scale, problem.x.dtype)
     state = posterior.init_tangents(len(centre), queries, 1, count, problem.x)
@@ -44,22 +80,25 @@ def jvp(problem: PosteriorProblem, tangents: Tensor, weights: QueryWeights) -> P
 
         def terms(b: int, flat: Tensor = flat) -> tuple[list[Tensor], Tensor]:
             centred = flat - centre[b]
-            return [(u * centred) @ by_input for u in directions[b]], flat[:, None]
+            return [(u * centred) @ by_input for u in directions[b]], flat[:, None, outputs]
 
         state = posterior.update_tangents(state, distance, scale, 1, terms)
         del flat, distance, terms
     return state
 
 
-def vjp(problem: PosteriorProblem, cotangents: Tensor, weights: QueryWeights) -> Tensor:
-    """Vector-Jacobian products along cotangents [K, B, C, H, W], of the same shape."""
-    by_query = weights.dense(problem.x.dtype, problem.x.device)
-    return weighted_derivatives(problem, cotangents, by_query, _itself, by_query).derivatives
-
-
-def _itself(products: Tensor) -> Tensor:
-    """Inner products of queries that answer one value each."""
-    return products
+def _tiles(problem: PosteriorProblem, weights: QueryWeights) -> Iterator[tuple[Outputs, Tensor]]:
+    """Outputs that are worked on together, and their weights as numbers [n, D]."""
+    inputs, x = weights.shape[1], problem.x
+    # A mask as bytes, and as numbers.
+    each = inputs * (1 + x.element_size())
+    limit = max(memory_budget_bytes(problem.memory_budget), ALWAYS_ALLOWED) // 2
+    bands = output_bands(problem.image_shape, each, limit)
+    if len(bands) == 1:
+        yield slice(None), weights.dense(x.dtype, x.device)
+        return
+    for outputs in bands:
+        yield outputs.to(x.device), weights.tile(outputs).dense(x.dtype, x.device)
 
 
 def weighted_derivatives(

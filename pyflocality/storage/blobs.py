@@ -69,6 +69,11 @@ class BlobWriter:
                 self._failure = error
         return self
 
+    @property
+    def takes(self) -> bool:
+        """Whether what is written goes anywhere."""
+        return self._file is not None and self._failure is None
+
     def write(self, content: np.ndarray | bytes, at: int | None = None) -> None:
         """Write bytes behind those that were written last.
 

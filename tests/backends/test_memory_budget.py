@@ -71,12 +71,29 @@ def test_the_least_is_named():
     x = images[:1].float() / 127.5 - 1
     weights = torch.eye(values, dtype=torch.bool)
     options = {"backend": "reference", "memory_budget": "64MB"}
-    # A dense matrix of weights, and the mask that it comes from.
-    least = -(-5 * values**2 // 2**20)
+    # Two dense matrices of weights, and the masks that they come from.
+    least = -(-10 * values**2 // 2**20)
     with pytest.raises(ValueError, match=f"`memory_budget` must be at least {least}MB for this"):
-        ops.masked_posterior_mean(x, images, weights, 0.5, **options)
+        ops.filtered_posterior_mean(x, images, weights, weights, 0.5, **options)
     options["memory_budget"] = f"{least + 1}MB"
-    ops.masked_posterior_mean(x, images, weights, 0.5, **options)
+    ops.filtered_posterior_mean(x, images, weights, weights, 0.5, **options)
+
+
+def test_masks_that_exceed_the_budget_are_taken_by_tiles():
+    shape, values = (3, 40, 40), 4800
+    images = random_images(torch.Generator().manual_seed(0), 3, shape, torch.uint8)
+    x = images[:1].float() / 127.5 - 1
+    near = (torch.arange(values) - torch.arange(values)[:, None]).abs() < 9
+    expected = ops.masked_posterior_mean(x.double(), images, near, 0.5, backend="reference")
+
+    def run() -> None:
+        found = ops.masked_posterior_mean(
+            x, images, near, 0.5, backend="reference", memory_budget="32MB"
+        )
+        torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-6)
+
+    # As a whole the weights are 92 MB of numbers, made of 23 MB of bytes.
+    assert 2**23 < peak_of(run) < 2**25
 
 
 def test_small_calls_do_with_any_budget():
@@ -109,10 +126,13 @@ def test_moments_of_a_given_budget_are_refused_before_work(monkeypatch):
         raise AssertionError("worked")
 
     monkeypatch.setattr(pf.Moments, "_take", work)
+    monkeypatch.setattr("pyflocality.moments.basis._of_images", work)
     # 48 D^2 bytes.
     least = "`memory_budget` must be at least 432MB for moments of 3072 values"
-    for run in decomposing(data, "64MB").values():
-        with pytest.raises(ValueError, match=least):
+    for name, run in decomposing(data, "64MB").items():
+        # Few images have no covariance made.
+        told = r"at least \d+MB for the masks of 3072 values" if name == "pca" else least
+        with pytest.raises(ValueError, match=told):
             run()
     # The default has them on top.
     monkeypatch.delenv("PYFLOCALITY_MEMORY_BUDGET", raising=False)
@@ -121,8 +141,15 @@ def test_moments_of_a_given_budget_are_refused_before_work(monkeypatch):
         with pytest.raises(AssertionError, match="worked"):
             run()
     monkeypatch.setenv("PYFLOCALITY_MEMORY_BUDGET", "64MB")
-    for run in [*decomposing(data, None).values(), lambda: pf.WienerDenoiser(data)]:
-        with pytest.raises(ValueError, match=f"{least}.*PYFLOCALITY_MEMORY_BUDGET"):
+    for name, run in [
+        *decomposing(data, None).items(),
+        ("wiener", lambda: pf.WienerDenoiser(data)),
+    ]:
+        told = {
+            "pca": "for the masks of 3072 values",
+            "wiener": "for components of 4 images of 3072 values",
+        }.get(name, least)
+        with pytest.raises(ValueError, match=f"{told}.*PYFLOCALITY_MEMORY_BUDGET"):
             run()
 
 
@@ -137,7 +164,7 @@ def test_moments_that_are_at_hand_need_no_budget():
     moments.eigh()
     expected = pf.OptimalDenoiser(data)(x, 0.5)
     torch.testing.assert_close(subset(x, 0.5), expected, rtol=0, atol=1e-3)
-    # 27 D^2 bytes, which are less than 16 MB, make the weights.
+    # A tile takes less than 16 MB, which are always allowed.
     pf.PCALocalityDenoiser(data, moments=moments, memory_budget=2**20)(x, 0.5)
 
 

@@ -194,6 +194,11 @@ def methods() -> dict[str, Call]:
             QueryWeights(torch.eye(3)).row, lambda: {"query": 1},
             {"query": only(lambda v: is_int(v) and -3 <= v < 3)},
         ),
+        "weights.QueryWeights.tile": Call(
+            QueryWeights(torch.eye(3)).tile,
+            lambda: {"outputs": torch.tensor([1, 0])},
+            {"outputs": only(lambda v: False)},
+        ),
         "weights.QueryWeights.with_row": Call(
             QueryWeights(torch.eye(3) > 0).with_row,
             lambda: {"row": torch.ones(3, dtype=torch.bool)},
