@@ -12,6 +12,7 @@ import torch
 from truth import random_images, softmax, values_of
 
 import pyflocality as pf
+from pyflocality.backends import trace_blocks
 from pyflocality.denoisers import golden_sizes
 
 SHAPE = (3, 6, 6)
@@ -129,6 +130,31 @@ def test_pooling_matters(data):
         pf.GoldenSubset(pf.OptimalDenoiser(data), 20, 40, pool_resolution=size) for size in (2, 16)
     )
     assert any(coarse.select(i, 1.0).tolist() != fine.select(i, 1.0).tolist() for i in x)
+
+
+@pytest.mark.parametrize("stored", [torch.uint8, torch.float32])
+def test_noisy_images_of_a_level_are_ranked_together(stored, data):
+    """Each of them read the set by itself, as float32 copies."""
+    images = data.images if stored == torch.uint8 else data.values()
+    golden = pf.GoldenSubset(pf.OptimalDenoiser(pf.TrainingSet(images)), pool_resolution=3)
+    x, level = noisy(data, 6), 1e-3
+    assert golden.sizes(level).pool == COUNT > golden.sizes(level).kept
+    with trace_blocks() as blocks, pf.trace_backends() as calls:
+        golden(x, level)
+    # The posteriors over the subsets read these.
+    assert sum(block.count for block in blocks) == COUNT + 6 * golden.sizes(level).kept
+    assert [op for op, _ in calls].count("nearest") == 1
+    # Candidates are chosen in one pass over pooled images, and ranked for each noisy image.
+    level = 0.5
+    golden(x, level)
+    with trace_blocks() as blocks, pf.trace_backends() as calls:
+        golden(x, level)
+    assert sum(block.count for block in blocks) == 6 * golden.sizes(level).kept
+    assert [op for op, _ in calls].count("nearest") == 6
+    # Together they are chosen as they are alone.
+    together = golden._select(x, [(1.0, level)] * 6)
+    for row, chosen in zip(x, together, strict=True):
+        assert torch.equal(golden.select(row, level), chosen)
 
 
 def test_optimal_over_the_subset_against_truth(data):
