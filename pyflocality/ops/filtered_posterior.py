@@ -232,6 +232,11 @@ def check_pair(
                 f"`{name}` must have shape [Q, {values}] for images of {values} values, got "
                 f"{list(given.shape)}"
             )
+        if not given.is_held:
+            raise ValueError(
+                f"`{name}` must be held as a whole, got masks that exceed the memory budget and "
+                "are made when they are used"
+            )
         pair.append(given)
     if pair[0].shape != pair[1].shape:
         raise ValueError(

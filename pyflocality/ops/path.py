@@ -53,5 +53,8 @@ def joined(
 
 def _tensors_of(value: object) -> list[Tensor]:
     if isinstance(value, QueryWeights):
+        # Masks that are made when they are used come of moments, which ranks have agreed on.
+        if not value.is_held:
+            return []
         return [torch.from_numpy(value.bits) if value.is_mask else value.dense(torch.float64)]
     return [value] if isinstance(value, Tensor) else []

@@ -11,7 +11,9 @@ from truth import noisy_batch, random_images
 import pyflocality as pf
 from pyflocality.backends import trace_backends
 from pyflocality.kernels.cpu import masked_posterior
+from pyflocality.kernels.limits import held_mask_limits
 from pyflocality.moments.mask_tiles import MadeMasks
+from pyflocality.posterior.call import Call
 from pyflocality.posterior.tiles import output_bands
 from pyflocality.weights import QueryWeights
 
@@ -115,3 +117,16 @@ def test_facts_of_made_masks_are_those_of_all():
     assert len(asked) == VALUES
     assert torch.equal(made.row(-1), held.row(VALUES - 1))
     assert torch.equal(made.dense(torch.bool), held.dense(torch.bool))
+
+
+def test_kernels_that_need_all_masks_refuse_by_name():
+    held = QueryWeights(masks())
+    made = MadeMasks(held.shape, lambda outputs: held.bits[outputs.numpy()])
+    facts = {"is_mask": True, "is_held": made.is_held}
+    call = Call(torch.device("cpu"), torch.float32, False, facts)
+    assert "held as a whole, these exceed the memory budget" in str(held_mask_limits(call))
+    facts["is_held"] = held.is_held
+    assert held_mask_limits(call) is None
+    x = torch.zeros(1, *SHAPE)
+    with pytest.raises(ValueError, match="`weights` must be held as a whole"):
+        pf.ops.filtered_posterior_mean(x, x, made, held, 0.5)
