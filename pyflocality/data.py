@@ -181,8 +181,8 @@ class TrainingSet:
                 parts and when classes), MNIST's and CIFAR's folders. None is `"train"` there.
             layout: `"NCHW"`, `"NHWC"` or `"NHW"` for .npy and .npz files: how their axes are to be
                 read; needed where that cannot be told (`pyflocality.sources.layout`).
-            cache_dir: Folder of decoded sets; None is the environment variable
-                `PYFLOCALITY_CACHE_DIR` or `pyflocality` in the user's cache folder, as
+            cache_dir: Folder of decoded sets, of `PYFLOCALITY_CACHE_LIMIT` bytes at most (20 GB);
+                None is `PYFLOCALITY_CACHE_DIR`, else `pyflocality` in the user's cache folder, as
                 platformdirs knows it (`XDG_CACHE_HOME` or `~/.cache` on Linux).
             progress: Whether to show progress on standard error.
 

@@ -308,13 +308,9 @@ def sample(
                 if sampler.stochastic:
                     # For all images at once: the batches must not change it.
                     noise = _normal(state.shape, generator, state.device)
+            own = None if noise is None else noise[rows]
             result, x0 = sampler.step(
-                denoiser,
-                state[rows],
-                levels[i],
-                levels[i + 1],
-                clip=clip,
-                noise=None if noise is None else noise[rows],
+                denoiser, state[rows], levels[i], levels[i + 1], clip=clip, noise=own
             )
             # A denoiser that answers in float64 makes it a float64 run.
             state, following = state.to(result.dtype), following.to(result.dtype)
