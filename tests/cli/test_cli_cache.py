@@ -15,9 +15,6 @@ from PIL import Image
 
 import pyflocality as pf
 
-# Masks of 1,024 values are kept, eight in a byte behind a header.
-MASKS = 1024 * 128 + 64
-
 
 @pytest.fixture
 def folder() -> Path:
@@ -29,6 +26,13 @@ def folder() -> Path:
         pf.masks.cached_pca_locality_weights(moments, sigma)
     (folder / "masks" / "notes.txt").write_text("mine")
     return folder
+
+
+def masks_of(folder: Path) -> int:
+    """Bytes of both masks: of 1,024 values each, eight in a byte, and what stands beside them."""
+    size = sum(path.stat().st_size for path in (folder / "masks").glob("*.bits"))
+    assert 2 * 1024 * 128 < size < 2 * 1024 * 130
+    return size
 
 
 def decoded(tmp_path: Path) -> pf.TrainingSet:
@@ -43,11 +47,13 @@ def decoded(tmp_path: Path) -> pf.TrainingSet:
 
 
 def test_what_is_there_is_told(run, folder, tmp_path, monkeypatch):
+    size = masks_of(folder)
     assert run("cache", "path") == (0, f"{folder}\n", "")
-    assert run("cache", "size") == (0, f"{2 * MASKS}\n", "")
+    assert run("cache", "size") == (0, f"{size}\n", "")
     code, text, _ = run("cache")
+    told = f"{size / 1000:.3g} kB"
     assert code == 0
-    assert text == f"{folder}: 262 kB in 2 entries (masks 262 kB), at most 21.5 GB\n"
+    assert text == f"{folder}: {told} in 2 entries (masks {told}), at most 21.5 GB\n"
     code, doctor, _ = run("doctor")
     assert code == 0 and f"\ncache: {text}" in doctor
     decoded(tmp_path)
@@ -56,7 +62,7 @@ def test_what_is_there_is_told(run, folder, tmp_path, monkeypatch):
     use = json.loads(text)
     assert code == 0 and use["limit"] == 2**30
     assert use["folder"] == str(folder) and use["entries"] == 3
-    assert use["kinds"]["masks"] == 2 * MASKS and use["kinds"]["images"] > 64000
+    assert use["kinds"]["masks"] == size and use["kinds"]["images"] > 64000
     assert use["bytes"] == sum(use["kinds"].values())
     assert use["bytes"] == sum(
         path.stat().st_size for path in folder.rglob("*") if len(path.stem) == 32
@@ -65,10 +71,11 @@ def test_what_is_there_is_told(run, folder, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.name == "nt", reason="the system keeps what is open there")
 def test_clear_removes_our_files_that_nobody_has_open(run, folder, tmp_path):
-    data = decoded(tmp_path)
+    data, size = decoded(tmp_path), masks_of(folder)
     code, text, _ = run("cache", "clear")
     assert code == 0
-    assert text.startswith("removed 2 entries (262 kB); 1 entries (") and "in use and stay" in text
+    assert text.startswith(f"removed 2 entries ({size / 1000:.3g} kB); 1 entries (")
+    assert text.endswith(" are in use and stay\n")
     assert [path.name for path in (folder / "masks").iterdir()] == ["notes.txt"]
     # The set is as it was.
     assert pf.OptimalDenoiser(data)(data.values(0, 1), 0.1).isfinite().all()
@@ -96,7 +103,7 @@ def test_where_there_is_no_cache(run, tmp_path, monkeypatch):
 def test_wrong_words_are_refused(run, folder, words):
     code, _, told = run("cache", *words)
     assert code == 2 and "pyflocality cache --help" in told
-    assert run("cache", "size")[1] == f"{2 * MASKS}\n"
+    assert run("cache", "size")[1] == f"{masks_of(folder)}\n"
 
 
 def test_a_limit_that_cannot_be_read_is_refused(run, monkeypatch):
