@@ -108,6 +108,7 @@ def _covariance_fits(data: TrainingSet) -> bool:
 
 def _written(work: Work, data: TrainingSet, file: Path, *, thin: bool, alone: bool) -> Basis:
     """Write moments and components, or these alone; the components."""
+    from pyflocality.moments.basis import save_beside
     from pyflocality.moments.files import basis_file
 
     beside = basis_file(file)
@@ -124,7 +125,7 @@ def _written(work: Work, data: TrainingSet, file: Path, *, thin: bool, alone: bo
         basis = components_of(data, work.stages)
     else:
         basis = components_of(moments, work.stages)
-    basis.save_beside(work.temporary(file), work.temporary(beside))
+    save_beside(basis, work.temporary(file), work.temporary(beside))
     return basis
 
 

@@ -26,14 +26,17 @@ from pyflocality.moments.eigen import Eigen, check_fits, eigen_bytes, eigen_of
 from pyflocality.moments.files import BASIS, check_free, read_metadata, read_tensors, write_tensors
 from pyflocality.moments.gram import BAND_BYTES, components_of, gram_of
 from pyflocality.moments.moments import Moments
+from pyflocality.moments.randomized import OVERSAMPLED, PROBES, leading_of
 from pyflocality.moments.sums import BLOCK_BYTES, check_images
 from pyflocality.posterior.sharded import ranks_of
 from pyflocality.storage.reader import Reader
 
-BasisMethod = Literal["gram", "covariance"]
+BasisMethod = Literal["gram", "covariance", "randomized"]
 BASIS_METHODS: tuple[BasisMethod, ...] = get_args(BasisMethod)
 # Part of the key: changes with what the methods compute.
 _RULE_VERSION = 1
+# Matrices [D, l] that live at a time where components are randomized.
+_RANDOMIZED = 5
 _TENSORS = ("mean", "values", "vectors", "variance")
 
 
@@ -56,7 +59,7 @@ class Basis:
         values: Variances of the components, float64, descending and positive, [r].
         vectors: The components in orthonormal columns, float64, [D, r]. Their signs are arbitrary.
         variance: Variance of each value, the diagonal of S, float64, [D]; exact for 8-bit images.
-        method: How they were computed: "gram" or "covariance".
+        method: How they were computed: "gram", "covariance" or "randomized".
         error: Bound on the spectral norm of S less what `values` and `vectors` make; 0 where no
             component was left out.
         key: What `content_key` answers.
@@ -91,8 +94,11 @@ class Basis:
                 of a sharded set gets the components of the whole set.
             method: "gram": from the products of the images, [N, N]. "covariance": from that of
                 the values, [D, D]. None takes the smaller matrix, and the covariance of a sharded
-                set, whose products no rank has.
-            components: How many of the leading components to keep; None keeps all.
+                set, whose products no rank has. "randomized": leading components, from a few passes
+                over the set and always the same random numbers, for sets of which neither fits;
+                `error` bounds what they leave out (see `pyflocality.moments.randomized`).
+            components: How many of the leading components to keep; None keeps all, and as many as
+                half of the budget holds where they are randomized.
             memory_budget: Working memory, bytes or a string such as "2GB"; None follows the
                 environment variable PYFLOCALITY_MEMORY_BUDGET. Where neither is given, nothing is
                 refused.
@@ -101,7 +107,9 @@ class Basis:
         Raises:
             TypeError: An argument has the wrong type.
             ValueError: There are no images, an argument is out of range, the set is sharded and
-                `method` is "gram", or a budget is less than the method takes: the least is named.
+                `method` is not "covariance", or a budget is less than the method takes: the least
+                is named.
+            MemoryError: The method takes more than there is.
         """
         data = _checked_set(data)
         chosen = _chosen_method(data, method)
@@ -111,12 +119,15 @@ class Basis:
         progress = check_flag(progress, "progress")
         memory_budget_bytes(memory_budget)
         count, values = len(data) * data.copies, data.num_values
-        check_fits(
-            basis_bytes(count, values, chosen),
-            f"components of {count} images of {values} values",
-            data.device,
-            memory_budget,
-        )
+        if chosen == "randomized":
+            components = components or randomized_components(count, values, memory_budget)
+        least = basis_bytes(count, values, chosen, components)
+        what = f"components of {count} images of {values} values by method={chosen!r}"
+        if chosen != "randomized":
+            what += " (method='randomized' with few `components` takes less)"
+        check_fits(least, what, data.device, memory_budget)
+        if chosen == "randomized" and components is not None:
+            return _randomized(data, components, progress)
         if chosen == "covariance":
             moments = Moments.from_data(data, progress=progress)
             basis = moments.basis(progress=progress)
@@ -194,10 +205,6 @@ class Basis:
         check_free(path, force)
         self._write(path, None, force)
 
-    def save_beside(self, moments: Path, path: Path) -> None:
-        """Write them as those of a file of moments, whose name is that of `files.basis_file`."""
-        self._write(path, read_metadata(moments)["sha256"], force=True)
-
     def _write(self, path: Path, of: str | None, force: bool) -> None:
         header = {
             "count": self.count,
@@ -244,9 +251,23 @@ def basis_method(count: int, values: int) -> BasisMethod:
     return "gram" if count <= values else "covariance"
 
 
-def basis_bytes(count: int, values: int, method: BasisMethod | None = None) -> int:
-    """Most bytes that components of N images of D values take at a time, these included."""
+def randomized_components(count: int, values: int, memory_budget: int | str | None) -> int:
+    """How many components are found by random numbers where nobody says: half of the budget's."""
+    fitting = memory_budget_bytes(memory_budget) // (2 * _RANDOMIZED * 8 * values) - OVERSAMPLED
+    return max(1, min(fitting, count, values))
+
+
+def basis_bytes(
+    count: int, values: int, method: BasisMethod | None = None, components: int | None = None
+) -> int:
+    """Most bytes that components of N images of D values take at a time, these included.
+
+    `components` tells how many there are where they are randomized.
+    """
     method = method or basis_method(count, values)
+    if method == "randomized":
+        columns = min((components or 1) + OVERSAMPLED, count, values) + PROBES
+        return _RANDOMIZED * 8 * values * columns + 2 * min(BLOCK_BYTES, 8 * count * values)
     # Images in float64, and what is made of them.
     block = 2 * min(BLOCK_BYTES, 8 * count * values)
     if method == "covariance":
@@ -272,7 +293,8 @@ def basis_key(
     Args:
         source: What it is made of: a set that is not sharded, or moments; or the basis.
         method: As for `Basis.from_data`, of a set.
-        components: As for `Basis.from_data`; fewer than there are.
+        components: As for `Basis.from_data`; fewer than there are. Of a randomized one it must be
+            given.
     """
     if isinstance(source, Basis):
         key = source.key
@@ -280,7 +302,10 @@ def basis_key(
         stored = source.stored_basis
         key = _hashed("moments", source.content_key()) if stored is None else stored.key
     else:
-        key = _hashed("images", source.content_key(), _chosen_method(source, method))
+        method = _chosen_method(source, method)
+        key = _hashed("images", source.content_key(), method)
+        if method == "randomized":
+            return _hashed(key, components or 0)
     return key if components is None else _hashed(key, "leading", components)
 
 
@@ -303,10 +328,10 @@ def _chosen_method(data: TrainingSet, method: BasisMethod | None) -> BasisMethod
     if method is None:
         whole = len(data) * data.copies
         return "covariance" if sharded else basis_method(whole, data.num_values)
-    if check_choice(method, "method", BASIS_METHODS) == "gram" and sharded:
+    if check_choice(method, "method", BASIS_METHODS) != "covariance" and sharded:
         raise ValueError(
-            "`method` must be 'covariance' for a sharded set: no rank has the products of all "
-            "pairs of images"
+            f"`method` must be 'covariance' for a sharded set, of which no rank has all images, "
+            f"got {method!r}"
         )
     return method
 
@@ -332,6 +357,28 @@ def _of_images(data: TrainingSet, progress: bool) -> Basis:
         )
 
     return reader.checked(made)
+
+
+@torch.no_grad()
+def _randomized(data: TrainingSet, components: int, progress: bool) -> Basis:
+    """Leading components of a set from random numbers."""
+    reader = Reader.of(data)
+    found = reader.checked(lambda: leading_of(reader, components, progress=progress))
+    return Basis(
+        count=len(reader),
+        mean=found.mean.reshape(data.image_shape),
+        values=found.eigen.values,
+        vectors=found.eigen.vectors,
+        variance=found.variance,
+        method="randomized",
+        error=found.error,
+        key=basis_key(data, "randomized", components),
+    )
+
+
+def save_beside(basis: Basis, moments: Path, path: Path) -> None:
+    """Write components as those of a file of moments, whose name is that of `files.basis_file`."""
+    basis._write(path, read_metadata(moments)["sha256"], force=True)
 
 
 def stored_source(path: str | os.PathLike[str]) -> Moments | Basis:

@@ -15,8 +15,8 @@ from pyflocality._support.rates import solver_seconds
 # Values from which on the eigenvectors of a covariance take a good part of a second.
 _LONG_EIGH = 512
 _INSTEAD = (
-    "a `Basis` of fewer images than values takes no such matrix, and images of a lower resolution "
-    "take a smaller one"
+    "a `Basis` of fewer images than values, or with method='randomized', takes no such matrix, and "
+    "images of a lower resolution take a smaller one"
 )
 
 

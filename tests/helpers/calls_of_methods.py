@@ -137,7 +137,7 @@ def methods() -> dict[str, Call]:
             pf.Basis.from_data, lambda: {"data": images(), "method": "gram"},
             {
                 "data": tensor(dtypes={**STORED, "longer": 0}),
-                "method": choice(None, "gram", "covariance"),
+                "method": choice(None, "gram", "covariance", "randomized"),
                 "components": count(optional=True),
             },
         ),

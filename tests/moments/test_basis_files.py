@@ -9,7 +9,7 @@ import torch
 from moment_images import assert_same_bits, byte_images, float_images
 
 from pyflocality.moments import Basis, Moments, eigen
-from pyflocality.moments.basis import basis_key
+from pyflocality.moments.basis import basis_key, save_beside
 from pyflocality.moments.files import basis_file
 
 TENSORS = ("mean", "values", "vectors", "variance")
@@ -77,7 +77,7 @@ def beside(tmp_path, monkeypatch):
     """A file of moments with components beside it, where no eigenvectors may be computed."""
     path, images = tmp_path / "m.safetensors", byte_images(20)
     Moments.from_data(images).save(path)
-    Basis.from_data(images).save_beside(path, basis_file(path))
+    save_beside(Basis.from_data(images), path, basis_file(path))
 
     def refused(*given: object, **options: object) -> None:
         raise AssertionError("eigenvectors were computed")
@@ -121,6 +121,6 @@ def test_components_of_other_moments_are_not_taken(beside):
 def test_components_that_change_meanwhile_are_refused(beside):
     moments = Moments.load(beside)
     other = Basis.load(basis_file(beside)).leading(3)
-    other.save_beside(beside, basis_file(beside))
+    save_beside(other, beside, basis_file(beside))
     with pytest.raises(ValueError, match=r"m\.basis\.safetensors has been changed since"):
         moments.basis()
