@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pyflocality.cli import main
+from pyflocality.moments.mask_source import making_products
 from pyflocality.planner import Job, Setting, check_fits, peak_of, seconds_of, stages_of
 from pyflocality.planner import stages as _stages
 
@@ -25,8 +26,12 @@ def test_which_stages_there_are():
     """Few images have thin components, many a covariance; what is at hand is not made."""
     rest = ["masks", "steps", "nearest images"]
     assert names(Job(FEW, "pca-locality")) == ["components", *rest]
-    assert names(Job(MANY, "pca-locality")) == ["moments", "components", *rest]
-    assert names(Job(MANY, "pca-locality", has_moments=True)) == ["components", *rest]
+    # Masks of many images by Cholesky factors, which need a covariance alone.
+    assert names(Job(MANY, "pca-locality")) == ["moments", *rest]
+    assert names(Job(MANY, "pca-locality", has_moments=True)) == rest
+    assert names(Job(FEW, "pca-locality", of_moments=True)) == ["moments", *rest]
+    assert names(Job(MANY, "wiener")) == ["moments", "components", *rest[1:]]
+    assert names(Job(MANY, "wiener", has_moments=True)) == ["components", *rest[1:]]
     assert names(Job(MANY, "pca-locality", has_components=True)) == rest
     assert names(Job(MANY, "pca-locality", missing=0)) == rest[1:]
     assert names(Job(FEW, "wiener", nearest=False)) == ["components", "steps"]
@@ -36,14 +41,17 @@ def test_which_stages_there_are():
 
 def test_operations_are_those_of_the_parts():
     job = Job(MANY, "pca-locality", levels=3, calls=5, nearest=False)
-    moments, components, masks, steps = stages_of(job, aim=None)
+    moments, masks, steps = stages_of(job, aim=None)
     values = 3 * 16 * 16
     assert moments.flops == 2000 * values * (values + 1)
     each = values * (7 + MANY.mask_share * values)
     assert steps.flops == pytest.approx(5 * 2000 * 4 * each)
-    one = stages_of(replace(job, missing=1), aim=None)[2]
+    one = stages_of(replace(job, missing=1), aim=None)[1]
     assert masks.flops == 3 * one.flops > 0
-    assert components.flops > moments.flops / 2
+    assert masks.flops == 2 * making_products("cholesky", 2000, values, 3)
+    batches = stages_of(replace(job, batches=3, nearest=True), aim=None)[2:]
+    one = stages_of(replace(job, nearest=True), aim=None)[2:]
+    assert [many.flops for many in batches] == [3 * stage.flops for stage in one]
 
 
 def test_times_are_operations_by_measured_rates(monkeypatch):
@@ -54,15 +62,16 @@ def test_times_are_operations_by_measured_rates(monkeypatch):
     monkeypatch.setattr(_stages, "seconds_of", lambda model, setting, aim: 7.0)
     monkeypatch.setattr(_stages, "_search_seconds", lambda shape, batch: 0.01 * batch)
     job = Job(MANY, "pca-locality", levels=3, calls=5)
-    moments, components, masks, steps, nearest = stages_of(job)
+    moments, masks, steps, nearest = stages_of(job)
     values = 3 * 16 * 16
     assert moments.seconds == pytest.approx(1e-9 * moments.flops)
-    assert components.seconds == pytest.approx(1000.0 * values)
+    whole = stages_of(Job(MANY, "wiener"))[1]
+    assert whole.seconds == pytest.approx(1000.0 * values)
     assert masks.seconds == pytest.approx(1e-6 * masks.flops)
     assert steps.seconds == 35.0
     assert nearest.seconds == pytest.approx(0.01 * 4 * 2000)
     assert [stage.known for stage in (masks, steps)] == ["counted", "assumed"]
-    assert stages_of(replace(job, knows_masks=True))[3].known == "counted"
+    assert stages_of(replace(job, knows_masks=True))[2].known == "counted"
     thin = stages_of(Job(FEW, "wiener", nearest=False))[0]
     sums, products = values * 200 * 201, 2 * values * 199 * 200 + 3 * values * 199**2
     assert thin.seconds == pytest.approx(1e-9 * sums + 1e-6 * products + 1000.0 * 200)

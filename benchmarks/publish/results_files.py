@@ -21,6 +21,7 @@ _COMMANDS = {
     "gpu": "python -m benchmarks.gpu_suite --out {path}",
     "subsets": "python -m benchmarks.subsets --out {path} --cifar10 ZIP --cifar10-test ZIP "
     "--mnist ZIP --mnist-test ZIP",
+    "large_images": "python -m benchmarks.large_images --out {path} --cifar10 ZIP",
     "multiscale": "python -m benchmarks.multiscale --output {path} --mnist ZIP ZIP "
     "--networks FOLDER",
 }

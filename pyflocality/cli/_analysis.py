@@ -291,7 +291,7 @@ def _run(
         check_stored(data, moments)
         # Of one sample: how many derivatives are taken at a time follows the budget.
         sampling = NoiseOptions()
-        job = job_of(data, model, sampling, nearest=False, has_moments=stored is not None)
+        job = job_of(data, model, sampling, nearest=False, moments=moments)
         hold([job], announce=False)
         arrays, figure, facts = work(_Job(model, data, moments, at_work.stages))
         figure.savefig(at_work.temporary(picture), dpi=120)

@@ -107,8 +107,7 @@ def compare(
             data = source.load(progress=results.progress).augmented(flip=models.flip)
         check_stored(data, moments)
         foretell_few_images(data if moments is None else moments, methods)
-        known = stored is not None
-        jobs = [job_of(data, method, sampling, has_moments=known) for method in methods]
+        jobs = [job_of(data, method, sampling, moments=moments) for method in methods]
         hold(jobs, announce=results.progress)
         runs, described = _sampled(work, data, moments, methods, sampling, results.progress)
         record = _scored(work, files, data, runs, described, against, models.memory_budget) | {

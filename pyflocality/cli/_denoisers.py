@@ -227,7 +227,7 @@ class DenoiserOptions:
             return make(source).to(data.device)
         arguments = {self.entry.options[name]: value for name, value in self.given.items()}
         if self.entry.needs_moments == "also":
-            arguments["moments"] = moments
+            arguments |= {"moments": moments, "progress": stages is not None and stages.announce}
         return make(data, **arguments)
 
     def in_force(self, denoiser: Denoiser) -> dict[str, Any]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from pyflocality import TrainingSet
+    from pyflocality import Basis, Moments, TrainingSet
     from pyflocality.cli._denoisers import DenoiserOptions
     from pyflocality.cli._options import NoiseOptions
     from pyflocality.noise import NoiseLevel
@@ -77,16 +77,25 @@ def job_of(
     *,
     mask_share: float | None = None,
     nearest: bool = True,
-    has_moments: bool = False,
+    moments: Moments | Basis | None = None,
+    of_moments: bool = False,
+    is_sketch: bool = False,
 ) -> Job:
-    """The run that makes samples of a set by a model."""
+    """The run that makes samples of a set by a model; a sketch of a set has no images."""
+    from pyflocality import Basis, Moments
+    from pyflocality.cli._samples import batch_size
     from pyflocality.planner import MASK_SHARE, Job, Setting
 
     levels = levels_of(sampling)
+    missing = None
+    if model.name == "pca-locality" and not (is_sketch or of_moments):
+        cached = cached_levels(data, model, moments, levels)
+        missing = len(set(levels)) - len(cached)
+    batches = -(-sampling.n // batch_size(data.image_shape, sampling.steps))
     setting = Setting(
         len(data) * data.copies,
         data.image_shape,
-        sampling.n,
+        -(-sampling.n // batches),
         model.given.get("memory_budget"),
         MASK_SHARE if mask_share is None else mask_share,
         _window_of(model),
@@ -96,11 +105,33 @@ def job_of(
         model.name,
         levels=len(set(levels)),
         calls=len(levels),
-        has_moments=has_moments,
+        batches=batches,
+        missing=missing,
+        has_components=isinstance(moments, Basis),
+        has_moments=isinstance(moments, Moments),
+        of_moments=of_moments,
         knows_masks=mask_share is not None,
         image_bytes=data.images.element_size(),
         nearest=nearest,
     )
+
+
+def cached_levels(
+    data: TrainingSet,
+    model: DenoiserOptions,
+    moments: Moments | Basis | None,
+    levels: Sequence[NoiseLevel],
+) -> list[NoiseLevel]:
+    """Levels of a run whose masks are in the cache."""
+    from pyflocality.denoisers import PCALocalityDenoiser
+    from pyflocality.moments.mask_source import MaskSource
+
+    # It makes nothing before it is asked.
+    denoiser = model.build(data, moments)
+    if not isinstance(denoiser, PCALocalityDenoiser):
+        return []
+    masks, threshold = MaskSource(moments or data), denoiser.mask_threshold
+    return [level for level in dict.fromkeys(levels) if masks.has_masks(*level, threshold)]
 
 
 def _window_of(model: DenoiserOptions) -> int:

@@ -173,14 +173,16 @@ class _Plan:
                 f"`split_over` must be samples for {whole}, which needs the whole set on every rank"
             )
 
-    def job(self, data: TrainingSet) -> Job:
+    def job(self, data: TrainingSet, moments: Moments | Basis | None) -> Job:
         """The run, as it is planned."""
         return job_of(
             data,
             self.denoiser,
             self.sampling,
             nearest=self.results.nearest,
-            has_moments=self.moments is not None,
+            moments=moments,
+            # No rank has the products of all pairs of images, and blended ones have none.
+            of_moments=self.model.global_share is not None or self.split_over == "images",
         )
 
     def part(self, data: TrainingSet) -> TrainingSet:
@@ -285,7 +287,7 @@ def _sampled(
     check_stored(data if plan.model.global_share is None else everything, stored)
     if plan.model.global_share is None:
         foretell_few_images(data if stored is None else stored, [plan.denoiser])
-    hold([plan.job(data)], announce=stages.announce)
+    hold([plan.job(data, stored)], announce=stages.announce)
     moments = _moments(plan, everything, data, stored, stages)
     whole = plan.denoiser.build(searched, moments, stages)
     if plan.subset is not None and plan.subset.needs_moments:
@@ -303,6 +305,8 @@ def _sampled(
             "denoiser": {"name": plan.denoiser.name, **plan.denoiser.in_force(whole)},
             "subset": None if plan.subset is None else plan.subset.in_force(denoiser),
             "global_share": plan.model.global_share,
+            # How masks are made.
+            "way": getattr(whole, "way", None),
             "ranks": ranks and {"count": ranks.count, "split_over": plan.split_over},
         }
         others = _further(plan, everything, stored)

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from pyflocality.planner import Job
 
 
+# What libraries take when they are first used: threads, and buffers of matrix products.
+_GROWTH_BYTES = 96 * 2**20
+
+
 @dataclass(frozen=True, kw_only=True)
 class _PlannedSource(SourceOptions):
     """A training set whose run is planned; none where --images and --shape stand for one."""
@@ -75,6 +79,7 @@ def plan(
     """
     from pyflocality._support.budget import memory_budget_bytes
     from pyflocality._support.checks import check_choice, check_count
+    from pyflocality.moments.basis import stored_source
 
     memory_budget_bytes(model.memory_budget)
     check_choice(device, "device", ("cpu", "a100", "h100", "h200"))
@@ -87,7 +92,8 @@ def plan(
         denoiser = DenoiserOptions(model.denoiser, model.given)
         for group in (source, denoiser, sampling):
             group.check()
-        stored = given_path(model.moments, "moments")
+        path = given_path(model.moments, "moments")
+        stored = None if path is None else stored_source(path)
         data, decoding = _looked_at(source, flip=model.flip)
         job = job_of(
             data,
@@ -95,9 +101,10 @@ def plan(
             sampling,
             mask_share=share,
             nearest=nearest,
-            has_moments=stored is not None,
+            moments=stored,
+            is_sketch=decoding > 0,
         )
-        record = _record_of(source.source, job, decoding, measures=device == "cpu")
+        record = _record_of(source.source, job, sampling.n, decoding, measures=device == "cpu")
         text = _stages_table(record)
     else:
         assert images is not None and shape is not None
@@ -128,7 +135,9 @@ def _looked_at(source: SourceOptions, *, flip: bool) -> tuple[TrainingSet, float
     return source.of_label(data.augmented(flip=flip)), seconds
 
 
-def _record_of(source: str, job: Job, decoding: float, *, measures: bool) -> dict[str, Any]:
+def _record_of(
+    source: str, job: Job, samples: int, decoding: float, *, measures: bool
+) -> dict[str, Any]:
     """What is told of a run."""
     from dataclasses import asdict
 
@@ -139,7 +148,7 @@ def _record_of(source: str, job: Job, decoding: float, *, measures: bool) -> dic
     set_bytes = setting.images * setting.values * job.image_bytes
     # What the program itself takes, before anything is measured.
     try:
-        program = memory_bytes()["VmRSS"]
+        program = memory_bytes()["VmRSS"] + _GROWTH_BYTES
     except (OSError, KeyError):
         program = 0
     stages = stages_of(job) if measures else stages_of(job, aim=None)
@@ -148,8 +157,9 @@ def _record_of(source: str, job: Job, decoding: float, *, measures: bool) -> dic
         "denoiser": job.model,
         "images": setting.images,
         "shape": list(setting.shape),
-        "samples": setting.batch,
-        "calls": job.calls,
+        "samples": samples,
+        "calls": job.calls * job.batches,
+        "way": job.way,
         "mask_share": setting.mask_share if job.model == "pca-locality" else None,
         "set_bytes": set_bytes,
         "program_bytes": program,

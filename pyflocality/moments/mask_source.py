@@ -47,7 +47,7 @@ from pyflocality.moments.projector import (
 from pyflocality.moments.sums import BLOCK_BYTES
 from pyflocality.moments.undetermined import blind_values
 from pyflocality.posterior.sharded import ranks_of
-from pyflocality.storage.blobs import BlobWriter, read_blob
+from pyflocality.storage.blobs import BlobWriter, has_blob, read_blob
 from pyflocality.weights import QueryWeights
 
 Way = Literal["components", "gram", "cholesky", "eigenvectors"]
@@ -176,11 +176,15 @@ class MaskSource:
         """
         if threshold == 0:
             return self._with_told(self._signed(alpha, sigma), alpha, sigma)
-        if not cached or self._values < CACHED_INPUTS:
+        if not cached or not self._is_cached:
             return self._with_told(self._weights(alpha, sigma, threshold), alpha, sigma)
-        level = [_RULE_VERSION, self.way, self._content_key, sigma, alpha, threshold]
-        key = hashlib.sha256(json.dumps(level).encode()).hexdigest()[:32]
-        return self._cached(f"masks/{key}.bits", alpha, sigma, threshold)
+        return self._cached(self._file(alpha, sigma, threshold), alpha, sigma, threshold)
+
+    def has_masks(self, alpha: float, sigma: float, threshold: float) -> bool:
+        """Whether the masks of a noise level are in the cache."""
+        if threshold == 0 or not self._is_cached:
+            return False
+        return has_blob(self._file(alpha, sigma, threshold))
 
     def projector(self, alpha: float, sigma: float, threshold: float) -> Projector:
         """The projector of a noise level."""
@@ -195,6 +199,16 @@ class MaskSource:
             check_moments_fit(self._memory_budget, source)
             source = source.basis(progress=self._progress)
         return projector_of_components(source.values, source.vectors, ratio, threshold)
+
+    @property
+    def _is_cached(self) -> bool:
+        return self._values >= CACHED_INPUTS
+
+    def _file(self, alpha: float, sigma: float, threshold: float) -> str:
+        """The name of masks in the cache."""
+        level = [_RULE_VERSION, self.way, self._content_key, sigma, alpha, threshold]
+        key = hashlib.sha256(json.dumps(level).encode()).hexdigest()[:32]
+        return f"masks/{key}.bits"
 
     def _chosen(self) -> Way:
         if isinstance(self.given, Basis):

@@ -18,7 +18,16 @@ import torch
 from pyflocality._support.budget import memory_budget_bytes
 from pyflocality._support.memory import check_memory
 from pyflocality._support.rates import product_seconds, shortest, solver_seconds
+from pyflocality._support.text import bytes_told
 from pyflocality.moments.basis import BasisMethod, basis_bytes, basis_method
+from pyflocality.moments.mask_source import (
+    Way,
+    chosen_way,
+    making_bytes,
+    making_products,
+    mask_bytes,
+)
+from pyflocality.moments.mask_tiles import TILE
 from pyflocality.moments.sums import BLOCK_BYTES
 from pyflocality.ops.costs import Size
 from pyflocality.ops.covariance import COVARIANCE, accumulate_covariance
@@ -39,8 +48,11 @@ _OF_COMPONENTS, _MASKED = ("pca-locality", "wiener", "ledoit-wolf"), "pca-locali
 _VALUES, _IMAGES, _SEARCHED, _SEARCHING = 1024, 2048, 8 * 2**20, 8
 # A noisy image takes so much for each of its values in a thread: lanes of sums and states.
 _BYTES_PER_VALUE = 256
-# Of a schedule of sums over masks, whose terms are four bytes each in a vector that grows.
-_BYTES_PER_TERM = 8
+# Of a schedule of sums over masks, whose terms are four bytes each in a vector that grows; where
+# nobody knows the masks they are reckoned to add up so much.
+_BYTES_PER_TERM, _DENSE = 8, 0.1
+# More images than any way through their products could take.
+_COUNTLESS = 10**12
 
 
 @dataclass(frozen=True)
@@ -48,10 +60,11 @@ class Job:
     """A run that is planned.
 
     Attributes:
-        setting: The images, copies included, and the samples, which are a batch.
+        setting: The images, copies included, and the samples of a batch.
         model: The model's name on the command line.
         levels: Noise levels of the run, each of which has masks of its own.
-        calls: How often the model is asked.
+        calls: How often the model is asked for a batch.
+        batches: Batches of samples, one after the other.
         missing: Levels whose masks are to be made; None for all.
         has_components: Whether the components are at hand.
         has_moments: Whether the moments are at hand.
@@ -65,6 +78,7 @@ class Job:
     model: str
     levels: int = 10
     calls: int = 10
+    batches: int = 1
     missing: int | None = None
     has_components: bool = False
     has_moments: bool = False
@@ -86,17 +100,31 @@ class Job:
         return self.levels if self.missing is None else self.missing
 
     @property
-    def makes_components(self) -> bool:
-        """Whether components are computed."""
+    def way(self) -> Way | None:
+        """How masks or components are made; None where none are needed."""
         needed = self.to_make > 0 if self.model == _MASKED else self.model in _OF_COMPONENTS
-        return needed and not self.has_components
+        if not needed or self.has_components:
+            return "components" if needed else None
+        count, values = self.setting.images, self.setting.values
+        by_moments = self.has_moments or self.of_moments
+        if self.model == _MASKED:
+            # Of moments the images are not at hand, however many there were.
+            return chosen_way(_COUNTLESS if by_moments else count, values)
+        gram = not by_moments and basis_method(count, values) == "gram"
+        return "gram" if gram else "eigenvectors"
 
     @property
-    def method(self) -> BasisMethod:
-        """How components are computed."""
-        if self.has_moments or self.of_moments:
-            return "covariance"
-        return basis_method(self.setting.images, self.setting.values)
+    def makes_moments(self) -> bool:
+        """Whether a covariance is summed up."""
+        return self.way in ("cholesky", "eigenvectors") and not self.has_moments
+
+    @property
+    def kept_levels(self) -> int:
+        """Levels whose masks are kept in memory: at least one that fits the budget."""
+        if self.model != _MASKED:
+            return 0
+        budget = memory_budget_bytes(self.setting.memory_budget)
+        return min(self.levels, budget // mask_bytes(self.setting.values))
 
     @property
     def rank(self) -> int:
@@ -179,7 +207,7 @@ def peak_of(stages: Sequence[Stage]) -> int:
 
 
 def _moments(job: Job) -> _Part | None:
-    if not job.makes_components or job.method != "covariance" or job.has_moments:
+    if not job.makes_moments:
         return None
     values, size = job.setting.values, job.size
     flops = COVARIANCE.work("scan", size).flops
@@ -198,19 +226,20 @@ def _moments(job: Job) -> _Part | None:
 
 
 def _components(job: Job) -> _Part | None:
-    if not job.makes_components:
+    if job.way not in ("gram", "eigenvectors"):
         return None
     count, values, rank = job.setting.images, job.setting.values, job.rank
-    side = count if job.method == "gram" else values
+    method: BasisMethod = "gram" if job.way == "gram" else "covariance"
+    side = count if method == "gram" else values
     sums = products = 0.0
-    if job.method == "gram":
+    if method == "gram":
         sums = float(values) * count * (count + 1)
         # The vectors, and once more what makes them orthonormal.
         products = 2.0 * values * rank * count + 3.0 * values * rank**2
     # Counted as a reduction, its solution and the way back.
     solver = 9.0 * side**3
-    most, kept = basis_bytes(count, values, job.method), 8 * values * (rank + 4)
-    if job.method == "covariance":
+    most, kept = basis_bytes(count, values, method), 8 * values * (rank + 4)
+    if method == "covariance":
         # The totals are counted already where they were made; the covariance stays beside them.
         most -= 0 if job.has_moments else 8 * values**2
         kept = 16 * values**2
@@ -219,7 +248,7 @@ def _components(job: Job) -> _Part | None:
         made = product_seconds(sums) if job.image_bytes > 1 else _sums_seconds(sums)
         return made + product_seconds(products) + solver_seconds(side)
 
-    matrix = f"{count:,} images" if job.method == "gram" else f"{values:,} values"
+    matrix = f"{count:,} images" if method == "gram" else f"{values:,} values"
     return _Part(
         "components",
         f"eigenvectors of the products of {matrix}",
@@ -231,50 +260,51 @@ def _components(job: Job) -> _Part | None:
 
 
 def _masks(job: Job) -> _Part | None:
-    if not job.to_make:
+    if job.way is None or not job.to_make:
         return None
-    values, rank = job.setting.values, job.rank
-    # The products of one half of all pairs of values.
-    flops = float(job.to_make) * values**2 * rank
-    bits = values**2 // 8
+    setting, bits = job.setting, mask_bytes(job.setting.values)
+    by_factors = job.way == "cholesky"
+    way: Way = "cholesky" if by_factors else "components"
+    # A count of components, where there are some.
+    of = setting.images if by_factors else job.rank
+    flops = 2.0 * making_products(way, of, setting.values, job.to_make)
+    # The totals are held already.
+    most = making_bytes(way, of, setting.values) - by_factors * 8 * setting.values**2
+    kept = job.kept_levels * bits
+    covariance = 8 * setting.values**2 if by_factors else 0
     return _Part(
         "masks",
-        f"{job.to_make} noise levels, {values:,} x {values:,} bits each",
+        f"{job.to_make} noise levels, {bytes_told(bits)} each",
         flops,
         lambda aim: product_seconds(flops),
-        memory_budget_bytes(job.setting.memory_budget) + bits,
-        min(job.levels * bits, memory_budget_bytes(job.setting.memory_budget) + bits),
+        most + kept + (bits if job.kept_levels else 0),
+        kept + covariance,
     )
 
 
 def _steps(job: Job) -> _Part:
-    told = f"{job.calls} steps of {job.setting.batch} samples"
+    calls = job.calls * job.batches
+    told = f"{calls} steps of {job.setting.batch} samples"
     if job.model == "nearest":
-        search = _search(job)
-        flops = job.calls * search.flops
-        return replace(
-            search,
-            name="steps",
-            told=told,
-            flops=flops,
-            seconds=lambda aim: job.calls * (search.seconds(aim) or 0.0),
-        )
+        return replace(_search(job, job.calls), name="steps", told=told)
     if job.model == "fourier":
         # Two transforms of each sample, in memory that is no more than a few times theirs.
         values, batch = job.setting.values, job.setting.batch
-        flops = 10.0 * job.calls * batch * values * math.log2(values + 1)
+        flops = 10.0 * calls * batch * values * math.log2(values + 1)
         return _Part("steps", told, flops, lambda aim: product_seconds(flops), 64 * batch * values)
     model = job.model if job.model in models() else "wiener"
-    flops = job.calls * cost_of(model, job.setting).flops
+    flops = calls * cost_of(model, job.setting).flops
 
     def seconds(aim: float) -> float | None:
         one = seconds_of(model, job.setting, aim)
-        return None if one is None else job.calls * one
+        return None if one is None else calls * one
 
     working = _scan_bytes(job.setting)
     if model == "wiener":
         # The components in float32.
         working = 4 * job.setting.values * job.rank + 64 * job.setting.batch * job.setting.values
+    if model == _MASKED:
+        working += _schedule_bytes(job)
     known = "assumed" if model == _MASKED and not job.knows_masks else "counted"
     return _Part("steps", told, flops, seconds, working, known=known)
 
@@ -283,19 +313,20 @@ def _nearest(job: Job) -> _Part | None:
     return _search(job) if job.nearest else None
 
 
-def _search(job: Job) -> _Part:
-    """The search for the training images nearest to the samples."""
-    setting = job.setting
+def _search(job: Job, times: int = 1) -> _Part:
+    """The search for the training images nearest to the samples, some times over."""
+    setting, searches = job.setting, times * job.batches
     # More samples than are measured take as much longer.
     batch = min(setting.batch, _SEARCHING)
 
     def seconds(aim: float) -> float:
-        return _search_seconds(setting.shape, batch) * setting.images * setting.batch / batch
+        each = _search_seconds(setting.shape, batch) * setting.batch / batch
+        return searches * each * setting.images
 
     return _Part(
         "nearest images",
         f"among {setting.images:,}",
-        NEAREST.work("scan", job.size).flops,
+        searches * NEAREST.work("scan", job.size).flops,
         seconds,
         _search_bytes(setting),
     )
@@ -306,6 +337,16 @@ def _scan_bytes(setting: Setting) -> int:
     per_thread = setting.batch * setting.values * _BYTES_PER_VALUE
     most = per_thread * (torch.get_num_threads() + 1)
     return min(most, memory_budget_bytes(setting.memory_budget)) + _blocks_bytes(setting)
+
+
+def _schedule_bytes(job: Job) -> int:
+    """Schedules of the sums over masks: those of levels that are kept, and one that is made."""
+    share = job.setting.mask_share if job.knows_masks else max(job.setting.mask_share, _DENSE)
+    terms = int(share * job.setting.values**2)
+    if not job.kept_levels:
+        # A tile at a time.
+        terms = int(0.5 * TILE * job.setting.values)
+    return terms * _BYTES_PER_TERM * max(1, job.kept_levels + 2) // 2
 
 
 def _search_bytes(setting: Setting) -> int:

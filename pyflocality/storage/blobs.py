@@ -138,6 +138,13 @@ def write_blob(name: str, content: np.ndarray | bytes) -> bool:
     return blob.kept
 
 
+def has_blob(name: str) -> bool:
+    """Whether bytes were left under a name; whether they are damaged is not looked at."""
+    *parts, last = name.split("/")
+    folder = cache_folder(*parts)
+    return folder is not None and (folder / last).is_file()
+
+
 def read_blob(name: str, size: int | None = None) -> np.ndarray | None:
     """Bytes that were left, uint8 [size], or None where there are none or they are damaged.
 
