@@ -107,7 +107,7 @@ def test_signed_weights_beyond_a_budget_are_refused_with_the_least():
         few(torch.zeros(1, 3, 30, 30), 0.4)
 
 
-def test_progress_tells_what_is_being_done(capfd):
+def test_nothing_is_shown_where_progress_is_not_asked_for(capfd):
     data = pf.TrainingSet(images(1200))
     pf.PCALocalityDenoiser(data, 0.05).weights_at(0.4)
     assert capfd.readouterr().err == ""
