@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import pyflocality as pf
 from pyflocality.cli import main
 from pyflocality.moments.mask_source import making_products
 from pyflocality.planner import Job, Setting, check_fits, peak_of, seconds_of, stages_of
@@ -144,7 +145,8 @@ def test_command_of_a_set_that_is_decoded(tmp_path, capsys):
     assert record["calls"] == 5
     assert main(["plan", source]) == 0
     out = capsys.readouterr().out
-    assert "(assumed)" in out and "are there" in out and "--mask-share" in out
+    # Masks of so few values are made for the plan.
+    assert "are there" in out and "(assumed)" not in out and "--mask-share" not in out
     told = run_json(capsys, source, "--device", "h200")
     assert told["seconds"] is None and all(one["seconds"] is None for one in told["stages"])
 
@@ -166,3 +168,33 @@ def test_command_of_a_set_that_is_decoded(tmp_path, capsys):
 def test_wrong_plans_are_refused(words, capsys):
     assert main(["plan", *words]) == 2
     assert "error" in capsys.readouterr().err
+
+
+def test_masks_that_are_cached_are_known(tmp_path, capsys, monkeypatch):
+    """Nothing is made where all masks are in the cache, and these tell what their sums take."""
+    pytest.importorskip("pyflocality._C")
+    monkeypatch.setenv("PYFLOCALITY_CACHE_DIR", str(tmp_path / "cache"))
+    images = torch.randint(0, 256, (40, 3, 20, 20), dtype=torch.uint8)
+    np.save(tmp_path / "set.npy", images.numpy())
+    source, steps = str(tmp_path / "set.npy"), ["--steps", "2", "--spacing", "trailing"]
+    before = run_json(capsys, source, *steps)
+    assert [one["name"] for one in before["stages"]][:2] == ["components", "masks"]
+    assert before["mask_share"] == 0.022
+    assert main(["plan", source, *steps]) == 0
+    out = capsys.readouterr().out
+    assert "(assumed)" in out and "--mask-share" in out
+    words = ["generate", source, "--out", str(tmp_path / "out"), "-n", "1", *steps]
+    assert main([*words, "--no-progress", "--no-nearest"]) == 0
+    capsys.readouterr()
+    after = run_json(capsys, source, *steps)
+    assert [one["name"] for one in after["stages"]] == ["steps", "nearest images"]
+    assert after["way"] is None and after["stages"][0]["known"] == "counted"
+    from pyflocality.kernels.cpu.masked_posterior import difference_tree
+
+    denoiser = pf.PCALocalityDenoiser(pf.TrainingSet(images))
+    levels = [pf.DDPMSchedule(spacing="trailing")(t) for t in (999, 499)]
+    terms = [difference_tree(denoiser.weights_at(one), (3, 20, 20)).terms for one in levels]
+    assert after["mask_share"] == pytest.approx(sum(terms) / 2 / 1200**2)
+    # Another threshold has masks of its own.
+    other = run_json(capsys, source, *steps, "--threshold", "0.1")
+    assert [one["name"] for one in other["stages"]][:2] == ["components", "masks"]

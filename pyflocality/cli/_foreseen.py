@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pyflocality import Basis, Moments, TrainingSet
     from pyflocality.cli._denoisers import DenoiserOptions
     from pyflocality.cli._options import NoiseOptions
+    from pyflocality.moments.mask_source import MaskSource
     from pyflocality.noise import NoiseLevel
     from pyflocality.planner import Job, Stage
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 _LONG_SECONDS, _LONG_FLOPS = 10.0, 2e11
 # Of a measurement for a line that is told before a run.
 _GLANCE_SECONDS = 0.1
+# Masks of more bytes take more than a moment to be looked at.
+_LARGEST_MASKS = 2**25
 _INSTEAD = (
     "--denoiser local or patch-set would run, a smaller --resolution or fewer images; "
     "--ignore-memory tries it all the same"
@@ -80,17 +83,27 @@ def job_of(
     moments: Moments | Basis | None = None,
     of_moments: bool = False,
     is_sketch: bool = False,
+    looks_at_masks: bool = False,
 ) -> Job:
-    """The run that makes samples of a set by a model; a sketch of a set has no images."""
+    """The run that makes samples of a set by a model.
+
+    A sketch of a set has no images. Where masks are looked at, those of the set that are cached, or
+    made in a moment, tell what their sums take.
+    """
     from pyflocality import Basis, Moments
     from pyflocality.cli._samples import batch_size
+    from pyflocality.moments.mask_source import CACHED_INPUTS
     from pyflocality.planner import MASK_SHARE, Job, Setting
 
     levels = levels_of(sampling)
     missing = None
     if model.name == "pca-locality" and not (is_sketch or of_moments):
-        cached = cached_levels(data, model, moments, levels)
-        missing = len(set(levels)) - len(cached)
+        masks, threshold = _masks_of(data, model, moments)
+        kept = [one for one in dict.fromkeys(levels) if masks.has_masks(*one, threshold)]
+        missing = len(set(levels)) - len(kept)
+        if mask_share is None and looks_at_masks:
+            quick = list(dict.fromkeys(levels)) if data.num_values < CACHED_INPUTS else kept
+            mask_share = _share_of(masks, threshold, quick, data.image_shape)
     batches = -(-sampling.n // batch_size(data.image_shape, sampling.steps))
     setting = Setting(
         len(data) * data.copies,
@@ -116,22 +129,41 @@ def job_of(
     )
 
 
-def cached_levels(
-    data: TrainingSet,
-    model: DenoiserOptions,
-    moments: Moments | Basis | None,
-    levels: Sequence[NoiseLevel],
-) -> list[NoiseLevel]:
-    """Levels of a run whose masks are in the cache."""
+def _masks_of(
+    data: TrainingSet, model: DenoiserOptions, moments: Moments | Basis | None
+) -> tuple[MaskSource, float]:
+    """What the masks of a model are made of, and their threshold; nothing is made yet."""
     from pyflocality.denoisers import PCALocalityDenoiser
     from pyflocality.moments.mask_source import MaskSource
 
-    # It makes nothing before it is asked.
     denoiser = model.build(data, moments)
-    if not isinstance(denoiser, PCALocalityDenoiser):
-        return []
-    masks, threshold = MaskSource(moments or data), denoiser.mask_threshold
-    return [level for level in dict.fromkeys(levels) if masks.has_masks(*level, threshold)]
+    assert isinstance(denoiser, PCALocalityDenoiser)
+    return MaskSource(data if moments is None else moments), denoiser.mask_threshold
+
+
+def _share_of(
+    masks: MaskSource, threshold: float, levels: Sequence[NoiseLevel], shape: tuple[int, int, int]
+) -> float | None:
+    """What sums over the masks of some levels take on average; None where nobody can tell soon."""
+    import math
+
+    import torch
+
+    from pyflocality.backends.selection import machine_reason
+    from pyflocality.moments.mask_source import mask_bytes
+
+    values = math.prod(shape)
+    is_large = mask_bytes(values) > _LARGEST_MASKS
+    if not levels or threshold == 0 or is_large or machine_reason("cpu") is not None:
+        return None
+    from pyflocality.kernels.cpu.masked_posterior import difference_tree
+
+    terms = 0
+    for level in levels:
+        weights = masks.masks(*level, threshold).weights
+        terms += difference_tree(weights, torch.Size(shape)).terms
+    # A schedule of nothing but empty masks takes nothing.
+    return min(0.5, max(terms / len(levels) / values**2, 1e-9))
 
 
 def _window_of(model: DenoiserOptions) -> int:

@@ -103,6 +103,7 @@ def plan(
             nearest=nearest,
             moments=stored,
             is_sketch=decoding > 0,
+            looks_at_masks=True,
         )
         record = _record_of(source.source, job, sampling.n, decoding, measures=device == "cpu")
         text = _stages_table(record)
