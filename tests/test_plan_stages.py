@@ -61,6 +61,7 @@ def test_times_are_operations_by_measured_rates(monkeypatch):
     monkeypatch.setattr(_stages, "product_seconds", lambda flops, *dtype: 1e-6 * flops)
     monkeypatch.setattr(_stages, "solver_seconds", lambda side: 1000.0 * side)
     monkeypatch.setattr(_stages, "seconds_of", lambda model, setting, aim: 7.0)
+    monkeypatch.setattr(_stages, "_tile_seconds", lambda rank: 0.5 + rank)
     monkeypatch.setattr(_stages, "_search_seconds", lambda shape, batch: 0.01 * batch)
     job = Job(MANY, "pca-locality", levels=3, calls=5)
     moments, masks, steps, nearest = stages_of(job)
@@ -68,7 +69,12 @@ def test_times_are_operations_by_measured_rates(monkeypatch):
     assert moments.seconds == pytest.approx(1e-9 * moments.flops)
     whole = stages_of(Job(MANY, "wiener"))[1]
     assert whole.seconds == pytest.approx(1000.0 * values)
-    assert masks.seconds == pytest.approx(1e-6 * masks.flops)
+    # 768 values are three pairs of tiles.
+    assert masks.seconds == pytest.approx(1e-6 * masks.flops + 3 * 3 * 0.5)
+    thin_masks = stages_of(Job(FEW, "pca-locality", levels=3))[1]
+    assert thin_masks.seconds == pytest.approx(3 * 3 * (0.5 + 199))
+    beyond = Job(replace(FEW, memory_budget="16MB", shape=(3, 64, 64)), "pca-locality", levels=3)
+    assert stages_of(beyond)[1].seconds == pytest.approx(3 * 3 * 300 * (0.5 + 199))
     assert steps.seconds == 35.0
     assert nearest.seconds == pytest.approx(0.01 * 4 * 2000)
     assert [stage.known for stage in (masks, steps)] == ["counted", "assumed"]
@@ -76,6 +82,14 @@ def test_times_are_operations_by_measured_rates(monkeypatch):
     thin = stages_of(Job(FEW, "wiener", nearest=False))[0]
     sums, products = values * 200 * 201, 2 * values * 199 * 200 + 3 * values * 199**2
     assert thin.seconds == pytest.approx(1e-9 * sums + 1e-6 * products + 1000.0 * 200)
+
+
+def test_tiles_lie_on_the_line_through_two_measurements(monkeypatch):
+    monkeypatch.setattr(_stages, "_measured_tile_seconds", lambda rank: 1.0 + 0.01 * rank)
+    assert _stages._tile_seconds(2000) == pytest.approx(21.0)
+    assert _stages._tile_seconds(0) == pytest.approx(1.32)
+    monkeypatch.undo()
+    assert 0 < _stages._tile_seconds(100) < 1
 
 
 def test_nothing_is_measured_for_memory(monkeypatch):

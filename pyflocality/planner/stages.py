@@ -27,7 +27,8 @@ from pyflocality.moments.mask_source import (
     making_products,
     mask_bytes,
 )
-from pyflocality.moments.mask_tiles import TILE
+from pyflocality.moments.mask_tiles import TILE, masks_of
+from pyflocality.moments.projector import Projector
 from pyflocality.moments.sums import BLOCK_BYTES
 from pyflocality.ops.costs import Size
 from pyflocality.ops.covariance import COVARIANCE, accumulate_covariance
@@ -51,6 +52,8 @@ _BYTES_PER_VALUE = 256
 # Of a schedule of sums over masks, whose terms are four bytes each in a vector that grows; where
 # nobody knows the masks they are reckoned to add up so much.
 _BYTES_PER_TERM, _DENSE = 8, 0.1
+# Components of the tiles of masks that are measured.
+_RANKS = (32, 512)
 # More images than any way through their products could take.
 _COUNTLESS = 10**12
 
@@ -267,16 +270,26 @@ def _masks(job: Job) -> _Part | None:
     way: Way = "cholesky" if by_factors else "components"
     # A count of components, where there are some.
     of = setting.images if by_factors else job.rank
-    flops = 2.0 * making_products(way, of, setting.values, job.to_make)
+    # Beyond the budget a search for the largest entry comes first, and tiles serve one side alone.
+    times = 1 if job.kept_levels else 3
+    flops = 2.0 * times * making_products(way, of, setting.values, job.to_make)
+    side = -(-setting.values // TILE)
+    tiles = job.to_make * times * side * (side + 1) / 2
     # The totals are held already.
     most = making_bytes(way, of, setting.values) - by_factors * 8 * setting.values**2
     kept = job.kept_levels * bits
+
+    def seconds(aim: float) -> float:
+        if by_factors:
+            return product_seconds(flops) + tiles * _tile_seconds(0)
+        return tiles * _tile_seconds(job.rank)
+
     covariance = 8 * setting.values**2 if by_factors else 0
     return _Part(
         "masks",
         f"{job.to_make} noise levels, {bytes_told(bits)} each",
         flops,
-        lambda aim: product_seconds(flops),
+        seconds,
         most + kept + (bits if job.kept_levels else 0),
         kept + covariance,
     )
@@ -370,6 +383,22 @@ def _sums_rate() -> float:
     gram, total = (torch.zeros(shape, dtype=torch.int64) for shape in ((_VALUES,) * 2, _VALUES))
     seconds = shortest(lambda: accumulate_covariance(images, gram, total))
     return seconds / COVARIANCE.work("scan", Size(_IMAGES, (1, 1, _VALUES), 1)).flops
+
+
+def _tile_seconds(rank: int) -> float:
+    """Seconds for a tile of masks made of so many components."""
+    few, many = map(_measured_tile_seconds, _RANKS)
+    return max(few, few + (many - few) * (rank - _RANKS[0]) / (_RANKS[1] - _RANKS[0]))
+
+
+@functools.cache
+def _measured_tile_seconds(rank: int) -> float:
+    generator = torch.Generator().manual_seed(0)
+    size = (2 * TILE, rank)
+    factor = torch.randn(size, generator=generator, dtype=torch.float64)
+    projector = Projector(factor, factor.new_ones(rank), factor.square().sum(1))
+    # Two tiles on the diagonal, and the one above them.
+    return shortest(lambda: masks_of(projector, 0.9, name="")) / 3
 
 
 def _sums_seconds(flops: float) -> float:
