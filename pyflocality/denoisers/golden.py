@@ -230,7 +230,7 @@ class GoldenSubset(Denoiser):
         """Which k images, of all or some, are nearest to each noisy image: exactly these."""
         images, budget = self.denoiser.data.images, self.denoiser.memory_budget
         problem = trusted_problem(x, images, 0.0, alpha, memory_budget=budget)
-        return nearest_positions(problem, k, among)
+        return nearest_positions(problem, k, among, self.denoiser.backend)
 
     def _pools(self, x: Tensor, alpha: Tensor, sizes: Sequence[SubsetSizes]) -> list[Tensor | None]:
         """Positions of the candidates of each noisy image, ascending; None for all images."""

@@ -61,7 +61,8 @@ def blind_values(without: Tensor, source: Moments | Basis, level: tuple[float, f
         return without
     (alpha, sigma), moves = level, source.variance
     if sigma > 0:
-        moves = moves.minimum((alpha / sigma) ** 2 * _squared_rows(source))
+        # Squared last: a square of little noise is no number.
+        moves = moves.minimum((alpha / sigma * _squared_rows(source).sqrt()).square())
     told = _varying(source) & (moves > 1.0 / 255.0**2)
     return without & told.to(without.device)
 

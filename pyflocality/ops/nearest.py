@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyflocality._support.checks import check_count
+from pyflocality.backends.selection import requested_backend
 from pyflocality.ops.operation import Operation, Served, Variant, declare, per_pair
 from pyflocality.posterior.problem import PosteriorProblem, posterior_problem
 from pyflocality.storage.augmentation import Augmentation
@@ -98,17 +99,21 @@ def nearest_images(
     return Neighbours(*NEAREST.run("scan", problem, (k,), backend))
 
 
-def nearest_positions(problem: PosteriorProblem, k: int, among: Tensor | None = None) -> Tensor:
+def nearest_positions(
+    problem: PosteriorProblem, k: int, among: Tensor | None, backend: str | None
+) -> Tensor:
     """The k images nearest to each query of a checked problem, in the order of their positions.
 
     Args:
         problem: The problem, of a set that is not sharded.
         k: Number of images.
         among: Positions of the images that count, ascending, int64 [m]; None for all.
+        backend: Backend that was chosen for a model. The reference stays the reference; others
+            need not have this operation, and all that do answer the same.
 
     Returns:
         Their positions, ascending, int64 [B, k].
     """
-    # Whatever backend was chosen was chosen for a model: every one of them answers the same.
-    indices: Tensor = NEAREST.run("scan", problem, (k, False, among), "auto")[0]
+    chosen = "reference" if requested_backend(backend) == "reference" else "auto"
+    indices: Tensor = NEAREST.run("scan", problem, (k, False, among), chosen)[0]
     return indices

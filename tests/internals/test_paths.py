@@ -92,7 +92,7 @@ def test_every_option_knows_the_home_folder(tiny, capsys):
         assert main(words) == 0, capsys.readouterr().err
     assert f"{home}/packed" in capsys.readouterr().out
     assert sorted(os.listdir(home)) == sorted(
-        ["a", "b", "images", "m.png", "m.safetensors", "packed", "tiny.npy"]
+        ["a", "b", "images", "m.basis.safetensors", "m.png", "m.safetensors", "packed", "tiny.npy"]
     )
     assert os.listdir(here) == []
     moments = pf.Moments.load("~/m.safetensors")

@@ -35,7 +35,7 @@ def test_warnings_are_about_the_call_of_the_user(tmp_path, monkeypatch):
     np.save(tmp_path / "three.npy", np.full((3, 8, 8), 9, np.uint8))
     np.save(tmp_path / "floats.npy", np.zeros((5, 1, 8, 8), np.float32))
     np.save(tmp_path / "many.npy", np.full((1000, 1, 4, 4), 9, np.uint8))
-    monkeypatch.setattr("pyflocality.storage.cache._told", set())
+    monkeypatch.setattr("pyflocality._support.caller._told", set())
     monkeypatch.setenv("PYFLOCALITY_CACHE_DIR", str(tmp_path / "three.npy"))
     for name, told in (
         ("three", "3 grey ones"),
