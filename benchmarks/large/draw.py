@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..command import Record
 from ..plotting import origin, picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def draw(report: Record, path: Path) -> None:
@@ -41,7 +45,7 @@ def draw(report: Record, path: Path) -> None:
         figure.suptitle(origin(report), fontsize=9)
 
 
-def _runs(parts: Record, axis: object) -> None:
+def _runs(parts: Record, axis: Axes) -> None:
     """A bar for each run, of masks, steps and the rest."""
     runs = [
         (f"{'x'.join(map(str, part['shape']))}, {part['images']:,}\n{name}", run)
@@ -52,12 +56,12 @@ def _runs(parts: Record, axis: object) -> None:
     left = [0.0] * len(runs)
     for kind in ("masks", "steps"):
         widths = [run[f"{kind}_seconds"] for _, run in runs]
-        axis.barh(names, widths, left=left, label=kind)  # type: ignore[attr-defined]  # matplotlib
+        axis.barh(names, widths, left=left, label=kind)
         left = [begin + width for begin, width in zip(left, widths, strict=True)]
     rest = [max(0.0, run["seconds"] - end) for (_, run), end in zip(runs, left, strict=True)]
-    axis.barh(names, rest, left=left, label="all else")  # type: ignore[attr-defined]
-    axis.set_xlabel("seconds")  # type: ignore[attr-defined]
-    axis.invert_yaxis()  # type: ignore[attr-defined]
-    axis.tick_params(labelsize=7)  # type: ignore[attr-defined]
+    axis.barh(names, rest, left=left, label="all else")
+    axis.set_xlabel("seconds")
+    axis.invert_yaxis()
+    axis.tick_params(labelsize=7)
     if runs:
-        axis.legend(fontsize=8)  # type: ignore[attr-defined]
+        axis.legend(fontsize=8)

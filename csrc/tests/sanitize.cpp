@@ -25,6 +25,7 @@
 #include "mapped_guard.h"
 #include "masked_posterior.h"
 #include "masks.h"
+#include "nearest.h"
 #include "nearest_images.h"
 #include "plain_scan.h"
 #include "plain_sums.h"

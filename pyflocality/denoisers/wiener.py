@@ -111,10 +111,11 @@ class WienerDenoiser(Denoiser):
         """The filter applied to values [B, D] of noise-free mean 0, or to [K, B, D]."""
         size, rank = self.eigenvectors.shape
         gain = self._gain(self.eigenvalues, levels)
-        # Exactly 0 for the Wiener filter.
-        rest = self._gain(gain.new_tensor([self.remainder if rank < size else 0.0]), levels)
-        gain, rest = (gain - rest).to(values.dtype), rest.to(values.dtype)
-        result = values * rest
+        result = torch.zeros_like(values)
+        if self.remainder > 0 and rank < size:
+            rest = self._gain(gain.new_tensor([self.remainder]), levels)
+            gain, result = gain - rest, values * rest.to(values.dtype)
+        gain = gain.to(values.dtype)
         # A cast copies them: some at a time.
         width = max(1, _COPIED_BYTES // (values.element_size() * size))
         for some in range(0, rank, width):

@@ -120,19 +120,21 @@ def test_moments_of_a_given_budget_are_refused_before_work(monkeypatch):
     """D = 3,072 took 449 MB at a budget of 64 MB."""
     shape = (3, 32, 32)
     images = random_images(torch.Generator().manual_seed(0), 4, shape, torch.uint8)
-    data = pf.TrainingSet(images)
+    # Few images have no covariance made.
+    data = pf.TrainingSet(images.repeat(1000, 1, 1, 1))
 
     def work(*_: object, **__: object) -> None:
         raise AssertionError("worked")
 
     monkeypatch.setattr(pf.Moments, "_take", work)
     monkeypatch.setattr("pyflocality.moments.basis._of_images", work)
-    # 48 D^2 bytes.
-    least = "`memory_budget` must be at least 432MB for moments of 3072 values"
+    least = {
+        "pca": "for the masks of 3072 values",
+        "certified": "for components of 4000 images of 3072 values",
+        "wiener": "for components of 4000 images of 3072 values",
+    }
     for name, run in decomposing(data, "64MB").items():
-        # Few images have no covariance made.
-        told = r"at least \d+MB for the masks of 3072 values" if name == "pca" else least
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=rf"must be at least \d+MB {least[name]}"):
             run()
     # The default has them on top.
     monkeypatch.delenv("PYFLOCALITY_MEMORY_BUDGET", raising=False)
@@ -145,11 +147,7 @@ def test_moments_of_a_given_budget_are_refused_before_work(monkeypatch):
         *decomposing(data, None).items(),
         ("wiener", lambda: pf.WienerDenoiser(data)),
     ]:
-        told = {
-            "pca": "for the masks of 3072 values",
-            "wiener": "for components of 4 images of 3072 values",
-        }.get(name, least)
-        with pytest.raises(ValueError, match=f"{told}.*PYFLOCALITY_MEMORY_BUDGET"):
+        with pytest.raises(ValueError, match=f"{least[name]}.*PYFLOCALITY_MEMORY_BUDGET"):
             run()
 
 

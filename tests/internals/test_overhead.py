@@ -52,7 +52,7 @@ OF_DERIVATIVES = {
     "nearest": 110,
     "local": 125,
     "local_table": 130,
-    "pca": 125,
+    "pca": 135,
     "patch_set": 165,
     "patch_set_masks": 165,
     "wiener": 60,

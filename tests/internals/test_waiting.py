@@ -95,7 +95,7 @@ sys.exit(main())
 def test_the_command_line_answers_signals_inside_the_eigensolver(number, tmp_path):
     import numpy as np
 
-    images = np.random.default_rng(4).integers(0, 256, (30, 24, 24), np.uint8)
+    images = np.random.default_rng(4).integers(0, 256, (600, 24, 24), np.uint8)
     np.save(tmp_path / "images.npy", images)
     words = ["moments", str(tmp_path / "images.npy"), "--out", str(tmp_path / "m.safetensors")]
     process = subprocess.Popen(
