@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Runs of less are quick: nothing is told of them, and of few operations nothing is measured.
 _LONG_SECONDS, _LONG_FLOPS = 10.0, 2e11
 # Of a measurement for a line that is told before a run.
-_GLANCE_SECONDS = 0.1
+_GLANCE_SECONDS = 0.03
 # Masks of more bytes take more than a moment to be looked at.
 _LARGEST_MASKS = 2**25
 _INSTEAD = (

@@ -135,18 +135,18 @@ def seconds_of(model: str, setting: Setting, seconds: float = MEASURED_SECONDS) 
         return None if measured is None else measured * shares[0] / shares[1]
     if model == _WIENER:
         large = setting.values * components_of(setting) > _LARGEST_MATRIX**2
-        return None if large else _timed(_step(model, setting), 0)
-    largest = min(setting.images, max(2, _LARGEST_CALIBRATION_BYTES // setting.values))
+        return None if large else _timed(_step(model, setting, 0), 0)
+    largest = _most_measured(setting, seconds)
     counts = [min(largest, _FEW), min(largest, 2)]
     shortest = [cost_of(model, replace(setting, images=n, batch=1)).flops for n in counts]
     if shortest[1] > _MOST_FLOPS:
         return None
     count = counts[shortest[0] > _MOST_FLOPS]
-    one = _step(model, replace(setting, batch=1))
+    one = _step(model, replace(setting, batch=1), largest)
     # Prepares what a model keeps, and wakes threads.
     one(count)
     batch = min(setting.batch, max(1, int(seconds / _timed(one, count))))
-    step = _step(model, replace(setting, batch=batch))
+    step = _step(model, replace(setting, batch=batch), largest)
     taken = _timed(step, count)
     while taken < seconds and count < largest:
         count = min(largest, int(count * min(4.0, max(2.0, 1.2 * seconds / taken))))
@@ -171,21 +171,26 @@ def _timed(step: Callable[[int], object], count: int) -> float:
     return shortest(lambda: step(count))
 
 
-def _step(model: str, setting: Setting) -> Callable[[int], object]:
-    """One step of a model on the first images of a random set, by their number."""
+def _most_measured(setting: Setting, seconds: float) -> int:
+    """Images of a measurement at most: those of a glance are made in a moment, too."""
+    most = int(_LARGEST_CALIBRATION_BYTES * min(1.0, seconds / MEASURED_SECONDS))
+    return min(setting.images, max(2, most // setting.values))
+
+
+def _step(model: str, setting: Setting, images: int) -> Callable[[int], object]:
+    """One step of a model on the first of so many random images, by their number."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(setting.batch, *setting.shape, generator=generator)
     if model == _WIENER:
         rank = components_of(setting)
         vectors = torch.rand(setting.values, rank, generator=generator, dtype=torch.float64)
         return lambda count: _filtered(x.flatten(1), vectors.to(x.dtype))
-    largest = min(setting.images, max(2, _LARGEST_CALIBRATION_BYTES // setting.values))
-    size = (largest, *setting.shape)
-    images = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+    size = (images, *setting.shape)
+    stored = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
     operation, options = _operation(model), PosteriorOptions(memory_budget=setting.memory_budget)
     # Random masks have nothing in common: each is summed as it stands.
     given = operation.example(setting.size, generator)
-    return lambda count: operation.mean(x, images[:count], given, 1.0, 1.0, None, options)
+    return lambda count: operation.mean(x, stored[:count], given, 1.0, 1.0, None, options)
 
 
 def _filtered(x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
