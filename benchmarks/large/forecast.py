@@ -14,7 +14,12 @@ from .worker import MARK
 THRESHOLD = 0.02
 # Stages of less are over before anything can be said of them.
 _SECONDS = 0.5
-_WORKER = f"{__package__}.worker"
+# Found where this file lies, behind what is installed.
+_ROOT = Path(__file__).parents[len(str(__package__).split("."))]
+_WORKER = (
+    f"import runpy, sys; sys.path.append({str(_ROOT)!r}); "
+    f"runpy.run_module('{__package__}.worker', run_name='__main__', alter_sys=True)"
+)
 
 
 def staged(
@@ -27,7 +32,7 @@ def staged(
 ) -> Record:
     """Seconds and peak of resident memory of every stage of a run in a process of its own."""
     words = [source, samples, steps, THRESHOLD, *([] if only is None else [only])]
-    seen = watched(["-m", _WORKER, *words], dict(environment))
+    seen = watched(["-c", _WORKER, *words], dict(environment))
     stages: dict[str, Record] = {}
     marks = [*seen.marks, (seen.seconds, MARK)]
     name, began = "", 0.0

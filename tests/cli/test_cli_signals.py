@@ -237,4 +237,5 @@ sys.exit(main())
     if again:
         done = started(words("moments", sources, tmp_path), cache=sources / "cache")
         done.communicate(timeout=120)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["m.png", "m.safetensors"]
+        names = ["m.basis.safetensors", "m.png", "m.safetensors"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == names
