@@ -54,9 +54,10 @@ def test_scans_cost_in_proportion():
 
 def test_time_lies_on_the_line_through_two_measurements(monkeypatch):
     """A machine that takes 10 ms and 1 ms for every image and noisy image."""
-    measured = []
+    measured, made = [], []
 
-    def step(model, setting):
+    def step(model, setting, images):
+        made.append(images)
         return lambda count: (setting.batch, count)
 
     def timed(step, count):
@@ -71,6 +72,10 @@ def test_time_lies_on_the_line_through_two_measurements(monkeypatch):
     # Of twenty noisy images five take about as long as a measurement may.
     assert max(batch for batch, _ in measured) == 5
     assert max(count for _, count in measured) < 1000
+    # A glance makes fewer images, in proportion.
+    seconds_of("local", Setting(10**7, (1, 8, 8), 20))
+    seconds_of("local", Setting(10**7, (1, 8, 8), 20), _costs.MEASURED_SECONDS / 8)
+    assert made[2:] == [2**21] * 2 + [2**18] * 2
 
 
 def test_measured_on_this_machine():
@@ -83,7 +88,7 @@ def test_masks_of_large_images_are_measured_on_smaller_ones(monkeypatch):
     """A machine that takes a nanosecond for each operation, and an images' worth at the start."""
     seen = []
 
-    def step(model, setting):
+    def step(model, setting, images):
         seen.append(setting.shape)
         return lambda count: cost_of(model, replace(setting, images=count)).flops
 
