@@ -49,6 +49,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# Kernels of GPUs run in an interpreter or a simulator where there is none, and benchmarks in
+# processes of their own.
+_SLOW_FOLDERS = () if torch.cuda.is_available() else ("kernels/triton", "kernels/cuda")
+_SLOW_FOLDERS += ("benchmarks",)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of some folders as slow."""
+    for item in items:
+        if item.path.is_relative_to(TESTS):
+            folder = item.path.parent.relative_to(TESTS).as_posix()
+            if folder.startswith(_SLOW_FOLDERS):
+                item.add_marker(pytest.mark.slow)
+
+
 def pytest_deselected(items: list[pytest.Item]) -> None:
     """Count the tests that are left out; each worker of pytest-xdist leaves out the same."""
     count = sum(item.get_closest_marker("slow") is not None for item in items)

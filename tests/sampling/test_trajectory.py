@@ -162,7 +162,7 @@ def test_what_is_no_flag_is_refused_before_work(trajectory):
 def test_more_steps_than_memory_holds_are_refused_where_they_are_kept():
     """A run of a million steps that keeps nothing needs no more than one of two."""
     schedule = pf.KarrasSchedule()
-    big = torch.empty(1, 1, 1, 1).expand(1, 1, 2**13, 2**13)
+    big = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**13, 2**13)
 
     def attempt(trajectory):
         return sample(
