@@ -339,7 +339,7 @@ def test_tests_of_both_kinds_of_kernels_are_chosen_without_compile_gates():
     # Whatever options are set for the tests themselves, names are wanted here.
     variables = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
     done = subprocess.run(
-        [*command, *gpu_checks._CHOSEN, *folders],
+        [*command, *gpu_checks._CHOSEN, "-m", "", *folders],
         cwd=ROOT,
         capture_output=True,
         text=True,
