@@ -92,6 +92,8 @@ def denoisers(data: object, backend: str | None) -> Iterator[tuple[str, Callable
         yield "golden", lambda: pf.GoldenSubset(local(), 9, 18, pool_resolution=2)
         optimal = functools.partial(pf.OptimalDenoiser, data, **options)
         yield "certified", lambda: pf.CertifiedSubset(optimal(), 1e-3)
+        shares = [(0.1, (0.3, 0.7)), (0.7, (1.0, 0.0))]
+        yield "mixture", lambda: pf.MixtureDenoiser([local(), optimal()], shares)
     if data.image_shape[1:] == (8, 8):
         yield "multiscale", make(pf.MultiscaleDenoiser, data, 2, 3, **options)
         yield "shrinkage two", make(pf.WaveletShrinkageDenoiser, data.image_shape, 2)

@@ -9,6 +9,7 @@ from pyflocality.denoisers.filtered import FilteredPosteriorDenoiser
 from pyflocality.denoisers.golden import GoldenSubset, golden_sizes
 from pyflocality.denoisers.linear import LedoitWolfDenoiser, NoiseTrainedDenoiser
 from pyflocality.denoisers.local import LocalDenoiser
+from pyflocality.denoisers.mixture import MixtureDenoiser
 from pyflocality.denoisers.multiscale import MultiscaleDenoiser
 from pyflocality.denoisers.nearest import NearestDenoiser
 from pyflocality.denoisers.network import NetworkDenoiser
@@ -29,6 +30,7 @@ __all__ = [
     "GoldenSubset",
     "LedoitWolfDenoiser",
     "LocalDenoiser",
+    "MixtureDenoiser",
     "MultiscaleDenoiser",
     "NearestDenoiser",
     "NetworkDenoiser",

@@ -130,6 +130,9 @@ def denoisers() -> dict[str, pf.Denoiser]:
         "FilteredPosteriorDenoiser": pf.FilteredPosteriorDenoiser(data, soft, soft),
         "FourierWienerDenoiser": pf.FourierWienerDenoiser(data),
         "WaveletShrinkageDenoiser": pf.WaveletShrinkageDenoiser(SHAPE, 2),
+        "MixtureDenoiser": pf.MixtureDenoiser(
+            [pf.OptimalDenoiser(data), pf.LocalDenoiser(data, 3)], (0.25, 0.75)
+        ),
         "MultiscaleDenoiser": pf.MultiscaleDenoiser(data, 1, 3),
         "GoldenSubset": pf.GoldenSubset(pf.OptimalDenoiser(data), 2, 6),
         "CertifiedSubset": pf.CertifiedSubset(pf.OptimalDenoiser(data)),

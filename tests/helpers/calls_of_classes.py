@@ -108,6 +108,12 @@ def classes() -> dict[str, Call]:
             image_shape=SHAPE,
             levels=2,
         ),
+        "MixtureDenoiser": call(
+            pf.MixtureDenoiser,
+            {"denoisers": only(lambda v: False), "weights": only(_is_mixture)},
+            denoisers=[pf.OptimalDenoiser(data), pf.LocalDenoiser(data, 3)],
+            weights=(0.25, 0.75),
+        ),
         "MultiscaleDenoiser": call(
             pf.MultiscaleDenoiser,
             {
@@ -257,6 +263,14 @@ def _is_odd_window_form(value: object) -> bool:
 def _is_window_form(value: object) -> bool:
     fits = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 1 <= value <= 8
     return fits or (callable(value) and not isinstance(value, Tensor))
+
+
+def _is_mixture(value: object) -> bool:
+    """Two numbers that sum to 1, or a function that may answer them."""
+    if isinstance(value, Tensor):
+        dense = value.layout == torch.strided and not value.is_nested and not value.is_quantized
+        return dense and value.dtype.itemsize > 1 and value.tolist() == [0.5, 0.5]
+    return callable(value) or value == range(2)
 
 
 def _is_none_or_function(value: object) -> bool:

@@ -87,6 +87,9 @@ def methods() -> dict[str, Call]:
         "PCALocalityDenoiser.weights_at": Call(
             ours["PCALocalityDenoiser"].weights_at, functools.partial(dict, level_of), one
         ),
+        "MixtureDenoiser.weights_at": Call(
+            ours["MixtureDenoiser"].weights_at, functools.partial(dict, level_of), one
+        ),
         "MultiscaleDenoiser.band_shape": Call(
             ours["MultiscaleDenoiser"].band_shape, lambda: {"level": 1}, {"level": count(1, 1)}
         ),

@@ -47,6 +47,16 @@ def near_masks(height: int, width: int) -> Tensor:
     return near(height)[:, None, :, None] & near(width)[None, :, None, :]
 
 
+def mixture(data: pf.TrainingSet, **options: object) -> pf.MixtureDenoiser:
+    """Two models in other shares at little noise than at much, and a third at much alone."""
+    models = [
+        pf.LocalDenoiser(data, 3, **options),
+        pf.OptimalDenoiser(data, **options),
+        pf.WienerDenoiser(data),
+    ]
+    return pf.MixtureDenoiser(models, [(0.1, (0.25, 0.75, 0)), (1.0, (0.5, 0, 0.5))])
+
+
 MAKERS = {
     "optimal": lambda data, **o: pf.OptimalDenoiser(data, **o),
     "nearest": lambda data, **o: pf.NearestDenoiser(data, **o),
@@ -75,5 +85,6 @@ MAKERS = {
     "golden": lambda data, **o: golden(pf.LocalDenoiser(data, 3, **o)),
     "golden_pca": lambda data, **o: golden(pf.PCALocalityDenoiser(data, 0.1, **o)),
     "certified": lambda data, **o: ReadingSubset(pf.OptimalDenoiser(data, **o), 0),
+    "mixture": mixture,
     "local_table": lambda data, **o: pf.LocalDenoiser(data, [(0.1, 1), (1.0, 5)], **o),
 }
