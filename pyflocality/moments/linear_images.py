@@ -50,7 +50,8 @@ from pyflocality.storage.reader import Reader
 LEFT_OUT = 1e-6
 # Part of the key of cached images: changes with the rule.
 _RULE_VERSION = 1
-_BLOCK_BYTES = 64 * 2**20
+# Images that are made together: whatever the budget, so that every budget makes the same bits.
+_BLOCK_BYTES, _FEWEST = 8 * 2**20, 64
 # Of a value while its block is made: as float64 and centred, and the float32 of both sides.
 _BLOCK_BYTES_PER_VALUE = 24
 # Rows of the filter that are made together.
@@ -160,10 +161,9 @@ class LinearImages:
         """Linear images, some at a time: float32 [n, D]."""
         reader = Reader.of(self._data, self._memory_budget)
         values, count = self._data.num_values, len(reader)
-        # The other half holds the filter.
-        budget = min(_BLOCK_BYTES, memory_budget_bytes(self._memory_budget) // 2)
-        size = images_per_chunk(max(1, budget), _BLOCK_BYTES_PER_VALUE * values, count)
-        mean, filtering = self._mean, self._filter(ratio)
+        size = images_per_chunk(_BLOCK_BYTES, _BLOCK_BYTES_PER_VALUE * values, count)
+        size = max(size, min(count, _FEWEST))
+        mean, filtering = self._mean, self._filter(ratio, size)
         blocks = reader.values(size, torch.float64)
         total = self._data.copies * -(-len(self._data) // size)
         name = f"linear images at sigma / alpha {ratio:.3g} ({bytes_told(self.nbytes)}"
@@ -175,11 +175,12 @@ class LinearImages:
         ):
             yield filtering((block.flatten(1) - mean).float())
 
-    def _filter(self, ratio: float) -> _Filter:
+    def _filter(self, ratio: float, size: int) -> _Filter:
+        """The filter that is applied to so many images at a time."""
         values, rank = self._basis.vectors.shape
-        # The filter, and rows of it in float64 with what they are made of.
+        # The filter; and rows of it in float64 with what they are made of, or a block of images.
         least = 4 * values * (values if 2 * rank >= values else rank)
-        least += 16 * values * min(values, _ROWS)
+        least += values * max(16 * min(values, _ROWS), _BLOCK_BYTES_PER_VALUE * size)
         check_given(self._memory_budget, least, f"the filter of linear images of {values} values")
         return _Filter(self._basis, ratio)
 
