@@ -78,7 +78,8 @@ def accumulate_covariance(
             )
         if not tensor.is_contiguous():
             raise ValueError(f"`{name}` must be contiguous, got strides {tensor.stride()}")
-    facts = {"file": mapped_file(images)}
+    file = mapped_file(images)
+    facts = {"files": () if file is None else (file,)}
     call = Call(device=images.device, dtype=torch.uint8, facts=facts)
     performed(select("covariance", call, backend), call, images, gram, total)
 

@@ -65,6 +65,7 @@ FILTERED_POSTERIOR = declare(
             ),
         },
         answers_state=False,
+        answers_values=True,
         parameters=("weights", "responses"),
         check=_check,
         facts=lambda weights, responses: {"is_mask": weights.is_mask and responses.is_mask},
@@ -108,7 +109,7 @@ def filtered_posterior_mean(
             Or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
+        options: Temperature, dtype, memory, copies, value images: see `PosteriorOptions`.
 
     Returns:
         Blended posterior means in [-1, 1], dtype of x, [B, C, H, W].
@@ -154,7 +155,7 @@ def filtered_posterior_jvp(
         sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
+        options: Temperature, dtype, memory, copies, value images: see `PosteriorOptions`.
 
     Returns:
         Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.
@@ -197,7 +198,7 @@ def filtered_posterior_vjp(
         sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
+        options: Temperature, dtype, memory, copies, value images: see `PosteriorOptions`.
 
     Returns:
         The derivatives of sum(g * mean) with respect to x, dtype of x, [K, B, C, H, W].

@@ -30,6 +30,7 @@ GLOBAL_POSTERIOR = declare(
             # weighted values, 2 D.
             "jvp": Variant(_BACKENDS, per_pair(lambda s: (5 + 4 * s.directions) * s.values)),
         },
+        answers_values=True,
         model="optimal",
     )
 )
@@ -59,7 +60,7 @@ def global_posterior_mean(
             Or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
+        options: Temperature, dtype, memory, copies, value images: see `PosteriorOptions`.
 
     Returns:
         Posterior means in [-1, 1], dtype of x, [B, C, H, W].
@@ -95,7 +96,7 @@ def global_posterior_jvp(
         sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
+        options: Temperature, dtype, memory, copies, value images: see `PosteriorOptions`.
 
     Returns:
         Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.

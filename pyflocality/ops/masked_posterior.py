@@ -75,6 +75,7 @@ MASKED_POSTERIOR = declare(
                 scans=2,
             ),
         },
+        answers_values=True,
         parameters=("weights",),
         check=lambda shape, weights: (square_weights(weights, math.prod(shape)),),
         facts=lambda weights: {"is_mask": weights.is_mask, "is_held": weights.is_held},
@@ -114,7 +115,7 @@ def masked_posterior_mean(
             Or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
+        options: Temperature, dtype, memory, copies, value images: see `PosteriorOptions`.
 
     Returns:
         Posterior means in [-1, 1], dtype of x, [B, C, H, W].
@@ -157,7 +158,7 @@ def masked_posterior_jvp(
         sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
+        options: Temperature, dtype, memory, copies, value images: see `PosteriorOptions`.
 
     Returns:
         Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.
@@ -196,7 +197,7 @@ def masked_posterior_vjp(
         sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
+        options: Temperature, dtype, memory, copies, value images: see `PosteriorOptions`.
 
     Returns:
         The derivatives of sum(g * mean) with respect to x, dtype of x, [K, B, C, H, W].

@@ -49,15 +49,19 @@ class Served:
         limits: Name of the predicate in `pyflocality.kernels.limits` that tells what its kernel
             cannot serve; None where it serves all that its machine and device do.
         by_name_only: Reason why "auto" passes over it, or None where it does not.
+        answers_values: Whether its kernel answers value images, too; the reference does.
     """
 
     limits: str | None = None
     by_name_only: str | None = None
+    answers_values: bool = False
 
     def why_not(self, call: Call) -> str | None:
         """Reason why the kernel cannot serve a call, or None if it can."""
         if self.limits is None:
             return None
+        if call.facts.get("values", False) and not self.answers_values:
+            return "it answers the images alone, and `values` are given"
         # Only where a kernel may run: whoever has none of them imports none of them.
         limits = importlib.import_module("pyflocality.kernels.limits")
         return getattr(limits, self.limits)(call)
@@ -119,6 +123,7 @@ class Operation:
         answers_state: Whether the variants "scan" and "jvp" answer a `PosteriorState`, with one
             posterior for each query, that answers D values between them; else they answer what
             the operation does.
+        answers_values: Whether it answers value images, as `PosteriorOptions` tells of `values`.
         parameters: Names of the query's arguments.
         check: Makes a query of the shape (C, H, W) of the images and what a caller gives, or raises
             the error that is due.
@@ -135,6 +140,7 @@ class Operation:
     name: str
     variants: Mapping[Kind, Variant]
     answers_state: bool = True
+    answers_values: bool = False
     parameters: tuple[str, ...] = ()
     check: Callable[..., Query] = _no_query
     facts: Callable[..., dict[str, object]] = _no_facts
@@ -154,6 +160,7 @@ class Operation:
         options: PosteriorOptions,
     ) -> Tensor:
         """The answers [B, C, H, W] in x's dtype; all arguments are as a caller gave them."""
+        self._check_options(options)
         problem = posterior_problem(x, images, sigma, alpha, **options)
         return self.mean_of(problem, self.check(problem.image_shape, *given), backend)
 
@@ -169,6 +176,7 @@ class Operation:
         options: PosteriorOptions,
     ) -> tuple[Tensor, Tensor]:
         """As `mean`, and the derivatives along tangents, [K, B, C, H, W]."""
+        self._check_options(options)
         level = (sigma, alpha)
         problem, along = problem_along(x, images, *level, options, tangents, "tangents")
         return self.jvp_of(problem, along, self.check(problem.image_shape, *given), backend)
@@ -185,8 +193,11 @@ class Operation:
         options: PosteriorOptions,
     ) -> Tensor:
         """Vector-Jacobian products along cotangents, [K, B, C, H, W]."""
+        self._check_options(options)
         level = (sigma, alpha)
-        problem, along = problem_along(x, images, *level, options, cotangents, "cotangents")
+        problem, along = problem_along(
+            x, images, *level, options, cotangents, "cotangents", transposed=True
+        )
         return self.vjp_of(problem, along, self.check(problem.image_shape, *given), backend)
 
     def log_sum_exp(
@@ -200,21 +211,27 @@ class Operation:
         options: PosteriorOptions,
     ) -> Tensor:
         """Log of the sum that normalises each posterior, float64 [B, Q]."""
+        if options.get("values") is not None:
+            raise ValueError("`values` must be None for log-sum-exps, which average none")
         problem = posterior_problem(x, images, sigma, alpha, **options)
         # Also where the square of a small one is no number above 0.
         if has_readable_values(problem.scale) and torch.isinf(problem.scale).any():
             raise ValueError(f"`sigma` must be positive, got {describe(sigma)}")
         return self.log_sum_exp_of(problem, self.check(problem.image_shape, *given), backend)
 
+    def _check_options(self, options: PosteriorOptions) -> None:
+        if options.get("values") is not None and not self.answers_values:
+            raise ValueError(f"`values` must be None for {self.name}, which answers images alone")
+
     def mean_of(
         self, problem: PosteriorProblem, query: Query = (), backend: str | None = None
     ) -> Tensor:
-        """The answers [B, C, H, W] in the dtype of the noisy images."""
+        """The answers in the dtype of the noisy images, [B, C, H, W] or [B, A, C, H, W]."""
         result = self.run("scan", problem, query, backend)
         if self.answers_state:
             # [B, Q, V] -> [B, V, Q], in the order of the values of an image.
             result = finalize(result).transpose(1, 2)
-        return result.reshape(problem.x.shape).to(problem.dtype)
+        return result.reshape(len(problem.x), *problem.answer_shape).to(problem.dtype)
 
     def jvp_of(
         self,
@@ -223,14 +240,15 @@ class Operation:
         query: Query = (),
         backend: str | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `mean_of`, and the derivatives along tangents [K, B, C, H, W]."""
+        """As `mean_of`, and the derivatives of all that along tangents [K, B, C, H, W]."""
         result = self.run("jvp", problem, query, backend, tangents.to(problem.x.dtype))
         if self.answers_state:
-            values = problem.images[0].numel() // result.total.shape[1]
+            values = problem.answered * problem.images[0].numel() // result.total.shape[1]
             factor = jacobian_factor(problem)
             result = (part.transpose(-1, -2) for part in finalize_jvp(result, values, factor))
         mean, product = result
-        shaped = mean.reshape(problem.x.shape), product.reshape(tangents.shape)
+        shape = len(problem.x), *problem.answer_shape
+        shaped = mean.reshape(shape), product.reshape(len(tangents), *shape)
         return shaped[0].to(problem.dtype), shaped[1].to(problem.dtype)
 
     def vjp_of(
@@ -240,18 +258,17 @@ class Operation:
         query: Query = (),
         backend: str | None = None,
     ) -> Tensor:
-        """Vector-Jacobian products along cotangents, [K, B, C, H, W]."""
+        """Vector-Jacobian products [K, B, C, H, W] along cotangents, K times what is answered."""
         result = self.run("vjp", problem, query, backend, cotangents.to(problem.x.dtype))
-        return result.reshape(cotangents.shape).to(problem.dtype)
+        return result.reshape(len(cotangents), *problem.x.shape).to(problem.dtype)
 
     def log_sum_exp_of(
         self, problem: PosteriorProblem, query: Query = (), backend: str | None = None
     ) -> Tensor:
         """Log of the sum that normalises each posterior, float64 [B, Q]; of positive noise."""
-        # The tolerance of precision="auto" is for posterior means.
-        state: PosteriorState = self.run(
-            "scan", replace(problem, precision="exact"), query, backend
-        )
+        # The tolerance of precision="auto" is for posterior means, and so are values.
+        plain = replace(problem, precision="exact", values=None, with_image=False)
+        state: PosteriorState = self.run("scan", plain, query, backend)
         exact = state._replace(minimum=state.minimum.double(), total=state.total.double())
         return log_sum_exp(exact, problem.scale)
 

@@ -45,6 +45,7 @@ PATCH_SET = declare(
             ),
         },
         answers_state=False,
+        answers_values=True,
         parameters=("window",),
         check=lambda shape, window: (check_patch(window, *shape[1:]),),
         facts=lambda window: {"window": window},
@@ -84,7 +85,7 @@ def patch_set_mean(
             Or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
+        options: Temperature, dtype, memory, copies, value images: see `PosteriorOptions`.
 
     Returns:
         Blended posterior means in [-1, 1], dtype of x, [B, C, H, W].

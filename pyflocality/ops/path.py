@@ -12,7 +12,7 @@ from pyflocality._support.transforms import in_full_precision
 from pyflocality.posterior.call import Call
 from pyflocality.posterior.problem import PosteriorProblem
 from pyflocality.posterior.ranks import Ranks
-from pyflocality.storage.mapped import MappedFile, checked_around
+from pyflocality.storage.mapped import checked_around
 from pyflocality.weights import QueryWeights
 
 # What an operation takes beside a problem.
@@ -20,9 +20,9 @@ Query = tuple[Any, ...]
 
 
 def performed(run: Callable[..., Any], call: Call, *arguments: object) -> Any:  # noqa: ANN401
-    """What a chosen implementation answers: its file is checked, in full precision."""
-    file = call.facts.get("file")
-    if isinstance(file, MappedFile):
+    """What a chosen implementation answers: its files are checked, in full precision."""
+    files = call.facts.get("files", ())
+    for file in files if isinstance(files, tuple) else ():
         run = checked_around(file, run)
     with in_full_precision(call.device):
         return run(*arguments)
@@ -41,13 +41,14 @@ def joined(
     """What a variant answers for the images of all ranks; `state` tells whether that is a state."""
     numbers = [value for value in query if isinstance(value, int)]
     tensors = [tensor for value in (*directions, *query) for tensor in _tensors_of(value)]
-    ranks.agree(f"{name} {numbers}", problem.x, problem.alpha, problem.scale, *tensors)
+    what = f"{name} {numbers}" + ("" if problem.values is None else f" of {problem.answered}")
+    ranks.agree(what, problem.x, problem.alpha, problem.scale, *tensors)
     result = performed(run, call, problem, *directions, *query)
     if not state:
         return result
     if not directions:
         return ranks.merged(result, problem.scale)
-    values = problem.images[0].numel() // result.total.shape[1]
+    values = problem.answered * problem.images[0].numel() // result.total.shape[1]
     return ranks.merged_tangents(result, problem.scale, values)
 
 

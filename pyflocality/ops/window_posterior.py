@@ -95,6 +95,7 @@ WINDOW_POSTERIOR = declare(
                 scans=2,
             ),
         },
+        answers_values=True,
         parameters=("window",),
         check=lambda shape, window: (check_window(window, *shape[1:]),),
         facts=lambda window: {"window": window},
@@ -134,7 +135,7 @@ def window_posterior_mean(
             Or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
+        options: Temperature, dtype, memory, copies, value images: see `PosteriorOptions`.
 
     Returns:
         Posterior means in [-1, 1], dtype of x, [B, C, H, W].
@@ -176,7 +177,7 @@ def window_posterior_jvp(
         sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
+        options: Temperature, dtype, memory, copies, value images: see `PosteriorOptions`.
 
     Returns:
         Posterior means [B, C, H, W] and Jacobian-vector products J u [K, B, C, H, W], dtype of x.
@@ -214,7 +215,7 @@ def window_posterior_vjp(
         sigma: Noise level, a number or [B], positive; or a `NoiseLevel` for both.
         alpha: Signal coefficient, a number or [B], positive.
         backend: Backend to run on; None follows `pyflocality.use_backend`.
-        options: Temperature, dtype, precision, memory and copies: see `PosteriorOptions`.
+        options: Temperature, dtype, memory, copies, value images: see `PosteriorOptions`.
 
     Returns:
         The derivatives of sum(g * mean) with respect to x, dtype of x, [K, B, C, H, W].

@@ -17,6 +17,7 @@ from pyflocality._support.checks import (
     check_choice,
     check_count,
     check_finite,
+    check_flag,
     check_float_dtype,
     check_noisy,
     check_positive,
@@ -29,7 +30,9 @@ from pyflocality.posterior.call import Call
 from pyflocality.posterior.ranks import Ranks
 from pyflocality.posterior.sharded import ShardedImages, plain
 from pyflocality.posterior.state import PosteriorState
-from pyflocality.storage.augmentation import Augmentation, check_augmentation
+from pyflocality.posterior.value_images import check_values, value_blocks
+from pyflocality.storage.augmentation import IDENTITY, Augmentation, check_augmentation
+from pyflocality.storage.mapped import MappedFile, mapped_file
 from pyflocality.storage.reader import Reader
 
 if TYPE_CHECKING:
@@ -59,6 +62,13 @@ class PosteriorOptions(TypedDict, total=False):
             each noisy image alone, from its noise level: at much noise, where the posterior
             spans many images. Other backends and operations, derivatives and log-sum-exps
             included, are exact either way.
+        values: Value images, float32 [N, R, C, H, W] for N images, copies of an augmentation
+            included (image i of copy j of n images at j n + i): of them a posterior answers
+            what it answers of the image, in its place. Answers are [B, R, C, H, W] then, their
+            derivatives [K, B, R, C, H, W], and so are cotangents. By default the images
+            themselves, [B, C, H, W]; log-sum-exps have none. Values that map a file and are
+            larger than the budget are read from it block by block.
+        with_image: Whether the image itself is answered, too, before its R value images.
     """
 
     temperature: float
@@ -67,6 +77,8 @@ class PosteriorOptions(TypedDict, total=False):
     chunk_size: int | None
     augmentation: Augmentation | None
     precision: Precision
+    values: Tensor | None
+    with_image: bool
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,9 @@ class PosteriorProblem:
             set that is not sharded.
         precision: "exact", or "auto" where a backend may trade accuracy for time.
         dtype: Dtype of the answers: that of the noisy images as they were given.
+        values: What is answered in the place of the images, float32 [N, R, C, H, W]; None for
+            the images themselves.
+        with_image: Whether the images are answered beside their values, too.
     """
 
     x: Tensor
@@ -98,6 +113,8 @@ class PosteriorProblem:
     ranks: Ranks | None = None
     precision: Precision = "exact"
     dtype: torch.dtype = torch.float32
+    values: Tensor | None = None
+    with_image: bool = False
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -115,6 +132,27 @@ class PosteriorProblem:
         """Images that are searched, copies included."""
         return len(self.reader)
 
+    @property
+    def answered(self) -> int:
+        """How many images are answered for a noisy one, A: value images, the image, or both."""
+        return 1 if self.values is None else self.values.shape[1] + self.with_image
+
+    @property
+    def answers_image(self) -> bool:
+        """Whether the image itself is answered, before its value images if there are any."""
+        return self.values is None or self.with_image
+
+    @property
+    def answer_shape(self) -> tuple[int, ...]:
+        """What is answered for a noisy image: (C, H, W), or (A, C, H, W) where there are values."""
+        return self.image_shape if self.values is None else (self.answered, *self.image_shape)
+
+    @property
+    def files(self) -> tuple[MappedFile, ...]:
+        """The files that the images and their values lie in."""
+        value_file = None if self.values is None else mapped_file(self.values)
+        return tuple(file for file in (self.reader.file, value_file) if file is not None)
+
     def call(self, *directions: Tensor, **facts: object) -> Call:
         """The call as a backend's predicate sees it, with further facts of the operation."""
         facts |= {
@@ -122,9 +160,11 @@ class PosteriorProblem:
             "image_shape": tuple(self.images.shape[1:]),
             "augmented": self.augmentation is not None,
             "ranks": self.ranks,
-            "file": self.reader.file,
+            "files": self.files,
+            "values": self.values is not None,
         }
-        tensors = (self.x, self.images, self.alpha, self.scale, *directions)
+        further = directions if self.values is None else (self.values, *directions)
+        tensors = (self.x, self.images, self.alpha, self.scale, *further)
         differentiated = is_differentiated(*tensors)
         return Call(self.x.device, self.x.dtype, differentiated, facts)
 
@@ -142,12 +182,17 @@ class PosteriorProblem:
     def images_at_a_time(self, bytes_per_image: int, fixed: int = 0) -> int:
         """Images of a chunk: as asked for, or as many as fit the budget with their temporaries.
 
-        Beside the bytes of each image there are fixed ones, whatever their number.
+        Beside the bytes of each image there are fixed ones, whatever their number, and those of
+        the values that `pairs` reads with it.
 
         Raises:
             ValueError: Not even one image fits, and it takes more than any call may.
         """
         per_image = bytes_per_image + self.reader.buffer_bytes(1)
+        if self.values is not None:
+            # As they are stored, and as numbers.
+            number = self.values.element_size() + self.x.element_size()
+            per_image += self.answered * self.images[0].numel() * number
         check_least(self.memory_budget, fixed + per_image)
         budget = memory_budget_bytes(self.memory_budget)
         # Of what is always allowed: small budgets are not spent on one image at a time.
@@ -157,6 +202,22 @@ class PosteriorProblem:
     def chunks(self, chunk_size: int) -> Iterator[Tensor]:
         """The training values in [-1, 1], `chunk_size` images at a time: [n, C, H, W]."""
         return self.reader.values(chunk_size, self.x.dtype)
+
+    def pairs(self, chunk_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same, and what is answered of each image: [n, C, H, W] and [n, A, C, H, W]."""
+        if self.values is None:
+            for images in self.chunks(chunk_size):
+                yield images, images[:, None]
+                del images
+            return
+        blocks = value_blocks(self.values, len(self.images), chunk_size, self.memory_budget)
+        # Not `zip`, which would hold one block while the next is made.
+        for images in self.chunks(chunk_size):
+            values = next(blocks).to(self.x.dtype)
+            if self.with_image:
+                values = torch.cat([images[:, None], values], 1)
+            yield images, values
+            del images, values
 
 
 def check_images(images: object) -> Tensor:
@@ -192,17 +253,25 @@ def problem_along(
     options: PosteriorOptions,
     directions: Tensor | None = None,
     name: str | None = None,
+    *,
+    transposed: bool = False,
 ) -> tuple[PosteriorProblem, Tensor]:
     """The problem of checked arguments, and checked directions of derivatives [K, B, C, H, W].
 
-    `name` is that of the directions in error messages, None where derivatives are not asked for.
+    `name` is that of the directions in error messages, None where derivatives are not asked for;
+    transposed ones are directions in the space of what is answered.
     """
     # What is cheap to see comes before what takes a pass over the values.
     known = _known(**options)
     images = check_images(images)
     known["augmentation"] = check_augmentation(known["augmentation"], images.shape[1:])
+    values, shape = known["values"], tuple(images.shape[1:])
+    if values is not None:
+        copies = (known["augmentation"] or IDENTITY).copies
+        values = known["values"] = check_values(values, images, copies)
+    answers = (values.shape[1] + known["with_image"],) if transposed and values is not None else ()
     x, levels, directions, _ = check_noisy(
-        x, sigma, alpha, images.shape[1:], images.device, directions, name
+        x, sigma, alpha, shape, images.device, directions, name, (*answers, *shape)
     )
     return trusted_problem(x, images, levels.sigma, levels.alpha, **known), directions
 
@@ -215,6 +284,8 @@ def _known(
     chunk_size: int | None = None,
     augmentation: Augmentation | None = None,
     precision: Precision = "exact",
+    values: Tensor | None = None,
+    with_image: bool = False,
 ) -> PosteriorOptions:
     """All options, those checked that are told of nothing else."""
     if chunk_size is not None:
@@ -222,6 +293,8 @@ def _known(
     memory_budget_bytes(memory_budget)
     temperature = check_positive(temperature, "temperature")
     check_choice(precision, "precision", PRECISIONS)
+    if check_flag(with_image, "with_image") and values is None:
+        raise ValueError("`with_image` must be False without `values`, got True")
     return {
         "temperature": temperature,
         "dtype": check_float_dtype(dtype),
@@ -229,6 +302,8 @@ def _known(
         "chunk_size": chunk_size,
         "augmentation": augmentation,
         "precision": precision,
+        "values": values,
+        "with_image": with_image,
     }
 
 
@@ -244,6 +319,8 @@ def trusted_problem(
     chunk_size: int | None = None,
     augmentation: Augmentation | None = None,
     precision: Precision = "exact",
+    values: Tensor | None = None,
+    with_image: bool = False,
 ) -> PosteriorProblem:
     """The problem of arguments that were checked before; levels are numbers or float64 [B]."""
     noise = torch.as_tensor(sigma, dtype=torch.float64)
@@ -267,4 +344,6 @@ def trusted_problem(
         ranks,
         precision,
         x.dtype,
+        values,
+        with_image,
     )

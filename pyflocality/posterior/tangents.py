@@ -27,3 +27,12 @@ def centre_of(problem: PosteriorProblem) -> Tensor:
     x = problem.x.detach()
     alpha = problem.alpha.to(x.dtype)[:, None, None, None]
     return (x / alpha).clamp(-1.0, 1.0)
+
+
+def answer_centre_of(problem: PosteriorProblem) -> Tensor:
+    """The same for what is answered, [B, A, C, H, W]: that of the images, 0 for their values."""
+    centre = centre_of(problem)[:, None]
+    if problem.values is None:
+        return centre
+    zeros = centre.new_zeros(len(centre), problem.values.shape[1], *problem.image_shape)
+    return torch.cat([centre, zeros], 1) if problem.with_image else zeros

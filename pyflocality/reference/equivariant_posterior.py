@@ -103,7 +103,7 @@ def vjp(problem: PosteriorProblem, cotangents: Tensor, window: int, circular: bo
             yield Piece(view.distance, inner, apply)
             del view, inner, apply
 
-    return two_passes(problem, cotangents, height * width, pieces).derivatives
+    return two_passes(problem, cotangents, height * width, pieces, problem.image_shape).derivatives
 
 
 def _views(

@@ -16,7 +16,7 @@ from pyflocality.weights import QueryWeights
 
 
 def scan(problem: PosteriorProblem, weights: QueryWeights, responses: QueryWeights) -> Tensor:
-    """Blend of Q posterior means under response weights, [B, D].
+    """Blend of Q posterior means under response weights, [B, A, D].
 
     Two scans of the images: the first finds each query's posterior, the second adds up how much
     of every image the queries that answer a value want there. Neither holds a whole image per
@@ -36,23 +36,25 @@ def scan(problem: PosteriorProblem, weights: QueryWeights, responses: QueryWeigh
         state = posterior.update(state, distance, scale, posterior.no_values)
         del images, distance
     state = problem.merged(state, scale)
-    blend = x.new_zeros(batch, values)
-    for images in problem.chunks(chunk):
+    blend = x.new_zeros(batch, problem.answered, values)
+    for images, answered in problem.pairs(chunk):
         flat = images.flatten(1)
         gap = weighted_distances(x, flat, alpha, by_input) - state.minimum[:, None]
         share = torch.exp(-gap * scale[:, None, None]) / state.total[:, None]
-        blend = blend + (torch.matmul(share, answers) * flat).sum(1)
-        del images, flat, gap, share
+        wanted, flat = torch.matmul(share, answers), answered.flatten(2)
+        sums = [(wanted * flat[:, a]).sum(1) for a in range(problem.answered)]
+        blend = blend + torch.stack(sums, dim=1)
+        del images, answered, flat, gap, share, wanted
     return problem.summed(blend) / answers.sum(0)
 
 
 def jvp(
     problem: PosteriorProblem, tangents: Tensor, weights: QueryWeights, responses: QueryWeights
 ) -> tuple[Tensor, Tensor]:
-    """The blend [B, C, H, W] and its derivatives along tangents [K, B, C, H, W]."""
+    """The blend [B, *answers] and its derivatives [K, B, *answers] along tangents."""
     by_query, answers = _dense(problem, weights, responses)
     result = weighted_derivatives(
-        problem, tangents, by_query, lambda products: products @ by_query.T, answers, blend=True
+        "jvp", problem, tangents, by_query, lambda products: products @ by_query.T, answers
     )
     assert result.blend is not None
     return result.blend, result.derivatives
@@ -61,10 +63,10 @@ def jvp(
 def vjp(
     problem: PosteriorProblem, cotangents: Tensor, weights: QueryWeights, responses: QueryWeights
 ) -> Tensor:
-    """Vector-Jacobian products along cotangents [K, B, C, H, W], of the same shape."""
+    """Vector-Jacobian products [K, B, C, H, W] along cotangents of what is answered."""
     by_query, answers = _dense(problem, weights, responses)
     return weighted_derivatives(
-        problem, cotangents, by_query, lambda products: products @ answers.T, by_query
+        "vjp", problem, cotangents, by_query, lambda products: products @ answers.T, by_query
     ).derivatives
 
 

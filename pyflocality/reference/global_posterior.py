@@ -14,18 +14,18 @@ from pyflocality.posterior.tangents import centre_of
 
 
 def scan(problem: PosteriorProblem) -> PosteriorState:
-    """Scan of all images with one query per batch element, Q = 1, that answers all D values."""
+    """Scan of all images with one query per batch element, Q = 1, that answers all A D values."""
     values = problem.images[0].numel()
     scale = posterior.finite_factor(problem.scale, problem.x.dtype)
-    state = posterior.init(len(problem.x), 1, values, problem.x)
+    state = posterior.init(len(problem.x), 1, problem.answered * values, problem.x)
     # One chunk holds its values, the differences of one query, and its squares.
-    for flat, distance in _distances(problem, 3 * values):
+    for keys, flat, distance in _distances(problem, 3 * values):
 
         def weigh(weights: Tensor, flat: Tensor = flat) -> Tensor:
             return torch.matmul(weights[:, None, :, 0], flat)
 
         state = posterior.update(state, distance, scale, weigh)
-        del flat, distance, weigh
+        del keys, flat, distance, weigh
     return state
 
 
@@ -34,28 +34,32 @@ def jvp(problem: PosteriorProblem, tangents: Tensor) -> PosteriorState:
     centre = centre_of(problem).flatten(1)
     directions = tangents.flatten(2).transpose(0, 1)
     values, count = centre.shape[1], len(tangents)
+    answered = problem.answered * values
     scale = posterior.finite_factor(problem.scale, problem.x.dtype)
-    state = posterior.init_tangents(len(centre), 1, values, count, problem.x)
+    state = posterior.init_tangents(len(centre), 1, answered, count, problem.x)
     # And the values from the nearest image, their products with the weights, and inner products.
-    for flat, distance in _distances(problem, 6 * values + 4 * count):
+    for keys, flat, distance in _distances(problem, 3 * values + 3 * answered + 4 * count):
 
-        def terms(b: int, flat: Tensor = flat) -> tuple[Tensor, Tensor]:
-            return ((flat - centre[b]) @ directions[b].T).T[..., None], flat[..., None]
+        def terms(b: int, keys: Tensor = keys, flat: Tensor = flat) -> tuple[Tensor, Tensor]:
+            return ((keys - centre[b]) @ directions[b].T).T[..., None], flat[..., None]
 
-        state = posterior.update_tangents(state, distance, scale, values, terms)
-        del flat, distance, terms
+        state = posterior.update_tangents(state, distance, scale, answered, terms)
+        del keys, flat, distance, terms
     return state
 
 
-def _distances(problem: PosteriorProblem, values_per_image: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images in chunks, [n, D], and their distances [B, n, 1]."""
+def _distances(
+    problem: PosteriorProblem, values_per_image: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The images in chunks, [n, D], their answers [n, A D], and distances [B, n, 1]."""
     x = problem.x.flatten(1)
     per_image = (values_per_image + 4 * len(x)) * x.element_size()
     chunk = problem.images_at_a_time(per_image)
     alpha = problem.alpha.to(x.dtype)
-    for images in problem.chunks(chunk):
-        yield images.flatten(1), squared_distances(x, images.flatten(1), alpha)[..., None]
-        del images
+    for images, values in problem.pairs(chunk):
+        flat = images.flatten(1)
+        yield flat, values.flatten(1), squared_distances(x, flat, alpha)[..., None]
+        del images, values, flat
 
 
 def squared_distances(x: Tensor, values: Tensor, alpha: Tensor) -> Tensor:

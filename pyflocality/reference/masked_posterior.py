@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from pyflocality._support.budget import ALWAYS_ALLOWED, memory_budget_bytes
 from pyflocality.posterior import state as posterior
 from pyflocality.posterior.problem import PosteriorProblem
 from pyflocality.posterior.state import PosteriorState
-from pyflocality.posterior.tangents import centre_of
+from pyflocality.posterior.tangents import answer_centre_of, centre_of
 from pyflocality.posterior.tiles import joined, output_bands
 from pyflocality.reference.two_passes import Piece, TwoPasses, two_passes
 from pyflocality.weights import QueryWeights
@@ -21,7 +22,7 @@ Outputs = slice | Tensor
 
 
 def scan(problem: PosteriorProblem, weights: QueryWeights) -> PosteriorState:
-    """Scan of all images with a query per output value, Q = D, that answers that one value."""
+    """Scan of all images with a query per output value, Q = D, that answers A values there."""
     tiles = _tiles(problem, weights)
     return joined([(outputs, _scan(problem, outputs, by_query)) for outputs, by_query in tiles])
 
@@ -37,14 +38,14 @@ def jvp(problem: PosteriorProblem, tangents: Tensor, weights: QueryWeights) -> P
 
 
 def vjp(problem: PosteriorProblem, cotangents: Tensor, weights: QueryWeights) -> Tensor:
-    """Vector-Jacobian products along cotangents [K, B, C, H, W], of the same shape."""
+    """Vector-Jacobian products [K, B, C, H, W] along cotangents of what is answered."""
     parts = []
     for outputs, by_query in _tiles(problem, weights):
 
         def inner(products: Tensor, outputs: Outputs = outputs) -> Tensor:
             return products[:, outputs]
 
-        found = weighted_derivatives(problem, cotangents, by_query, inner, by_query)
+        found = weighted_derivatives("vjp", problem, cotangents, by_query, inner, by_query)
         parts.append(found.derivatives)
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
@@ -53,15 +54,18 @@ def _scan(problem: PosteriorProblem, outputs: Outputs, by_query: Tensor) -> Post
     """The scan of some outputs, whose weights are [n, D]."""
     by_input = by_query.T
     scale = posterior.finite_factor(problem.scale, problem.x.dtype)
-    state = posterior.init(len(problem.x), by_input.shape[1], 1, problem.x)
+    state = posterior.init(len(problem.x), by_input.shape[1], problem.answered, problem.x)
     # One chunk holds its values and the squared differences of one query.
-    for flat, distance in _distances(problem, by_input, 3 * len(by_input)):
+    for images, values, distance in _distances(problem, by_input, 3 * len(by_input)):
 
-        def weigh(posterior_weights: Tensor, flat: Tensor = flat) -> Tensor:
-            return (posterior_weights * flat[:, outputs]).sum(1)[..., None]
+        def weigh(posterior_weights: Tensor, values: Tensor = values) -> Tensor:
+            sums = [
+                (posterior_weights * values[:, a, outputs]).sum(1) for a in range(values.shape[1])
+            ]
+            return torch.stack(sums, dim=-1)
 
         state = posterior.update(state, distance, scale, weigh)
-        del flat, distance, weigh
+        del images, values, distance, weigh
     return state
 
 
@@ -74,16 +78,20 @@ def _jvp(
     by_input = by_query.T
     (inputs, queries), count = by_input.shape, len(tangents)
     scale = posterior.finite_factor(problem.scale, problem.x.dtype)
-    state = posterior.init_tangents(len(centre), queries, 1, count, problem.x)
+    answered = problem.answered
+    state = posterior.init_tangents(len(centre), queries, answered, count, problem.x)
     # And the centred values, a product for every tangent, and temporaries.
-    for flat, distance in _distances(problem, by_input, (9 + count) * inputs):
+    held = (6 + 3 * answered + count) * inputs
+    for flat, values, distance in _distances(problem, by_input, held):
 
-        def terms(b: int, flat: Tensor = flat) -> tuple[list[Tensor], Tensor]:
+        def terms(
+            b: int, flat: Tensor = flat, values: Tensor = values
+        ) -> tuple[list[Tensor], Tensor]:
             centred = flat - centre[b]
-            return [(u * centred) @ by_input for u in directions[b]], flat[:, None, outputs]
+            return [(u * centred) @ by_input for u in directions[b]], values[:, :, outputs]
 
-        state = posterior.update_tangents(state, distance, scale, 1, terms)
-        del flat, distance, terms
+        state = posterior.update_tangents(state, distance, scale, answered, terms)
+        del flat, values, distance, terms
     return state
 
 
@@ -102,62 +110,70 @@ def _tiles(problem: PosteriorProblem, weights: QueryWeights) -> Iterator[tuple[O
 
 
 def weighted_derivatives(
+    kind: Literal["jvp", "vjp"],
     problem: PosteriorProblem,
     directions: Tensor,
     weights: Tensor,
     inner: Callable[[Tensor], Tensor],
     answers: Tensor,
-    *,
-    blend: bool = False,
 ) -> TwoPasses:
     """Derivatives of posteriors with weights along directions, by two scans.
 
     Args:
+        kind: Whether directions are in the space of the noisy images, and what is answered is
+            added up for them ("jvp", with the blend of it, which is right where the columns of
+            `answers` sum to 1), or the other way round ("vjp").
         problem: The problem.
-        directions: Directions [K, B, C, H, W].
+        directions: Directions, K for each noisy image.
         weights: Weights of the inputs in the distances, [Q, D].
         inner: Maps products of direction and values [n, D] to their sums per query, [n, Q].
         answers: Where and how much every query's coefficients count, [Q, D].
-        blend: Whether the posterior weights themselves are applied to the values, too; they are
-            then those of values as they are, if the columns of `answers` sum to 1.
     """
-    x, shape, (queries, values) = problem.x.flatten(1), problem.x.shape[1:], weights.shape
-    alpha, centre = problem.alpha.to(x.dtype), centre_of(problem).flatten(1)
-    per_image = 6 * values + (4 * len(x) + 3) * max(queries, values)
+    x, along_x, (queries, values) = problem.x.flatten(1), kind == "jvp", weights.shape
+    alpha, shape = problem.alpha.to(x.dtype), problem.x.shape[1:]
+    # [B, 1, D] and [B, A, D]: of the images, and of what is answered.
+    centres = centre_of(problem).flatten(1)[:, None], answer_centre_of(problem).flatten(2)
+    given_centre, applied_centre = centres if along_x else reversed(centres)
+    per_image = (4 + 2 * problem.answered) * values + (4 * len(x) + 3) * max(queries, values)
     fixed = dense_bytes(weights) + (answers is not weights) * dense_bytes(answers)
     chunk = problem.images_at_a_time(per_image * x.element_size(), fixed)
+    answered_shape = problem.answer_shape if along_x else tuple(shape)
 
     def pieces() -> Iterator[Piece]:
-        for images in problem.chunks(chunk):
-            flat = images.flatten(1)
+        for images, answered in problem.pairs(chunk):
+            both = images.flatten(1)[:, None], answered.flatten(2)
+            given, applied = both if along_x else reversed(both)
 
-            def products(b: int, u: Tensor, flat: Tensor = flat) -> Tensor:
-                return inner(u.flatten() * (flat - centre[b]))
+            def products(b: int, u: Tensor, given: Tensor = given) -> Tensor:
+                return inner((u.reshape(given_centre.shape[1:]) * (given - given_centre[b])).sum(1))
 
-            def sums(b: int, coefficients: Tensor, flat: Tensor = flat) -> Tensor:
-                return ((coefficients @ answers) * (flat - centre[b])).sum(0).reshape(shape)
+            def sums(b: int, coefficients: Tensor, applied: Tensor = applied) -> Tensor:
+                shares = (coefficients @ answers)[:, None]
+                return (shares * (applied - applied_centre[b])).sum(0).reshape(answered_shape)
 
-            yield Piece(weighted_distances(x, flat, alpha, weights.T), products, sums)
-            del images, flat, products, sums
+            distance = weighted_distances(x, images.flatten(1), alpha, weights.T)
+            yield Piece(distance, products, sums)
+            del images, answered, both, given, applied, products, sums, distance
 
-    result = two_passes(problem, directions, queries, pieces, blend=blend)
+    result = two_passes(problem, directions, queries, pieces, answered_shape, blend=along_x)
     if result.blend is None:
         return result
-    return TwoPasses(result.derivatives, result.blend + centre.reshape(result.blend.shape))
+    return TwoPasses(result.derivatives, result.blend + applied_centre.reshape(result.blend.shape))
 
 
 def _distances(
     problem: PosteriorProblem, by_input: Tensor, values_per_image: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images in chunks, [n, D], and their distances [B, n, Q]."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The images in chunks, [n, D], their answers [n, A, D], and distances [B, n, Q]."""
     x, queries = problem.x.flatten(1), by_input.shape[1]
     # And for the whole batch distances, weights and two temporaries of that shape.
     per_image = (values_per_image + 4 * len(x) * queries) * x.element_size()
     chunk = problem.images_at_a_time(per_image, dense_bytes(by_input))
     alpha = problem.alpha.to(x.dtype)
-    for images in problem.chunks(chunk):
-        yield images.flatten(1), weighted_distances(x, images.flatten(1), alpha, by_input)
-        del images
+    for images, values in problem.pairs(chunk):
+        flat = images.flatten(1)
+        yield flat, values.flatten(2), weighted_distances(x, flat, alpha, by_input)
+        del images, values, flat
 
 
 def dense_bytes(weights: Tensor) -> int:

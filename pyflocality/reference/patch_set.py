@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the name everybody gives it)
@@ -13,13 +13,14 @@ from pyflocality.posterior.problem import PosteriorProblem
 
 
 def scan(problem: PosteriorProblem, window: int) -> Tensor:
-    """Means of the windows that hold a value, over all these windows: [B, C, H, W].
+    """Means of the windows that hold a value, over all these windows: [B, A C, H, W].
 
     Two scans of the images: the first finds every window's posterior, the second adds up the
     weights of every image over the windows that hold a pixel.
     """
     x = problem.x
     batch, channels, height, width = x.shape
+    answered = problem.answered * channels
     # One chunk holds its values and, for the whole batch, differences, their squares and sums,
     # weights and their sums, and two temporaries of that size.
     planes = 2 * channels + batch * (2 * channels + 7)
@@ -28,25 +29,21 @@ def scan(problem: PosteriorProblem, window: int) -> Tensor:
     scale = posterior.finite_factor(problem.scale, x.dtype)
     inside = (height - window + 1, width - window + 1)
 
-    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
-        for values in problem.chunks(chunk):
-            squares = (x[:, None] - alpha * values).square().sum(2)
-            distance = sums_inside(squares, window).flatten(2)
-            del squares
-            yield values, distance
-            del values, distance
+    def distances(images: Tensor) -> Tensor:
+        squares = (x[:, None] - alpha * images).square().sum(2)
+        return sums_inside(squares, window).flatten(2)
 
     state = posterior.init(batch, inside[0] * inside[1], 0, x)
-    for values, distance in pieces():
-        state = posterior.update(state, distance, scale, posterior.no_values)
-        del values, distance
+    for images in problem.chunks(chunk):
+        state = posterior.update(state, distances(images), scale, posterior.no_values)
+        del images
     state = problem.merged(state, scale)
-    sums = torch.zeros_like(x)
-    for values, distance in pieces():
-        weights = posterior.posterior_weights(distance, state, scale).unflatten(2, inside)
-        share = spread_inside(weights, window)
-        sums = sums + torch.stack([(share * values[:, c]).sum(1) for c in range(channels)], dim=1)
-        del values, distance, weights, share
+    sums = x.new_zeros(batch, answered, height, width)
+    for images, values in problem.pairs(chunk):
+        weights = posterior.posterior_weights(distances(images), state, scale)
+        share, flat = spread_inside(weights.unflatten(2, inside), window), values.flatten(1, 2)
+        sums = sums + torch.stack([(share * flat[:, k]).sum(1) for k in range(answered)], dim=1)
+        del images, values, weights, share, flat
     return problem.summed(sums) / windows_over((height, width), window, x)
 
 

@@ -31,11 +31,11 @@ class Piece(NamedTuple):
     Attributes:
         distance: Weighted squared distances, [B, n, Q]; infinite where a query is not compared
             with an image.
-        inner: Maps a batch element b and a direction [C, H, W] of it to its inner products c
-            with the images, counted from any origin of the query, [n, Q].
+        inner: Maps a batch element b and a direction of it to its inner products c with the
+            images or their values, counted from any origin of the query, [n, Q].
         apply: Maps a batch element b and coefficients [n, Q] to the sum over images and queries
-            of coefficient times values, where the query's values belong, [C, H, W]. The values
-            may be counted from any origin of the query and the place.
+            of coefficient times values, where the query's values belong: one row of the result.
+            The values may be counted from any origin of the query and the place.
     """
 
     distance: Tensor
@@ -48,8 +48,8 @@ class TwoPasses(NamedTuple):
 
     Attributes:
         derivatives: Derivatives along the K directions, the factor alpha / (sigma^2 temperature)
-            included, [K, B, C, H, W].
-        blend: The posterior weights themselves applied to the values, [B, C, H, W]; None if it
+            included, [K, B, *shape].
+        blend: The posterior weights themselves applied to the values, [B, *shape]; None if it
             was not asked for.
     """
 
@@ -62,12 +62,14 @@ def two_passes(
     directions: Tensor,
     queries: int,
     pieces: Callable[[], Iterable[Piece]],
+    shape: tuple[int, ...],
     *,
     blend: bool = False,
 ) -> TwoPasses:
-    """Derivatives along directions [K, B, C, H, W] by two scans, which `pieces` starts.
+    """Derivatives along directions [K, B, ..] by two scans, which `pieces` starts.
 
-    `blend` tells whether the posterior weights themselves are applied to the values, too.
+    `shape` is that of what a piece applies; `blend` tells whether the posterior weights themselves
+    are applied to the values, too.
     """
     scale = posterior.finite_factor(problem.scale, problem.x.dtype)
     batch, count = len(problem.x), len(directions)
@@ -87,8 +89,8 @@ def two_passes(
         del piece, weigh
     state = problem.merged(state, scale)
     means = posterior.finalize(state)
-    result = torch.zeros_like(directions)
-    blended = torch.zeros_like(problem.x) if blend else None
+    result = directions.new_zeros(count, batch, *shape)
+    blended = problem.x.new_zeros(batch, *shape) if blend else None
     for piece in pieces():
         share = posterior.posterior_weights(piece.distance, state, scale)
         sums = [
@@ -103,7 +105,7 @@ def two_passes(
         del piece, share
     result = problem.summed(result)
     blended = None if blended is None else problem.summed(blended)
-    factor = jacobian_factor(problem)[:, None, None, None]
+    factor = jacobian_factor(problem).reshape(-1, *(1 for _ in shape))
     return TwoPasses((result.double() * factor).to(directions.dtype), blended)
 
 

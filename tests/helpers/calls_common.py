@@ -227,6 +227,8 @@ KINDS: dict[str, Kind] = {
     "chunk_size": count(optional=True),
     "augmentation": instance(type(None)),
     "precision": choice("exact", "auto"),
+    "values": instance(type(None)),
+    "with_image": only(lambda v: v is False),
     "backend": choice(*BACKENDS),
     "boundary": choice("circular", "broken"),
     "window": count(1, 15),

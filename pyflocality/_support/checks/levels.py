@@ -56,6 +56,7 @@ def check_noisy(
     device: torch.device,
     directions: object = None,
     name: str | None = None,
+    along_shape: Sequence[int] | None = None,
 ) -> Noisy:
     """The arguments of a call about noisy images; values on their device are looked at once.
 
@@ -67,10 +68,12 @@ def check_noisy(
         device: Where they must be.
         directions: Directions of derivatives, [K, B, C, H, W].
         name: Name of the directions in error messages, None where derivatives are not asked for.
+        along_shape: Shape of one direction of one image, if it is another than that of the images.
     """
     x = check_batch(x, image_shape, device, "x", finite=False)
     levels = check_levels(sigma, alpha, len(x), derivatives=name is not None)
-    along = x if name is None else check_directions(directions, x, name)
+    shape = image_shape if along_shape is None else along_shape
+    along = x if name is None else check_directions(directions, x, name, shape)
     looked_at = has_readable_values(x, *levels)
     if looked_at:
         seen = name is not None and along.numel() > 0 and has_readable_values(along)

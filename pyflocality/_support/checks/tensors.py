@@ -76,13 +76,15 @@ def check_batch(
     return check_float_tensor(batch, name) if finite else batch
 
 
-def check_directions(directions: object, x: Tensor, name: str) -> Tensor:
-    """K batches in the space of noisy images x, of their dtype: [K, B, C, H, W]."""
-    shape = tuple(x.shape)
+def check_directions(
+    directions: object, x: Tensor, name: str, image_shape: Sequence[int]
+) -> Tensor:
+    """K batches of images of a shape, as many as noisy images x, of their dtype: [K, B, ..]."""
+    shape = (len(x), *image_shape)
     if isinstance(directions, Tensor) and directions.device != x.device:
         raise ValueError(f"`{name}` must be on {x.device} like `x`, got {describe(directions)}")
     along = check_float_tensor(directions, name, finite=False)
-    if along.ndim != 5 or tuple(along.shape[1:]) != shape:
+    if along.ndim != len(shape) + 1 or tuple(along.shape[1:]) != shape:
         expected = ", ".join(["K", *map(str, shape)])
         raise ValueError(f"`{name}` must have shape [{expected}], got {describe(along)}")
     if along.dtype != x.dtype:
