@@ -93,6 +93,7 @@ def denoisers(data: object, backend: str | None) -> Iterator[tuple[str, Callable
         optimal = functools.partial(pf.OptimalDenoiser, data, **options)
         yield "certified", lambda: pf.CertifiedSubset(optimal(), 1e-3)
         shares = [(0.1, (0.3, 0.7)), (0.7, (1.0, 0.0))]
+        yield "locally linear", lambda: pf.LocallyLinearDenoiser(local(), 0.3)
         yield "mixture", lambda: pf.MixtureDenoiser([local(), optimal()], shares)
     if data.image_shape[1:] == (8, 8):
         yield "multiscale", make(pf.MultiscaleDenoiser, data, 2, 3, **options)

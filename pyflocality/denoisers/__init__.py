@@ -9,6 +9,7 @@ from pyflocality.denoisers.filtered import FilteredPosteriorDenoiser
 from pyflocality.denoisers.golden import GoldenSubset, golden_sizes
 from pyflocality.denoisers.linear import LedoitWolfDenoiser, NoiseTrainedDenoiser
 from pyflocality.denoisers.local import LocalDenoiser
+from pyflocality.denoisers.locally_linear import LocallyLinearDenoiser
 from pyflocality.denoisers.mixture import MixtureDenoiser
 from pyflocality.denoisers.multiscale import MultiscaleDenoiser
 from pyflocality.denoisers.nearest import NearestDenoiser
@@ -30,6 +31,7 @@ __all__ = [
     "GoldenSubset",
     "LedoitWolfDenoiser",
     "LocalDenoiser",
+    "LocallyLinearDenoiser",
     "MixtureDenoiser",
     "MultiscaleDenoiser",
     "NearestDenoiser",

@@ -323,9 +323,18 @@ class PosteriorDenoiser(Denoiser):
         return zip(*share_passes(split, asked, [one.key for one in asked]), strict=True)
 
     def _answers(
-        self, kind: Kind, x: Tensor, levels: Levels, *directions: Tensor
+        self,
+        kind: Kind,
+        x: Tensor,
+        levels: Levels,
+        *directions: Tensor,
+        values: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """What operations of a kind answer for a batch and its directions."""
+        """What operations of a kind answer for a batch and its directions.
+
+        With values [N, R, C, H, W] an answer is that of the images and, in the same passes, those
+        of their values: [.., B, 1 + R, C, H, W], and so are cotangents.
+        """
         if kind != "scan":
             # Torch may ask for them where the estimate had no noise.
             check_noise(levels)
@@ -333,16 +342,24 @@ class PosteriorDenoiser(Denoiser):
         for rows, asked in self._passes(kind, levels, len(x)):
             along = (part[:, rows] for part in directions) if directions else ()
             groups.append(rows)
-            results.append(self._answer(kind, asked, x[rows], levels.of(rows), *along))
+            of_rows = levels.of(rows)
+            results.append(self._answer(kind, asked, x[rows], of_rows, *along, values=values))
         axes = {"scan": (0,), "jvp": (0, 1), "vjp": (1,)}[kind]
         return tuple(map(join_rows, zip(*results, strict=True), itertools.repeat(groups), axes))
 
     def _answer(
-        self, kind: Kind, asked: Asked, x: Tensor, levels: Levels, *directions: Tensor
+        self,
+        kind: Kind,
+        asked: Asked,
+        x: Tensor,
+        levels: Levels,
+        *directions: Tensor,
+        values: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """The same for images that ask the same."""
         images, augmentation = self.data.images, self.data.augmentation
-        return self._run(kind, asked, self._problem(x, levels, images, augmentation), *directions)
+        problem = self._problem(x, levels, images, augmentation, values=values)
+        return self._run(kind, asked, problem, *directions)
 
     def _problem(
         self,
@@ -352,6 +369,7 @@ class PosteriorDenoiser(Denoiser):
         augmentation: Augmentation | None,
         *,
         temperature: float | None = None,
+        values: Tensor | None = None,
     ) -> PosteriorProblem:
         return trusted_problem(
             x,
@@ -363,6 +381,8 @@ class PosteriorDenoiser(Denoiser):
             memory_budget=self.memory_budget,
             augmentation=augmentation,
             precision=self.precision,
+            values=values,
+            with_image=values is not None,
         )
 
     def _run(

@@ -200,10 +200,16 @@ class PCALocalityDenoiser(QueryDenoiser):
                 self._warn((alpha, sigma), masks)
 
     def _answer(
-        self, kind: Kind, asked: Asked, x: Tensor, levels: Levels, *directions: Tensor
+        self,
+        kind: Kind,
+        asked: Asked,
+        x: Tensor,
+        levels: Levels,
+        *directions: Tensor,
+        values: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         if self.aggregation == "exact":
-            return super()._answer(kind, asked, x, levels, *directions)
+            return super()._answer(kind, asked, x, levels, *directions, values=values)
         reader = Reader(self.data.images, self.data.augmentation)
         answers = (
             self._run(kind, asked, self._problem(x, levels, images, None), *directions)

@@ -127,8 +127,8 @@ class LinearImages:
             what = f"the linear images of {self._data.name}, which cannot be kept in the cache,"
             check_given(self._memory_budget, self.nbytes, what)
             check_memory(self.nbytes, what)
-        count = len(self._data) * self._data.copies
-        result = torch.empty(count, self._data.num_values, device=self._data.device)
+        count, values = len(self._data) * self._data.copies, self._data.num_values
+        result = torch.empty(count, values, dtype=torch.float32, device=self._data.device)
         first = 0
         for block in self._blocks(ratio):
             result[first : first + len(block)] = block

@@ -24,7 +24,7 @@ from differentiated import (
     largest,
     noisy,
 )
-from every_denoiser import MAKERS
+from every_denoiser import MAKERS, SLOPED
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -82,8 +82,9 @@ def test_nothing_but_the_arguments_is_kept_for_backward(name):
     assert sum(sizes) <= x.nbytes + 2 * 3 * 8
 
 
-# Golden subsets gather a share of the set, and certified ones keep coefficients of all of it.
-GROWING = {"golden", "golden_pca", "certified"}
+# Golden subsets gather a share of the set, certified ones keep coefficients of all of it, and those
+# with a slope the linear images of a level.
+GROWING = {"golden", "golden_pca", "certified"} | SLOPED
 
 
 @pytest.mark.parametrize("name", [name for name in SMOOTH if name not in GROWING | {"wiener"}])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from every_denoiser import MAKERS
+from every_denoiser import MAKERS, SLOPED
 from native_cpu import needs_cpu
 from truth import random_images
 
@@ -13,8 +13,8 @@ import pyflocality as pf
 from pyflocality import ops
 
 SHAPE = (2, 6, 6)
-# Weights below 0 have no nearest image.
-NAMES = [name for name in MAKERS if name not in ("wiener", "nearest", "pca_signed")]
+# Weights below 0 have no nearest image, and a slope is a derivative of its own.
+NAMES = [name for name in MAKERS if name not in {"wiener", "nearest", "pca_signed"} | SLOPED]
 
 
 def case(stored: torch.dtype, alpha: float) -> tuple[pf.TrainingSet, torch.Tensor, torch.Tensor]:
@@ -44,6 +44,20 @@ def test_one_image_and_its_twins_have_no_derivative(name, backend, stored):
             torch.testing.assert_close(mean, data.values(0, 3), rtol=0, atol=2e-6)
         assert not derivative.any()
         assert not model.vjp(x, directions, 1e-6, 0.8).any()
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("auto", marks=needs_cpu)])
+@pytest.mark.parametrize("name", sorted(SLOPED))
+def test_of_one_image_and_its_twins_the_slope_alone_is_left(name, backend):
+    """The posteriors of the images and of their linear images do not move."""
+    data, x, directions = case(torch.uint8, 0.8)
+    model = MAKERS[name](data)
+    with pf.use_backend(backend):
+        mean, derivative = model.jvp(x, directions, 1e-6, 0.8)
+        transposed = model.vjp(x, directions, 1e-6, 0.8)
+    torch.testing.assert_close(mean, data.values(0, 3), rtol=0, atol=4e-6)
+    along = 0.4 * model.wiener.jvp(x, directions, 1e-6, 0.8)[1]
+    assert torch.equal(derivative, along) and torch.equal(transposed, along)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 7])

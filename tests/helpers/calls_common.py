@@ -130,6 +130,9 @@ def denoisers() -> dict[str, pf.Denoiser]:
         "FilteredPosteriorDenoiser": pf.FilteredPosteriorDenoiser(data, soft, soft),
         "FourierWienerDenoiser": pf.FourierWienerDenoiser(data),
         "WaveletShrinkageDenoiser": pf.WaveletShrinkageDenoiser(SHAPE, 2),
+        "LocallyLinearDenoiser": pf.LocallyLinearDenoiser(
+            pf.LocalDenoiser(data, 3), 0.3, moments=basis()
+        ),
         "MixtureDenoiser": pf.MixtureDenoiser(
             [pf.OptimalDenoiser(data), pf.LocalDenoiser(data, 3)], (0.25, 0.75)
         ),

@@ -12,6 +12,7 @@ from calls_common import (
     WHOLE,
     Affine,
     Call,
+    basis,
     images,
     is_text,
     training_set,
@@ -107,6 +108,18 @@ def classes() -> dict[str, Call]:
             },
             image_shape=SHAPE,
             levels=2,
+        ),
+        "LocallyLinearDenoiser": call(
+            pf.LocallyLinearDenoiser,
+            {
+                "denoiser": only(lambda v: False),
+                "slope": only(_is_slope),
+                "moments": instance(pf.Moments, pf.Basis, optional=True),
+                "progress": flag(),
+            },
+            denoiser=pf.LocalDenoiser(data, 3),
+            slope=0.3,
+            moments=basis(),
         ),
         "MixtureDenoiser": call(
             pf.MixtureDenoiser,
@@ -263,6 +276,14 @@ def _is_odd_window_form(value: object) -> bool:
 def _is_window_form(value: object) -> bool:
     fits = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 1 <= value <= 8
     return fits or (callable(value) and not isinstance(value, Tensor))
+
+
+def _is_slope(value: object) -> bool:
+    """A number in [0, 1], or a function that may answer one."""
+    number = isinstance(value, (int, float, np.integer, np.floating))
+    if number and not isinstance(value, bool):
+        return 0 <= value <= 1
+    return callable(value) and not isinstance(value, Tensor)
 
 
 def _is_mixture(value: object) -> bool:

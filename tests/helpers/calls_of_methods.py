@@ -87,6 +87,9 @@ def methods() -> dict[str, Call]:
         "PCALocalityDenoiser.weights_at": Call(
             ours["PCALocalityDenoiser"].weights_at, functools.partial(dict, level_of), one
         ),
+        "LocallyLinearDenoiser.slope_at": Call(
+            ours["LocallyLinearDenoiser"].slope_at, functools.partial(dict, level_of), one
+        ),
         "MixtureDenoiser.weights_at": Call(
             ours["MixtureDenoiser"].weights_at, functools.partial(dict, level_of), one
         ),

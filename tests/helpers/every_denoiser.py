@@ -57,6 +57,11 @@ def mixture(data: pf.TrainingSet, **options: object) -> pf.MixtureDenoiser:
     return pf.MixtureDenoiser(models, [(0.1, (0.25, 0.75, 0)), (1.0, (0.5, 0, 0.5))])
 
 
+def sloped(denoiser: pf.Denoiser) -> pf.LocallyLinearDenoiser:
+    """A slope at little noise, and a smaller one at much."""
+    return pf.LocallyLinearDenoiser(denoiser, [(0.1, 0.4), (1.0, 0.2)])
+
+
 MAKERS = {
     "optimal": lambda data, **o: pf.OptimalDenoiser(data, **o),
     "nearest": lambda data, **o: pf.NearestDenoiser(data, **o),
@@ -86,5 +91,10 @@ MAKERS = {
     "golden_pca": lambda data, **o: golden(pf.PCALocalityDenoiser(data, 0.1, **o)),
     "certified": lambda data, **o: ReadingSubset(pf.OptimalDenoiser(data, **o), 0),
     "mixture": mixture,
+    "sloped_pca": lambda data, **o: sloped(pf.PCALocalityDenoiser(data, 0.1, **o)),
+    "sloped_local": lambda data, **o: sloped(pf.LocalDenoiser(data, 3, **o)),
+    "sloped_patch_set": lambda data, **o: sloped(pf.PatchSetDenoiser(data, 3, **o)),
     "local_table": lambda data, **o: pf.LocalDenoiser(data, [(0.1, 1), (1.0, 5)], **o),
 }
+# With a slope, which the linear images of a level go with.
+SLOPED = {name for name in MAKERS if name.startswith("sloped")}
