@@ -82,7 +82,9 @@ def test_every_rank_answers_for_the_whole_set(results, whole):
     for kind in ("cpu", "float64"):
         for name, expected in whole[kind].items():
             found = results[0][kind][name]
-            tolerance = 1e-12 if kind == "float64" and found.dtype == torch.float64 else 2e-6
+            # Linear images are float32.
+            exact = kind == "float64" and found.dtype == torch.float64 and "sloped" not in name
+            tolerance = 1e-12 if exact else 2e-6
             # Derivatives are as large as alpha / sigma^2 times the variance of values and inputs.
             bound = tolerance * max(1.0, float(expected.abs().max()))
             torch.testing.assert_close(

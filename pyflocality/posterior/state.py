@@ -55,7 +55,7 @@ def finite_factor(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
     Where it underflows it is the smallest, so that infinite distances still weigh nothing.
     """
-    return scale.clamp(torch.finfo(dtype).tiny, torch.finfo(dtype).max).to(dtype)
+    return scale.double().clamp(torch.finfo(dtype).tiny, torch.finfo(dtype).max).to(dtype)
 
 
 def init(batch: int, queries: int, values: int, like: Tensor) -> PosteriorState:

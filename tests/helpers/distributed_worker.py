@@ -101,11 +101,14 @@ def answers(data: pf.TrainingSet, backend: str) -> dict[str, torch.Tensor]:
         "equivariant": pf.EquivariantDenoiser(data, 3, backend=backend),
         "wiener": pf.WienerDenoiser(data),
     }
+    models["sloped"] = pf.LocallyLinearDenoiser(models["local"], 0.4)
+    models["sloped pca"] = pf.LocallyLinearDenoiser(models["pca"], 0.4)
     found = {}
     for name, model in models.items():
         found[name] = model(x, sigma, alpha)
         # The patch set's derivatives and those of two others run on the reference backend alone.
-        if backend == "reference" or name in ("optimal", "local", "masked", "pca", "wiener"):
+        alone = "patches", "filtered", "equivariant"
+        if backend == "reference" or name not in alone:
             found[f"{name} jvp"] = model.jvp(x, directions, sigma, alpha)[1]
             found[f"{name} vjp"] = model.vjp(x, directions, sigma, alpha)
     found["log sums"] = models["local"].log_sum_exp(x, sigma, alpha)
