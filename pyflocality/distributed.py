@@ -114,9 +114,10 @@ def shard(data: TrainingSet, group: dist.ProcessGroup | None = None) -> Training
 
     What is made of the part joins the ranks on its own: the optimal, local, equivariant, PCA
     locality (exact aggregation), patch set, locally linear, filtered and Wiener denoisers, their
-    first derivatives, `Moments.from_data` and `ops.nearest_images`. Everything else that would read the
-    images raises. All ranks must make the same calls in the same order with the same arguments, so
-    seed their generators alike: that is checked, and costs a copy of the arguments to the CPU.
+    first derivatives, `Moments.from_data` and `ops.nearest_images`. Everything else that would
+    read the images raises. All ranks must make the same calls in the same order with the same
+    arguments, so seed their generators alike: that is checked, and costs a copy of the arguments
+    to the CPU.
 
     Args:
         data: The whole set, the same on every rank.
