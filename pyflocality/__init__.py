@@ -25,7 +25,14 @@ from pyflocality._version import __version__
 from pyflocality.ascent import AscentResult, AscentStage, ascend
 from pyflocality.backends.report import show_config
 from pyflocality.backends.selection import BackendUnavailableError, trace_backends, use_backend
-from pyflocality.calibration import WindowTable, calibrate_windows
+from pyflocality.calibration import (
+    CalibratedDenoiser,
+    Calibration,
+    Candidate,
+    WindowTable,
+    calibrate,
+    calibrate_windows,
+)
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers import (
     CertifiedSubset,
@@ -66,6 +73,9 @@ __all__ = [
     "DDIM",
     "BackendUnavailableError",
     "Basis",
+    "CalibratedDenoiser",
+    "Calibration",
+    "Candidate",
     "CertifiedSubset",
     "CosineSchedule",
     "DDPMSchedule",
@@ -102,6 +112,7 @@ __all__ = [
     "adapters",
     "analysis",
     "ascend",
+    "calibrate",
     "calibrate_windows",
     "distributed",
     "masks",

@@ -1,4 +1,4 @@
-"""Distances between images, one number per image.
+"""Distances between images and how sharp they are, one number per image.
 
 For images a and b of D values each: `mse` = sum (a - b)^2 / D, `psnr` = 10 log10(range^2 / mse),
 and `r2` = 1 - sum (u - y)^2 / (D var(y)), the share of a target's variance that a prediction
@@ -107,6 +107,33 @@ def cosine_similarity(a: Tensor, b: Tensor, mean: Tensor | None = None) -> Tenso
         centre = centre.to(one).flatten()
         one, other = one - centre, other - centre
     return torch.nn.functional.cosine_similarity(one, other, dim=1, eps=0.0).nan_to_num(0.0)
+
+
+def gradient_energy(images: Tensor) -> Tensor:
+    """How sharp each image is: the mean square of the differences of neighbouring values.
+
+    Of the values below one another and of those beside one another, both means together. An image
+    of one row or one column has no such differences along it, which count as 0.
+
+    Args:
+        images: Images [n, C, H, W].
+
+    Returns:
+        Float64 [n], at least 0.
+
+    Raises:
+        TypeError: `images` is not a floating-point tensor.
+        ValueError: Its shape is another, or a value is NaN or infinite.
+    """
+    images = check_float_tensor(images, "images")
+    if images.ndim != 4 or images.numel() == 0:
+        raise ValueError(
+            f"`images` must have shape [n, C, H, W] without a 0, got {describe(images)}"
+        )
+    values = images.double()
+    steps = (values.diff(dim=axis).square().flatten(1) for axis in (-2, -1))
+    means = [one.sum(1) / max(1, one.shape[1]) for one in steps]
+    return means[0] + means[1]
 
 
 def _values(images: Tensor, name: str, like: Tensor | None = None) -> Tensor:

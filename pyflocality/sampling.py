@@ -284,7 +284,7 @@ def sample(
     trajectory = check_flag(trajectory, "trajectory")
     if batch_size is not None:
         batch_size = check_count(batch_size, "batch_size")
-    timesteps, levels = _check_levels(schedule, steps)
+    timesteps, levels = levels_of_run(schedule, steps)
     state = _starting_state(denoiser, n, schedule, x_T, generator)
     check_magnitude(state, float(levels[0][0]), "x_T")
     if x_T is None or getattr(schedule, "spacing", None) == "leading":
@@ -337,8 +337,13 @@ def _check_method(
     return schedule, sampler
 
 
-def _check_levels(schedule: NoiseSchedule, steps: int) -> tuple[Tensor, list[Level]]:
-    """Times [steps] and the steps + 1 levels from the first time to the clean end."""
+def levels_of_run(schedule: NoiseSchedule, steps: int) -> tuple[Tensor, list[Level]]:
+    """Times [steps] of a run and its steps + 1 levels, from the first time to the clean end.
+
+    Raises:
+        TypeError: `steps` is not a whole number.
+        ValueError: It is out of range, or a level has no signal.
+    """
     timesteps = schedule.timesteps(steps)
     alpha, sigma = schedule(timesteps)
     if alpha[0] == 0 and sigma[0] > 0:

@@ -106,3 +106,14 @@ def test_ranges_whose_square_is_no_number(data_range):
     found = metrics.psnr(torch.zeros(1, 4), torch.ones(1, 4), data_range)
     assert found.item() == pytest.approx(20.0 * math.log10(data_range))
     assert metrics.psnr(torch.ones(1, 4), torch.ones(1, 4), data_range).item() == math.inf
+
+
+def test_gradient_energy():
+    image = torch.tensor([[[[0.0, 1.0], [3.0, 3.0]]]])
+    assert metrics.gradient_energy(image).tolist() == [(9 + 4) / 2 + (1 + 0) / 2]
+    # Channels count alike; without neighbours in a direction there is nothing to differ.
+    assert metrics.gradient_energy(image.expand(2, 3, 2, 2)).tolist() == [7.0, 7.0]
+    assert metrics.gradient_energy(torch.tensor([[[[1.0, 3.0, 3.0]]]])).tolist() == [2.0]
+    assert metrics.gradient_energy(torch.ones(1, 1, 1, 1)).tolist() == [0.0]
+    with pytest.raises(ValueError, match="`images`.*C, H, W"):
+        metrics.gradient_energy(torch.zeros(2, 5))

@@ -41,13 +41,6 @@ SAMPLES = 16
 SHARES = (0.1, 0.5, 0.9)
 
 
-def gradient_energy(images: Tensor) -> Tensor:
-    """Mean squared difference of neighbouring pixels, both directions together, [n]."""
-    values = images.double()
-    down, right = values.diff(dim=-2), values.diff(dim=-1)
-    return down.square().flatten(1).mean(1) + right.square().flatten(1).mean(1)
-
-
 def effective_sizes(model: pf.PCALocalityDenoiser, x: Tensor, sigma: float, alpha: float) -> Tensor:
     """Effective sample sizes of the posteriors of every output, float64 [B, Q].
 
@@ -153,6 +146,6 @@ def weighted_quantiles(sizes: Tensor, weights: Tensor) -> list[float]:
 def _sharpness(images: Tensor) -> Record:
     """Gradient energy, and variance of an image's values."""
     return {
-        "gradient_energy": summary(gradient_energy(images)),
+        "gradient_energy": summary(pf.metrics.gradient_energy(images)),
         "variance": summary(images.double().flatten(1).var(1)),
     }

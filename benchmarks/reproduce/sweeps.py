@@ -137,7 +137,7 @@ class Sweep:
                 for name, target in self.targets.items()
                 if target is not run
             },
-            "gradient_energy": [float(diagnosis.gradient_energy(x0).mean()) for x0 in run.x0],
+            "gradient_energy": [float(pf.metrics.gradient_energy(x0).mean()) for x0 in run.x0],
             "seconds_per_step": sum(run.facts["seconds"]) / STEPS,
         }
 

@@ -30,6 +30,15 @@ def bytes_told(number: float) -> str:
     return f"{number:.3g} TB"
 
 
+def time_told(seconds: float) -> str:
+    """A time in the unit that fits it: "41 s", "12 min", "3.5 h"."""
+    if seconds < 99.5:
+        return f"{seconds:.2g} s"
+    if seconds < 99.5 * 60:
+        return f"{seconds / 60:.2g} min"
+    return f"{seconds / 3600:.2g} h"
+
+
 @contextmanager
 def printable_errors() -> Iterator[None]:
     """Errors of the block get messages fit to be shown, whatever names are in them."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pyflocality._support.streams import tell
-from pyflocality._support.text import bytes_told
+from pyflocality._support.text import bytes_told, time_told
 
 if TYPE_CHECKING:
     import torch
@@ -226,12 +226,3 @@ def foreseen(model: str, stages: Sequence[Stage]) -> str | None:
         f"{model}: about {time_told(sum(seconds))}{unknown} ({', '.join(parts)}), up to "
         f"{bytes_told(peak_of(stages))} of memory beside the images"
     )
-
-
-def time_told(seconds: float) -> str:
-    """A time in the unit that fits it: "41 s", "12 min", "3.5 h"."""
-    if seconds < 99.5:
-        return f"{seconds:.2g} s"
-    if seconds < 99.5 * 60:
-        return f"{seconds / 60:.2g} min"
-    return f"{seconds / 3600:.2g} h"

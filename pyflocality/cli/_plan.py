@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pyflocality._support.streams import answer
-from pyflocality._support.text import bytes_told
+from pyflocality._support.text import bytes_told, time_told
 from pyflocality.cli._denoisers import DenoiserOptions
 from pyflocality.cli._errors import reported
-from pyflocality.cli._foreseen import job_of, time_told
+from pyflocality.cli._foreseen import job_of
 from pyflocality.cli._generate import Model
 from pyflocality.cli._options import (
     SamplingOptions,

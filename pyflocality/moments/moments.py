@@ -48,6 +48,7 @@ from pyflocality.moments.sums import (
     Blend,
     Sums,
     Totals,
+    check_alike,
     check_images,
     images_per_block,
     kind_of_sums,
@@ -257,24 +258,39 @@ class Moments:
             TypeError: `other` is not `Moments`.
             ValueError: The image shapes, devices or kinds of dtype differ, or either is `blended`.
         """
-        if not isinstance(other, Moments):
-            raise TypeError(f"`other` must be Moments, got {describe(other)}")
-        mine, theirs = self._sums("cannot be merged"), other._sums("cannot be merged")
+        mine, theirs = self._sums_of_both(other, "cannot be merged")
         merged = Moments()
         if mine is None or theirs is None:
             some, of = (theirs, other) if mine is None else (mine, self)
             if some is not None:
                 merged._totals, merged._image_shape = some.copy(), of._image_shape
             return merged
-        for name, expected, got in (
-            ("image shape", self._image_shape, other._image_shape),
-            ("kind of dtype", mine.kind, theirs.kind),
-            ("device", mine.device, theirs.device),
-        ):
-            if expected != got:
-                raise ValueError(f"`other` must have {name} {expected}, got {got}")
         merged._totals, merged._image_shape = mine.merged(theirs), self._image_shape
         return merged
+
+    def without(self, other: Moments) -> Moments:
+        """Moments of the images but for those of `other`, which are among them, as a new object.
+
+        Of 8-bit images bit for bit those of the images that stay, of floating-point images to
+        rounding. Images that are not among these are not noticed.
+
+        Args:
+            other: Moments of some of the images, fewer than all.
+
+        Raises:
+            TypeError: `other` is not `Moments`.
+            ValueError: The image shapes, devices or kinds of dtype differ, either is `blended` or
+                holds no images, or no image would stay.
+        """
+        mine, theirs = self._sums_of_both(other, "have no images to leave out")
+        if mine is None or theirs is None or theirs.count >= mine.count:
+            raise ValueError(
+                f"`other` must hold fewer images than these moments, {self.count}, and one at "
+                f"least, got {other.count}"
+            )
+        result = Moments()
+        result._totals, result._image_shape = mine.without(theirs), self._image_shape
+        return result
 
     def blended(self, other: Moments, share: float) -> Moments:
         r"""Moments of a few images with a covariance that leans on that of many, as a new object.
@@ -430,6 +446,15 @@ class Moments:
             raise
         self._totals, self._interrupted = sums, False
         self._image_shape = batch.shape[1], batch.shape[2], batch.shape[3]
+
+    def _sums_of_both(self, other: object, what: str) -> tuple[Sums | None, Sums | None]:
+        """Totals of these moments and of others, of images alike where both have some."""
+        if not isinstance(other, Moments):
+            raise TypeError(f"`other` must be Moments, got {describe(other)}")
+        mine, theirs = self._sums(what), other._sums(what)
+        if mine is not None and theirs is not None:
+            check_alike("other", (self._image_shape, mine), (other._image_shape, theirs))
+        return mine, theirs
 
     def _sums(self, what: str = "") -> Sums | None:
         """Totals that take in images; None where there are none yet.

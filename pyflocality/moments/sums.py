@@ -88,6 +88,10 @@ class Sums(Totals):
         """Totals of the images of both."""
         raise NotImplementedError
 
+    def without(self, other: Self) -> Self:
+        """Totals of the images but for those of `other`, which are among them."""
+        raise NotImplementedError
+
     def over(self, ranks: Ranks) -> Self:
         """Totals of the images of all ranks."""
         raise NotImplementedError
@@ -108,6 +112,11 @@ class ByteSums(Sums):
         """Totals of the images of both."""
         count, vector = self.count + other.count, self.vector + other.vector
         return type(self)(count, vector, self.matrix + other.matrix)
+
+    def without(self, other: Self) -> Self:
+        """Totals of the images but for those of `other`, which are among them: exact."""
+        count, vector = self.count - other.count, self.vector - other.vector
+        return type(self)(count, vector, self.matrix - other.matrix)
 
     def over(self, ranks: Ranks) -> Self:
         """Totals of the images of all ranks."""
@@ -164,6 +173,15 @@ class FloatSums(Sums):
         result.matrix += other.matrix
         result._join(other.count, other.vector)
         return result
+
+    def without(self, other: Self) -> Self:
+        """Totals of the images but for those of `other`, which are among them: to rounding."""
+        count = self.count - other.count
+        difference = (self.vector - other.vector) * (self.count / count)
+        scaled = difference * (count * other.count / self.count) ** 0.5
+        taken = other.matrix - self.matrix
+        add_upper_product(taken, scaled[None])
+        return type(self)(count, other.vector + difference, taken.neg_())
 
     def over(self, ranks: Ranks) -> Self:
         """Totals of the images of all ranks."""
@@ -281,6 +299,19 @@ def check_images(images: object, name: str) -> None:
         raise ValueError(f"`{name}` holds no images: {describe(images)}")
     if images.is_floating_point():
         Reader(images).checked(check_finite, images, name)
+
+
+def check_alike(
+    name: str, one: tuple[tuple[int, int, int], Sums], other: tuple[tuple[int, int, int], Sums]
+) -> None:
+    """Refuse totals, with the shape of their images, that do not go with those of others."""
+    for what, expected, got in (
+        ("image shape", one[0], other[0]),
+        ("kind of dtype", one[1].kind, other[1].kind),
+        ("device", one[1].device, other[1].device),
+    ):
+        if expected != got:
+            raise ValueError(f"`{name}` must have {what} {expected}, got {got}")
 
 
 KINDS: dict[str, type[Totals]] = {sums.kind: sums for sums in (ByteSums, FloatSums, Blend)}

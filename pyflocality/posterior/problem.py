@@ -313,7 +313,7 @@ def trusted_problem(
     sigma: float | Tensor,
     alpha: float | Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
@@ -322,7 +322,10 @@ def trusted_problem(
     values: Tensor | None = None,
     with_image: bool = False,
 ) -> PosteriorProblem:
-    """The problem of arguments that were checked before; levels are numbers or float64 [B]."""
+    """The problem of arguments that were checked before.
+
+    Levels and temperature are numbers or float64 [B].
+    """
     noise = torch.as_tensor(sigma, dtype=torch.float64)
     signal = torch.as_tensor(alpha, dtype=torch.float64)
     scale = 1.0 / (2.0 * noise.square() * temperature)

@@ -108,6 +108,7 @@ class MappedFile:
         address: Where its memory starts.
         size: Bytes that are mapped.
         lost: Whether some of it could not be read, and is zero since.
+        rewritten: Whether the map holds something else than the file.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class MappedFile:
             self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         else:
             self._descriptor = os.dup(descriptor)
-        self._by_name, self.lost = by_name, False
+        self._by_name, self.lost, self.rewritten = by_name, False, False
         self._identity = identity_of(os.fstat(self._descriptor))
 
     def close(self) -> None:
@@ -343,6 +344,35 @@ def remember(array: object, descriptor: int | None = None, *, by_name: bool = Tr
 
 def _forget(address: int) -> None:
     _files.pop(address).close()
+
+
+def without(images: Tensor, positions: Tensor) -> Tensor:
+    """Images of a file but for some, none of which are copied: the last ones take their places.
+
+    The file is mapped once more. What is written to that map, which are the images that take the
+    places of others, stays in the memory of this process, and so it is never read from the file
+    by blocks.
+
+    Args:
+        images: Images that lie in a file, one after the other, [N, C, H, W].
+        positions: Which of them are left out, int64 [n] in ascending order, fewer than all.
+    """
+    with Guarded(_file_of(images)):
+        twin = _file_of(images).view(images).open()
+        _file_of(twin).rewritten = True
+        left, out = len(images) - len(positions), set(positions.tolist())
+        free = positions[positions < left]
+        # Of those behind the end as many stay as places are free before it.
+        moved = [index for index in range(left, len(images)) if index not in out]
+        twin[free] = images[torch.tensor(moved, dtype=torch.int64)]
+    return twin[:left]
+
+
+def _file_of(images: Tensor) -> MappedFile:
+    file = mapped_file(images)
+    if file is None:
+        raise ValueError(f"`images` must lie in a mapped file, got {tuple(images.shape)}")
+    return file
 
 
 def mapped_file(images: Tensor) -> MappedFile | None:

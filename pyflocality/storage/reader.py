@@ -93,7 +93,8 @@ class Reader:
     @cached_property
     def from_file(self) -> bool:
         """Whether blocks are read from a file, the images being larger than the memory budget."""
-        if self.file is None:
+        # Of a map that was written to the file has something else.
+        if self.file is None or self.file.rewritten:
             return False
         return self.images.nbytes > memory_budget_bytes(self.memory_budget)
 

@@ -68,11 +68,6 @@ def test_weighted_quantiles():
     assert diagnosis.weighted_quantiles(sizes, weights) == [1.0, 2.0, 5.0]
 
 
-def test_gradient_energy():
-    image = torch.tensor([[[[0.0, 1.0], [3.0, 3.0]]]])
-    assert diagnosis.gradient_energy(image).tolist() == [(9 + 4) / 2 + (1 + 0) / 2]
-
-
 def test_sweeps(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweeps, "TEMPERATURES", (1.0, 2.0))
     monkeypatch.setattr(sweeps, "THRESHOLDS", (1 / 3, 1.0, 10.0))

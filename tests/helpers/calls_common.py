@@ -136,6 +136,7 @@ def denoisers() -> dict[str, pf.Denoiser]:
         "MixtureDenoiser": pf.MixtureDenoiser(
             [pf.OptimalDenoiser(data), pf.LocalDenoiser(data, 3)], (0.25, 0.75)
         ),
+        "CalibratedDenoiser": pf.CalibratedDenoiser(data, calibration()),
         "MultiscaleDenoiser": pf.MultiscaleDenoiser(data, 1, 3),
         "GoldenSubset": pf.GoldenSubset(pf.OptimalDenoiser(data), 2, 6),
         "CertifiedSubset": pf.CertifiedSubset(pf.OptimalDenoiser(data)),
@@ -159,6 +160,8 @@ def files(kind: str) -> Path:
         basis().save(place)
     elif kind == "table.json" and not place.exists():
         table().save(place)
+    elif kind == "calibration.json" and not place.exists():
+        calibration().save(place)
     elif kind == "folder" and not place.exists():
         from PIL import Image
 
@@ -168,6 +171,18 @@ def files(kind: str) -> Path:
     elif kind == "packed" and not place.exists():
         pf.packing.pack(files("folder"), place, progress=False)
     return place
+
+
+@functools.cache
+def calibration() -> pf.Calibration:
+    """One of the training set, of two levels."""
+    return pf.calibrate(
+        training_set(),
+        schedule=pf.KarrasSchedule(0.2, 2.0),
+        steps=2,
+        candidates=[pf.Candidate("local", window=3), pf.Candidate("wiener")],
+        progress=False,
+    )
 
 
 def table() -> pf.WindowTable:

@@ -13,6 +13,7 @@ from calls_common import (
     Affine,
     Call,
     basis,
+    calibration,
     images,
     is_text,
     training_set,
@@ -126,6 +127,22 @@ def classes() -> dict[str, Call]:
             {"denoisers": only(lambda v: False), "weights": only(_is_mixture)},
             denoisers=[pf.OptimalDenoiser(data), pf.LocalDenoiser(data, 3)],
             weights=(0.25, 0.75),
+        ),
+        "Candidate": call(
+            pf.Candidate,
+            {
+                "model": choice("local", "patch-set"),
+                "threshold": only(lambda v: v is None),
+                "window": count(),
+            },
+            model="local",
+            window=3,
+        ),
+        "CalibratedDenoiser": call(
+            pf.CalibratedDenoiser,
+            {"calibration": instance(pf.Calibration)},
+            data=data,
+            calibration=calibration(),
         ),
         "MultiscaleDenoiser": call(
             pf.MultiscaleDenoiser,

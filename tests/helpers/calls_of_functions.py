@@ -61,6 +61,14 @@ def functions() -> dict[str, Call]:
                 "max_steps": count(),
             },
         ),
+        "calibrate": (
+            pf.calibrate,
+            {
+                "data": data, "steps": 2, "candidates": [pf.Candidate("local", window=3)],
+                "progress": False,
+            },
+            {"candidates": only(lambda v: v is None)},
+        ),
         "calibrate_windows": (
             pf.calibrate_windows,
             {
@@ -165,6 +173,7 @@ def functions() -> dict[str, Call]:
             pf.metrics.r2, {"prediction": x, "target": x + noisy(2, *SHAPE)},
             {"prediction": tensor(), "target": tensor()},
         ),
+        "metrics.gradient_energy": (pf.metrics.gradient_energy, {"images": x}, {}),
         "metrics.cosine_similarity": (
             pf.metrics.cosine_similarity, {"a": x, "b": x + 1, "mean": x[0] * 0.5},
             {"a": tensor(), "b": tensor(), "mean": tensor(optional=True)},

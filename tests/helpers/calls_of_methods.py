@@ -11,6 +11,7 @@ from calls_common import (
     STORED,
     Call,
     basis,
+    calibration,
     denoisers,
     files,
     fits,
@@ -93,6 +94,9 @@ def methods() -> dict[str, Call]:
         "MixtureDenoiser.weights_at": Call(
             ours["MixtureDenoiser"].weights_at, functools.partial(dict, level_of), one
         ),
+        "CalibratedDenoiser.weights_at": Call(
+            ours["CalibratedDenoiser"].weights_at, functools.partial(dict, level_of), one
+        ),
         "MultiscaleDenoiser.band_shape": Call(
             ours["MultiscaleDenoiser"].band_shape, lambda: {"level": 1}, {"level": count(1, 1)}
         ),
@@ -169,6 +173,11 @@ def methods() -> dict[str, Call]:
         "Moments.merge": Call(
             moments().merge, lambda: {"other": moments()}, {"other": instance(pf.Moments)}
         ),
+        "Moments.without": Call(
+            moments().without,
+            lambda: {"other": pf.Moments.from_data(images(3))},
+            {"other": instance(pf.Moments)},
+        ),
         "Moments.save": Call(
             moments().save, lambda: {"path": "saved.safetensors", "force": True}
         ),
@@ -178,6 +187,15 @@ def methods() -> dict[str, Call]:
         "Moments.update": Call(
             lambda **given: pf.Moments().update(**given), lambda: {"batch": images(3)},
             {"batch": tensor(dtypes={**STORED, "longer": 0})}, signature=moments().update,
+        ),
+        "Calibration.load": Call(
+            pf.Calibration.load, lambda: {"path": files("calibration.json")}
+        ),
+        "Calibration.save": Call(
+            calibration().save, lambda: {"path": "saved.json", "force": True}
+        ),
+        "Candidate.build": Call(
+            pf.Candidate("local", window=3).build, lambda: {"data": training_set()}
         ),
         "WindowTable.__getitem__": Call(
             table().__getitem__, lambda: {"index": 1},

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import pyflocality as pf
+from pyflocality.calibration import CalibratedLevel, Trial
 from pyflocality.denoisers.certificate import SubsetPlan
 
 
@@ -62,7 +63,31 @@ def sloped(denoiser: pf.Denoiser) -> pf.LocallyLinearDenoiser:
     return pf.LocallyLinearDenoiser(denoiser, [(0.1, 0.4), (1.0, 0.2)])
 
 
+def calibrated(data: pf.TrainingSet, **options: object) -> pf.CalibratedDenoiser:
+    """Another model at little noise than at much, as if a calibration had chosen them."""
+
+    def chosen(candidate: int) -> tuple[Trial, ...]:
+        return tuple(Trial(place, 2, 0.1, abs(place - candidate), 0.0, None) for place in range(2))
+
+    calibration = pf.Calibration(
+        candidates=(pf.Candidate("patch-set", window=3), pf.Candidate("local", window=5)),
+        levels=(
+            CalibratedLevel(1.0, 1.0, 1.0, chosen(0)),
+            CalibratedLevel(0.1, 1.0, 0.1, chosen(1)),
+        ),
+        content_key=data.content_key(),
+        image_shape=data.image_shape,
+        images=len(data),
+        held_out=2,
+        folds=1,
+        seed=0,
+        versions={},
+    )
+    return pf.CalibratedDenoiser(data, calibration, **options)
+
+
 MAKERS = {
+    "calibrated": calibrated,
     "optimal": lambda data, **o: pf.OptimalDenoiser(data, **o),
     "nearest": lambda data, **o: pf.NearestDenoiser(data, **o),
     "wiener": lambda data: pf.WienerDenoiser(data),

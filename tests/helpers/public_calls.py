@@ -69,7 +69,7 @@ RECORDS = {
 }
 
 # Of these, too, but for what makes and changes them.
-MADE = {"Basis"}
+MADE = {"Basis", "Calibration"}
 
 
 def discovered() -> set[str]:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pyflocality._support import memory
+from pyflocality._support.text import time_told
 from pyflocality.cli import _foreseen, main
-from pyflocality.cli._foreseen import foreseen, levels_of, time_told
+from pyflocality.cli._foreseen import foreseen, levels_of
 from pyflocality.cli._options import SamplingOptions
 from pyflocality.planner import Stage
 

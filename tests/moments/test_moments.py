@@ -107,6 +107,39 @@ def test_merged_bytes_give_the_same_bits():
     assert_same_bits(a, Moments.from_data(images[::3]))
 
 
+def test_bytes_left_out_give_the_same_bits():
+    images = byte_images(90)
+    whole, part = Moments.from_data(images), Moments.from_data(images[::7])
+    rest = [index for index in range(90) if index % 7]
+    assert_same_bits(whole.without(part), Moments.from_data(images[rest]))
+    assert_same_bits(whole, Moments.from_data(images))
+    assert_same_bits(whole.without(part).merge(part), whole)
+
+
+def test_floats_left_out_against_numpy():
+    images = float_images(70)
+    rest = Moments.from_data(images).without(Moments.from_data(images[:9]))
+    rows = images[9:].flatten(1).numpy()
+    assert rest.count == 61
+    np.testing.assert_allclose(rest.mean.flatten(), rows.mean(0), rtol=0, atol=8 * EPS)
+    # What is taken away is of the size of what stays.
+    np.testing.assert_allclose(rest.covariance, np.cov(rows.T), rtol=1e-12, atol=1e-14)
+
+
+def test_moments_that_are_no_part_are_not_left_out():
+    moments = Moments.from_data(byte_images(10))
+    with pytest.raises(TypeError, match="`other`"):
+        moments.without(torch.zeros(3))
+    with pytest.raises(ValueError, match="`other` must have kind of dtype uint8, got floating"):
+        moments.without(Moments.from_data(float_images(3)))
+    for other in (moments, Moments(), Moments.from_data(byte_images(11))):
+        with pytest.raises(ValueError, match="`other` must hold fewer images than these moments"):
+            moments.without(other)
+    blend = moments.blended(moments, 0.5)
+    with pytest.raises(ValueError, match="blended have no images to leave out"):
+        blend.without(moments)
+
+
 @pytest.mark.parametrize("make", [byte_images, float_images])
 def test_merging_with_no_images_copies(make):
     full, empty = Moments.from_data(make(10)), Moments()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -24,17 +23,15 @@ from pyflocality._support.checks import (
     check_within_memory,
     describe,
 )
-from pyflocality._support.json import parsed_object
-from pyflocality._support.locks import remove_abandoned, replacing, twins_of
-from pyflocality._support.paths import check_result, checked_path
 from pyflocality._support.progress import progress_bar
+from pyflocality.calibration.files import read_object, write_object
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser, check_set
 from pyflocality.denoisers.local import LocalDenoiser
 from pyflocality.noise import DDPMSchedule, NoiseSchedule
 from pyflocality.sampling import DenoiserFunction, SampleResult, sample
 
-_FORMAT = "pyflocality window table"
+_WHAT = "window table"
 _VERSION = 1
 
 
@@ -116,23 +113,17 @@ class WindowTable(Sequence[tuple[float, int]]):
             FileNotFoundError: The folder of `path` does not exist.
             OSError: The file cannot be written.
         """
-        path, force = checked_path(path, "path"), check_flag(force, "force")
-        # A link that leads nowhere is there, too; a link is replaced, not what it leads to.
-        if os.path.lexists(path) and not force:
-            raise FileExistsError(f"{path} is already there; pass force=True to replace it")
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"{path.parent} is not a folder to save {path.name} in")
-        check_result(path)
         levels = [
             {"ratio": ratio, "window": window, "similarities": list(row)}
             for (ratio, window), row in zip(self, self.similarities, strict=True)
         ]
         content = {
-            "format": _FORMAT, "version": _VERSION, "windows": list(self.windows), "levels": levels
-        }  # fmt: skip
-        remove_abandoned(twins_of(path))
-        with replacing(path, 0o666, force=force) as file:
-            file.write((json.dumps(content, indent=1) + "\n").encode())
+            "format": f"pyflocality {_WHAT}",
+            "version": _VERSION,
+            "windows": list(self.windows),
+            "levels": levels,
+        }
+        write_object(path, content, force)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WindowTable:
@@ -143,22 +134,7 @@ class WindowTable(Sequence[tuple[float, int]]):
             OSError: The system does not let it be read, or takes no such name.
             ValueError: The file is damaged, or not a window table of this version.
         """
-        path = checked_path(path, "path")
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not a file")
-        try:
-            content = parsed_object(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(
-                f"{path} does not hold a window table saved by pyflocality: {error}"
-            ) from error
-        if content.get("format") != _FORMAT:
-            raise ValueError(f"{path} does not hold a window table saved by pyflocality")
-        if content.get("version") != _VERSION:
-            raise ValueError(
-                f"{path} has version {content.get('version')} of the format; this release reads "
-                f"version {_VERSION}"
-            )
+        content = read_object(path, _WHAT, _VERSION)
         try:
             levels = content["levels"]
             table = cls(

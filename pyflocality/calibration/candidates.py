@@ -1,0 +1,248 @@
+"""Models that a calibration chooses among, and what each of them is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pyflocality._support.checks import (
+    check_choice,
+    check_count,
+    check_positive,
+    check_sequence,
+    describe,
+)
+from pyflocality.data import TrainingSet
+from pyflocality.denoisers import (
+    Denoiser,
+    DenoiserOptions,
+    LocalDenoiser,
+    PatchSetDenoiser,
+    PCALocalityDenoiser,
+    WienerDenoiser,
+)
+from pyflocality.denoisers.base import check_set
+from pyflocality.masks import check_threshold
+from pyflocality.moments import Basis, Moments
+from pyflocality.moments.basis import basis_method
+from pyflocality.posterior.sharded import ranks_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# What is tried where nobody says: shares of the largest magnitude of the Wiener filter, sides of
+# windows and patches in pixels, and temperatures.
+_THRESHOLDS = (0.05, 0.02, 0.01, 0.005, 0.002)
+_SIDES = (3, 5, 7, 11, 15, 21, 31)
+_TEMPERATURES = (1.0, 1.4)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model with its settings, as one of several that a calibration chooses among.
+
+    | model | settings | denoiser |
+    |---|---|---|
+    | `"wiener"` | | `WienerDenoiser` |
+    | `"pca-locality"` | threshold, temperature | `PCALocalityDenoiser` |
+    | `"local"` | window, temperature | `LocalDenoiser` |
+    | `"patch-set"` | window, temperature | `PatchSetDenoiser` |
+
+    A further setting is one more field, whose default is the model without it, and its name in
+    the table of models below; a file of a calibration names it where it is not the default.
+
+    Attributes:
+        model: Name of the model.
+        threshold: Share of the largest magnitude that an input of PCA locality needs, in (0, 1).
+        window: Side of the window or of the patches, in pixels.
+        temperature: Divides the logits, positive.
+
+    Raises:
+        TypeError: A setting has the wrong type.
+        ValueError: A setting is out of range, is missing, or is not one of the model's.
+    """
+
+    model: str
+    threshold: float | None = None
+    window: int | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the settings, and keep them as plain numbers."""
+        takes = MODELS[check_choice(self.model, "model", tuple(MODELS))].takes
+        for name, default in _DEFAULTS.items():
+            given = getattr(self, name)
+            if name not in takes:
+                if given != default:
+                    raise ValueError(
+                        f"`{name}` is no setting of {self.model}, got {describe(given)}"
+                    )
+            elif given is None:
+                raise ValueError(f"`{name}` must be given for {self.model}")
+            else:
+                object.__setattr__(self, name, _CHECKS[name](given))
+
+    def __str__(self) -> str:
+        """Model and settings in words: "patch-set, window 5, temperature 1.4"."""
+        return ", ".join([self.model, *(f"{name} {value:g}" for name, value in self._settings())])
+
+    @property
+    def takes_moments(self) -> bool:
+        """Whether it is made of moments, or of components."""
+        return MODELS[self.model].takes_moments
+
+    def as_json(self) -> dict[str, str | int | float]:
+        """The model and the settings that are not the defaults."""
+        return {"model": self.model, **dict(self._settings())}
+
+    def _settings(self) -> list[tuple[str, int | float]]:
+        values = ((name, getattr(self, name), default) for name, default in _DEFAULTS.items())
+        return [(name, value) for name, value, default in values if value != default]
+
+    def build(
+        self,
+        data: TrainingSet,
+        moments: Moments | Basis | None = None,
+        **options: Unpack[DenoiserOptions],
+    ) -> Denoiser:
+        """The denoiser.
+
+        Args:
+            data: The training set.
+            moments: Its moments or components, where they are at hand.
+            options: Backend, dtype, memory and precision, of models that scan the set.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: A window does not fit the images, or an option is out of range.
+        """
+        check_set(data)
+        if moments is not None and not isinstance(moments, (Moments, Basis)):
+            raise TypeError(f"`moments` must be Moments or a Basis, got {describe(moments)}")
+        return MODELS[self.model].build(self, data, moments, options)
+
+
+# What models are made of that are not made of images alone.
+Source = Moments | Basis | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the candidates.
+
+    Attributes:
+        takes: Names of its settings.
+        build: Makes the denoiser.
+        takes_moments: Whether that is made of moments, or of components.
+    """
+
+    takes: tuple[str, ...]
+    build: Callable[[Candidate, TrainingSet, Source, DenoiserOptions], Denoiser]
+    takes_moments: bool = False
+
+
+def _wiener(
+    candidate: Candidate, data: TrainingSet, moments: Source, options: DenoiserOptions
+) -> Denoiser:
+    del candidate, options
+    return WienerDenoiser(data if moments is None else moments).to(data.device)
+
+
+def _pca_locality(
+    candidate: Candidate, data: TrainingSet, moments: Source, options: DenoiserOptions
+) -> Denoiser:
+    assert candidate.threshold is not None
+    temperature = candidate.temperature
+    return PCALocalityDenoiser(
+        data, candidate.threshold, temperature=temperature, moments=moments, **options
+    )
+
+
+def _local(
+    candidate: Candidate, data: TrainingSet, moments: Source, options: DenoiserOptions
+) -> Denoiser:
+    assert candidate.window is not None
+    return LocalDenoiser(data, candidate.window, temperature=candidate.temperature, **options)
+
+
+def _patch_set(
+    candidate: Candidate, data: TrainingSet, moments: Source, options: DenoiserOptions
+) -> Denoiser:
+    return PatchSetDenoiser(data, candidate.window, temperature=candidate.temperature, **options)
+
+
+MODELS: Mapping[str, Model] = {
+    "wiener": Model((), _wiener, takes_moments=True),
+    "pca-locality": Model(("threshold", "temperature"), _pca_locality, takes_moments=True),
+    "local": Model(("window", "temperature"), _local),
+    "patch-set": Model(("window", "temperature"), _patch_set),
+}
+
+_DEFAULTS: Mapping[str, float | None] = {"threshold": None, "window": None, "temperature": 1.0}
+
+
+def _check_share(value: object) -> float:
+    share = check_threshold(value, "threshold")
+    if share == 0:
+        raise ValueError("`threshold` must be above 0, where weights are masks, got 0")
+    return share
+
+
+_CHECKS: Mapping[str, Callable[[object], float]] = {
+    "threshold": _check_share,
+    "window": lambda value: check_count(value, "window"),
+    "temperature": lambda value: check_positive(value, "temperature"),
+}
+
+
+def made_once(data: TrainingSet, *, progress: bool = False) -> Moments | Basis:
+    """What several candidates of a set are made of: components of few images, else moments."""
+    # No rank has the products of all pairs of images.
+    if ranks_of(data.images) is None and is_thin(data):
+        return Basis.from_data(data, progress=progress)
+    return Moments.from_data(data, progress=progress)
+
+
+def is_thin(data: TrainingSet) -> bool:
+    """Whether a set has so few images that components are made of their products."""
+    return basis_method(len(data) * data.copies, data.num_values) == "gram"
+
+
+def default_candidates(image_shape: tuple[int, int, int]) -> tuple[Candidate, ...]:
+    """What is tried where nobody says, for images (C, H, W), the simplest first.
+
+    The Wiener filter; PCA locality at thresholds 0.05 to 0.002, a local model with windows and
+    patch sets with patches of 3 to 31 pixels, as far as they fit the images; then the same at
+    temperature 1.4.
+    """
+    _, height, width = image_shape
+    sides = [side for side in _SIDES if side <= min(height, width)]
+    tried = [Candidate("wiener")]
+    for temperature in _TEMPERATURES:
+        tried += [
+            Candidate("pca-locality", threshold=share, temperature=temperature)
+            for share in _THRESHOLDS
+        ]
+        for model in ("local", "patch-set"):
+            tried += [Candidate(model, window=side, temperature=temperature) for side in sides]
+    return tuple(tried)
+
+
+def check_candidates(
+    candidates: object, image_shape: tuple[int, int, int]
+) -> tuple[Candidate, ...]:
+    """Candidates that differ, one at least; by default those that fit the images."""
+    if candidates is None:
+        return default_candidates(image_shape)
+    given: Sequence[object] = check_sequence(candidates, "candidates")
+    checked: list[Candidate] = []
+    for candidate in given:
+        if not isinstance(candidate, Candidate):
+            raise TypeError(f"`candidates` must hold Candidate objects, got {describe(candidate)}")
+        checked.append(candidate)
+    if not checked:
+        raise ValueError("`candidates` must hold one Candidate at least, got none")
+    if len(set(checked)) < len(checked):
+        raise ValueError("`candidates` must differ from one another, got one of them twice")
+    return tuple(checked)

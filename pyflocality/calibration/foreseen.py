@@ -1,0 +1,92 @@
+"""How long a calibration takes at most, from the counts of its work and rates of this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pyflocality._support.text import bytes_told, time_told
+from pyflocality.calibration.candidates import Candidate, is_thin
+from pyflocality.calibration.counts import counts_of
+from pyflocality.data import TrainingSet
+from pyflocality.noise import NoiseLevel
+from pyflocality.planner import Job, Setting, Stage, cost_of, seconds_of, stages_of
+
+# Work of fewer operations is quick: nothing is measured and nothing told of it.
+_LONG_FLOPS = 2e11
+# Of a measurement for a line that is told before the work, in seconds.
+_GLANCE = 0.03
+
+
+def foreseen(
+    data: TrainingSet,
+    candidates: Sequence[Candidate],
+    levels: Sequence[NoiseLevel],
+    positions: Sequence[Tensor],
+) -> str | None:
+    """A line on a calibration: how long at most, and of what; None of a quick one."""
+    held_out, folds = sum(map(len, positions)), len(positions)
+    counts = counts_of(len(levels), held_out, len(candidates), folds)
+    settings = {one: _setting(data, one, held_out) for one in candidates}
+    flops = {one: cost_of(one.model, setting).flops for one, setting in settings.items()}
+    dearest = max(flops, key=lambda one: flops[one])
+    rows = {one: counts.screened for one in candidates}
+    rows[dearest] += counts.compared + counts.restored
+    if sum(flops[one] * count / held_out for one, count in rows.items()) < _LONG_FLOPS:
+        return None
+    measured: dict[tuple[str, int], float | None] = {}
+    for one, setting in settings.items():
+        key = one.model, setting.window
+        if key not in measured:
+            measured[key] = seconds_of(one.model, setting, _GLANCE)
+    spent = [
+        (measured[one.model, settings[one].window] or 0.0) * count / held_out
+        for one, count in rows.items()
+    ]
+    stages = _making(data, candidates, settings, len(levels))
+    total = sum(spent) + folds * sum(stage.seconds or 0.0 for stage in stages)
+    most = max((stage.bytes for stage in stages), default=0)
+    return (
+        f"calibration: at most about {time_told(total)} ({len(candidates)} candidates at "
+        f"{len(levels)} noise levels, {held_out} of {len(data):,} images held out in {folds} "
+        f"fold{'s' * (folds > 1)}), up to {bytes_told(most)} of memory for moments and masks"
+    )
+
+
+def _setting(data: TrainingSet, candidate: Candidate, batch: int) -> Setting:
+    """A step of a candidate for all held-out images."""
+    setting = Setting(len(data) * data.copies, data.image_shape, batch)
+    if candidate.window is None:
+        return setting
+    return dataclasses.replace(setting, window=candidate.window)
+
+
+def _making(
+    data: TrainingSet,
+    candidates: Sequence[Candidate],
+    settings: dict[Candidate, Setting],
+    levels: int,
+) -> list[Stage]:
+    """Stages of what candidates are made of, in one fold."""
+    stages: list[Stage] = []
+    shares = {one.threshold for one in candidates if one.model == "pca-locality"}
+    for model in ("pca-locality", "wiener"):
+        setting = next((settings[one] for one in candidates if one.model == model), None)
+        if setting is None:
+            continue
+        thin = is_thin(data)
+        job = Job(
+            setting,
+            model,
+            levels=levels,
+            missing=levels * len(shares),
+            # One model makes the moments of both.
+            has_moments=bool(stages) and not thin,
+            of_moments=not thin,
+            image_bytes=data.images.element_size(),
+            nearest=False,
+        )
+        stages += [stage for stage in stages_of(job, aim=_GLANCE) if stage.name != "steps"]
+    return stages
