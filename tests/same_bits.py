@@ -86,6 +86,7 @@ def denoisers(data: object, backend: str | None) -> Iterator[tuple[str, Callable
         yield "fourier", make(pf.FourierWienerDenoiser, data)
         yield "ledoit wolf", make(pf.LedoitWolfDenoiser, data)
         yield "noise trained", make(pf.NoiseTrainedDenoiser, data, 2, generator=generator(2))
+        yield "gaussian mixture", make(pf.GaussianMixtureDenoiser, data, [(0.1, 0.0), (0.7, 0.3)])
         yield "shrinkage", make(pf.WaveletShrinkageDenoiser, data.image_shape, 0)
     if data.augmentation is None:
         local = functools.partial(pf.LocalDenoiser, data, 3, **options)

@@ -6,6 +6,7 @@ from pyflocality.denoisers.base import Denoiser, DenoiserOptions
 from pyflocality.denoisers.certified import CertifiedResult, CertifiedSubset
 from pyflocality.denoisers.equivariant import EquivariantDenoiser
 from pyflocality.denoisers.filtered import FilteredPosteriorDenoiser
+from pyflocality.denoisers.gaussian_mixture import GaussianMixtureDenoiser
 from pyflocality.denoisers.golden import GoldenSubset, golden_sizes
 from pyflocality.denoisers.linear import LedoitWolfDenoiser, NoiseTrainedDenoiser
 from pyflocality.denoisers.local import LocalDenoiser
@@ -28,6 +29,7 @@ __all__ = [
     "EquivariantDenoiser",
     "FilteredPosteriorDenoiser",
     "FourierWienerDenoiser",
+    "GaussianMixtureDenoiser",
     "GoldenSubset",
     "LedoitWolfDenoiser",
     "LocalDenoiser",

@@ -30,6 +30,7 @@ from pyflocality.denoisers.certificate import (
     read_certified,
     subset_stages,
 )
+from pyflocality.denoisers.components import check_moments
 from pyflocality.denoisers.golden import refuse_augmented
 from pyflocality.denoisers.optimal import OptimalDenoiser
 from pyflocality.moments import Basis, Moments, check_moments_fit
@@ -121,13 +122,7 @@ class CertifiedSubset(Denoiser):
             )
         refuse_augmented(denoiser)
         tol = check_real(tol, "tol", low=0.0, high=1.0, below=True)
-        if moments is not None and not isinstance(moments, (Moments, Basis)):
-            raise TypeError(f"`moments` must be Moments or a Basis, got {describe(moments)}")
-        if moments is not None and tuple(moments.image_shape) != denoiser.image_shape:
-            raise ValueError(
-                f"`moments` must be of images of shape {denoiser.image_shape}, got "
-                f"{tuple(moments.image_shape)}"
-            )
+        moments = check_moments(moments, denoiser.image_shape)
         super().__init__(denoiser.image_shape)
         self.denoiser = denoiser
         self.tol = tol

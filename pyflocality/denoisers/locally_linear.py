@@ -21,13 +21,14 @@ from pyflocality._support.levels import Levels, Rows
 from pyflocality._support.transforms import is_differentiated, outside_transforms
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Denoiser
+from pyflocality.denoisers.components import check_moments, components_of
 from pyflocality.denoisers.levels import Level, join_rows, share_passes, split_levels
 from pyflocality.denoisers.local import LocalDenoiser
 from pyflocality.denoisers.patch_set import PatchSetDenoiser
 from pyflocality.denoisers.pca_locality import PCALocalityDenoiser
 from pyflocality.denoisers.wiener import WienerDenoiser
 from pyflocality.denoisers.window import level_rule
-from pyflocality.moments import Basis, Moments, check_moments_fit
+from pyflocality.moments import Basis, Moments
 from pyflocality.moments.linear_images import LinearImages
 from pyflocality.ops.operation import Kind
 
@@ -96,13 +97,7 @@ class LocallyLinearDenoiser(Denoiser):
         progress: bool = False,
     ) -> None:
         super().__init__(_check_wrapped(denoiser).image_shape)
-        if moments is not None and not isinstance(moments, (Moments, Basis)):
-            raise TypeError(f"`moments` must be Moments or a Basis, got {describe(moments)}")
-        if moments is not None and tuple(moments.image_shape) != self.image_shape:
-            raise ValueError(
-                f"`moments` must be of images of shape {self.image_shape}, got "
-                f"{tuple(moments.image_shape)}"
-            )
+        moments = check_moments(moments, self.image_shape)
         self.denoiser = denoiser
         self.slope = slope
         self.progress = check_flag(progress, "progress")
@@ -144,12 +139,7 @@ class LocallyLinearDenoiser(Denoiser):
         budget = self.denoiser.memory_budget
         if moments is None and isinstance(self.denoiser, PCALocalityDenoiser):
             moments = self.denoiser.moments
-        if moments is None:
-            return Basis.from_data(self.data, memory_budget=budget, progress=self.progress)
-        if isinstance(moments, Moments):
-            check_moments_fit(budget, moments)
-            moments = moments.basis(progress=self.progress)
-        return moments.to(self.device)
+        return components_of(self.data, moments, budget, self.progress)
 
     def _linear_images(self) -> LinearImages:
         budget = self.denoiser.memory_budget

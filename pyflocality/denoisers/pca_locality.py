@@ -17,13 +17,13 @@ from pyflocality._support.checks import (
     check_count,
     check_flag,
     check_single_level,
-    describe,
 )
 from pyflocality._support.levels import Levels, Rows
 from pyflocality._support.threads import Lock
 from pyflocality._support.transforms import is_differentiated, outside_transforms
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import Asked, DenoiserOptions
+from pyflocality.denoisers.components import check_moments
 from pyflocality.denoisers.levels import split_levels
 from pyflocality.denoisers.queries import QueryDenoiser
 from pyflocality.masks import check_threshold
@@ -118,13 +118,7 @@ class PCALocalityDenoiser(QueryDenoiser):
         self.mask_threshold = check_threshold(mask_threshold, "mask_threshold")
         self.aggregation = check_choice(aggregation, "aggregation", ("exact", "batch_mean"))
         self.batch_size = check_count(batch_size, "batch_size")
-        if moments is not None and not isinstance(moments, (Moments, Basis)):
-            raise TypeError(f"`moments` must be Moments or a Basis, got {describe(moments)}")
-        if moments is not None and tuple(moments.image_shape) != self.image_shape:
-            raise ValueError(
-                f"`moments` must be of images of shape {self.image_shape}, got "
-                f"{tuple(moments.image_shape)}"
-            )
+        moments = check_moments(moments, self.image_shape)
         self.progress = check_flag(progress, "progress")
         self.weights_seconds = 0.0
         self._masks = self._source_of(data if moments is None else moments)

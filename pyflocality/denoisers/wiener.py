@@ -110,26 +110,10 @@ class WienerDenoiser(Denoiser):
     def _filtered(self, values: Tensor, levels: Levels) -> Tensor:
         """The filter applied to values [B, D] of noise-free mean 0, or to [K, B, D]."""
         size, rank = self.eigenvectors.shape
-        gain = self._gain(self.eigenvalues, levels)
-        result = torch.zeros_like(values)
+        factors, rest = gains(self.eigenvalues, levels), None
         if self.remainder > 0 and rank < size:
-            rest = self._gain(gain.new_tensor([self.remainder]), levels)
-            gain, result = gain - rest, values * rest.to(values.dtype)
-        gain = gain.to(values.dtype)
-        # A cast copies them: some at a time.
-        width = max(1, _COPIED_BYTES // (values.element_size() * size))
-        for some in range(0, rank, width):
-            columns = slice(some, some + width)
-            vectors = self.eigenvectors[:, columns].to(values.dtype)
-            result = result + (values @ vectors * gain[:, columns]) @ vectors.T
-        return result
-
-    def _gain(self, variance: Tensor, levels: Levels) -> Tensor:
-        """Factors of components with these variances [R]: float64 [1 or B, R]."""
-        alpha, sigma = levels.columns(1, variance.device)
-        # A level of 0 against a variance of 0 answers 0 / 1.
-        total = torch.where(variance > 0, alpha**2 * variance + sigma**2, 1.0)
-        return alpha * variance.clamp(min=0.0) / total
+            rest = gains(factors.new_tensor([self.remainder]), levels)
+        return spectral(values, self.eigenvectors, factors, rest)
 
     def _jvp(self, x: Tensor, tangents: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
         # The filter is symmetric.
@@ -139,3 +123,35 @@ class WienerDenoiser(Denoiser):
         compute = torch.float64 if x.dtype == torch.float64 else torch.float32
         products = self._filtered(cotangents.to(compute).flatten(2), levels)
         return products.reshape(cotangents.shape).to(x.dtype)
+
+
+def gains(variances: Tensor, levels: Levels) -> Tensor:
+    """The filter's factors of components with these variances [R]: float64 [1 or B, R]."""
+    alpha, sigma = levels.columns(1, variances.device)
+    # A level of 0 against a variance of 0 answers 0 / 1.
+    total = torch.where(variances > 0, alpha**2 * variances + sigma**2, 1.0)
+    return alpha * variances.clamp(min=0.0) / total
+
+
+def spectral(
+    values: Tensor, vectors: Tensor, factors: Tensor, rest: Tensor | float | None = None
+) -> Tensor:
+    """A symmetric matrix, different for each image, applied to images.
+
+    Args:
+        values: The images, [B, D] or [K, B, D].
+        vectors: Eigenvectors in columns, [D, R].
+        factors: Eigenvalues, [1 or B, R].
+        rest: The eigenvalue in all other directions, one or [1 or B, 1]; None for 0.
+    """
+    result = torch.zeros_like(values)
+    if rest is not None:
+        factors, result = factors - rest, values * torch.as_tensor(rest).to(values.dtype)
+    factors = factors.to(values.dtype)
+    # A cast copies them: some at a time.
+    width = max(1, _COPIED_BYTES // (values.element_size() * len(vectors)))
+    for some in range(0, vectors.shape[1], width):
+        columns = slice(some, some + width)
+        cast = vectors[:, columns].to(values.dtype)
+        result = result + (values @ cast * factors[:, columns]) @ cast.T
+    return result

@@ -83,8 +83,8 @@ def test_nothing_but_the_arguments_is_kept_for_backward(name):
 
 
 # Golden subsets gather a share of the set, certified ones keep coefficients of all of it, and those
-# with a slope the linear images of a level.
-GROWING = {"golden", "golden_pca", "certified"} | SLOPED
+# with a slope or whitened images the linear images of a level.
+GROWING = {"golden", "golden_pca", "certified", "gaussian_mixture"} | SLOPED
 
 
 @pytest.mark.parametrize("name", [name for name in SMOOTH if name not in GROWING | {"wiener"}])

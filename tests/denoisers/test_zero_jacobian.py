@@ -13,8 +13,9 @@ import pyflocality as pf
 from pyflocality import ops
 
 SHAPE = (2, 6, 6)
-# Weights below 0 have no nearest image, and a slope is a derivative of its own.
-NAMES = [name for name in MAKERS if name not in {"wiener", "nearest", "pca_signed"} | SLOPED]
+# Weights below 0 have no nearest image, and what is linear in an image has a derivative of its own.
+LINEAR = {"wiener", "gaussian_mixture"} | SLOPED
+NAMES = [name for name in MAKERS if name not in {"nearest", "pca_signed"} | LINEAR]
 
 
 def case(stored: torch.dtype, alpha: float) -> tuple[pf.TrainingSet, torch.Tensor, torch.Tensor]:

@@ -138,6 +138,7 @@ def denoisers() -> dict[str, pf.Denoiser]:
         ),
         "CalibratedDenoiser": pf.CalibratedDenoiser(data, calibration()),
         "MultiscaleDenoiser": pf.MultiscaleDenoiser(data, 1, 3),
+        "GaussianMixtureDenoiser": pf.GaussianMixtureDenoiser(data, 0.3, moments=basis()),
         "GoldenSubset": pf.GoldenSubset(pf.OptimalDenoiser(data), 2, 6),
         "CertifiedSubset": pf.CertifiedSubset(pf.OptimalDenoiser(data)),
         "NetworkDenoiser": network(),

@@ -156,6 +156,15 @@ def classes() -> dict[str, Call]:
             levels=1,
             window=3,
         ),
+        "GaussianMixtureDenoiser": call(
+            pf.GaussianMixtureDenoiser,
+            {
+                "gamma": only(_is_slope),
+                "moments": instance(pf.Moments, pf.Basis, optional=True),
+            },
+            data=data,
+            gamma=0.5,
+        ),
         "GoldenSubset": call(
             pf.GoldenSubset,
             {

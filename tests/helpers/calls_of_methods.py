@@ -62,6 +62,7 @@ def methods() -> dict[str, Call]:
                 functools.partial(dict, x=x, **level_of),
                 {"sigma": level(zero=False), "temperature": real(0.0, optional=True)},
             )
+        if hasattr(denoiser, "neighbourhood"):
             found[f"{name}.neighbourhood"] = Call(
                 denoiser.neighbourhood,
                 functools.partial(dict, pixel=(0, 1, 2), **level_of),
@@ -75,6 +76,9 @@ def methods() -> dict[str, Call]:
         ),
         "CertifiedSubset.plan": Call(
             ours["CertifiedSubset"].plan, functools.partial(dict, level_of), one
+        ),
+        "GaussianMixtureDenoiser.gamma_at": Call(
+            ours["GaussianMixtureDenoiser"].gamma_at, functools.partial(dict, level_of), one
         ),
         "GoldenSubset.select": Call(
             ours["GoldenSubset"].select, functools.partial(dict, x=x[0], **level_of), one

@@ -100,6 +100,7 @@ def answers(data: pf.TrainingSet, backend: str) -> dict[str, torch.Tensor]:
         "pca": pf.PCALocalityDenoiser(data, 0.02, backend=backend),
         "equivariant": pf.EquivariantDenoiser(data, 3, backend=backend),
         "wiener": pf.WienerDenoiser(data),
+        "gaussian mixture": pf.GaussianMixtureDenoiser(data, 0.3, backend=backend),
     }
     models["sloped"] = pf.LocallyLinearDenoiser(models["local"], 0.4)
     models["sloped pca"] = pf.LocallyLinearDenoiser(models["pca"], 0.4)

@@ -119,6 +119,7 @@ MAKERS = {
     "sloped_pca": lambda data, **o: sloped(pf.PCALocalityDenoiser(data, 0.1, **o)),
     "sloped_local": lambda data, **o: sloped(pf.LocalDenoiser(data, 3, **o)),
     "sloped_patch_set": lambda data, **o: sloped(pf.PatchSetDenoiser(data, 3, **o)),
+    "gaussian_mixture": lambda data, **o: pf.GaussianMixtureDenoiser(data, 0.1, **o),
     "local_table": lambda data, **o: pf.LocalDenoiser(data, [(0.1, 1), (1.0, 5)], **o),
 }
 # With a slope, which the linear images of a level go with.

@@ -17,7 +17,14 @@ from truth import random_images
 import pyflocality as pf
 from pyflocality.backends import trace_blocks
 from pyflocality.moments import linear_images
-from pyflocality.moments.linear_images import LEFT_OUT, LinearImages, _Filter
+from pyflocality.moments.linear_images import (
+    LEFT_OUT,
+    PASSED,
+    LinearImages,
+    Whitened,
+    _Asked,
+    _Filter,
+)
 from pyflocality.posterior.sharded import ShardedImages
 from pyflocality.storage import blobs
 from pyflocality.storage.mapped import mapped_file
@@ -75,11 +82,53 @@ def test_they_are_those_of_the_formula(count, dtype):
     assert torch.equal(data.images, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("count", "rank"), [(200, None), (20, None), (200, 10)])
+def test_whitened_images_are_those_of_the_formula(count, rank, dtype):
+    """Distances in them are those of noise with a share of the covariance, divided by sigma."""
+    data = training_set(count)
+    basis = pf.Basis.from_data(data)
+    basis = basis if rank is None else basis.leading(rank)
+    images = LinearImages(data, basis)
+    centred = data.values(dtype=torch.float64).flatten(1) - basis.mean.flatten()
+    covariance = (basis.vectors * basis.values) @ basis.vectors.T
+    for alpha, sigma in [(1.0, 0.02), (0.8, 0.5), (0.1, 3.0), (1e-3, 1e3)]:
+        for gamma in (0.01, 0.3, 0.99):
+            found = images.at(alpha, sigma, Whitened(gamma), dtype)
+            assert found.dtype == dtype and found.shape == (count, *SMALL)
+            noise = alpha**2 * gamma * covariance + sigma**2 * torch.eye(data.num_values).double()
+            values, vectors = torch.linalg.eigh(noise)
+            whitening = sigma * (vectors * values.rsqrt()) @ vectors.T
+            expected = (1 - gamma) ** 0.5 * (centred @ whitening).reshape(-1, *SMALL)
+            # Rounded once; in float64 the solvers of both sides round, the more the less noise.
+            tolerance = EPS if dtype == torch.float32 else 1e-11
+            torch.testing.assert_close(found.double(), expected, rtol=EPS, atol=tolerance)
+
+
+def test_whitened_images_are_others_in_the_cache(cached):
+    data = training_set(60, LARGE)
+    images = LinearImages(data, pf.Basis.from_data(data))
+    asked = [(Whitened(0.3), torch.float32), (Whitened(0.4), torch.float32)]
+    asked += [(Whitened(0.3), torch.float64), (PASSED, torch.float32)]
+    made = [images.at(0.8, 0.5, *which).clone() for which in asked]
+    assert len(list(cached.iterdir())) == len(asked)
+    with trace_blocks() as blocks:
+        again = LinearImages(data, pf.Basis.from_data(data))
+        blocks.clear()
+        for which, before in zip(asked, made, strict=True):
+            assert torch.equal(again.at(0.4, 0.25, *which), before)
+    assert blocks == []
+    torch.testing.assert_close(made[0].double(), made[2], rtol=EPS, atol=EPS)
+
+
 def test_one_image_is_its_own_mean():
     data = training_set(1)
     assert torch.equal(
         LinearImages(data, pf.Basis.from_data(data)).at(1.0, 0.3), torch.zeros(1, *SMALL)
     )
+    whitened = LinearImages(data, pf.Basis.from_data(data)).at(1.0, 0.0, Whitened(0.3))
+    # What division by 127.5 rounds.
+    assert whitened.abs().max() < 1e-15
 
 
 @pytest.mark.parametrize(("flip", "shifts"), [(True, 0), (True, 1)])
@@ -112,7 +161,7 @@ def test_components_are_left_out_within_the_bound(sigma):
     size, mean = data.num_values, basis.mean.flatten()
     gains = basis.values / (basis.values + sigma**2)
     longest = (1 + mean.abs()).norm()
-    filtering = _Filter(basis, sigma)
+    filtering = _Filter(basis, _Asked(sigma, PASSED, torch.float32))
     kept = {0.5: size, 300.0: 44, 1e3: 15, 1e9: 0}[sigma]
     assert filtering.rank == kept == (gains * longest > LEFT_OUT).sum()
     assert filtering.is_matrix == (2 * kept >= size)
@@ -183,7 +232,7 @@ def test_those_beyond_the_budget_are_streamed_and_never_in_memory(cached):
     # Of tensors that live at once: a block, what is made of it, and the filter.
     with PeakMemory() as memory:
         found = images.at(0.8, 0.5)
-    assert memory.peak <= budget < images.nbytes
+    assert memory.peak <= budget < images.nbytes()
     assert Reader(found, None, budget).from_file
     # Every budget makes the same bits.
     assert torch.equal(found, LinearImages(data, basis, memory_budget="1GB").at(0.8, 0.5))

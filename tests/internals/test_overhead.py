@@ -55,7 +55,7 @@ OF_DERIVATIVES = {
     "pca": 135,
     "patch_set": 165,
     "patch_set_masks": 165,
-    "wiener": 60,
+    "wiener": 65,
     "equivariant": 4500,
     "filtered": 155,
 }

@@ -88,6 +88,7 @@ MAKERS = {
     "pca_batch_mean": lambda data, **o: pf.PCALocalityDenoiser(
         data, 0.1, aggregation="batch_mean", batch_size=32, **o
     ),
+    "gaussian_mixture": lambda data, **o: pf.GaussianMixtureDenoiser(data, 0.3, **o),
     "local": lambda data, **o: pf.LocalDenoiser(data, 3, **o),
     "equivariant": lambda data, **o: pf.EquivariantDenoiser(data, 3, **o),
     "equivariant_broken": lambda data, **o: pf.EquivariantDenoiser(data, 3, "broken", **o),
