@@ -223,8 +223,8 @@ class GaussianMixtureDenoiser(Denoiser):
         return level_rule(self.gamma, "gamma", _check_gamma, numbers.Real)
 
     def _linear_images(self) -> LinearImages:
-        budget = self.optimal.memory_budget
-        return LinearImages(self.data, self._basis, memory_budget=budget, progress=self.progress)
+        budget, progress = self.optimal.memory_budget, self.progress
+        return LinearImages.shared(self.data, self._basis, memory_budget=budget, progress=progress)
 
     def _groups(self, levels: Levels, batch: int) -> Iterator[_Group]:
         """The images of a batch that one pass serves."""

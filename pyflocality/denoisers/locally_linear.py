@@ -142,8 +142,8 @@ class LocallyLinearDenoiser(Denoiser):
         return components_of(self.data, moments, budget, self.progress)
 
     def _linear_images(self) -> LinearImages:
-        budget = self.denoiser.memory_budget
-        return LinearImages(self.data, self._basis, memory_budget=budget, progress=self.progress)
+        budget, progress = self.denoiser.memory_budget, self.progress
+        return LinearImages.shared(self.data, self._basis, memory_budget=budget, progress=progress)
 
     def _denoise(self, x: Tensor, levels: Levels) -> Tensor:
         return self._answers("scan", x, levels)[0]

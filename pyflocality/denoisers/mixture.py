@@ -57,8 +57,9 @@ class MixtureDenoiser(Denoiser):
     A denoiser is not called for images of which it has no share; where it has all of it, the answer
     is its own to the bit: weights of 0 and 1 choose a model for each noise level. One call asks a
     denoiser about all images of a batch of which it has a share, whatever their noise levels. Each
-    denoiser reads the training set by itself; what they take beside it (`Moments`, `Basis`) is
-    computed once where all are given the same object.
+    denoiser reads the training set by itself, since a pass serves one window, mask or patch; what
+    they take beside it is computed once where all are given the same set and `Basis`: components,
+    and the linear images of a level.
 
     Args:
         denoisers: The denoisers, for images of one shape on one device.

@@ -28,11 +28,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -168,6 +170,25 @@ class LinearImages:
         # Of these: a batch of threads makes them once.
         self._keeping = Lock()
 
+    @classmethod
+    def shared(
+        cls,
+        data: TrainingSet,
+        basis: Basis,
+        *,
+        memory_budget: int | str | None = None,
+        progress: bool = False,
+    ) -> LinearImages:
+        """The same object for all who ask for it: models of one set and basis make images once."""
+        set_of = id(plain(data.images)), id(data.augmentation)
+        key = (*set_of, basis.key, str(basis.device), memory_budget, progress)
+        with _sharing:
+            found = _shared.get(key)
+            if found is None:
+                found = cls(data, basis, memory_budget=memory_budget, progress=progress)
+                _shared[key] = found
+            return found
+
     def __getstate__(self) -> dict[str, Any]:
         """All but the images, which are made or mapped again."""
         return self.__dict__ | {"_kept": OrderedDict()}
@@ -277,6 +298,11 @@ class LinearImages:
     @cached_property
     def _mean(self) -> Tensor:
         return self._basis.mean.flatten()
+
+
+# Those that somebody has, by what they are made of, which they keep alive.
+_shared: WeakValueDictionary[tuple[Hashable, ...], LinearImages] = WeakValueDictionary()
+_sharing = threading.Lock()
 
 
 class _Filter:

@@ -110,6 +110,25 @@ def test_the_set_is_read_by_those_who_have_a_share(data, models):
     assert passes(x[::2], SIGMA[::2], ALPHA[::2]) == 2
 
 
+def test_linear_images_are_made_once_for_all_denoisers(data):
+    basis = pf.Basis.from_data(data)
+    models = [
+        pf.LocallyLinearDenoiser(pf.LocalDenoiser(data, 3), 0.3, moments=basis),
+        pf.LocallyLinearDenoiser(pf.LocalDenoiser(data, 5), 0.5, moments=basis),
+    ]
+    mixture, x = pf.MixtureDenoiser(models, (0.5, 0.5)), noisy(data)
+
+    def reads(*given) -> int:
+        with pf.use_backend("reference"), trace_blocks() as blocks:
+            mixture(*given)
+        return sum(block.count for block in blocks)
+
+    first, again = reads(x, 0.3, 0.9), reads(x, 0.3, 0.9)
+    assert first - again == len(data)
+    # Levels of one ratio share them.
+    assert reads(x, 0.6, 1.8) == again
+
+
 @pytest.mark.parametrize(
     "weights",
     [

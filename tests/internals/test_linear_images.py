@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import pickle
 from pathlib import Path
@@ -275,6 +276,28 @@ def test_they_are_kept_while_they_fit_the_budget():
     images.at(1.0, 0.6)
     again = images.at(1.0, 0.3)
     assert again is not first and torch.equal(again, first)
+
+
+def test_those_of_one_set_and_basis_are_shared():
+    data = training_set(100)
+    basis = pf.Basis.from_data(data)
+    images = LinearImages.shared(data, basis)
+    # Another object that shows the same images.
+    same = data.to("cpu")
+    assert LinearImages.shared(same, basis) is images
+    others = [
+        LinearImages.shared(data.subset(range(50)), basis),
+        LinearImages.shared(data.augmented(flip=True), basis),
+        LinearImages.shared(data, basis.leading(3)),
+        LinearImages.shared(data, basis, memory_budget="1GB"),
+        LinearImages.shared(data, basis, progress=True),
+    ]
+    assert len({id(one) for one in [images, *others]}) == 6
+    # They live for as long as somebody has them.
+    count = len(linear_images._shared)
+    del others
+    gc.collect()
+    assert len(linear_images._shared) == count - 5
 
 
 def test_copies_of_them_make_their_own():
