@@ -48,10 +48,11 @@ from pyflocality._support.text import bytes_told
 from pyflocality._support.threads import Lock
 from pyflocality.data import TrainingSet
 from pyflocality.moments.basis import Basis
-from pyflocality.moments.mask_source import CACHED_INPUTS
 from pyflocality.posterior.sharded import plain, ranks_of
+from pyflocality.storage import blobs
 from pyflocality.storage.blobs import BlobWriter, read_blob
-from pyflocality.storage.mapped import mapped_file, remember
+from pyflocality.storage.limit import cache_limit_bytes
+from pyflocality.storage.mapped import remember
 from pyflocality.storage.reader import Reader
 
 # What a value may change by where components are left out: a few roundings of sums.
@@ -144,14 +145,15 @@ class LinearImages:
     reader, copies of an augmentation included; of a sharded set those of the rank's own images.
     Products take 2 N D^2 operations, or 4 N D K with fewer than D / 2 components K.
 
-    On the CPU they lie in the user's cache folder, from which large ones are mapped and, where they
-    exceed the memory budget, read block by block as a mapped set is; but for those of images of
-    fewer than 1,024 values, which are made in less time than a file takes, and fit the budget.
+    On the CPU they lie in the user's cache folder, from which they are mapped and, where they
+    exceed the memory budget, read block by block as a mapped set is; but for those of less than
+    64 MiB, which are made in little time and fit the budget.
 
     Args:
         data: The set.
         basis: Mean and components, of this set or of others of its shape.
-        memory_budget: Working memory. Ratios are kept for as long as all of them fit.
+        memory_budget: Working memory. Ratios are kept for as long as all of them fit; mapped ones,
+            whose files stay in the cache while they are open, half of what the cache may hold.
         progress: Whether to show what is being done.
     """
 
@@ -218,18 +220,19 @@ class LinearImages:
             if asked not in self._kept:
                 self._kept[asked] = self._images(asked)
             self._kept.move_to_end(asked)
-            budget, kept = memory_budget_bytes(self._memory_budget), self._kept
-            while len(kept) > 1 and sum(map(_held_bytes, kept.values())) > budget:
-                kept.popitem(last=False)
             return self._kept[asked]
 
     def _images(self, asked: _Asked) -> Tensor:
         shape = -1, *self._data.image_shape
-        size = self.nbytes(asked.dtype)
-        content = self._from_cache(asked) if self._is_cached(size) else None
+        size, budget = self.nbytes(asked.dtype), memory_budget_bytes(self._memory_budget)
+        content = None
+        if self._data.device.type == "cpu" and (size >= blobs.MAPPED or size > budget):
+            self._let_go(size, cache_limit_bytes() // 2 if size >= blobs.MAPPED else budget)
+            content = self._from_cache(asked)
         if content is not None:
             kind = np.float64 if asked.dtype == torch.float64 else np.float32
             return torch.from_numpy(content.view(kind)).reshape(shape)
+        self._let_go(size, budget)
         if self._data.device.type == "cpu":
             what = f"the {asked.response.name} of {self._data.name}, which cannot be kept in the "
             what += "cache,"
@@ -243,11 +246,10 @@ class LinearImages:
             first += len(block)
         return result.reshape(shape)
 
-    def _is_cached(self, size: int) -> bool:
-        if self._data.device.type != "cpu":
-            return False
-        exceeds = size > memory_budget_bytes(self._memory_budget)
-        return exceeds or self._data.num_values >= CACHED_INPUTS
+    def _let_go(self, size: int, limit: int) -> None:
+        """Drop those not used for longest, until so many bytes more are within a limit."""
+        while self._kept and size + sum(one.nbytes for one in self._kept.values()) > limit:
+            self._kept.popitem(last=False)
 
     def _from_cache(self, asked: _Asked) -> np.ndarray | None:
         """The bytes of the images, from the cache or left there; None where it takes nothing."""
@@ -345,11 +347,6 @@ class _Filter:
             return centred @ self._factor
         products = (centred @ self._factor * self._gains) @ self._factor.T
         return products + self._rest * centred if self._rest > 0 else products
-
-
-def _held_bytes(images: Tensor) -> int:
-    """Memory that images take of this process: none where they map a file."""
-    return 0 if mapped_file(images) is not None else images.nbytes
 
 
 def _own(data: TrainingSet) -> TrainingSet:

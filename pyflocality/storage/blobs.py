@@ -32,7 +32,7 @@ from pyflocality.storage.limit import BLOB_MAGIC, make_room
 # What tells it, the size of the content, and its digest.
 _HEADER = struct.Struct("<16sQ8x32s")
 # Content from this size on is mapped; below, an open file for each would be the dearer way.
-_MAPPED = 64 * 2**20
+MAPPED = 64 * 2**20
 _PIECE = 2**20
 
 
@@ -191,7 +191,7 @@ def _content(file: IO[bytes], size: int | None) -> np.ndarray | None:
     there = os.fstat(file.fileno()).st_size - _HEADER.size
     if magic != BLOB_MAGIC or stated != there or (size is not None and size != there):
         return None
-    if there < _MAPPED:
+    if there < MAPPED:
         content = np.empty(there, np.uint8)
         file.readinto(content.data)  # type: ignore[attr-defined]  # files of bytes have it
         return content if hashlib.sha256(content.data).digest() == digest else None

@@ -191,15 +191,17 @@ def test_a_batch_of_levels_shares_its_passes(data):
 
 def test_large_whitened_images_are_made_once_for_all_denoisers(tmp_path, monkeypatch):
     monkeypatch.setenv("PYFLOCALITY_CACHE_DIR", str(tmp_path / "cache"))
+    # As the default budget does of 400,000 such images.
+    small = {"memory_budget": "1MB"}
     generator = torch.Generator().manual_seed(1)
     images = random_images(generator, 300, (1, 32, 32), torch.uint8)
     np.save(tmp_path / "set.npy", images.numpy())
     data = pf.TrainingSet.load(tmp_path / "set.npy")
     basis = pf.Basis.from_data(data)
     x = 0.8 * data.values(0, 2) + 0.3 * torch.randn(2, 1, 32, 32, generator=generator)
-    first = pf.GaussianMixtureDenoiser(data, 0.3, moments=basis)(x, 0.3, 0.8)
+    first = pf.GaussianMixtureDenoiser(data, 0.3, moments=basis, **small)(x, 0.3, 0.8)
     assert len(list((tmp_path / "cache" / "linear").iterdir())) == 1
-    second = pf.GaussianMixtureDenoiser(data, 0.3, moments=basis, backend="reference")
+    second = pf.GaussianMixtureDenoiser(data, 0.3, moments=basis, backend="reference", **small)
     with trace_blocks() as blocks:
         found = second(x, 0.6, 1.6)
     # Those alone are read that are compared.

@@ -67,7 +67,7 @@ def test_pieces_at_any_place_make_the_whole():
 
 def test_what_is_written_and_mapped_is_never_held_whole(monkeypatch):
     """64 MiB go through less than 4 MiB, and come back as a map."""
-    size, piece = blobs._MAPPED, np.arange(2**20, dtype=np.uint32).view(np.uint8)
+    size, piece = blobs.MAPPED, np.arange(2**20, dtype=np.uint32).view(np.uint8)
     tracemalloc.start()
     try:
         with BlobWriter(name_of(1), size) as blob:
@@ -150,7 +150,7 @@ def test_a_disk_that_gets_full_leaves_nothing_and_is_told_once(folder, monkeypat
     ],
 )
 def test_damage_is_told(mapped, damage, monkeypatch):
-    monkeypatch.setattr(blobs, "_MAPPED", 0 if mapped else 2**30)
+    monkeypatch.setattr(blobs, "MAPPED", 0 if mapped else 2**30)
     path = leave(1)
     assert isinstance(read_blob(name_of(1), 1000), np.memmap) == mapped
     path.write_bytes(damage(path.read_bytes()))
@@ -215,7 +215,7 @@ def test_the_limit_in_force(monkeypatch):
 
 @pytest.mark.skipif(os.name == "nt", reason="the system keeps what is open there")
 def test_what_is_mapped_stays_until_nobody_maps_it(folder, monkeypatch):
-    monkeypatch.setattr(blobs, "_MAPPED", 100)
+    monkeypatch.setattr(blobs, "MAPPED", 100)
     path = leave(1, used=1000)
     content = read_blob(name_of(1), 1000)
     part = content[500:]

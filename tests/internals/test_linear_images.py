@@ -62,7 +62,7 @@ def truth(data: pf.TrainingSet, alpha: float, sigma: float) -> tuple[Tensor, Ten
 @pytest.fixture
 def cached(monkeypatch) -> Path:
     """The folder of linear images, of which those of any size are mapped."""
-    monkeypatch.setattr(blobs, "_MAPPED", 1)
+    monkeypatch.setattr(blobs, "MAPPED", 1)
     return Path(os.environ["PYFLOCALITY_CACHE_DIR"]) / "linear"
 
 
@@ -208,10 +208,27 @@ def test_large_ones_are_made_once_and_mapped(cached):
     assert len(list(cached.iterdir())) == 1 + len(others)
 
 
-def test_small_ones_are_made_where_they_are_used(cached):
-    data = training_set(60)
+def test_small_ones_are_made_where_they_are_used():
+    data = training_set(60, LARGE)
     found = LinearImages(data, pf.Basis.from_data(data)).at(0.8, 0.5)
-    assert mapped_file(found) is None and not cached.exists()
+    assert mapped_file(found) is None
+    assert not (Path(os.environ["PYFLOCALITY_CACHE_DIR"]) / "linear").exists()
+
+
+def test_open_files_are_half_of_the_cache_at_most(cached, monkeypatch):
+    """Else a run of many levels would fill it with files that nobody may remove."""
+    data = training_set(100)
+    images = LinearImages(data, pf.Basis.from_data(data))
+    size = images.nbytes()
+    monkeypatch.setenv("PYFLOCALITY_CACHE_LIMIT", str(5 * size))
+    levels = [0.1 * level for level in range(1, 9)]
+    first = [images.at(1.0, sigma) for sigma in levels[:2]]
+    assert all(images.at(1.0, sigma) is one for sigma, one in zip(levels, first, strict=False))
+    for sigma in levels:
+        assert mapped_file(images.at(1.0, sigma)) is not None
+    assert len(images._kept) == 2
+    # What is still open of the first ones stays; nothing was refused for it.
+    assert images.at(1.0, levels[-1]) is images.at(1.0, levels[-1])
 
 
 def test_a_damaged_file_is_made_anew(cached):
