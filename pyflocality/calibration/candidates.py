@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pyflocality._support.checks import (
     check_choice,
     check_count,
     check_positive,
+    check_real,
     check_sequence,
     describe,
 )
@@ -18,6 +19,7 @@ from pyflocality.denoisers import (
     Denoiser,
     DenoiserOptions,
     LocalDenoiser,
+    LocallyLinearDenoiser,
     PatchSetDenoiser,
     PCALocalityDenoiser,
     WienerDenoiser,
@@ -32,10 +34,12 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 # What is tried where nobody says: shares of the largest magnitude of the Wiener filter, sides of
-# windows and patches in pixels, and temperatures.
+# windows and patches in pixels, and temperatures with slopes, the simplest first.
 _THRESHOLDS = (0.05, 0.02, 0.01, 0.005, 0.002)
 _SIDES = (3, 5, 7, 11, 15, 21, 31)
-_TEMPERATURES = (1.0, 1.4)
+_POSTERIORS = ((1.0, 0.0), (1.4, 0.0))
+# Settings that models with posteriors share.
+_SHARED = ("temperature", "slope")
 
 
 @dataclass(frozen=True)
@@ -45,18 +49,18 @@ class Candidate:
     | model | settings | denoiser |
     |---|---|---|
     | `"wiener"` | | `WienerDenoiser` |
-    | `"pca-locality"` | threshold, temperature | `PCALocalityDenoiser` |
-    | `"local"` | window, temperature | `LocalDenoiser` |
-    | `"patch-set"` | window, temperature | `PatchSetDenoiser` |
+    | `"pca-locality"` | threshold, temperature, slope | `PCALocalityDenoiser` |
+    | `"local"` | window, temperature, slope | `LocalDenoiser` |
+    | `"patch-set"` | window, temperature, slope | `PatchSetDenoiser` |
 
-    A further setting is one more field, whose default is the model without it, and its name in
-    the table of models below; a file of a calibration names it where it is not the default.
+    With a slope it is the `LocallyLinearDenoiser` of these.
 
     Attributes:
         model: Name of the model.
         threshold: Share of the largest magnitude that an input of PCA locality needs, in (0, 1).
         window: Side of the window or of the patches, in pixels.
         temperature: Divides the logits, positive.
+        slope: Share of the Wiener filter's slope, in [0, 1].
 
     Raises:
         TypeError: A setting has the wrong type.
@@ -67,6 +71,7 @@ class Candidate:
     threshold: float | None = None
     window: int | None = None
     temperature: float = 1.0
+    slope: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the settings, and keep them as plain numbers."""
@@ -90,7 +95,12 @@ class Candidate:
     @property
     def takes_moments(self) -> bool:
         """Whether it is made of moments, or of components."""
-        return MODELS[self.model].takes_moments
+        return MODELS[self.model].takes_moments or self.slope > 0
+
+    @property
+    def family(self) -> Candidate:
+        """The same without temperature and slope: what differs in these alone shares passes."""
+        return replace(self, temperature=1.0, slope=0.0)
 
     def as_json(self) -> dict[str, str | int | float]:
         """The model and the settings that are not the defaults."""
@@ -120,7 +130,10 @@ class Candidate:
         check_set(data)
         if moments is not None and not isinstance(moments, (Moments, Basis)):
             raise TypeError(f"`moments` must be Moments or a Basis, got {describe(moments)}")
-        return MODELS[self.model].build(self, data, moments, options)
+        model = MODELS[self.model].build(self, data, moments, options)
+        if self.slope == 0:
+            return model
+        return LocallyLinearDenoiser(_sloped(model), self.slope, moments=moments)
 
 
 # What models are made of that are not made of images alone.
@@ -140,6 +153,11 @@ class Model:
     takes: tuple[str, ...]
     build: Callable[[Candidate, TrainingSet, Source, DenoiserOptions], Denoiser]
     takes_moments: bool = False
+
+
+def _sloped(model: Denoiser) -> PCALocalityDenoiser | LocalDenoiser | PatchSetDenoiser:
+    assert isinstance(model, (PCALocalityDenoiser, LocalDenoiser, PatchSetDenoiser))
+    return model
 
 
 def _wiener(
@@ -174,12 +192,17 @@ def _patch_set(
 
 MODELS: Mapping[str, Model] = {
     "wiener": Model((), _wiener, takes_moments=True),
-    "pca-locality": Model(("threshold", "temperature"), _pca_locality, takes_moments=True),
-    "local": Model(("window", "temperature"), _local),
-    "patch-set": Model(("window", "temperature"), _patch_set),
+    "pca-locality": Model(("threshold", *_SHARED), _pca_locality, takes_moments=True),
+    "local": Model(("window", *_SHARED), _local),
+    "patch-set": Model(("window", *_SHARED), _patch_set),
 }
 
-_DEFAULTS: Mapping[str, float | None] = {"threshold": None, "window": None, "temperature": 1.0}
+_DEFAULTS: Mapping[str, float | None] = {
+    "threshold": None,
+    "window": None,
+    "temperature": 1.0,
+    "slope": 0.0,
+}
 
 
 def _check_share(value: object) -> float:
@@ -193,6 +216,7 @@ _CHECKS: Mapping[str, Callable[[object], float]] = {
     "threshold": _check_share,
     "window": lambda value: check_count(value, "window"),
     "temperature": lambda value: check_positive(value, "temperature"),
+    "slope": lambda value: check_real(value, "slope", low=0.0, high=1.0),
 }
 
 
@@ -219,13 +243,11 @@ def default_candidates(image_shape: tuple[int, int, int]) -> tuple[Candidate, ..
     _, height, width = image_shape
     sides = [side for side in _SIDES if side <= min(height, width)]
     tried = [Candidate("wiener")]
-    for temperature in _TEMPERATURES:
-        tried += [
-            Candidate("pca-locality", threshold=share, temperature=temperature)
-            for share in _THRESHOLDS
-        ]
-        for model in ("local", "patch-set"):
-            tried += [Candidate(model, window=side, temperature=temperature) for side in sides]
+    families = [Candidate("pca-locality", threshold=share) for share in _THRESHOLDS]
+    for model in ("local", "patch-set"):
+        families += [Candidate(model, window=side) for side in sides]
+    for temperature, slope in _POSTERIORS:
+        tried += [replace(family, temperature=temperature, slope=slope) for family in families]
     return tuple(tried)
 
 

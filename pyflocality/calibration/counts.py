@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from pyflocality.calibration.candidates import Candidate
 
 # Images that are held out, over all folds, where there are twice as many; a fold leaves out at most
 # a part of the set of this many, but for small sets of which that would take too many folds.
 HELD_OUT, PARTS, MOST_FOLDS = 64, 20, 5
 # Of a set of fewer images none can be held out.
 FEWEST = 4
-# Held-out images that all candidates see, and how many candidates of a level go on from there to
-# all images, and then to restore them.
-SCREENED, COMPARED, RESTORED = 16, 8, 4
+# Held-out images that all candidates see, and how many families of candidates go on from there to
+# all images, and then to restore them. Those of a family differ in temperature and slope alone.
+SCREENED, COMPARED, RESTORED = 16, 4, 2
 
 
 @dataclass(frozen=True)
@@ -19,8 +23,8 @@ class Counts:
     """How many noisy images are denoised at most.
 
     Attributes:
-        screened: By every candidate.
-        compared: By the candidates that go on, together.
+        screened: For each temperature of a family.
+        compared: By the families that go on, together.
         restored: On the ways down to the data, by what was chosen.
     """
 
@@ -34,13 +38,20 @@ def screened_of_fold(folds: int) -> int:
     return -(-SCREENED // folds)
 
 
-def counts_of(levels: int, held_out: int, candidates: int, folds: int) -> Counts:
+def temperatures_of(candidates: Sequence[Candidate]) -> dict[Candidate, int]:
+    """How many temperatures each family has."""
+    warm = dict.fromkeys((one.family, one.temperature) for one in candidates)
+    return dict(Counter(family for family, _ in warm))
+
+
+def counts_of(levels: int, held_out: int, candidates: Sequence[Candidate], folds: int) -> Counts:
     """The counts of a calibration."""
     screened = min(screened_of_fold(folds) * folds, held_out)
-    on = min(COMPARED, candidates)
+    heats = sorted(temperatures_of(candidates).values(), reverse=True)
+    sizes = sorted(Counter(one.family for one in candidates).values(), reverse=True)
     ways = levels * (levels - 1) // 2
     return Counts(
         levels * screened,
-        levels * on * (held_out - screened),
-        ways * min(RESTORED, candidates) * held_out,
+        levels * sum(heats[:COMPARED]) * (held_out - screened),
+        ways * sum(sizes[:RESTORED]) * held_out,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyflocality._support.text import bytes_told, time_told
 from pyflocality.calibration.candidates import Candidate, is_thin
-from pyflocality.calibration.counts import counts_of
+from pyflocality.calibration.counts import counts_of, temperatures_of
 from pyflocality.data import TrainingSet
 from pyflocality.noise import NoiseLevel
 from pyflocality.planner import Job, Setting, Stage, cost_of, seconds_of, stages_of
@@ -28,11 +28,12 @@ def foreseen(
 ) -> str | None:
     """A line on a calibration: how long at most, and of what; None of a quick one."""
     held_out, folds = sum(map(len, positions)), len(positions)
-    counts = counts_of(len(levels), held_out, len(candidates), folds)
-    settings = {one: _setting(data, one, held_out) for one in candidates}
+    counts = counts_of(len(levels), held_out, candidates, folds)
+    heats = temperatures_of(candidates)
+    settings = {one: _setting(data, one, held_out) for one in heats}
     flops = {one: cost_of(one.model, setting).flops for one, setting in settings.items()}
     dearest = max(flops, key=lambda one: flops[one])
-    rows = {one: counts.screened for one in candidates}
+    rows = {one: heats[one] * counts.screened for one in heats}
     rows[dearest] += counts.compared + counts.restored
     if sum(flops[one] * count / held_out for one, count in rows.items()) < _LONG_FLOPS:
         return None
@@ -45,7 +46,7 @@ def foreseen(
         (measured[one.model, settings[one].window] or 0.0) * count / held_out
         for one, count in rows.items()
     ]
-    stages = _making(data, candidates, settings, len(levels))
+    stages = _making(data, settings, len(levels))
     total = sum(spent) + folds * sum(stage.seconds or 0.0 for stage in stages)
     most = max((stage.bytes for stage in stages), default=0)
     return (
@@ -63,17 +64,12 @@ def _setting(data: TrainingSet, candidate: Candidate, batch: int) -> Setting:
     return dataclasses.replace(setting, window=candidate.window)
 
 
-def _making(
-    data: TrainingSet,
-    candidates: Sequence[Candidate],
-    settings: dict[Candidate, Setting],
-    levels: int,
-) -> list[Stage]:
+def _making(data: TrainingSet, settings: dict[Candidate, Setting], levels: int) -> list[Stage]:
     """Stages of what candidates are made of, in one fold."""
     stages: list[Stage] = []
-    shares = {one.threshold for one in candidates if one.model == "pca-locality"}
+    shares = {one.threshold for one in settings if one.model == "pca-locality"}
     for model in ("pca-locality", "wiener"):
-        setting = next((settings[one] for one in candidates if one.model == model), None)
+        setting = next((settings[one] for one in settings if one.model == model), None)
         if setting is None:
             continue
         thin = is_thin(data)

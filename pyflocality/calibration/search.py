@@ -6,6 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,9 +34,12 @@ from pyflocality.calibration.trials import (
     sharpness,
 )
 from pyflocality.data import TrainingSet
-from pyflocality.denoisers import Denoiser
-from pyflocality.denoisers.base import PosteriorDenoiser, answers_at_temperatures, check_set
+from pyflocality.denoisers import Denoiser, WienerDenoiser
+from pyflocality.denoisers.base import PosteriorDenoiser, check_set
+from pyflocality.denoisers.locally_linear import answers_at_temperatures
 from pyflocality.metrics import gradient_energy
+from pyflocality.moments import Basis, Moments
+from pyflocality.moments.linear_images import LinearImages
 from pyflocality.noise import DDPMSchedule, NoiseSchedule
 from pyflocality.sampling import DDIM, DenoiserFunction, levels_of_run
 
@@ -59,10 +63,12 @@ def calibrate(
     Images are held out, and all candidates are models of the rest: :math:`x = \alpha x_0 + \sigma
     \epsilon` with the same images and the same noise for all of them. At each level
 
-    1. all candidates denoise a few of the images in one step, and those of the least errors
-       :math:`\lVert \hat x_0 - x_0 \rVert^2 / D`, answers clipped to [-1, 1], all of them;
-    2. of these, at most four within 15 percent of the best restore the images: DDIM goes from
-       the noisy image down to the data, by the candidate at its first step and by what was
+    1. all candidates denoise a few of the images in one step, and those of the four families of
+       the least errors :math:`\lVert \hat x_0 - x_0 \rVert^2 / D`, answers clipped to [-1, 1],
+       all of them. Candidates of a family differ in temperature and slope alone, and share passes
+       over the set;
+    2. of the two best families those within 15 percent of the best restore the images: DDIM goes
+       from the noisy image down to the data, by the candidate at its first step and by what was
        chosen for the levels below, from the cleanest level upwards;
     3. the best has the least :math:`\log e + 0.1 \, |\log g|`, with e the mean squared error of
        what is restored and g its gradient energy (`metrics.gradient_energy`) as a share of the
@@ -161,33 +167,70 @@ class _Trained:
         for level in levels:
             noise = torch.randn(fold.images.shape, generator=generator).to(fold.images.device)
             self.noisy.append(level.alpha * fold.images + level.sigma * noise)
-        # By candidate at temperature 1: all temperatures share its masks.
+        # By family.
         self._denoisers: dict[Candidate, Denoiser] = {}
 
     def answers(
         self, candidates: Sequence[Candidate], x: Tensor, level: NoiseLevel
     ) -> Iterator[tuple[Candidate, Tensor]]:
-        """Answers [b, C, H, W] of candidates, those that differ in temperature by one pass."""
+        """Answers [b, C, H, W] of candidates, those of a family by one pass."""
         if len(x) == 0:
             yield from ((candidate, x) for candidate in candidates)
             return
-        groups: dict[Candidate, list[Candidate]] = {}
+        families: dict[Candidate, list[Candidate]] = {}
         for candidate in candidates:
-            base = dataclasses.replace(candidate, temperature=1.0)
-            groups.setdefault(base, []).append(candidate)
-        for base, group in groups.items():
-            denoiser = self._denoisers.get(base)
-            if denoiser is None:
-                denoiser = base.build(self._fold.rest, self._fold.moments)
-                self._denoisers[base] = denoiser
+            families.setdefault(candidate.family, []).append(candidate)
+        for family, members in families.items():
+            if family not in self._denoisers:
+                self._denoisers[family] = family.build(self._fold.rest, self._fold.moments)
+            denoiser = self._denoisers[family]
             if isinstance(denoiser, PosteriorDenoiser):
-                temperatures = [candidate.temperature for candidate in group]
-                heat = torch.tensor(temperatures, dtype=torch.float64, device=x.device)
-                yield from zip(
-                    group, answers_at_temperatures(denoiser, x, level, heat), strict=True
-                )
+                yield from zip(members, self._of_family(denoiser, members, x, level), strict=True)
             else:
-                yield base, denoiser(x, level)
+                yield family, denoiser(x, level)
+
+    def _of_family(
+        self,
+        denoiser: PosteriorDenoiser,
+        members: Sequence[Candidate],
+        x: Tensor,
+        level: NoiseLevel,
+    ) -> Iterator[Tensor]:
+        """Answers [b, C, H, W] at the temperatures and slopes of the members of a family."""
+        heats = list(dict.fromkeys(member.temperature for member in members))
+        along = None
+        if any(member.slope > 0 for member in members):
+            along = self._linear.at(level.alpha, level.sigma)[:, None]
+        warm = torch.tensor(heats, dtype=torch.float64, device=x.device)
+        found = answers_at_temperatures(denoiser, x, level, warm, along)
+        filtered = None if along is None else self._wiener(x, level) - self._wiener_mean
+        for member in members:
+            answer = found[heats.index(member.temperature)]
+            if filtered is None:
+                yield answer
+                continue
+            image, linear = answer.unbind(1)
+            yield image if member.slope == 0 else image + member.slope * (filtered - linear)
+
+    @cached_property
+    def _basis(self) -> Basis:
+        moments = self._fold.moments
+        # Who has a slope takes moments.
+        assert moments is not None
+        basis = moments.basis() if isinstance(moments, Moments) else moments
+        return basis.to(self.images.device)
+
+    @cached_property
+    def _linear(self) -> LinearImages:
+        return LinearImages.shared(self._fold.rest, self._basis)
+
+    @cached_property
+    def _wiener(self) -> WienerDenoiser:
+        return WienerDenoiser(self._basis)
+
+    @property
+    def _wiener_mean(self) -> Tensor:
+        return self._basis.mean.to(torch.float32)
 
     def answer(self, candidate: Candidate, x: Tensor, level: NoiseLevel) -> Tensor:
         """The answer of one of them."""
@@ -257,26 +300,32 @@ class _Search:
         seen = self._seen(index, every, slice(few))
         first = compared(mean_error, seen.errors)
         trials = [_trial(number, seen, first, number) for number in every]
-        hopeful = sorted(first.values.argsort(stable=True)[:COMPARED].tolist())
+        hopeful = self._best(first, every, COMPARED)
         seen = seen.of(hopeful)
         if any(len(fold.images) > few for fold in self.folds):
             seen = seen.joined(self._seen(index, hopeful, slice(few, None)))
         second = compared(mean_error, seen.errors)
         for place, number in enumerate(hopeful):
             trials[number] = _trial(number, seen, second, place)
-        if float(second.values.min()) <= _TELLING * self.spread:
-            going = self._going(second)
+        least = float(second.values.min())
+        if least <= _TELLING * self.spread:
+            best = self._best(second, hopeful, RESTORED)
+            going = [
+                place
+                for place, number in enumerate(hopeful)
+                if number in best and second.values[place] <= _HOPEFUL * least
+            ]
             for place, one in zip(going, self._restored(index, seen.of(going)), strict=True):
                 number = hopeful[place]
                 trials[number] = dataclasses.replace(trials[number], restored=one)
         return tuple(trials)
 
-    @staticmethod
-    def _going(comparison: Comparison) -> list[int]:
-        """Which of the compared restore images: the best of those near it, in their order."""
-        least = float(comparison.values.min())
-        ranked = comparison.values.argsort(stable=True)[:RESTORED].tolist()
-        return sorted(place for place in ranked if comparison.values[place] <= _HOPEFUL * least)
+    def _best(self, comparison: Comparison, numbers: Sequence[int], families: int) -> list[int]:
+        """Which of the compared candidates are of the best families."""
+        order = comparison.values.argsort(stable=True).tolist()
+        ranked = [self.candidates[numbers[place]].family for place in order]
+        best = list(dict.fromkeys(ranked))[:families]
+        return [number for number in numbers if self.candidates[number].family in best]
 
     def _seen(self, index: int, numbers: Sequence[int], rows: slice) -> _Seen:
         """What some candidates make of some images of every fold at a level."""

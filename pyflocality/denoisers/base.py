@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from pyflocality._support.budget import memory_budget_bytes
 from pyflocality._support.checks import (
     LevelLike,
-    NoiseLevel,
     Noisy,
     check_choice,
     check_device,
@@ -417,30 +416,3 @@ class PosteriorDenoiser(Denoiser):
     def extra_repr(self) -> str:
         """What `repr` shows."""
         return f"{self.data!r}, temperature={self.temperature}"
-
-
-def answers_at_temperatures(
-    denoiser: PosteriorDenoiser, x: Tensor, level: NoiseLevel, temperatures: Tensor
-) -> Tensor:
-    """Answers at several temperatures, whatever the denoiser's own, in the passes of one.
-
-    For callers that have checked their arguments.
-
-    Args:
-        denoiser: The denoiser.
-        x: Noisy images, [B, C, H, W].
-        level: Their noise level.
-        temperatures: What divides the logits, positive, float64 [T].
-
-    Returns:
-        The answers [T, B, C, H, W] in the dtype of x.
-    """
-    asked = denoiser._questions("scan")(level.alpha, level.sigma)
-    problem = denoiser._problem(
-        x.repeat(len(temperatures), 1, 1, 1),
-        Levels(level.alpha, level.sigma),
-        denoiser.data.images,
-        denoiser.data.augmentation,
-        temperature=temperatures.repeat_interleave(len(x)),
-    )
-    return denoiser._run("scan", asked, problem)[0].reshape(len(temperatures), *x.shape)

@@ -20,7 +20,7 @@ from pyflocality._support.checks import (
 from pyflocality._support.levels import Levels, Rows
 from pyflocality._support.transforms import is_differentiated, outside_transforms
 from pyflocality.data import TrainingSet
-from pyflocality.denoisers.base import Denoiser
+from pyflocality.denoisers.base import Denoiser, PosteriorDenoiser
 from pyflocality.denoisers.components import check_moments, components_of
 from pyflocality.denoisers.levels import Level, join_rows, share_passes, split_levels
 from pyflocality.denoisers.local import LocalDenoiser
@@ -258,3 +258,37 @@ def _check_wrapped(denoiser: object) -> _Wrapped:
             f"`denoiser` must have aggregation='exact', got one of {denoiser.aggregation!r}"
         )
     return denoiser
+
+
+def answers_at_temperatures(
+    denoiser: PosteriorDenoiser,
+    x: Tensor,
+    level: NoiseLevel,
+    temperatures: Tensor,
+    values: Tensor | None = None,
+) -> Tensor:
+    """Answers at several temperatures, whatever the denoiser's own, in the passes of one.
+
+    For callers that have checked their arguments.
+
+    Args:
+        denoiser: The denoiser.
+        x: Noisy images, [B, C, H, W].
+        level: Their noise level.
+        temperatures: What divides the logits, positive, float64 [T].
+        values: Value images that are answered beside the image, [N, R, C, H, W].
+
+    Returns:
+        The answers in the dtype of x: [T, B, C, H, W], with value images [T, B, 1 + R, C, H, W].
+    """
+    asked = denoiser._questions("scan")(level.alpha, level.sigma)
+    problem = denoiser._problem(
+        x.repeat(len(temperatures), 1, 1, 1),
+        Levels(level.alpha, level.sigma),
+        denoiser.data.images,
+        denoiser.data.augmentation,
+        temperature=temperatures.repeat_interleave(len(x)),
+        values=values,
+    )
+    answers = denoiser._run("scan", asked, problem)[0]
+    return answers.reshape(len(temperatures), len(x), *answers.shape[1:])

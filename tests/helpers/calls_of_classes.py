@@ -134,6 +134,7 @@ def classes() -> dict[str, Call]:
                 "model": choice("local", "patch-set"),
                 "threshold": only(lambda v: v is None),
                 "window": count(),
+                "slope": real(0.0, 1.0, low_open=False, high_open=False),
             },
             model="local",
             window=3,

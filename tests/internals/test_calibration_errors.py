@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from truth import filtered_posterior_mean, random_images, values_of, window_weig
 import pyflocality as pf
 from pyflocality.backends import trace_blocks
 from pyflocality.calibration import search
-from pyflocality.calibration.counts import counts_of
+from pyflocality.calibration.counts import counts_of, temperatures_of
 from pyflocality.calibration.folds import folds_of, held_out_positions
 from pyflocality.calibration.record import CalibratedLevel, Restored, Trial
 from pyflocality.calibration.trials import compared, mean_error, restoration
@@ -213,9 +215,35 @@ def test_work_is_what_was_counted(monkeypatch):
     monkeypatch.setattr(search._Trained, "answers", counted)
     candidates = pf.calibration.default_candidates(SHAPE)
     calibrated(data, *candidates, steps=3)
-    counts = counts_of(3, 64, len(candidates), 1)
-    at_most = counts.screened * len(candidates) + counts.compared + counts.restored
-    assert counts.screened * len(candidates) + counts.compared < sum(rows) <= at_most
+    counts = counts_of(3, 64, candidates, 1)
+    screened = counts.screened * sum(temperatures_of(candidates).values())
+    assert screened == 3 * 16 * len(candidates)
+    assert screened + 3 * 2 * 48 < sum(rows) <= screened + counts.compared + counts.restored
+
+
+def test_slopes_and_temperatures_share_passes_and_answer_as_the_models_do():
+    data = training_set(400)
+    positions = held_out_positions(data, torch.Generator().manual_seed(0))
+    (fold, *_) = folds_of(data, positions, moments=True, progress=False)
+    level = pf.NoiseLevel(0.8, 0.4)
+    trained = search._Trained(fold, [level], torch.Generator().manual_seed(1))
+    for family, operation in (
+        (LOCAL, "window_posterior"),
+        (pf.Candidate("patch-set", window=4), "patch_set"),
+        (pf.Candidate("pca-locality", threshold=0.05), "masked_posterior"),
+    ):
+        members = [
+            dataclasses.replace(family, temperature=temperature, slope=slope)
+            for temperature, slope in ((1.0, 0.0), (1.4, 0.25), (1.4, 0.5))
+        ]
+        x = trained.noisy[0]
+        with pf.trace_backends() as calls:
+            answers = dict(trained.answers(members, x, level))
+        assert [name for name, _ in calls].count(operation) == 1
+        for member in members:
+            expected = member.build(fold.rest, fold.moments)(x, level)
+            # Products of another batch round in another way.
+            torch.testing.assert_close(answers[member], expected, rtol=0, atol=5e-6)
 
 
 def test_differences_have_the_standard_error_of_paired_means():
