@@ -30,7 +30,7 @@ def cache(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Show or clear the cache: decoded image sets, and masks and bases of large images.
+    """Show or clear the cache: decoded sets, masks and bases of large images, and linear images.
 
     It lies in pyflocality in the user's cache folder, or where PYFLOCALITY_CACHE_DIR says. It holds
     at most 20GB (21,474,836,480 bytes), or what PYFLOCALITY_CACHE_LIMIT says: before something is
