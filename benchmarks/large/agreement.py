@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 import pyflocality as pf
-from pyflocality.moments.mask_tiles import NEAR, masks_of
+from pyflocality.moments.marks import NEAR
+from pyflocality.moments.mask_tiles import masks_of
 from pyflocality.moments.projector import (
     Projector,
     projector_by_cholesky,
@@ -61,7 +62,7 @@ def agreement(count: int, side: int, threshold: float) -> Record:
 def _compared(projectors: dict[str, Projector | None], threshold: float) -> Record:
     """The masks of a level by every way that its rounding errors leave."""
     made = {
-        way: masks_of(projector, threshold, name=way, count=True)
+        way: masks_of(projector, threshold, name=way)
         for way, projector in projectors.items()
         if projector is not None
     }

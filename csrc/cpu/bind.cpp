@@ -13,14 +13,13 @@
 #include <string>
 
 #include "arrays.h"
-#include "covariance.h"
+#include "bind_products.h"
 #include "cpu_features.h"
 #include "difference_tree.h"
 #include "equivariant_posterior.h"
 #include "global_posterior.h"
 #include "mapped_guard.h"
 #include "masked_posterior.h"
-#include "nearest.h"
 #include "posterior.h"
 #include "window_posterior.h"
 
@@ -268,79 +267,6 @@ DifferenceTree make_tree(const Array<std::uint8_t>& bits, std::size_t inputs, st
   return build_difference_tree(bits.data(), inputs, outputs, grid, answers);
 }
 
-void accumulate(const Array<std::uint8_t>& images, Array<std::int64_t>& gram,
-                Array<std::int64_t>& total, py::ssize_t threads, const std::string& isa) {
-  if (images.ndim() != 2) {
-    throw py::value_error("`images` must have shape [n, D], got " + shape_text(images));
-  }
-  const std::size_t count = size(images, 0), dim = size(images, 1);
-  const std::string with = " with D = " + std::to_string(dim);
-  check_shape(gram, "gram", {dim, dim}, "[D, D]" + with);
-  check_shape(total, "total", {dim}, "[D]" + with);
-  const std::size_t workers = checked_threads(threads);
-  const InstructionSet instructions = choose_instruction_set(isa);
-  if (count == 0 || dim == 0) return;
-
-  const std::uint8_t* images_data = images.data();
-  std::int64_t* gram_data = gram.mutable_data();
-  std::int64_t* total_data = total.mutable_data();
-  const py::gil_scoped_release release;
-  accumulate_covariance(images_data, count, dim, gram_data, total_data, workers, instructions,
-                        check_signals);
-}
-
-py::list search_nearest(const Array<std::uint8_t>& images, const Doubles& noisy,
-                        const Doubles& limit, std::size_t k, py::ssize_t threads,
-                        const std::string& isa) {
-  const auto [count, dim] = checked_rows(images, noisy);
-  const NearestQueries queries{noisy.data(), limit.data(), size(noisy, 0)};
-  check_shape(limit, "limit", {queries.count}, "[B]");
-  if (k == 0) throw py::value_error("`k` must be at least 1, got 0");
-  const std::size_t workers = checked_threads(threads);
-  const InstructionSet instructions = choose_instruction_set(isa);
-  const std::uint8_t* images_data = images.data();
-  std::vector<std::vector<NearestCandidate>> lists(queries.count);
-  if (count > 0 && queries.count > 0) {
-    const py::gil_scoped_release release;
-    lists = nearest_candidates(images_data, count, dim, queries, k, workers, instructions,
-                               check_signals);
-  }
-  py::list result;
-  for (const std::vector<NearestCandidate>& list : lists) {
-    Array<std::int64_t> rows(list.size());
-    Doubles values(list.size()), slacks(list.size());
-    for (std::size_t i = 0; i < list.size(); ++i) {
-      rows.mutable_data()[i] = static_cast<std::int64_t>(list[i].image);
-      values.mutable_data()[i] = list[i].value;
-      slacks.mutable_data()[i] = list[i].slack;
-    }
-    result.append(py::make_tuple(rows, values, slacks));
-  }
-  return result;
-}
-
-Doubles measure_pairs(const Array<std::uint8_t>& images, const Doubles& noisy, const Doubles& alpha,
-                      const Array<std::int64_t>& owner, py::ssize_t threads) {
-  const auto [count, dim] = checked_rows(images, noisy);
-  check_shape(alpha, "alpha", {size(noisy, 0)}, "[B]");
-  check_shape(owner, "owner", {count}, "[n]");
-  const NearestPairs pairs{images.data(), count, dim, noisy.data(), alpha.data(), owner.data()};
-  for (std::size_t i = 0; i < count; ++i) {
-    if (pairs.owner[i] < 0 || pairs.owner[i] >= noisy.shape(0)) {
-      throw py::value_error("`owner` must hold numbers of noisy images, got " +
-                            std::to_string(pairs.owner[i]));
-    }
-  }
-  const std::size_t workers = checked_threads(threads);
-  Doubles distances(count);
-  double* result = distances.mutable_data();
-  {
-    const py::gil_scoped_release release;
-    pair_distances(pairs, workers, result);
-  }
-  return distances;
-}
-
 // Binds what takes a pass and further arguments, as (images, noisy, scale, those, threads, isa).
 template <typename... Arguments, typename... Names>
 void def_pass(py::module_& module, const char* name,
@@ -403,22 +329,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Native CPU kernels of pyflocality.";
   module.def("instruction_sets", &available_instruction_sets,
              "Instruction sets this machine can run kernels for, best first.");
-  module.def("accumulate_covariance", &accumulate, py::arg("images").noconvert(),
-             py::arg("gram").noconvert(), py::arg("total").noconvert(), py::kw_only(),
-             py::arg("threads"), py::arg("isa") = "",
-             "Add the sums of uint8 images [n, D], centred by 128, to int64 totals.\n\n"
-             "gram [D, D] gains sum_i c_i c_i^T in its upper triangle, total [D] gains sum_i c_i.");
-  module.def("nearest_candidates", &search_nearest, py::arg("images").noconvert(),
-             py::arg("noisy").noconvert(), py::arg("limit").noconvert(), py::kw_only(),
-             py::arg("k"), py::arg("threads"), py::arg("isa") = "",
-             "Images of [n, D], uint8, that may be among the k nearest to noisy images [B, D].\n\n"
-             "Noisy images are in stored units. Returns for each the images, ascending, their\n"
-             "|u|^2 - 2 <t, u>, and how far off these may be; beyond limit [B] no image counts.");
-  module.def("pair_distances", &measure_pairs, py::arg("images").noconvert(),
-             py::arg("noisy").noconvert(), py::arg("alpha").noconvert(),
-             py::arg("owner").noconvert(), py::kw_only(), py::arg("threads"),
-             "Squared distances |x - alpha v|^2 of images [n, D], uint8, and the noisy images\n"
-             "owner [n] of [B, D], float64 [n].");
+  bind_products(module);
   bind_passes(module);
   py::class_<DifferenceTree>(
       module, "DifferenceTree",

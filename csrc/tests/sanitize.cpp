@@ -23,6 +23,7 @@
 #include "global_posterior.h"
 #include "guard.h"
 #include "mapped_guard.h"
+#include "mask_tiles.h"
 #include "masked_posterior.h"
 #include "masks.h"
 #include "nearest.h"
@@ -307,6 +308,11 @@ void check_everything() {
   check_covariance(16500, 5, Bytes::kLargest, threads);
   // Integers of more than one piece.
   check_nearest(9, 4500, threads);
+  for (const std::size_t rows : {1u, 3u, 40u}) {
+    for (const std::size_t columns : {1u, 8u, 15u, 16u, 17u, 41u}) {
+      for (const std::size_t terms : {1u, 7u, 8u, 25u}) check_mask_tile(rows, columns, terms);
+    }
+  }
 }
 
 void check_threads() {

@@ -50,7 +50,8 @@ def eigen_of(covariance: Tensor, *, progress: bool = False) -> Eigen:
             seconds=solver_seconds(size) if progress else 0.0,
             enabled=progress,
         )
-    values, vectors = values.flip(0), vectors.flip(1)
+    # Each row of the vectors in one piece.
+    values, vectors = values.flip(0), vectors.flip(1).contiguous()
     floor = len(values) * torch.finfo(torch.float64).eps * values[0]
     return Eigen(torch.where(values > floor, values, 0.0), vectors)
 

@@ -98,8 +98,8 @@ def making_bytes(way: Way, count: int, values: int) -> int:
     "components", which has its N at hand.
     """
     rank, side = min(count, values), min(TILE, values)
-    # A tile of numbers and what is made of it, and rows of the components.
-    tile = 8 * side * (2 * side + rank)
+    # A tile of numbers and what is made of it, and rows of the components, in both precisions.
+    tile = 8 * side * (2 * side + 2 * rank)
     if way == "components":
         return tile
     if way == "gram":

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -24,13 +25,12 @@ from torch import Tensor
 
 from pyflocality._support.checks import check_count, check_tensor
 from pyflocality._support.progress import progress_bar
+from pyflocality.moments.marks import Marks, Reached
 from pyflocality.moments.projector import Projector
 from pyflocality.weights import ONES, QueryWeights
 
 # Rows and columns of a tile: whole bytes of bits, numbers that stay in a processor's cache.
 TILE = 512
-# Entries this close to the threshold, as a share of it, may fall on either side.
-NEAR = 1e-6
 # Masks that are made together to be counted.
 _MADE_TOGETHER = 1024
 
@@ -100,7 +100,8 @@ class MadeMasks(QueryWeights):
         return self._ones
 
 
-class Pair(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Pair:
     """A tile of the projector.
 
     Attributes:
@@ -119,7 +120,7 @@ class Counted(NamedTuple):
 
     Attributes:
         weights: The masks.
-        near: The number; 0 where it was not asked for.
+        near: The number.
     """
 
     weights: QueryWeights
@@ -127,12 +128,7 @@ class Counted(NamedTuple):
 
 
 def masks_of(
-    projector: Projector,
-    threshold: float,
-    *,
-    name: str,
-    progress: bool = False,
-    count: bool = False,
+    projector: Projector, threshold: float, *, name: str, progress: bool = False
 ) -> Counted:
     """The masks of all outputs.
 
@@ -141,28 +137,23 @@ def masks_of(
         threshold: h, positive.
         name: What the progress bar calls them.
         progress: Whether to show one.
-        count: Whether to count the entries near the threshold.
     """
     bar = partial(progress_bar, description=name, enabled=progress)
-    divisors, size = projector.divisors(), len(projector.diagonal)
+    marks, size = Marks(projector, threshold), len(projector.diagonal)
     bits = np.zeros((size, -(-size // 8)), np.uint8)
     largest, todo = projector.largest_on_diagonal(), tiles_of(projector)
-    near: dict[tuple[int, int], int] = {}
+    cutoffs, near = marks.cutoffs(largest), dict.fromkeys(todo, 0)
     while todo:
         again = []
         for pair in bar(todo):
-            tile = projector.block(pair.rows, pair.columns).abs_()
-            largest = _raised(largest, tile, pair, divisors)
-            cutoffs = divisors * (threshold * largest)
+            tile = marks.tile(pair.rows, pair.columns)
+            if pair.bound > largest and (found := tile.largest(largest)) > largest:
+                largest, cutoffs = found, marks.cutoffs(found)
             again.append((largest, pair))
-            here, there = cutoffs[pair.rows, None], cutoffs[pair.columns]
-            _write(bits, pair.columns, pair.rows, (tile >= here).T)
+            # Row n is output n, for an entry and its mirror image are the same.
+            near[pair] = _write(bits, pair.rows, pair.columns, tile.reached(cutoffs))
             if pair.rows != pair.columns:
-                _write(bits, pair.rows, pair.columns, tile >= there)
-            if count:
-                twice = pair.rows != pair.columns
-                place = pair.rows.start, pair.columns.start
-                near[place] = _near(tile, here) + twice * _near(tile, there)
+                near[pair] += _write(bits, pair.columns, pair.rows, tile.turned().reached(cutoffs))
         todo = [pair for made_with, pair in again if made_with < largest]
     return Counted(QueryWeights.from_bits(bits, size), sum(near.values()))
 
@@ -178,22 +169,20 @@ def masks_by_tiles(
         name: What the progress bar of the search for the largest entry calls them.
         progress: Whether to show one.
     """
-    divisors, largest = projector.divisors(), projector.largest_on_diagonal()
+    marks, largest = Marks(projector, threshold), projector.largest_on_diagonal()
     for pair in progress_bar(tiles_of(projector), description=name, enabled=progress):
         if pair.bound > largest:
-            tile = projector.block(pair.rows, pair.columns).abs_()
-            largest = _raised(largest, tile, pair, divisors)
-    cutoffs = divisors * (threshold * largest)
-    size = len(divisors)
+            largest = marks.tile(pair.rows, pair.columns).largest(largest)
+    cutoffs = marks.cutoffs(largest)
+    size = len(cutoffs)
 
     def make(outputs: Tensor) -> np.ndarray:
         bits = np.empty((len(outputs), -(-size // 8)), np.uint8)
         first = 0
-        for some in outputs.to(divisors.device).split(TILE):
+        for some in outputs.to(cutoffs.device).split(TILE):
             rows = slice(first, first + len(some))
             for columns in _slices(size):
-                tile = projector.block(some, columns).abs_()
-                _write(bits, rows, columns, tile >= cutoffs[columns])
+                _write(bits, rows, columns, marks.tile(some, columns).reached(cutoffs))
             first += len(some)
         return bits
 
@@ -233,20 +222,8 @@ def _slices(size: int) -> list[slice]:
     return [slice(first, min(first + TILE, size)) for first in range(0, size, TILE)]
 
 
-def _raised(largest: float, tile: Tensor, pair: Pair, divisors: Tensor) -> float:
-    """The largest magnitude after a tile of |P|."""
-    if pair.bound <= largest:
-        return largest
-    by_row = (tile.amax(1) / divisors[pair.rows]).max()
-    by_column = (tile.amax(0) / divisors[pair.columns]).max()
-    return max(largest, float(by_row.maximum(by_column)))
-
-
-def _write(bits: np.ndarray, outputs: slice, inputs: slice, mask: Tensor) -> None:
+def _write(bits: np.ndarray, outputs: slice, inputs: slice, reached: Reached) -> int:
     """Write the masks of some outputs over some inputs, from a multiple of eight on."""
-    packed = np.packbits(mask.cpu().contiguous().numpy(), axis=1)
+    packed = reached.bits
     bits[outputs, inputs.start // 8 : inputs.start // 8 + packed.shape[1]] = packed
-
-
-def _near(tile: Tensor, cutoffs: Tensor) -> int:
-    return int(((tile - cutoffs).abs_() <= NEAR * cutoffs).sum())
+    return reached.near

@@ -12,8 +12,9 @@ the third form where U is square. Every form is a product F diag(c) F^T, perhaps
 identity, of which a block takes some rows of F: those of the components, of those whose gain (or
 its complement) matters, or of the inverse Cholesky factor of S + r^2 I.
 
-All of it is float64. Of the matrix products nothing is asked but that an entry's rounding error is
-a small multiple of eps times the sum of its terms' magnitudes; the order of its terms is free.
+All of it is float64, but for blocks that are asked for in single precision. Of the matrix products
+nothing is asked but that an entry's rounding error is a small multiple of eps times the sum of its
+terms' magnitudes; the order of its terms is free.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from pyflocality._support.rates import product_seconds
 _DROPPED, _ROUNDED = 1e-9, 1e-7
 # Rows of components looked at together.
 _ROWS = 1024
+# Terms that single precision adds at a time.
+PIECE = 512
 # Values whose triangle is inverted as a whole.
 _TRIANGLE = 128
 # Values whose factor takes a second.
@@ -58,20 +61,35 @@ class Projector:
     complement: bool = False
     triangular: bool = False
 
-    def block(self, rows: Places, columns: slice) -> Tensor:
-        """Entries of some rows (a slice, or int64 [n]) and columns, [n, m]."""
+    def block(self, rows: Places, columns: slice, *, single: bool = False) -> Tensor:
+        """Entries of some rows (a slice, or int64 [n]) and columns, [n, m].
+
+        Args:
+            rows: The rows.
+            columns: The columns.
+            single: Whether to form them in single precision, `PIECE` terms at a time, and of a
+                complement only what is subtracted from the identity.
+        """
         first = 0
         if self.triangular:
             least = rows.start if isinstance(rows, slice) else int(rows.min())
             first = max(least, columns.start)
         left = self.factor[rows, first:] * self.coefficients[first:]
-        result = left @ self.factor[columns, first:].T
+        right = self.factor[columns, first:]
+        if single:
+            return _single_product(left.float(), right.float())
+        result = left @ right.T
         if self.complement:
             result.neg_()
             places = torch.arange(len(self.factor), device=result.device)
             # The identity, as far as it lies in the block.
             result += places[rows][:, None] == places[columns]
         return result
+
+    def weights_of_terms(self) -> Tensor:
+        r""":math:`\sum_k c_k F_{nk}^2`, what the terms of an entry on the diagonal come to, [D]."""
+        inner = 1.0 - self.diagonal if self.complement else self.diagonal
+        return inner.clamp(min=0.0)
 
     def divisors(self) -> Tensor:
         """What the PCA-locality rule divides rows by: the diagonal, or 1 where it is tiny, [D]."""
@@ -141,7 +159,8 @@ def projector_by_cholesky(
     rise = float(covariance.diagonal().max()) / noise
     if _rounding(0, rise, 0.0) > _ROUNDED * threshold:
         return None
-    lower = covariance.clone()
+    # In the solver's order; then the rows of the factor are in one piece.
+    lower = covariance.clone(memory_format=torch.contiguous_format).T
     lower.diagonal().add_(noise)
     if covariance.device.type != "cpu":
         is_factored = _factor_and_invert(lower)
@@ -163,6 +182,15 @@ def projector_by_cholesky(
     least = float(result.divisors().min())
     exact = _rounding(0, rise, 0.0) <= _ROUNDED * threshold * least
     return result if exact and _rounding(count, rise, 1.0) <= _ROUNDED * least else None
+
+
+def _single_product(left: Tensor, right: Tensor) -> Tensor:
+    """Left right^T, float32, whose terms are added in pieces."""
+    pieces = list(zip(left.split(PIECE, 1), right.split(PIECE, 1), strict=True))
+    result = left.new_zeros(len(left), len(right)) if not pieces else pieces[0][0] @ pieces[0][1].T
+    for one, other in pieces[1:]:
+        result.addmm_(one, other.T)
+    return result
 
 
 def _rounding(terms: int, rise: float, largest: float) -> float:

@@ -11,8 +11,8 @@ from truth import random_images
 
 import pyflocality as pf
 from pyflocality.moments.eigen import Eigen
+from pyflocality.moments.marks import NEAR
 from pyflocality.moments.mask_tiles import (
-    NEAR,
     TILE,
     masks_by_tiles,
     masks_of,
@@ -106,7 +106,7 @@ def test_every_way_gives_the_masks_of_the_rule(name, rng):
             if factored is not None:
                 projectors["cholesky"] = factored
             for way, projector in projectors.items():
-                counted = masks_of(projector, threshold, name="masks", count=True)
+                counted = masks_of(projector, threshold, name="masks")
                 by_tiles = masks_by_tiles(projector, threshold, name="masks")
                 for weights in (counted.weights, by_tiles):
                     differs = weights.dense(torch.bool) != (magnitude >= cutoff)
