@@ -61,6 +61,9 @@ class MixtureDenoiser(Denoiser):
     they take beside it is computed once where all are given the same set and `Basis`: components,
     and the linear images of a level.
 
+    With a network among the denoisers torch sees all operations, as it does of a network alone;
+    `torch.compile` then breaks its graph here, and raises an error where it may not.
+
     Args:
         denoisers: The denoisers, for images of one shape on one device.
         weights: A number for each of them; or a function (alpha, sigma) -> numbers; or a table of

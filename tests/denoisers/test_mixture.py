@@ -158,15 +158,43 @@ def test_weights_of_few_digits_are_made_to_sum_to_1(data, models):
     assert table.weights_at(0.25, 0.5)[0] == 0.5
 
 
+class Scale(nn.Module):
+    """A network of one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return self.factor * x
+
+
+@pytest.fixture
+def compiler():
+    torch.compiler.reset()
+    yield torch.compiler
+    torch.compiler.reset()
+
+
+def test_a_compiled_graph_breaks_at_a_network_or_says_so(data, models, compiler):
+    network = pf.NetworkDenoiser(Scale(), takes="nothing", image_shape=SHAPE)
+    mixture = pf.MixtureDenoiser([network, models[1]], [(0.1, (0.5, 0.5)), (1.0, (1.0, 0.0))])
+    x = noisy(data, torch.float32).requires_grad_()
+    compiled = torch.compile(mixture, backend="eager")
+    answer, expected = compiled(x, SIGMA, ALPHA), mixture(x, SIGMA, ALPHA)
+    assert torch.equal(answer, expected)
+    assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (answer, expected)))
+    # What was compiled is not taken again.
+    compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(mixture, backend="eager", fullgraph=True)(x, SIGMA, ALPHA)
+    # Without one it is a single operator.
+    whole = pf.MixtureDenoiser(models[:2], (0.5, 0.5))
+    found = torch.compile(whole, backend="eager", fullgraph=True)(x, SIGMA, ALPHA)
+    assert torch.equal(found, whole(x, SIGMA, ALPHA))
+
+
 def test_parameters_of_a_network_get_their_share(data, models):
-    class Scale(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.factor = nn.Parameter(torch.tensor(0.5))
-
-        def forward(self, x):
-            return self.factor * x
-
     network = pf.NetworkDenoiser(Scale(), takes="nothing", image_shape=SHAPE)
     mixture = pf.MixtureDenoiser([network, models[1]], (0.25, 0.75))
     x = noisy(data, torch.float32).requires_grad_()

@@ -104,6 +104,10 @@ def answers(data: pf.TrainingSet, backend: str) -> dict[str, torch.Tensor]:
     }
     models["sloped"] = pf.LocallyLinearDenoiser(models["local"], 0.4)
     models["sloped pca"] = pf.LocallyLinearDenoiser(models["pca"], 0.4)
+    # Other models for each of the levels.
+    shares = [(0.3, (0.3, 0.7, 0.0)), (2.5, (0.0, 0.4, 0.6))]
+    mixed = [models[name] for name in ("optimal", "local", "sloped pca")]
+    models["mixture"] = pf.MixtureDenoiser(mixed, shares)
     found = {}
     for name, model in models.items():
         found[name] = model(x, sigma, alpha)
