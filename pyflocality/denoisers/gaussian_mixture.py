@@ -90,9 +90,9 @@ class GaussianMixtureDenoiser(Denoiser):
         \hat x_0(x) = m + \alpha \gamma S \, C^{-1} (x - \alpha m) + T \sum_i p_i y_i .
 
     The whitened images of a level are made at its first use, in float64 products rounded once to
-    float32 (kept in float64 for computations in float64), and those of large images lie in the
-    user's cache folder (see `pyflocality.moments.linear_images`): a level takes 2 N D^2 operations,
-    a call as long as one of the optimal denoiser. torch multiplies what is done to a noisy image,
+    float32 (kept in float64 for computations in float64), and lie in the user's cache folder where
+    they are large (see `pyflocality.moments.linear_images`): a level takes 2 N D^2 operations, a
+    call as long as one of the optimal denoiser. torch multiplies what is done to a noisy image,
     in float64: its bits may depend on the others of its batch, by that rounding alone.
 
     Args:
