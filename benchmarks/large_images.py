@@ -2,10 +2,12 @@
 
     python -m benchmarks.large_images --out benchmarks/results/NAME.json [--only PART]
 
-Sets are seeded crops of scikit-learn's two photographs; every command runs in a process of its own
-with an empty cache, and its resident memory is looked at from here. The parts:
+Sets are seeded crops of scikit-learn's two photographs, and CIFAR-10 where it is given; every
+command runs in a process of its own with an empty cache, and its resident memory is looked at from
+here. The parts:
 
-- pngs: 2,000 files of 3x64x64 to eight samples of PCA locality, nothing cached, and once more;
+- pngs: 2,000 files of 3x64x64 to eight samples of PCA locality, nothing cached, and once more: of
+  crops, and of as many different photographs (CIFAR-10, enlarged);
 - ways: masks by the components of images, of the covariance and by Cholesky factors;
 - foreseen: what `pyflocality plan` foresees beside what is measured, at 32x32, 64x64 and 128x128;
 - cached: CIFAR-10, packed (--cifar10; random bytes without), with all masks cached;

@@ -14,7 +14,7 @@ from pyflocality._support.rates import product_seconds
 
 from ..command import Record, read_json
 from .agreement import agreement
-from .crops import crops, write_pngs
+from .crops import crops, enlarged, write_pngs
 from .forecast import forecast, staged
 from .watched import Watched, watched
 
@@ -86,22 +86,35 @@ def _wanted(samples: int, steps: int, threshold: float = THRESHOLD) -> list[obje
 
 
 def pngs(work: Work) -> Record:
-    """2,000 files to eight samples, nothing cached; and once more."""
+    """2,000 files to eight samples, nothing cached; and once more. Of one scene each, and of two.
+
+    Masks of crops of two photographs are denser than those of as many photographs, and scans take
+    as much longer.
+    """
     count, side, samples, steps = (40, 12, 2, 2) if work.quick else (2000, 64, 8, 10)
-    write_pngs(crops(count, side), work.folder / "images")
-    words = _wanted(samples, steps)
-    first = work.generated(work.folder / "images", "first", *words)
-    again = work.generated(work.folder / "images", "again", *words)
+    sets = {"crops of two photographs": crops(count, side)}
+    if work.cifar10 is not None:
+        sets["CIFAR-10, enlarged"] = enlarged(work.cifar10, count, side)
+    runs: dict[str, Record] = {}
+    bars = []
+    for number, (name, images) in enumerate(sets.items()):
+        files = work.folder / f"images {number}"
+        write_pngs(images, files)
+        first = work.generated(files, f"first {number}", *_wanted(samples, steps))
+        again = work.generated(files, f"again {number}", *_wanted(samples, steps))
+        runs |= {f"{name}: nothing cached": first, f"{name}: again": again}
+        beside = again["seconds"] - again["steps_seconds"]
+        bars += [
+            bar(f"{name}: seconds, nothing cached", first["seconds"], 90.0),
+            bar(f"{name}: peak bytes, nothing cached", first["peak_bytes"], 4e9),
+            bar(f"{name}: seconds beside the scans, again", beside, 5.0),
+        ]
     return {
         "images": count,
         "shape": [3, side, side],
         "samples": samples,
-        "runs": {"nothing cached": first, "again": again},
-        "bars": [
-            bar("seconds, nothing cached", first["seconds"], 90.0),
-            bar("peak bytes, nothing cached", first["peak_bytes"], 4e9),
-            bar("seconds beside the scans, again", again["seconds"] - again["steps_seconds"], 5.0),
-        ],
+        "runs": runs,
+        "bars": bars,
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("sklearn", reason="the sets are crops of scikit-learn's photographs")
 
 from benchmarks import large_images  # noqa: E402
-from benchmarks.large.crops import crops, write_pngs  # noqa: E402
+from benchmarks.large.crops import crops, enlarged, write_pngs  # noqa: E402
 from benchmarks.large.parts import PARTS, PUBLISHED, bar  # noqa: E402
 from benchmarks.large.watched import CommandFailedError, watched  # noqa: E402
 
@@ -30,6 +30,17 @@ def test_files_hold_the_crops(tmp_path):
     write_pngs(images, tmp_path / "set")
     data = pf.TrainingSet.load(tmp_path / "set", progress=False)
     assert np.array_equal(data.images.numpy(), images)
+
+
+def test_images_of_a_set_are_enlarged(tmp_path):
+    images = np.zeros((9, 3, 4, 5), np.uint8)
+    images[:] = np.arange(9)[:, None, None, None]
+    np.save(tmp_path / "set.npy", images)
+    found = enlarged(tmp_path / "set.npy", 4, 7)
+    assert found.shape == (4, 3, 7, 7) and found.dtype == np.uint8
+    # Different ones, in their order.
+    assert np.all(np.diff(found[:, 0, 0, 0].astype(int)) > 0)
+    assert np.all(found == found[:, :1, :1, :1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is looked at in /proc")
