@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pyflocality._support.checks import (
     check_choice,
     check_count,
+    check_flag,
     check_positive,
     check_real,
     check_sequence,
@@ -114,6 +115,7 @@ class Candidate:
         self,
         data: TrainingSet,
         moments: Moments | Basis | None = None,
+        progress: bool = False,
         **options: Unpack[DenoiserOptions],
     ) -> Denoiser:
         """The denoiser.
@@ -121,6 +123,7 @@ class Candidate:
         Args:
             data: The training set.
             moments: Its moments or components, where they are at hand.
+            progress: Whether to show what is being done where masks or linear images are made.
             options: Backend, dtype, memory and precision, of models that scan the set.
 
         Raises:
@@ -130,14 +133,22 @@ class Candidate:
         check_set(data)
         if moments is not None and not isinstance(moments, (Moments, Basis)):
             raise TypeError(f"`moments` must be Moments or a Basis, got {describe(moments)}")
-        model = MODELS[self.model].build(self, data, moments, options)
+        progress = check_flag(progress, "progress")
+        model = MODELS[self.model].build(self, _Material(data, moments, progress, options))
         if self.slope == 0:
             return model
-        return LocallyLinearDenoiser(_sloped(model), self.slope, moments=moments)
+        assert isinstance(model, (PCALocalityDenoiser, LocalDenoiser, PatchSetDenoiser))
+        return LocallyLinearDenoiser(model, self.slope, moments=moments, progress=progress)
 
 
-# What models are made of that are not made of images alone.
-Source = Moments | Basis | None
+@dataclass(frozen=True)
+class _Material:
+    """What models are made of: a set, its moments where they are at hand, and options."""
+
+    data: TrainingSet
+    moments: Moments | Basis | None
+    progress: bool
+    options: DenoiserOptions
 
 
 @dataclass(frozen=True)
@@ -146,48 +157,42 @@ class Model:
 
     Attributes:
         takes: Names of its settings.
-        build: Makes the denoiser.
+        build: Makes the denoiser, without a slope.
         takes_moments: Whether that is made of moments, or of components.
     """
 
     takes: tuple[str, ...]
-    build: Callable[[Candidate, TrainingSet, Source, DenoiserOptions], Denoiser]
+    build: Callable[[Candidate, _Material], Denoiser]
     takes_moments: bool = False
 
 
-def _sloped(model: Denoiser) -> PCALocalityDenoiser | LocalDenoiser | PatchSetDenoiser:
-    assert isinstance(model, (PCALocalityDenoiser, LocalDenoiser, PatchSetDenoiser))
-    return model
-
-
-def _wiener(
-    candidate: Candidate, data: TrainingSet, moments: Source, options: DenoiserOptions
-) -> Denoiser:
-    del candidate, options
+def _wiener(candidate: Candidate, material: _Material) -> Denoiser:
+    del candidate
+    data, moments = material.data, material.moments
     return WienerDenoiser(data if moments is None else moments).to(data.device)
 
 
-def _pca_locality(
-    candidate: Candidate, data: TrainingSet, moments: Source, options: DenoiserOptions
-) -> Denoiser:
+def _pca_locality(candidate: Candidate, material: _Material) -> PCALocalityDenoiser:
     assert candidate.threshold is not None
-    temperature = candidate.temperature
     return PCALocalityDenoiser(
-        data, candidate.threshold, temperature=temperature, moments=moments, **options
+        material.data,
+        candidate.threshold,
+        temperature=candidate.temperature,
+        moments=material.moments,
+        progress=material.progress,
+        **material.options,
     )
 
 
-def _local(
-    candidate: Candidate, data: TrainingSet, moments: Source, options: DenoiserOptions
-) -> Denoiser:
+def _local(candidate: Candidate, material: _Material) -> LocalDenoiser:
     assert candidate.window is not None
-    return LocalDenoiser(data, candidate.window, temperature=candidate.temperature, **options)
+    data, temperature = material.data, candidate.temperature
+    return LocalDenoiser(data, candidate.window, temperature=temperature, **material.options)
 
 
-def _patch_set(
-    candidate: Candidate, data: TrainingSet, moments: Source, options: DenoiserOptions
-) -> Denoiser:
-    return PatchSetDenoiser(data, candidate.window, temperature=candidate.temperature, **options)
+def _patch_set(candidate: Candidate, material: _Material) -> PatchSetDenoiser:
+    data, temperature = material.data, candidate.temperature
+    return PatchSetDenoiser(data, candidate.window, temperature=temperature, **material.options)
 
 
 MODELS: Mapping[str, Model] = {

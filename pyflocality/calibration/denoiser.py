@@ -33,10 +33,12 @@ class CalibratedDenoiser(MixtureDenoiser):
         calibration: What `calibrate` found.
         moments: Moments of the data or its components, where they are at hand; None makes what is
             needed of the data.
+        progress: Whether to show what is being done where moments and masks are made.
         options: Backend, dtype, memory and precision of the models that scan the set: see
             `pyflocality.denoisers.DenoiserOptions`.
 
     Attributes:
+        calibration: The calibration.
         candidates: What was chosen for some level, in the order of `denoisers`.
 
     Raises:
@@ -55,6 +57,7 @@ class CalibratedDenoiser(MixtureDenoiser):
         calibration: Calibration,
         *,
         moments: Moments | Basis | None = None,
+        progress: bool = False,
         **options: Unpack[DenoiserOptions],
     ) -> None:
         shape = check_set(data).image_shape
@@ -71,15 +74,18 @@ class CalibratedDenoiser(MixtureDenoiser):
                 stacklevel=caller_level(),
             )
         candidates = tuple(dict.fromkeys(calibration.choices))
-        if moments is None and sum(one.takes_moments for one in candidates) > 1:
-            moments = made_once(data)
+        makers = [one for one in candidates if one.takes_moments]
+        # PCA locality alone makes them where masks are not cached.
+        if moments is None and [one.model for one in makers] not in ([], ["pca-locality"]):
+            moments = made_once(data, progress=progress)
         table = [
             (level.ratio, [float(one == choice) for one in candidates])
             for level, choice in zip(calibration.levels, calibration.choices, strict=True)
         ]
-        models = [one.build(data, moments, **options) for one in candidates]
+        models = [one.build(data, moments, progress, **options) for one in candidates]
         super().__init__(models, table)
         self.data, self.calibration, self.candidates = data, calibration, candidates
+        self.backend, self.memory_budget = options.get("backend"), options.get("memory_budget")
         self._told = False
 
     def _rule(self) -> Callable[[float, float], tuple[float, ...]]:

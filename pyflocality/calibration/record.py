@@ -6,11 +6,13 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from pyflocality._support.checks import NoiseLevel, check_single_level
 from pyflocality._support.json import COUNT, POSITIVE, TEXT, Kind, check_fields, shape
 from pyflocality.calibration.candidates import Candidate
 from pyflocality.calibration.files import read_object, write_object
+from pyflocality.denoisers.window import level_rule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -129,6 +131,22 @@ class Calibration:
     def choices(self) -> tuple[Candidate, ...]:
         """The candidate of each level."""
         return tuple(self.candidates[level.chosen.candidate] for level in self.levels)
+
+    def at(self, sigma: float | NoiseLevel, alpha: float = 1.0) -> Candidate:
+        """The candidate of a noise level: that of the nearest level in log(sigma / alpha).
+
+        Args:
+            sigma: Noise level, not negative; or a `NoiseLevel` for both.
+            alpha: Signal coefficient, positive.
+
+        Raises:
+            TypeError: A level is not a number.
+            ValueError: A level is out of range.
+        """
+        ratios = (level.ratio for level in self.levels)
+        table = list(zip(ratios, self.choices, strict=True))
+        rule = level_rule(table, "levels", lambda choice: cast("Candidate", choice), Candidate)
+        return rule(*check_single_level(sigma, alpha))
 
     def plot(self) -> Figure:
         """A figure: errors of all candidates over noise levels, and what was chosen.

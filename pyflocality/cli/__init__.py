@@ -1,7 +1,7 @@
 """The command line.
 
-    pyflocality generate | compare | moments | sensitivity | spectrum | memorize | pack
-    | plan | bench | reproduce | cache | doctor
+    pyflocality generate | compare | calibrate | moments | sensitivity | spectrum | memorize
+    | pack | plan | bench | reproduce | cache | doctor
 
 Every command answers a mistake with one line on standard error. Exit codes: 0 done, 1 this
 machine cannot do it (missing package, backend, memory, disk), 2 wrong arguments or inputs,
@@ -30,6 +30,7 @@ from pyflocality._support.waiting import has_abandoned_calls
 from pyflocality.cli._analysis import memorize, sensitivity, spectrum
 from pyflocality.cli._bench import bench
 from pyflocality.cli._cache import cache
+from pyflocality.cli._calibrate import calibrate
 from pyflocality.cli._compare import compare
 from pyflocality.cli._doctor import doctor
 from pyflocality.cli._errors import in_one_line, show_traceback
@@ -52,6 +53,7 @@ app = typer.Typer(
 for _command in (
     generate,
     compare,
+    calibrate,
     moments,
     sensitivity,
     spectrum,

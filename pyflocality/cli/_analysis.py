@@ -16,7 +16,7 @@ from pyflocality._support.record import Stages
 from pyflocality._support.streams import answer, listed
 from pyflocality.cli._denoisers import DENOISERS, DenoiserOptions
 from pyflocality.cli._errors import reported
-from pyflocality.cli._foreseen import hold, job_of
+from pyflocality.cli._foreseen import hold, jobs_of
 from pyflocality.cli._groups import MODEL, OneOf
 from pyflocality.cli._options import (
     FolderOptions,
@@ -291,8 +291,8 @@ def _run(
         check_stored(data, moments)
         # Of one sample: how many derivatives are taken at a time follows the budget.
         sampling = NoiseOptions()
-        job = job_of(data, model, sampling, nearest=False, moments=moments)
-        hold([job], announce=False)
+        jobs = jobs_of(data, model, sampling, nearest=False, moments=moments)
+        hold(jobs, announce=False)
         arrays, figure, facts = work(_Job(model, data, moments, at_work.stages))
         figure.savefig(at_work.temporary(picture), dpi=120)
         with open(at_work.temporary(arrays_file), "wb") as file:

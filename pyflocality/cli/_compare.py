@@ -15,7 +15,7 @@ from pyflocality._support.paths import checked_path
 from pyflocality._support.streams import answer, listed
 from pyflocality.cli._denoisers import DENOISERS, DenoiserOptions, split_options
 from pyflocality.cli._errors import reported
-from pyflocality.cli._foreseen import hold, job_of
+from pyflocality.cli._foreseen import hold, jobs_of
 from pyflocality.cli._options import (
     DENOISERS_HELP,
     DeviceSourceOptions,
@@ -107,7 +107,9 @@ def compare(
             data = source.load(progress=results.progress).augmented(flip=models.flip)
         check_stored(data, moments)
         foretell_few_images(data if moments is None else moments, methods)
-        jobs = [job_of(data, method, sampling, moments=moments) for method in methods]
+        jobs = [
+            job for method in methods for job in jobs_of(data, method, sampling, moments=moments)
+        ]
         hold(jobs, announce=results.progress)
         runs, described = _sampled(work, data, moments, methods, sampling, results.progress)
         record = _scored(work, files, data, runs, described, against, models.memory_budget) | {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyflocality import Basis, Moments, TrainingSet
+    from pyflocality import Basis, Calibration, Moments, TrainingSet
     from pyflocality._support.record import Stages
     from pyflocality.denoisers import Denoiser
 
@@ -21,7 +21,7 @@ class Entry:
     """A denoiser of the command line.
 
     Attributes:
-        class_name: Its class in `pyflocality.denoisers`.
+        class_name: Its class in `pyflocality`.
         summary: What it is, for the help.
         options: Options it takes: the name on the command line and its argument.
         operations: Operations it runs, where the backend can be chosen.
@@ -75,6 +75,16 @@ DENOISERS: dict[str, Entry] = {
         subsets=("golden",),
         estimate="PCA locality",
         instead=("a larger --threshold", _LOCAL_MODELS),
+    ),
+    "calibrated": Entry(
+        "CalibratedDenoiser",
+        "at every noise level the model that --calibration has for it",
+        {"calibration": "calibration", **_SCAN},
+        ("masked_posterior", "window_posterior", "patch_set"),
+        needs_moments="also",
+        required=("calibration",),
+        sums_by_torch=True,
+        instead=(_LOCAL_MODELS,),
     ),
     "local": Entry(
         "LocalDenoiser",
@@ -215,9 +225,9 @@ class DenoiserOptions:
 
         Principal components that it is made of are a stage of the run.
         """
-        from pyflocality import denoisers
+        import pyflocality
 
-        make = getattr(denoisers, self.entry.class_name)
+        make = getattr(pyflocality, self.entry.class_name)
         source = data if moments is None else moments
         if self.entry.needs_moments == "only" and stages is not None:
             from pyflocality.cli._work import components_of
@@ -232,9 +242,12 @@ class DenoiserOptions:
 
     def in_force(self, denoiser: Denoiser) -> dict[str, Any]:
         """The value of every option that the denoiser takes, defaults included."""
-        return {
+        values = {
             option: getattr(denoiser, argument) for option, argument in self.entry.options.items()
         }
+        if "calibration" in values:
+            values["calibration"] = _choices_told(values["calibration"])
+        return values
 
 
 @dataclass(frozen=True)
@@ -293,6 +306,25 @@ def split_options(names: Sequence[str], given: Mapping[str, Any]) -> list[Denois
         )
         for name in names
     ]
+
+
+def model_in_force(name: str | None, given: Mapping[str, Any]) -> DenoiserOptions:
+    """The model that is asked for; without a name that of a calibration, else PCA locality."""
+    if name is None:
+        name = "calibrated" if "calibration" in given else "pca-locality"
+    return DenoiserOptions(name, given)
+
+
+def _choices_told(calibration: Calibration) -> dict[str, Any]:
+    """What a record tells of a calibration: its set, and what it has for each level."""
+    levels = zip(calibration.levels, calibration.choices, strict=True)
+    return {
+        "content_key": calibration.content_key,
+        "levels": [
+            {"alpha": level.alpha, "sigma": level.sigma, **choice.as_json()}
+            for level, choice in levels
+        ],
+    }
 
 
 def _takers(option: str) -> str:

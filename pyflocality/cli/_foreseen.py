@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from pyflocality._support.streams import tell
 from pyflocality._support.text import bytes_told, time_told
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from pyflocality import Basis, Moments, TrainingSet
+    from pyflocality import Basis, Candidate, Moments, TrainingSet
     from pyflocality.cli._denoisers import DenoiserOptions
     from pyflocality.cli._options import NoiseOptions
     from pyflocality.moments.mask_source import MaskSource
@@ -73,6 +75,34 @@ def levels_of(sampling: NoiseOptions) -> list[NoiseLevel]:
     return listener.levels
 
 
+def jobs_of(
+    data: TrainingSet,
+    model: DenoiserOptions,
+    sampling: NoiseOptions,
+    *,
+    nearest: bool = True,
+    moments: Moments | Basis | None = None,
+    of_moments: bool = False,
+) -> list[Job]:
+    """The runs that make samples of a set by a model: one for each model of a calibration."""
+    planned = partial(job_of, data, sampling=sampling, moments=moments, of_moments=of_moments)
+    calibration = model.given.get("calibration")
+    if calibration is None:
+        return [planned(model, nearest=nearest)]
+    chosen: dict[Candidate, list[NoiseLevel]] = {}
+    for level in levels_of(sampling):
+        chosen.setdefault(calibration.at(level), []).append(level)
+    jobs: list[Job] = []
+    for candidate, levels in chosen.items():
+        settings: dict[str, Any] = {**candidate.as_json(), **model.given}
+        names = ("threshold", "window", "memory_budget")
+        given = {name: settings[name] for name in names if name in settings}
+        one = replace(model, name=candidate.model, given=given)
+        # The samples' neighbours are looked for once.
+        jobs.append(planned(one, nearest=nearest and not jobs, levels=levels))
+    return jobs
+
+
 def job_of(
     data: TrainingSet,
     model: DenoiserOptions,
@@ -84,18 +114,20 @@ def job_of(
     of_moments: bool = False,
     is_sketch: bool = False,
     looks_at_masks: bool = False,
+    levels: Sequence[NoiseLevel] | None = None,
 ) -> Job:
     """The run that makes samples of a set by a model.
 
-    A sketch of a set has no images. Where masks are looked at, those of the set that are cached, or
-    made in a moment, tell what their sums take.
+    A sketch of a set has no images. Levels are given where they are some of the run's. Where
+    masks are looked at, those of the set that are cached, or made in a moment, tell what their
+    sums take.
     """
     from pyflocality import Basis, Moments
     from pyflocality.cli._samples import batch_size
     from pyflocality.moments.mask_source import CACHED_INPUTS
     from pyflocality.planner import MASK_SHARE, Job, Setting
 
-    levels = levels_of(sampling)
+    levels = levels_of(sampling) if levels is None else levels
     missing = None
     if model.name == "pca-locality" and not (is_sketch or of_moments):
         masks, threshold = _masks_of(data, model, moments)

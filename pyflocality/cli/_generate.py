@@ -15,9 +15,9 @@ from pyflocality._support.memory import ignoring_memory
 from pyflocality._support.paths import checked_path
 from pyflocality._support.record import Stages, software
 from pyflocality._support.streams import answer, listed
-from pyflocality.cli._denoisers import DENOISERS, SUBSETS, DenoiserOptions, SubsetOptions
+from pyflocality.cli._denoisers import DENOISERS, SUBSETS, SubsetOptions, model_in_force
 from pyflocality.cli._errors import reported
-from pyflocality.cli._foreseen import hold, job_of
+from pyflocality.cli._foreseen import hold, jobs_of
 from pyflocality.cli._groups import OneOf
 from pyflocality.cli._options import (
     DENOISERS_HELP,
@@ -61,8 +61,13 @@ class Model(EveryModelOptions):
     """One model, and what of the set it searches."""
 
     denoiser: Annotated[
-        str, typer.Option(help=f"Which model. {DENOISERS_HELP}."), OneOf(*DENOISERS)
-    ] = "pca-locality"
+        str | None,
+        typer.Option(
+            help=f"Which model. {DENOISERS_HELP}. calibrated if --calibration is given, else "
+            "pca-locality."
+        ),
+        OneOf(*DENOISERS),
+    ] = None
     subset: Annotated[
         str | None,
         typer.Option(
@@ -115,7 +120,7 @@ class _Plan:
         results: _Results,
     ) -> None:
         self.source, self.model, self.sampling, self.results = source, model, sampling, results
-        self.denoiser = DenoiserOptions(model.denoiser, model.given)
+        self.denoiser = model_in_force(model.denoiser, model.given)
         self.subset = None if model.subset is None else SubsetOptions(model.subset)
         self.moments = given_path(model.moments, "moments")
         self.split_over = split_in_force(model.split_over)
@@ -173,9 +178,9 @@ class _Plan:
                 f"`split_over` must be samples for {whole}, which needs the whole set on every rank"
             )
 
-    def job(self, data: TrainingSet, moments: Moments | Basis | None) -> Job:
+    def jobs(self, data: TrainingSet, moments: Moments | Basis | None) -> list[Job]:
         """The run, as it is planned."""
-        return job_of(
+        return jobs_of(
             data,
             self.denoiser,
             self.sampling,
@@ -287,7 +292,7 @@ def _sampled(
     check_stored(data if plan.model.global_share is None else everything, stored)
     if plan.model.global_share is None:
         foretell_few_images(data if stored is None else stored, [plan.denoiser])
-    hold([plan.job(data, stored)], announce=stages.announce)
+    hold(plan.jobs(data, stored), announce=stages.announce)
     moments = _moments(plan, everything, data, stored, stages)
     whole = plan.denoiser.build(searched, moments, stages)
     if plan.subset is not None and plan.subset.needs_moments:

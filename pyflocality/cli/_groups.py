@@ -20,7 +20,16 @@ IMAGES, MODEL, SAMPLING, OUTPUT = "Training images", "Model", "Sampling", "Resul
 # Options of groups in the order in which the help tells them, whoever declares or inherits them.
 _ORDER = (
     *("out", "nearest", "trajectory", "individual", "force", "as_json", "progress"),
-    *("denoiser", "methods", "against", "threshold", "window", "boundary", "temperature"),
+    *(
+        "denoiser",
+        "methods",
+        "against",
+        "calibration",
+        "threshold",
+        "window",
+        "boundary",
+        "temperature",
+    ),
     *("aggregation", "loader_batch", "subset", "moments", "global_share", "split_over"),
     *("backend", "memory_budget", "ignore_memory", "flip"),
     *("n", "steps", "schedule", "spacing", "sampler", "seed"),

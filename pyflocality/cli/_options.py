@@ -168,6 +168,13 @@ class ModelOptions(Group):
         float | None,
         typer.Option(help="Divides the logits of every posterior. 1 if not given."),
     ] = None
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="calibrated: the choices, as `pyflocality calibrate` writes them.",
+        ),
+    ] = None
     memory_budget: MemoryBudget = None
     ignore_memory: IgnoreMemory = False
 
@@ -178,6 +185,10 @@ class ModelOptions(Group):
         given = {name: getattr(self, name, None) for name in names}
         if self.window is not None:
             given["window"] = parse_window(self.window)
+        if self.calibration is not None:
+            from pyflocality import Calibration
+
+            given["calibration"] = Calibration.load(self.calibration)
         if given["aggregation"] is not None:
             given["aggregation"] = given["aggregation"].replace("-", "_")
         return {name: value for name, value in given.items() if value is not None}
@@ -195,6 +206,16 @@ class MomentsModelOptions(ModelOptions):
             help="Moments of the set, as `pyflocality moments` writes them.",
         ),
     ] = None
+
+
+Flip = Annotated[
+    bool,
+    typer.Option(
+        "--flip",
+        help="Learn from the images mirrored left to right, too, without keeping them in memory.",
+        rich_help_panel=MODEL,
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,16 +247,20 @@ class EveryModelOptions(MomentsModelOptions):
         typer.Option(help="What runs the denoiser; the first that can if not given."),
         OneOf("auto", "reference", "cpu", "triton", "cuda"),
     ] = None
-    flip: Annotated[
-        bool,
-        typer.Option(
-            "--flip",
-            help="Learn from the images mirrored left to right, too, without keeping them in "
-            "memory.",
-        ),
-    ] = False
+    flip: Flip = False
 
 
+Steps = Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=SAMPLING)]
+Spacing = Annotated[
+    str | None,
+    typer.Option(
+        help="ddpm, cosine: which times of the schedule the steps visit. leading, as diffusers "
+        "does if not told otherwise, may start far from noise where the steps do not divide "
+        "the schedule; trailing and linspace start at its end. leading if not given.",
+        rich_help_panel=SAMPLING,
+    ),
+    OneOf("leading", "trailing", "linspace"),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the starting noise.", rich_help_panel=SAMPLING)]
 
 
@@ -294,22 +319,14 @@ class StepsOptions(NoiseOptions):
 
     # torchrun's parser takes --n for the beginning of options of its own.
     n: Annotated[int, typer.Option("--n", "-n", help="How many images to make.")] = 8
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 10
+    steps: Steps = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(StepsOptions):
     """How to sample, all of it to be chosen."""
 
-    spacing: Annotated[
-        str | None,
-        typer.Option(
-            help="ddpm, cosine: which times of the schedule the steps visit. leading, as diffusers "
-            "does if not told otherwise, may start far from noise where the steps do not divide "
-            "the schedule; trailing and linspace start at its end. leading if not given."
-        ),
-        OneOf("leading", "trailing", "linspace"),
-    ] = None
+    spacing: Spacing = None
     sampler: Annotated[
         str,
         typer.Option(help="How a step follows from the denoised image."),

@@ -11,7 +11,7 @@ import typer
 
 from pyflocality._support.streams import answer
 from pyflocality._support.text import bytes_told, time_told
-from pyflocality.cli._denoisers import DenoiserOptions
+from pyflocality.cli._denoisers import model_in_force
 from pyflocality.cli._errors import reported
 from pyflocality.cli._foreseen import job_of
 from pyflocality.cli._generate import Model
@@ -89,7 +89,12 @@ def plan(
     if source.source:
         if images is not None or shape is not None or batch is not None:
             raise ValueError("`images`, `shape` and `batch` are in place of `source`")
-        denoiser = DenoiserOptions(model.denoiser, model.given)
+        denoiser = model_in_force(model.denoiser, model.given)
+        if denoiser.name == "calibrated":
+            raise ValueError(
+                "`calibration` has several models: plan each of them by --denoiser; generate tells "
+                "how long they take before it starts"
+            )
         for group in (source, denoiser, sampling):
             group.check()
         path = given_path(model.moments, "moments")

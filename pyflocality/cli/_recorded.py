@@ -123,7 +123,11 @@ class RecordedDenoiser:
     def _answered(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
         call = {"alpha": alpha, "sigma": sigma}
         start = time.perf_counter()
-        weights_at: Callable[..., QueryWeights] | None = getattr(self.denoiser, "weights_at", None)
+        from pyflocality.denoisers import PCALocalityDenoiser
+
+        weights_at: Callable[..., QueryWeights] | None = None
+        if isinstance(self.denoiser, PCALocalityDenoiser):
+            weights_at = self.denoiser.weights_at
         if weights_at is not None:
             weights_at(sigma, alpha)
             call["weights_seconds"] = round(time.perf_counter() - start, 4)

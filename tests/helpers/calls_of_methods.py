@@ -192,6 +192,7 @@ def methods() -> dict[str, Call]:
             lambda **given: pf.Moments().update(**given), lambda: {"batch": images(3)},
             {"batch": tensor(dtypes={**STORED, "longer": 0})}, signature=moments().update,
         ),
+        "Calibration.at": Call(calibration().at, functools.partial(dict, level_of), one),
         "Calibration.load": Call(
             pf.Calibration.load, lambda: {"path": files("calibration.json")}
         ),

@@ -12,6 +12,7 @@ from typing import get_type_hints
 import pytest
 import torch
 
+import pyflocality
 from pyflocality import cli, denoisers
 from pyflocality._support import signals as _signals
 from pyflocality._support import streams as _streams
@@ -28,7 +29,7 @@ from pyflocality.cli._options import parse_window
 def test_the_table_of_denoisers_fits_library_and_command():
     parameters = inspect.signature(generate).parameters
     for entry in DENOISERS.values():
-        accepted = set(inspect.signature(getattr(denoisers, entry.class_name)).parameters)
+        accepted = set(inspect.signature(getattr(pyflocality, entry.class_name)).parameters)
         if "options" in accepted:
             accepted |= set(get_type_hints(denoisers.DenoiserOptions))
         assert set(entry.options) <= set(parameters)
