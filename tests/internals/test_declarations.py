@@ -9,9 +9,11 @@ import torch
 from every_operation import Problem, variants
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from value_problems import OPS
 
 from pyflocality.ops.costs import Size, Work
 from pyflocality.ops.operation import OPERATIONS
+from pyflocality.posterior.call import Call
 from pyflocality.posterior.problem import PosteriorProblem, posterior_problem
 from pyflocality.storage.reader import trace_blocks
 
@@ -148,3 +150,12 @@ def test_sums_and_neighbours_cost_what_they_take():
     covariance, nearest = (OPERATIONS[op].work("scan", size) for op in ("covariance", "nearest"))
     assert covariance == Work(5 * values * (values + 1), 5 * values + 16 * values * (values + 1), 1)
     assert nearest == Work(5 * 3 * 3 * values, 5 * values + 3 * (4 * values + 8), 1)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_without_values_refuse_them_by_name(op):
+    call = Call(torch.device("cuda"), facts={"values": True})
+    for kind, variant in OPERATIONS[op].variants.items():
+        for backend, served in variant.backends.items():
+            if backend in ("triton", "cuda"):
+                assert "`values` are given" in (served.why_not(call) or ""), (kind, backend)

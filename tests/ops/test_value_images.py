@@ -10,8 +10,6 @@ from value_problems import ALPHA, OPS, SHAPE, SIGMA, TEMPERATURE, ValueProblem, 
 import pyflocality as pf
 from pyflocality.backends import trace_blocks
 from pyflocality.data import TrainingSet
-from pyflocality.ops.operation import OPERATIONS
-from pyflocality.posterior.call import Call
 
 BUDGET = 64 * 2**10
 DERIVED = [(op, kind) for op in OPS for kind in ("jvp", "vjp") if kind in functions(op)]
@@ -202,13 +200,3 @@ def test_batches_may_be_empty(op, rng):
     problem.x = problem.x[:0]
     (found,) = problem.found(op, "mean", torch.float32, with_image=True)
     assert found.shape == (0, 3, *SHAPE)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_kernels_without_values_refuse_them_by_name(op):
-    facts = {"values": True}
-    call = Call(torch.device("cuda"), facts=facts)
-    for kind, variant in OPERATIONS[op].variants.items():
-        for backend, served in variant.backends.items():
-            if backend in ("triton", "cuda"):
-                assert "`values` are given" in (served.why_not(call) or ""), (kind, backend)
