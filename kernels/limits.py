@@ -74,16 +74,6 @@ def uint8_limits(call: Call) -> str | None:
     return reason or device_limits(call)
 
 
-def held_mask_limits(call: Call) -> str | None:
-    """Limits of the Triton kernels for masks, whose levels are made of all masks at once."""
-    if not call.facts.get("is_held", True):
-        return (
-            "it takes masks that are held as a whole, these exceed the memory budget and are made "
-            "when they are used: a larger `memory_budget` holds them"
-        )
-    return uint8_limits(call)
-
-
 def patch_limits(call: Call) -> str | None:
     """Limits of the Triton kernel of the equivariant posterior.
 

@@ -17,6 +17,7 @@ The rules here are plain torch; nothing of it needs a GPU or Triton.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
@@ -24,10 +25,13 @@ import torch
 from torch import Tensor
 
 from pyflocality.kernels.triton._cached import Cached
+from pyflocality.posterior.tiles import output_bands
 from pyflocality.weights import QueryWeights
 
 # Outputs of a tile.
 OUTPUTS = 16
+# Weights whose levels are held together: masks of 64x64 images in colours take 19 MB.
+_BAND_BYTES = 64 * 2**20
 # Masks looked at together while lists are made, in elements of [tiles, OUTPUTS, D].
 _ELEMENTS_AT_A_TIME = 2**26
 
@@ -103,6 +107,13 @@ class MaskLevels:
         return [self.outputs, self.weights, *lists]
 
     @property
+    def queries(self) -> Tensor:
+        """Row of the weights at each place of the first level; 0 where none is."""
+        rows = torch.zeros_like(self.outputs, dtype=torch.int64)
+        rows[self.levels[0].places] = torch.arange(len(self.weights), device=rows.device)
+        return rows
+
+    @property
     def nbytes(self) -> int:
         """Bytes of it."""
         return sum(tensor.nbytes for tensor in self.tensors)
@@ -128,16 +139,43 @@ def mask_levels(
     built = _built.setdefault(weights, {})
     key = (tuple(image_shape), block_d, device)
     if key not in built:
-        if weights.is_mask:
-            bits = torch.from_numpy(weights.bits).to(device)
-            levels = levels_of(unpacked(bits, weights.shape[1]), image_shape, block_d)
-            levels = replace(levels, weights=bits)
-        else:
-            levels = levels_of(weights.dense(torch.float32, device), image_shape, block_d)
+        levels = _levels_on(device, weights, image_shape, block_d)
         built[key] = (levels, Cached(*levels.tensors))
     levels, cached = built[key]
     cached.here()
     return levels
+
+
+def banded_levels(
+    weights: QueryWeights, image_shape: tuple[int, ...], block_d: int, device: torch.device
+) -> Iterator[tuple[slice | Tensor, MaskLevels]]:
+    """Outputs that are scanned together, all or int64 [n], and the levels of their weights.
+
+    How outputs are parted depends on the shape of the images and the kind of the weights alone,
+    and so do all sums. Levels of a part are made when it is its turn, and not kept.
+    """
+    inputs = weights.shape[1]
+    bytes_each = -(-inputs // 8) if weights.is_mask else 4 * inputs
+    bands = output_bands(image_shape, bytes_each, _BAND_BYTES)
+    if len(bands) == 1 and weights.is_held:
+        yield slice(None), mask_levels(weights, image_shape, block_d, device)
+        return
+    channels, _, width = image_shape
+    for outputs in bands:
+        grid = channels, len(outputs) // (channels * width), width
+        levels = _levels_on(device, weights.tile(outputs), grid, block_d)
+        outputs = outputs.to(device)
+        yield outputs, replace(levels, outputs=outputs[levels.outputs.long()].int())
+
+
+def _levels_on(
+    device: torch.device, weights: QueryWeights, grid: tuple[int, ...], block_d: int
+) -> MaskLevels:
+    """The levels of weights [Q, D] of outputs on a grid, masks kept as bits."""
+    if not weights.is_mask:
+        return levels_of(weights.dense(torch.float32, device), grid, block_d)
+    bits = torch.from_numpy(weights.bits).to(device)
+    return replace(levels_of(unpacked(bits, weights.shape[1]), grid, block_d), weights=bits)
 
 
 def unpacked(bits: Tensor, inputs: int) -> Tensor:

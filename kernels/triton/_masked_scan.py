@@ -283,7 +283,7 @@ class TangentScan(MaskedScan):
         self._centre = self.grouped(centre[:, places], 0.0).transpose(1, 2).contiguous()
         inner = torch.cat([torch.zeros_like(tangents[:, :1]), tangents], 1) * centre[:, None]
         offsets = sums_over_weights(levels, inner.flatten(0, 1)).unflatten(0, self.unit.shape)
-        offsets = offsets[..., places] * self.unit[..., None] / row_scale
+        offsets = offsets[..., levels.queries] * self.unit[..., None] / row_scale
         self._offset = self.grouped(offsets, 0.0).permute(0, 3, 1, 2).contiguous()
 
     def weigh(self, grid: tuple[int, int, int], some: slice, **arguments: object) -> PosteriorState:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from pyflocality._support.precision import TOLERANCE
 from pyflocality.kernels.stored import StoredProblem
-from pyflocality.kernels.triton._centred_images import centred_images
+from pyflocality.kernels.triton._centred_images import CentredImages, centred_images
 from pyflocality.kernels.triton._launch import generation
-from pyflocality.kernels.triton._masked_levels import mask_levels
+from pyflocality.kernels.triton._masked_levels import MaskLevels, banded_levels
 from pyflocality.kernels.triton._masked_plan import CONFIGS, JVP_CONFIGS, Config, config_for
 from pyflocality.kernels.triton._masked_scan import (
     MaskedScan,
@@ -42,6 +42,7 @@ from pyflocality.posterior.state import (
     uncentred,
 )
 from pyflocality.posterior.tangents import centre_of
+from pyflocality.posterior.tiles import joined
 from pyflocality.weights import QueryWeights
 
 # Queries that a noisy image with its tangents takes up, by how many are left; 8 with more. Four
@@ -62,19 +63,32 @@ def scan(
         weights: Masks, or real weights (each kept as two float16 halves, 22 bits).
         config: Shapes of the kernels; None takes those shipped for the device and the batch.
     """
-    stored, device = StoredProblem(problem), problem.x.device
-    arch = generation(device)
+    device = problem.x.device
+    arch, images = generation(device), centred_images(problem.images)
     block_d = (config or CONFIGS[arch]).block_d
-    levels = mask_levels(weights, problem.image_shape, block_d, device)
-    images = centred_images(problem.images)
+    bands = banded_levels(weights, problem.image_shape, block_d, device)
+    return joined(
+        [(outputs, _scan(problem, images, levels, outputs, config)) for outputs, levels in bands]
+    )
+
+
+def _scan(
+    problem: PosteriorProblem,
+    images: CentredImages,
+    levels: MaskLevels,
+    outputs: slice | Tensor,
+    config: Config | None,
+) -> PosteriorState:
+    """The state of some outputs."""
+    stored, device = StoredProblem(problem), problem.x.device
     exact = torch.ones(len(problem.x), dtype=torch.bool, device=device)
     if problem.precision == "auto":
         exact = rounding_error(problem, images.variance, levels.strongest) > TOLERANCE
-    result = init(len(exact), weights.shape[0], 1, exact.double())
+    result = init(len(exact), len(levels.weights), 1, exact.double())
     for halves, chosen in ((1, ~exact), (2, exact)):
         rows = chosen.nonzero().flatten()
         if len(rows):
-            shapes = config or config_for(len(rows), arch)
+            shapes = config or config_for(len(rows), generation(device))
             state = MaskedScan(stored.part(rows), images, levels, shapes, halves).run()
             for whole, some in zip(result, state, strict=True):
                 whole[rows] = some.double()
@@ -83,7 +97,7 @@ def scan(
     centre = images.centre.double()
     minimum = stored.distances(minimum)
     minimum += sums_over_weights(levels, centred_noisy(problem, centre).square())
-    weighted += total[..., None] * centre[:, None]
+    weighted += total[..., None] * centre[outputs, None]
     return PosteriorState(minimum, total, stored.values(weighted, total))
 
 
@@ -121,9 +135,27 @@ def jvp(
     device = problem.x.device
     if len(problem.x) == 0:
         return init(0, weights.shape[0], tangent_values(1, len(tangents)), problem.x.double())
-    stored, config = StoredProblem(problem), config or JVP_CONFIGS[generation(device)]
-    levels = mask_levels(weights, problem.image_shape, config.block_d, device)
+    config = config or JVP_CONFIGS[generation(device)]
     images = centred_images(problem.images)
+    bands = banded_levels(weights, problem.image_shape, config.block_d, device)
+    return joined(
+        [
+            (outputs, _scan_tangents(problem, tangents, images, levels, outputs, config))
+            for outputs, levels in bands
+        ]
+    )
+
+
+def _scan_tangents(
+    problem: PosteriorProblem,
+    tangents: Tensor,
+    images: CentredImages,
+    levels: MaskLevels,
+    outputs: slice | Tensor,
+    config: Config,
+) -> PosteriorState:
+    """The state of some outputs, with tangents."""
+    stored = StoredProblem(problem)
     directions = tangents.detach().double().flatten(2).transpose(0, 1)
     scans = []
     for first, last, slots in tangent_groups(len(tangents)):
@@ -136,7 +168,8 @@ def jvp(
     minimum = stored.distances(minimum)
     minimum += sums_over_weights(levels, centred_noisy(problem, images.centre).square())
     state = PosteriorState(minimum, total, torch.cat([means, *inner, *cross], -1))
-    return uncentred(about_means(state, 1), centre_of(problem).flatten(1)[..., None])
+    centre = centre_of(problem).flatten(1)[:, outputs, None]
+    return uncentred(about_means(state, 1), centre)
 
 
 def tangent_groups(count: int) -> list[tuple[int, int, int]]:

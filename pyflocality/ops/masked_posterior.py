@@ -48,7 +48,7 @@ def random_mask(size: Size, generator: torch.Generator) -> QueryWeights:
 
 
 _MASKS = {"cpu": Served("mask_limits"), "reference": Served()}
-_SCAN = {"triton": unproven("held_mask_limits"), **_MASKS}
+_SCAN = {"triton": unproven("uint8_limits"), **_MASKS}
 MASKED_POSTERIOR = declare(
     Operation(
         "masked_posterior",
@@ -78,7 +78,7 @@ MASKED_POSTERIOR = declare(
         answers_values=True,
         parameters=("weights",),
         check=lambda shape, weights: (square_weights(weights, math.prod(shape)),),
-        facts=lambda weights: {"is_mask": weights.is_mask, "is_held": weights.is_held},
+        facts=lambda weights: {"is_mask": weights.is_mask},
         inputs=_inputs,
         example=lambda size, generator: (random_mask(size, generator),),
         model="pca-locality",

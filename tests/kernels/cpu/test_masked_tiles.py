@@ -11,9 +11,7 @@ from truth import noisy_batch, random_images
 import pyflocality as pf
 from pyflocality.backends import trace_backends
 from pyflocality.kernels.cpu import masked_posterior
-from pyflocality.kernels.limits import held_mask_limits
 from pyflocality.moments.mask_tiles import MadeMasks
-from pyflocality.posterior.call import Call
 from pyflocality.posterior.tiles import output_bands
 from pyflocality.weights import QueryWeights
 
@@ -119,14 +117,9 @@ def test_facts_of_made_masks_are_those_of_all():
     assert torch.equal(made.dense(torch.bool), held.dense(torch.bool))
 
 
-def test_kernels_that_need_all_masks_refuse_by_name():
+def test_posteriors_of_filters_need_all_masks():
     held = QueryWeights(masks())
     made = MadeMasks(held.shape, lambda outputs: held.bits[outputs.numpy()])
-    facts = {"is_mask": True, "is_held": made.is_held}
-    call = Call(torch.device("cpu"), torch.float32, False, facts)
-    assert "held as a whole, these exceed the memory budget" in str(held_mask_limits(call))
-    facts["is_held"] = held.is_held
-    assert held_mask_limits(call) is None
     x = torch.zeros(1, *SHAPE)
     with pytest.raises(ValueError, match="`weights` must be held as a whole"):
         pf.ops.filtered_posterior_mean(x, x, made, held, 0.5)
