@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyflocality._support.checks import (
     check_choice,
@@ -21,6 +21,7 @@ from pyflocality.denoisers import (
     DenoiserOptions,
     LocalDenoiser,
     LocallyLinearDenoiser,
+    MixtureDenoiser,
     PatchSetDenoiser,
     PCALocalityDenoiser,
     WienerDenoiser,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 # windows and patches in pixels, and temperatures with slopes, the simplest first.
 _THRESHOLDS = (0.05, 0.02, 0.01, 0.005, 0.002)
 _SIDES = (3, 5, 7, 11, 15, 21, 31)
+_MEAN_THRESHOLDS = (0.05, 0.005)
 _POSTERIORS = ((1.0, 0.0), (1.4, 0.0))
 # Settings that models with posteriors share.
 _SHARED = ("temperature", "slope")
@@ -53,6 +55,7 @@ class Candidate:
     | `"pca-locality"` | threshold, temperature, slope | `PCALocalityDenoiser` |
     | `"local"` | window, temperature, slope | `LocalDenoiser` |
     | `"patch-set"` | window, temperature, slope | `PatchSetDenoiser` |
+    | `"mean"` | parts | `MixtureDenoiser`, equal weights |
 
     With a slope it is the `LocallyLinearDenoiser` of these.
 
@@ -62,6 +65,7 @@ class Candidate:
         window: Side of the window or of the patches, in pixels.
         temperature: Divides the logits, positive.
         slope: Share of the Wiener filter's slope, in [0, 1].
+        parts: Candidates whose mean it is, two or more of different families, none a mean.
 
     Raises:
         TypeError: A setting has the wrong type.
@@ -73,6 +77,7 @@ class Candidate:
     window: int | None = None
     temperature: float = 1.0
     slope: float = 0.0
+    parts: tuple[Candidate, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the settings, and keep them as plain numbers."""
@@ -84,28 +89,43 @@ class Candidate:
                     raise ValueError(
                         f"`{name}` is no setting of {self.model}, got {describe(given)}"
                     )
-            elif given is None:
+            elif given in (None, ()):
                 raise ValueError(f"`{name}` must be given for {self.model}")
             else:
                 object.__setattr__(self, name, _CHECKS[name](given))
 
     def __str__(self) -> str:
         """Model and settings in words: "patch-set, window 5, temperature 1.4"."""
+        if self.parts:
+            return " and ".join(f"{share} of {part}" for share, part in self._shares())
         return ", ".join([self.model, *(f"{name} {value:g}" for name, value in self._settings())])
 
     @property
     def takes_moments(self) -> bool:
         """Whether it is made of moments, or of components."""
+        if self.parts:
+            return any(part.takes_moments for part in self.parts)
         return MODELS[self.model].takes_moments or self.slope > 0
 
     @property
     def family(self) -> Candidate:
         """The same without temperature and slope: what differs in these alone shares passes."""
-        return replace(self, temperature=1.0, slope=0.0)
+        parts = tuple(part.family for part in self.parts)
+        return replace(self, temperature=1.0, slope=0.0, parts=parts)
 
-    def as_json(self) -> dict[str, str | int | float]:
+    @property
+    def leaves(self) -> tuple[Candidate, ...]:
+        """The parts of a mean; any other candidate itself."""
+        return self.parts or (self,)
+
+    def as_json(self) -> dict[str, object]:
         """The model and the settings that are not the defaults."""
+        if self.parts:
+            return {"model": self.model, "parts": [part.as_json() for part in self.parts]}
         return {"model": self.model, **dict(self._settings())}
+
+    def _shares(self) -> list[tuple[str, Candidate]]:
+        return [(f"1/{len(self.parts)}", part) for part in self.parts]
 
     def _settings(self) -> list[tuple[str, int | float]]:
         values = ((name, getattr(self, name), default) for name, default in _DEFAULTS.items())
@@ -135,7 +155,7 @@ class Candidate:
             raise TypeError(f"`moments` must be Moments or a Basis, got {describe(moments)}")
         progress = check_flag(progress, "progress")
         model = MODELS[self.model].build(self, _Material(data, moments, progress, options))
-        if self.slope == 0:
+        if self.slope == 0 or self.parts:
             return model
         assert isinstance(model, (PCALocalityDenoiser, LocalDenoiser, PatchSetDenoiser))
         return LocallyLinearDenoiser(model, self.slope, moments=moments, progress=progress)
@@ -195,18 +215,28 @@ def _patch_set(candidate: Candidate, material: _Material) -> PatchSetDenoiser:
     return PatchSetDenoiser(data, candidate.window, temperature=temperature, **material.options)
 
 
+def _mean(candidate: Candidate, material: _Material) -> MixtureDenoiser:
+    data, moments = material.data, material.moments
+    models = [
+        part.build(data, moments, material.progress, **material.options) for part in candidate.parts
+    ]
+    return MixtureDenoiser(models, [1 / len(models)] * len(models))
+
+
 MODELS: Mapping[str, Model] = {
     "wiener": Model((), _wiener, takes_moments=True),
     "pca-locality": Model(("threshold", *_SHARED), _pca_locality, takes_moments=True),
     "local": Model(("window", *_SHARED), _local),
     "patch-set": Model(("window", *_SHARED), _patch_set),
+    "mean": Model(("parts",), _mean),
 }
 
-_DEFAULTS: Mapping[str, float | None] = {
+_DEFAULTS: Mapping[str, object] = {
     "threshold": None,
     "window": None,
     "temperature": 1.0,
     "slope": 0.0,
+    "parts": (),
 }
 
 
@@ -217,11 +247,41 @@ def _check_share(value: object) -> float:
     return share
 
 
-_CHECKS: Mapping[str, Callable[[object], float]] = {
+def _check_parts(value: object) -> tuple[Candidate, ...]:
+    parts = tuple(check_sequence(value, "parts"))
+    for part in parts:
+        if not isinstance(part, Candidate):
+            raise TypeError(f"`parts` must hold Candidate objects, got {describe(part)}")
+        if part.parts:
+            raise ValueError(f"`parts` must hold no means, got {part}")
+    if len(parts) < 2 or len({part.family for part in parts}) < len(parts):
+        raise ValueError(
+            "`parts` must be two or more, which differ in more than temperature and slope, got "
+            f"{describe(parts)}"
+        )
+    return parts
+
+
+def candidate_of(entry: Mapping[str, Any]) -> Candidate:
+    """The candidate of what `as_json` answered.
+
+    Raises:
+        TypeError: It holds something else.
+        ValueError: A setting is out of range.
+    """
+    settings = dict(entry)
+    if "parts" in settings:
+        parts = check_sequence(settings["parts"], "parts")
+        settings["parts"] = tuple(candidate_of(part) for part in parts)
+    return Candidate(**settings)
+
+
+_CHECKS: Mapping[str, Callable[[object], object]] = {
     "threshold": _check_share,
     "window": lambda value: check_count(value, "window"),
     "temperature": lambda value: check_positive(value, "temperature"),
     "slope": lambda value: check_real(value, "slope", low=0.0, high=1.0),
+    "parts": _check_parts,
 }
 
 
@@ -243,7 +303,8 @@ def default_candidates(image_shape: tuple[int, int, int]) -> tuple[Candidate, ..
 
     The Wiener filter; PCA locality at thresholds 0.05 to 0.002, a local model with windows and
     patch sets with patches of 3 to 31 pixels, as far as they fit the images; then the same at
-    temperature 1.4.
+    temperature 1.4; then means of patch sets and PCA locality at thresholds 0.05 and 0.005, both at
+    temperature 1 or both at 1.4.
     """
     _, height, width = image_shape
     sides = [side for side in _SIDES if side <= min(height, width)]
@@ -253,6 +314,21 @@ def default_candidates(image_shape: tuple[int, int, int]) -> tuple[Candidate, ..
         families += [Candidate(model, window=side) for side in sides]
     for temperature, slope in _POSTERIORS:
         tried += [replace(family, temperature=temperature, slope=slope) for family in families]
+    # What the models of two kinds make of it together, at no further pass.
+    means = [
+        (patches, mask)
+        for patches in families
+        for mask in families
+        if patches.model == "patch-set" and mask.threshold in _MEAN_THRESHOLDS
+    ]
+    for temperature, slope in _POSTERIORS:
+        tried += [
+            Candidate(
+                "mean",
+                parts=tuple(replace(part, temperature=temperature, slope=slope) for part in pair),
+            )
+            for pair in means
+        ]
     return tuple(tried)
 
 

@@ -14,7 +14,8 @@ HELD_OUT, PARTS, MOST_FOLDS = 64, 20, 5
 # Of a set of fewer images none can be held out.
 FEWEST = 4
 # Held-out images that all candidates see, and how many families of candidates go on from there to
-# all images, and then to restore them. Those of a family differ in temperature and slope alone.
+# all images, and then to restore them; of means half as many more. Those of a family differ in
+# temperature and slope alone.
 SCREENED, COMPARED, RESTORED = 16, 4, 2
 
 
@@ -39,8 +40,9 @@ def screened_of_fold(folds: int) -> int:
 
 
 def temperatures_of(candidates: Sequence[Candidate]) -> dict[Candidate, int]:
-    """How many temperatures each family has."""
-    warm = dict.fromkeys((one.family, one.temperature) for one in candidates)
+    """How many temperatures each family has, those that are parts of means included."""
+    leaves = [leaf for one in candidates for leaf in one.leaves]
+    warm = dict.fromkeys((leaf.family, leaf.temperature) for leaf in leaves)
     return dict(Counter(family for family, _ in warm))
 
 
@@ -48,10 +50,14 @@ def counts_of(levels: int, held_out: int, candidates: Sequence[Candidate], folds
     """The counts of a calibration."""
     screened = min(screened_of_fold(folds) * folds, held_out)
     heats = sorted(temperatures_of(candidates).values(), reverse=True)
-    sizes = sorted(Counter(one.family for one in candidates).values(), reverse=True)
+    families = Counter(one.family for one in candidates)
+    single = sorted((size for one, size in families.items() if not one.parts), reverse=True)
+    of_means = sorted((size for one, size in families.items() if one.parts), reverse=True)
     ways = levels * (levels - 1) // 2
+    # Each of them denoises what its first step has led to, by as many models as the largest mean.
+    parts = max(len(one.leaves) for one in candidates)
+    compared = sum(heats[: COMPARED + parts * (COMPARED // 2)])
+    restored = parts * (sum(single[:RESTORED]) + sum(of_means[: RESTORED // 2]))
     return Counts(
-        levels * screened,
-        levels * sum(heats[:COMPARED]) * (held_out - screened),
-        ways * sum(sizes[:RESTORED]) * held_out,
+        levels * screened, levels * compared * (held_out - screened), ways * restored * held_out
     )

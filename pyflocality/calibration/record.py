@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pyflocality._support.checks import NoiseLevel, check_single_level
 from pyflocality._support.json import COUNT, POSITIVE, TEXT, Kind, check_fields, shape
-from pyflocality.calibration.candidates import Candidate
+from pyflocality.calibration.candidates import Candidate, candidate_of
 from pyflocality.calibration.files import read_object, write_object
 from pyflocality.denoisers.window import level_rule
 
@@ -248,7 +248,7 @@ def _strictly(entry: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Mapping[st
 def _calibration(content: Mapping[str, Any]) -> Calibration:
     facts = {name: _strictly(content, _HEAD)[name] for name in _FACTS}
     channels, height, width = facts["image_shape"]
-    candidates = tuple(Candidate(**entry) for entry in content["candidates"])
+    candidates = tuple(candidate_of(entry) for entry in content["candidates"])
     if len(set(candidates)) < len(candidates):
         raise ValueError("'candidates' has one of them twice")
     levels = tuple(_level(entry, len(candidates)) for entry in content["levels"])

@@ -66,10 +66,10 @@ def calibrate(
     1. all candidates denoise a few of the images in one step, and those of the four families of
        the least errors :math:`\lVert \hat x_0 - x_0 \rVert^2 / D`, answers clipped to [-1, 1],
        all of them. Candidates of a family differ in temperature and slope alone, and share passes
-       over the set;
-    2. of the two best families those within 15 percent of the best restore the images: DDIM goes
-       from the noisy image down to the data, by the candidate at its first step and by what was
-       chosen for the levels below, from the cleanest level upwards;
+       over the set. Of means the two best families go on beside these;
+    2. of the two best families, and the best of means, those within 15 percent of the best restore
+       the images: DDIM goes from the noisy image down to the data, by the candidate at its first
+       step and by what was chosen for the levels below, from the cleanest level upwards;
     3. the best has the least :math:`\log e + 0.1 \, |\log g|`, with e the mean squared error of
        what is restored and g its gradient energy (`metrics.gradient_energy`) as a share of the
        images' own. Chosen is the simplest of those within one standard error of it.
@@ -144,9 +144,11 @@ def _check_fit(candidates: Sequence[Candidate], data: TrainingSet) -> None:
     """Refuse what does not fit the images, before any work."""
     for candidate in candidates:
         # Nothing else has to fit the images.
-        if candidate.window is not None:
+        for leaf in candidate.leaves:
+            if leaf.window is None:
+                continue
             try:
-                candidate.build(data)
+                leaf.build(data)
             except ValueError as error:
                 raise ValueError(f"`candidates` holds {candidate}: {error}") from error
 
@@ -173,10 +175,20 @@ class _Trained:
     def answers(
         self, candidates: Sequence[Candidate], x: Tensor, level: NoiseLevel
     ) -> Iterator[tuple[Candidate, Tensor]]:
-        """Answers [b, C, H, W] of candidates, those of a family by one pass."""
+        """Answers [b, C, H, W] of candidates, those of a family and their means by one pass."""
         if len(x) == 0:
             yield from ((candidate, x) for candidate in candidates)
             return
+        leaves = dict.fromkeys(leaf for one in candidates for leaf in one.leaves)
+        found = dict(self._of_leaves(list(leaves), x, level))
+        for candidate in candidates:
+            parts = [found[leaf] for leaf in candidate.leaves]
+            yield candidate, parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
+
+    def _of_leaves(
+        self, candidates: Sequence[Candidate], x: Tensor, level: NoiseLevel
+    ) -> Iterator[tuple[Candidate, Tensor]]:
+        """The same of candidates that are no means."""
         families: dict[Candidate, list[Candidate]] = {}
         for candidate in candidates:
             families.setdefault(candidate.family, []).append(candidate)
@@ -321,10 +333,13 @@ class _Search:
         return tuple(trials)
 
     def _best(self, comparison: Comparison, numbers: Sequence[int], families: int) -> list[int]:
-        """Which of the compared candidates are of the best families."""
+        """Which of the compared are of the best families, and half as many of means."""
         order = comparison.values.argsort(stable=True).tolist()
         ranked = [self.candidates[numbers[place]].family for place in order]
-        best = list(dict.fromkeys(ranked))[:families]
+        # Means go on beside their betters among single models, not in their place.
+        single = list(dict.fromkeys(one for one in ranked if not one.parts))[:families]
+        means = list(dict.fromkeys(one for one in ranked if one.parts))[: families // 2]
+        best = {*single, *means}
         return [number for number in numbers if self.candidates[number].family in best]
 
     def _seen(self, index: int, numbers: Sequence[int], rows: slice) -> _Seen:

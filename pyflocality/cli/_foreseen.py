@@ -91,7 +91,8 @@ def jobs_of(
         return [planned(model, nearest=nearest)]
     chosen: dict[Candidate, list[NoiseLevel]] = {}
     for level in levels_of(sampling):
-        chosen.setdefault(calibration.at(level), []).append(level)
+        for leaf in calibration.at(level).leaves:
+            chosen.setdefault(leaf, []).append(level)
     jobs: list[Job] = []
     for candidate, levels in chosen.items():
         settings: dict[str, Any] = {**candidate.as_json(), **model.given}

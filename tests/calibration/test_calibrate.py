@@ -172,6 +172,30 @@ def test_candidates():
     assert pf.Candidate("local", window=3) == LOCAL
 
 
+def test_means_of_candidates(data, tmp_path):
+    mean = pf.Candidate("mean", parts=[LOCAL, PATCHES])
+    assert str(mean) == "1/2 of local, window 3 and 1/2 of patch-set, window 5, temperature 1.4"
+    assert (mean.takes_moments, pf.Candidate("mean", parts=[LOCAL, PCA]).takes_moments) == (0, 1)
+    found = pf.calibrate(data, candidates=[mean], **RUN)
+    found.save(tmp_path / "means.json")
+    assert pf.Calibration.load(tmp_path / "means.json") == found
+    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(2))
+    expected = (LOCAL.build(data)(x, 0.3) + PATCHES.build(data)(x, 0.3)) / 2
+    torch.testing.assert_close(pf.CalibratedDenoiser(data, found)(x, 0.3), expected)
+    for parts, error, words in (
+        ([LOCAL], ValueError, "`parts` must be two or more"),
+        ([LOCAL, pf.Candidate("local", window=3, temperature=2.0)], ValueError, "differ in more"),
+        ([LOCAL, mean], ValueError, "`parts` must hold no means"),
+        ([LOCAL, 3], TypeError, "`parts` must hold Candidate"),
+        ((), ValueError, "`parts` must be given for mean"),
+    ):
+        with pytest.raises(error, match=words):
+            pf.Candidate("mean", parts=parts)
+    with pytest.raises(ValueError, match="`candidates` holds .*`window`"):
+        wide = pf.Candidate("mean", parts=[LOCAL, pf.Candidate("patch-set", window=9)])
+        pf.calibrate(data, candidates=[wide], **RUN)
+
+
 def test_what_cannot_be_calibrated(data):
     for wrong, error, words in (
         ({"candidates": []}, ValueError, "`candidates` must hold one"),

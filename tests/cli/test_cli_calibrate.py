@@ -58,9 +58,7 @@ def test_generate_follows_a_calibration(run, source, chosen, images, tmp_path):
     assert record["denoiser"]["name"] == "calibrated"
     assert told["content_key"] == calibration.content_key == record["data"]["content_key"]
     for level, choice in zip(told["levels"], calibration.choices, strict=True):
-        assert pf.Candidate(**{k: v for k, v in level.items() if k not in ("alpha", "sigma")}) == (
-            choice
-        )
+        assert {k: v for k, v in level.items() if k not in ("alpha", "sigma")} == choice.as_json()
     denoiser = pf.CalibratedDenoiser(pf.TrainingSet(images), calibration)
     generator = torch.Generator().manual_seed(0)
     with pytest.warns(UserWarning, match="not near pure noise"):

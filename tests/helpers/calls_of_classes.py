@@ -135,6 +135,7 @@ def classes() -> dict[str, Call]:
                 "threshold": only(lambda v: v is None),
                 "window": count(),
                 "slope": real(0.0, 1.0, low_open=False, high_open=False),
+                "parts": only(lambda v: v == ()),
             },
             model="local",
             window=3,

@@ -206,19 +206,37 @@ def test_temperatures_share_passes():
 def test_work_is_what_was_counted(monkeypatch):
     data = training_set(1300)
     rows = []
-    answers = search._Trained.answers
+    answers = search._Trained._of_leaves
 
     def counted(self, candidates, x, level):
         rows.append(len(candidates) * len(x))
         return answers(self, candidates, x, level)
 
-    monkeypatch.setattr(search._Trained, "answers", counted)
+    monkeypatch.setattr(search._Trained, "_of_leaves", counted)
     candidates = pf.calibration.default_candidates(SHAPE)
     calibrated(data, *candidates, steps=3)
     counts = counts_of(3, 64, candidates, 1)
     screened = counts.screened * sum(temperatures_of(candidates).values())
-    assert screened == 3 * 16 * len(candidates)
+    assert screened == 3 * 16 * sum(not one.parts for one in candidates)
     assert screened + 3 * 2 * 48 < sum(rows) <= screened + counts.compared + counts.restored
+
+
+def test_means_take_the_passes_of_their_parts():
+    data = training_set(400)
+    positions = held_out_positions(data, torch.Generator().manual_seed(0))
+    (fold, *_) = folds_of(data, positions, moments=True, progress=False)
+    level = pf.NoiseLevel(0.8, 0.4)
+    trained = search._Trained(fold, [level], torch.Generator().manual_seed(1))
+    patches = pf.Candidate("patch-set", window=4, temperature=1.4)
+    mean = pf.Candidate("mean", parts=(WARM, patches))
+    x = trained.noisy[0]
+    with pf.trace_backends() as calls:
+        answers = dict(trained.answers([LOCAL, WARM, patches, mean], x, level))
+    assert sorted(name for name, _ in calls) == ["patch_set", "window_posterior"]
+    expected = (answers[WARM].double() + answers[patches].double()) / 2
+    torch.testing.assert_close(answers[mean].double(), expected, rtol=0, atol=1e-6)
+    built = mean.build(fold.rest, fold.moments)(x, level)
+    torch.testing.assert_close(built, answers[mean], rtol=0, atol=2e-6)
 
 
 def test_slopes_and_temperatures_share_passes_and_answer_as_the_models_do():
