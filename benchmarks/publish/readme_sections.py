@@ -10,7 +10,7 @@ from functools import partial
 from pyflocality.backends.report import backend_table
 
 from ..command import Record
-from . import quality_tables
+from . import large_tables, quality_tables
 from .report_figures import CAPTIONS
 from .results_files import NOT_MEASURED, Results, cpu_results, latest
 
@@ -157,6 +157,21 @@ def _study(table: Callable[[Record], str], picture: str = "") -> Callable[[Resul
     return body
 
 
+def _large(results: list[Results]) -> str:
+    """What large images and long jobs take."""
+    result = latest(results, "large_images")
+    if result is None:
+        return f"Large images and long jobs: {NOT_MEASURED}."
+    machine, date = result.report["machine"], result.report["date"][:10]
+    told = _filled(
+        f"`{result.command}`, on {machine['cores']} cores of {machine['cpu']}, {date}, "
+        f"{_file_of(result)}."
+    )
+    tables = (large_tables.reached, large_tables.foreseen, large_tables.ways)
+    body = "\n\n".join(table(result.report) for table in tables)
+    return "\n".join([told, "", body, *_picture_of(result, "", "Where time goes")])
+
+
 def _sections() -> dict[str, Section]:
     """The sections by name."""
     models, whole = "Quality against trained networks", "Table of models against networks"
@@ -164,6 +179,7 @@ def _sections() -> dict[str, Section]:
     result = {
         "backends": lambda results: backend_table(),
         "speed": speed_section,
+        "large": _large,
         "quality": _beside_networks("reproduce", _quality, models),
         "quality_cifar10": _beside_networks("reproduce", small, models, of="cifar10"),
         "pattern": _beside_networks("pattern", _study(quality_tables.pattern), of=""),
