@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import numbers
 from collections.abc import Callable, Iterator, Sequence
@@ -26,10 +25,11 @@ from pyflocality.denoisers.levels import Level, join_rows, share_passes, split_l
 from pyflocality.denoisers.local import LocalDenoiser
 from pyflocality.denoisers.patch_set import PatchSetDenoiser
 from pyflocality.denoisers.pca_locality import PCALocalityDenoiser
-from pyflocality.denoisers.wiener import WienerDenoiser
+from pyflocality.denoisers.wiener import gains, spectral
 from pyflocality.denoisers.window import level_rule
 from pyflocality.moments import Basis, Moments
 from pyflocality.moments.linear_images import LinearImages
+from pyflocality.moments.undetermined import warn_of_few_images
 from pyflocality.ops.operation import Kind
 
 Slope = float | Callable[[float, float], float] | Sequence[tuple[float, float]]
@@ -71,7 +71,6 @@ class LocallyLinearDenoiser(Denoiser):
     Attributes:
         denoiser: The model.
         slope: The slope, as given.
-        wiener: The Wiener filter.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -104,7 +103,7 @@ class LocallyLinearDenoiser(Denoiser):
         # Refuses a wrong slope at once; what a function answers is checked when it is called.
         self._rule()
         self._basis = self._made(moments)
-        self.wiener = WienerDenoiser(self._basis)
+        warn_of_few_images(self._basis, "the slope of the Wiener filter")
         self._linear = self._linear_images()
 
     @property
@@ -208,7 +207,7 @@ class LocallyLinearDenoiser(Denoiser):
             (product,) = self.denoiser._answers(kind, noisy, levels, of_both, values=values)
             return ((product + slope * self._filtered(cotangents, levels)).to(x.dtype),)
         alpha, _ = levels.columns(3, x.device)
-        mean = self.wiener.mean.reshape(self.image_shape).to(compute)
+        mean = self._basis.mean.to(compute)
         filtered = (noisy - alpha.to(compute) * mean, *along)
         answers = self.denoiser._answers(kind, noisy, levels, *along, values=values)
         return tuple(
@@ -220,20 +219,15 @@ class LocallyLinearDenoiser(Denoiser):
 
     def _filtered(self, images: Tensor, levels: Levels) -> Tensor:
         """W applied to images [.., B, C, H, W]."""
-        return self.wiener._filtered(images.flatten(-3), levels).reshape(images.shape)
+        basis = self._basis
+        factors = gains(basis.values, levels)
+        return spectral(images.flatten(-3), basis.vectors, factors).reshape(images.shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LocallyLinearDenoiser:
         before = self.data
         super()._apply(fn, recurse)
         if self.data is not before:
-            wiener = self.wiener
-            self._basis = dataclasses.replace(
-                self._basis,
-                mean=wiener.mean.reshape(self.image_shape),
-                values=wiener.eigenvalues,
-                vectors=wiener.eigenvectors,
-                variance=self._basis.variance.to(self.device),
-            )
+            self._basis = self._basis.to(self.device)
             self._linear = self._linear_images()
         return self
 
