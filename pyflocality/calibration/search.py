@@ -192,12 +192,16 @@ class _Trained:
         families: dict[Candidate, list[Candidate]] = {}
         for candidate in candidates:
             families.setdefault(candidate.family, []).append(candidate)
+        filtered = None
+        if any(candidate.slope > 0 for candidate in candidates):
+            filtered = self._wiener(x, level) - self._basis.mean.to(torch.float32)
         for family, members in families.items():
             if family not in self._denoisers:
                 self._denoisers[family] = family.build(self._fold.rest, self._fold.moments)
             denoiser = self._denoisers[family]
             if isinstance(denoiser, PosteriorDenoiser):
-                yield from zip(members, self._of_family(denoiser, members, x, level), strict=True)
+                answers = self._of_family(denoiser, members, x, level, filtered)
+                yield from zip(members, answers, strict=True)
             else:
                 yield family, denoiser(x, level)
 
@@ -207,18 +211,21 @@ class _Trained:
         members: Sequence[Candidate],
         x: Tensor,
         level: NoiseLevel,
+        filtered: Tensor | None,
     ) -> Iterator[Tensor]:
-        """Answers [b, C, H, W] at the temperatures and slopes of the members of a family."""
+        """Answers [b, C, H, W] at the temperatures and slopes of the members of a family.
+
+        Where any has a slope, what the Wiener filter makes of x less its mean is given.
+        """
         heats = list(dict.fromkeys(member.temperature for member in members))
         along = None
         if any(member.slope > 0 for member in members):
             along = self._linear.at(level.alpha, level.sigma)[:, None]
         warm = torch.tensor(heats, dtype=torch.float64, device=x.device)
         found = answers_at_temperatures(denoiser, x, level, warm, along)
-        filtered = None if along is None else self._wiener(x, level) - self._wiener_mean
         for member in members:
             answer = found[heats.index(member.temperature)]
-            if filtered is None:
+            if along is None or filtered is None:
                 yield answer
                 continue
             image, linear = answer.unbind(1)
@@ -239,10 +246,6 @@ class _Trained:
     @cached_property
     def _wiener(self) -> WienerDenoiser:
         return WienerDenoiser(self._basis)
-
-    @property
-    def _wiener_mean(self) -> Tensor:
-        return self._basis.mean.to(torch.float32)
 
     def answer(self, candidate: Candidate, x: Tensor, level: NoiseLevel) -> Tensor:
         """The answer of one of them."""
