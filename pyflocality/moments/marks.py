@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from pyflocality.backends.selection import machine_reason
-from pyflocality.kernels.cpu.mask_tile import mark
 from pyflocality.moments.projector import PIECE, Places, Projector
 
 # Entries this close to their cutoff, as a share of it, may fall on either side.
@@ -141,6 +140,8 @@ class Tile:
         return float(by_row.maximum(by_column))
 
     def _marked(self, cutoffs: Tensor) -> Reached | None:
+        from pyflocality.kernels.cpu.mask_tile import mark
+
         projector, slack = self._marks.projector, self._marks.slack
         places = self._rows
         if isinstance(places, slice):

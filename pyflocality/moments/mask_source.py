@@ -98,8 +98,9 @@ def making_bytes(way: Way, count: int, values: int) -> int:
     "components", which has its N at hand.
     """
     rank, side = min(count, values), min(TILE, values)
-    # A tile of numbers and what is made of it, and rows of the components, in both precisions.
-    tile = 8 * side * (2 * side + 2 * rank)
+    # A tile of numbers, and rows of the components; beside them what is made of the tile in double
+    # precision, or the rows in single precision.
+    tile = 8 * side * (side + rank + max(side, rank))
     if way == "components":
         return tile
     if way == "gram":
