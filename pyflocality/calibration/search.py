@@ -148,7 +148,8 @@ def _check_fit(candidates: Sequence[Candidate], data: TrainingSet) -> None:
             if leaf.window is None:
                 continue
             try:
-                leaf.build(data)
+                # Without what a slope is made of.
+                leaf.family.build(data)
             except ValueError as error:
                 raise ValueError(f"`candidates` holds {candidate}: {error}") from error
 
