@@ -18,7 +18,8 @@ from pyflocality._support.budget import memory_budget_bytes
 from pyflocality.kernels.devices import LARGEST_GRID
 from pyflocality.posterior.problem import PosteriorProblem
 from pyflocality.posterior.tangents import jacobian_factor
-from pyflocality.storage.reader import BYTES_PER_UNIT, values_to_bytes
+from pyflocality.posterior.value_images import value_blocks
+from pyflocality.storage.reader import BYTES_PER_UNIT, Reader, values_to_bytes
 
 # Factors of distances in the power of two stay positive, normal float32 numbers: their product
 # with a distance of zero is zero, with an infinite one infinite, as `posterior.state` wants it.
@@ -94,6 +95,28 @@ class StoredProblem:
         """Factor from covariances of stored values to derivatives of the mean, float64 [B]."""
         return jacobian_factor(self.problem) * self.step**2
 
+    def means(self, stored: Tensor) -> Tensor:
+        """Means of the formulas from those of stored values, [B, A, ..]."""
+        if not self.problem.answers_image:
+            return stored
+        image, further = stored.tensor_split([1], 1)
+        return torch.cat([image * self.step + self.shift, further], 1)
+
+    def cotangents(self, cotangents: Tensor) -> Tensor:
+        """Cotangents [K, B, (A,) C, H, W] of answers as those of stored ones: [B, K, A D]."""
+        along = cotangents.detach().float().flatten(2).transpose(0, 1)
+        if not self.problem.answers_image or self.problem.values is None:
+            return along
+        image, further = along.tensor_split([self.problem.images[0].numel()], 2)
+        return torch.cat([image * self.step, further], 2)
+
+    def derivatives(self, sums: Tensor) -> Tensor:
+        """Vector-Jacobian products [K, B, C, H, W] from the sums of a second pass, [B, K, D]."""
+        # The step of the image's answers is in their cotangents where there are others.
+        slope = self.slope if self.problem.values is None else self.slope / self.step
+        products = (sums * slope[:, None, None]).transpose(0, 1)
+        return products.unflatten(2, self.problem.images.shape[1:])
+
     def part(self, rows: slice | Tensor) -> StoredProblem:
         """The problem of some of the noisy images."""
         problem = self.problem
@@ -121,31 +144,47 @@ class StoredProblem:
 
     def values(self, weighted: Tensor, total: Tensor) -> Tensor:
         """Sums of the formulas' values [B, Q, V] from those of stored ones and weights [B, Q]."""
-        return weighted / BYTES_PER_UNIT - total[..., None] if self.has_bytes else weighted
+        if not self.has_bytes or not self.problem.answers_image:
+            return weighted
+        # Value images behind those of the image have no stored units.
+        image, further = weighted.tensor_split([weighted.shape[-1] // self.problem.answered], -1)
+        image = image / BYTES_PER_UNIT - total[..., None]
+        return torch.cat([image, further], -1) if further.shape[-1] > 0 else image
+
+    @property
+    def without_values(self) -> StoredProblem:
+        """The problem whose answers are the images alone."""
+        return StoredProblem(replace(self.problem, values=None, with_image=False))
 
     @cached_property
     def budget(self) -> int:
         """Working memory beside the block that images are read or copied into, bytes."""
-        images, budget = self.problem.images, memory_budget_bytes(self.problem.memory_budget)
-        if images.is_contiguous() and not self.problem.reader.from_file:
-            return budget
-        size = self.problem.chunk_size or self._copied
-        return budget - min(size, len(images)) * images[0].nbytes
+        budget = memory_budget_bytes(self.problem.memory_budget)
+        return budget if self._lies_ready else budget - self._block * self._bytes_each
 
     def rows(self, among: Tensor | None = None) -> Iterator[Tensor]:
         """The images and their copies as stored, [n, C H W] at a time, contiguous.
 
         `among` are the positions of those that are read, int64; None for all.
         """
-        images, reader = self.problem.images, self.problem.reader
+        reader = self.problem.reader
         if among is not None:
             for block in reader.blocks_at(among, self.problem.chunk_size or self._copied):
                 yield block.flatten(1)
             return
-        in_place = reader.augmentation is None and images.is_contiguous() and not reader.from_file
-        size = self.problem.chunk_size or (len(images) if in_place else self._copied)
-        for block in reader.blocks(size):
+        for block in reader.blocks(self._block):
             yield block.contiguous().flatten(1)
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The same, with their value images [n, R, C H W], if there are any."""
+        problem = self.problem
+        if problem.values is None:
+            yield from ((images, None) for images in self.rows())
+            return
+        count, budget = len(problem.images), problem.memory_budget
+        blocks = value_blocks(problem.values, count, self._block, budget)
+        for images, values in zip(self.rows(), blocks, strict=True):
+            yield images, values.contiguous().flatten(2)
 
     def blocks(self) -> Iterator[Tensor]:
         """The same as [n, C, H, W]."""
@@ -153,7 +192,30 @@ class StoredProblem:
             yield rows.unflatten(1, self.problem.images.shape[1:])
 
     @cached_property
+    def _lies_ready(self) -> bool:
+        """Whether images and values are contiguous in memory, copies aside."""
+        reader, values = self.problem.reader, self.problem.values
+        ready = self.problem.images.is_contiguous() and not reader.from_file
+        if values is None:
+            return ready
+        read = Reader(values, None, self.problem.memory_budget).from_file
+        return ready and values.is_contiguous() and not read
+
+    @property
+    def _block(self) -> int:
+        """Images that are read, or handed to a kernel, at a time: at most all of one copy."""
+        count = len(self.problem.images)
+        whole = self._lies_ready and self.problem.augmentation is None
+        return min(self.problem.chunk_size or (count if whole else self._copied), count)
+
+    @property
+    def _bytes_each(self) -> int:
+        """Bytes of an image with its values."""
+        values = self.problem.values
+        return self.problem.images[0].nbytes + (0 if values is None else values[0].nbytes)
+
+    @cached_property
     def _copied(self) -> int:
         """Images of a block that is read or copied."""
         most = min(_BLOCK_BYTES, memory_budget_bytes(self.problem.memory_budget) // 4)
-        return max(1, most // self.problem.images[0].nbytes)
+        return max(1, most // self._bytes_each)

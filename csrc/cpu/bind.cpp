@@ -74,17 +74,17 @@ py::object scan(const Pass& pass, std::size_t queries, std::size_t sums, const K
 // What a second pass answers.
 template <typename Kernel>
 py::object apply(const Pass& pass, const PosteriorWeights& weights, const Kernel& kernel) {
-  Doubles sums({pass.batch.count, weights.count, pass.images.dim});
+  const std::size_t count = weights.cotangents ? weights.count : pass.values.answered();
+  Doubles sums({pass.batch.count, count, pass.images.dim});
   double* result = sums.mutable_data();
   run(pass, [&] { kernel(result); });
   return std::move(sums);
 }
 
-Tangents checked_tangents(const Pass& pass, const std::string& name, const Floats& tangents,
-                          const Floats& centre) {
+Tangents checked_tangents(const Pass& pass, const Floats& tangents, const Floats& centre) {
   const std::size_t count = tangents.ndim() == 3 ? size(tangents, 1) : 0;
   check_shape(centre, "centre", {pass.batch.count, pass.images.dim}, "[B, D]");
-  check_shape(tangents, name, {pass.batch.count, count, pass.images.dim}, "[B, K, D]");
+  check_shape(tangents, "tangents", {pass.batch.count, count, pass.images.dim}, "[B, K, D]");
   return {centre.data(), tangents.data(), count};
 }
 
@@ -98,12 +98,15 @@ PosteriorWeights checked_weights(const Pass& pass, std::size_t queries, const Do
 PosteriorWeights checked_cotangents(const Pass& pass, PosteriorWeights weights,
                                     const Floats& cotangents, const Floats& mean,
                                     const Floats& centre) {
-  const Tangents directions = checked_tangents(pass, "cotangents", cotangents, centre);
-  check_shape(mean, "mean", {pass.batch.count, pass.images.dim}, "[B, D]");
-  weights.cotangents = directions.tangents;
-  weights.count = directions.count;
+  const std::size_t batch = pass.batch.count, values = pass.values.answered() * pass.images.dim;
+  const std::size_t count = cotangents.ndim() == 3 ? size(cotangents, 1) : 0;
+  check_shape(cotangents, "cotangents", {batch, count, values}, "[B, K, A D]");
+  check_shape(mean, "mean", {batch, values}, "[B, A D]");
+  check_shape(centre, "centre", {batch, pass.images.dim}, "[B, D]");
+  weights.cotangents = cotangents.data();
+  weights.count = count;
   weights.mean = mean.data();
-  weights.centre = directions.centre;
+  weights.centre = centre.data();
   return weights;
 }
 
@@ -141,27 +144,28 @@ Pass centred(Pass pass, const std::optional<Floats>& centre) {
 }
 
 py::object scan_global(const Pass& pass) {
-  return scan(pass, 1, pass.images.dim,
+  return scan(pass, 1, pass.values.answered() * pass.images.dim,
               [&](const ScanResult& result) { global_posterior(pass, result); });
 }
 
 py::object scan_global_jvp(const Pass& pass, const Floats& centre, const Floats& directions) {
-  const Tangents tangents = checked_tangents(pass, "tangents", directions, centre);
+  const Tangents tangents = checked_tangents(pass, directions, centre);
   return scan(pass, 1, tangents.sums(pass.images.dim),
               [&](const ScanResult& result) { global_posterior_jvp(pass, tangents, result); });
 }
 
 py::object scan_windows(const Pass& pass, const ImageShape& image, std::size_t window) {
   const WindowShape shape = checked_window(pass, image, window, false);
-  return scan(pass, shape.pixels(), shape.channels,
+  return scan(pass, shape.pixels(), pass.values.answered() * shape.channels,
               [&](const ScanResult& result) { window_posterior(pass, shape, result); });
 }
 
 py::object scan_windows_jvp(const Pass& pass, const Floats& centre, const Floats& directions,
                             const ImageShape& image, std::size_t window) {
-  const Tangents tangents = checked_tangents(pass, "tangents", directions, centre);
+  const Tangents tangents = checked_tangents(pass, directions, centre);
   const WindowShape shape = checked_window(pass, image, window, false);
-  return scan(pass, shape.pixels(), tangents.sums(shape.channels), [&](const ScanResult& result) {
+  const std::size_t sums = tangents.sums(pass.values.answered() * shape.channels);
+  return scan(pass, shape.pixels(), sums, [&](const ScanResult& result) {
     window_posterior_jvp(pass, shape, tangents, result);
   });
 }
@@ -201,16 +205,16 @@ py::object scan_shifts(const Pass& pass, const ImageShape& image, std::size_t wi
 
 py::object scan_masks(const Pass& plain, const DifferenceTree& tree,
                       const std::optional<Floats>& centre) {
-  check_tree(plain, tree, false);
+  check_tree(plain, tree, plain.values.number > 0);
   const Pass pass = centred(plain, centre);
-  return scan(pass, tree.outputs, tree.answered(),
+  return scan(pass, tree.outputs, tree.answered() * pass.values.answered(),
               [&](const ScanResult& result) { masked_posterior(pass, tree, result); });
 }
 
 py::object scan_masks_jvp(const Pass& pass, const Floats& centre, const Floats& directions,
                           const DifferenceTree& tree) {
   check_tree(pass, tree, true);
-  const Tangents tangents = checked_tangents(pass, "tangents", directions, centre);
+  const Tangents tangents = checked_tangents(pass, directions, centre);
   return scan(pass, tree.outputs, tangents.sums(1), [&](const ScanResult& result) {
     masked_posterior_jvp(pass, tree, tangents, result);
   });
@@ -267,6 +271,18 @@ DifferenceTree make_tree(const Array<std::uint8_t>& bits, std::size_t inputs, st
   return build_difference_tree(bits.data(), inputs, outputs, grid, answers);
 }
 
+// The pass with value images [N, R, D] that it answers, if any.
+Pass answering(Pass pass, const std::optional<Floats>& values, bool with_image) {
+  if (!values) return pass;
+  const std::size_t number = values->ndim() == 3 ? size(*values, 1) : 0;
+  if (number == 0) {
+    throw py::value_error("`values` must have shape [N, R, D], got " + shape_text(*values));
+  }
+  check_shape(*values, "values", {pass.images.count, number, pass.images.dim}, "[N, R, D]");
+  pass.values = {values->data(), number, with_image};
+  return pass;
+}
+
 // Binds what takes a pass and further arguments, as (images, noisy, scale, those, threads, isa).
 template <typename... Arguments, typename... Names>
 void def_pass(py::module_& module, const char* name,
@@ -282,6 +298,24 @@ void def_pass(py::module_& module, const char* name,
       py::arg("threads"), py::arg("isa") = "", doc.c_str());
 }
 
+// The same of kernels that answer value images.
+template <typename... Arguments, typename... Names>
+void def_answering(py::module_& module, const char* name,
+                   py::object (*function)(const Pass&, Arguments...), const std::string& doc,
+                   const Names&... names) {
+  module.def(
+      name,
+      [function](const py::array& images, const Floats& noisy, const Floats& scale,
+                 Arguments... arguments, const std::optional<Floats>& values, bool with_image,
+                 py::ssize_t threads, const std::string& isa) {
+        const Pass pass = checked_pass(images, noisy, scale, threads, isa);
+        return function(answering(pass, values, with_image), arguments...);
+      },
+      py::arg("images"), py::arg("noisy").noconvert(), py::arg("scale").noconvert(), names...,
+      py::arg("values").noconvert() = py::none(), py::arg("with_image") = true, py::arg("threads"),
+      py::arg("isa") = "", doc.c_str());
+}
+
 void bind_passes(py::module_& module) {
   const auto array = [](const char* name) { return py::arg(name).noconvert(); };
   const py::arg_v from = py::arg("centre").noconvert() = py::none();
@@ -289,36 +323,40 @@ void bind_passes(py::module_& module) {
   const py::kw_only keywords;
   const std::string scans =
       "Scan images [N, D] with noisy images [B, D] in stored units.\n\n"
-      "Returns minimum [B, Q], total [B, Q] and weighted [B, Q, V].";
+      "Returns minimum [B, Q], total [B, Q] and weighted [B, Q, V]. Value images [N, R, D] are\n"
+      "answered in the place of images, or behind them.";
   const std::string jvps =
       "Scan images [N, D] with noisy images [B, D] and tangents [B, K, D] in stored units.\n\n"
       "Returns minimum [B, Q], total [B, Q] and weighted [B, Q, V + K + K V]: sums of values and\n"
       "of inner products, both counted from centre [B, D], and of their products.";
   const std::string sums =
-      "Apply the weights of a scan, or their derivative along cotangents [B, K, D].\n\n"
-      "Returns sums [B, K, D] in stored units, [B, 1, D] of the weights themselves.";
+      "Apply the weights of a scan, or their derivative along cotangents [B, K, A D] of A "
+      "answered\n"
+      "images.\n\n"
+      "Returns sums [B, K, D] in stored units, [B, A, D] of the weights themselves.";
 
-  def_pass(module, "global_posterior", &scan_global, scans, keywords);
+  def_answering(module, "global_posterior", &scan_global, scans, keywords);
   def_pass(module, "global_posterior_jvp", &scan_global_jvp, jvps, array("centre"),
            array("tangents"), keywords);
-  def_pass(module, "window_posterior", &scan_windows, scans, keywords, image, window);
-  def_pass(module, "window_posterior_jvp", &scan_windows_jvp, jvps, array("centre"),
-           array("tangents"), keywords, image, window);
-  def_pass(module, "window_posterior_vjp", &apply_windows_vjp, sums, array("minimum"),
-           array("total"), array("cotangents"), array("mean"), array("centre"), keywords, image,
-           window);
+  def_answering(module, "window_posterior", &scan_windows, scans, keywords, image, window);
+  def_answering(module, "window_posterior_jvp", &scan_windows_jvp, jvps, array("centre"),
+                array("tangents"), keywords, image, window);
+  def_answering(module, "window_posterior_vjp", &apply_windows_vjp, sums, array("minimum"),
+                array("total"), array("cotangents"), array("mean"), array("centre"), keywords,
+                image, window);
   def_pass(module, "patch_set_scan", &scan_patches, scans, keywords, image, window);
-  def_pass(module, "patch_set", &apply_patches, sums, array("minimum"), array("total"), keywords,
-           image, window);
+  def_answering(module, "patch_set", &apply_patches, sums, array("minimum"), array("total"),
+                keywords, image, window);
   def_pass(module, "equivariant_posterior", &scan_shifts, scans, keywords, image, window,
            py::arg("circular"));
-  def_pass(module, "masked_posterior", &scan_masks, scans, keywords, tree, from);
+  def_answering(module, "masked_posterior", &scan_masks, scans, keywords, tree, from);
   def_pass(module, "masked_posterior_jvp", &scan_masks_jvp, jvps, array("centre"),
            array("tangents"), keywords, tree);
-  def_pass(module, "masked_posterior_vjp", &apply_masks_vjp, sums, array("minimum"), array("total"),
-           array("cotangents"), array("mean"), array("base"), keywords, tree, from);
-  def_pass(module, "filtered_posterior", &apply_masks, sums, array("minimum"), array("total"),
-           keywords, tree, py::arg("answers"), from);
+  def_answering(module, "masked_posterior_vjp", &apply_masks_vjp, sums, array("minimum"),
+                array("total"), array("cotangents"), array("mean"), array("base"), keywords, tree,
+                from);
+  def_answering(module, "filtered_posterior", &apply_masks, sums, array("minimum"), array("total"),
+                keywords, tree, py::arg("answers"), from);
 }
 
 }  // namespace

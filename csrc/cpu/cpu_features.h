@@ -14,6 +14,14 @@
 #define PYFLOCALITY_X86 0
 #endif
 
+// Compilers join a product and a sum in one rounding where they see both: bits of a kernel must not
+// depend on what else is compiled beside it.
+#if defined(__GNUC__) || defined(__clang__)
+#define PYFLOCALITY_INLINE inline __attribute__((always_inline))
+#else
+#define PYFLOCALITY_INLINE inline
+#endif
+
 namespace pyflocality {
 
 enum class InstructionSet { kPortable, kAvx2, kAvx512, kAvx512Vnni };

@@ -14,20 +14,20 @@ class EquivariantScan {
         columns_(shifts(shape.width, shape.window, circular)) {}
 
   using Scratch = WindowSums<Stored>;
-  Scratch scratch() const { return {shape_, pass_.batch.count, shape_.channels}; }
+  Scratch scratch() const { return {pass_, shape_, shape_.channels}; }
   ScanState state() const { return {pass_.batch.count * shape_.pixels(), shape_.channels}; }
   double scale(std::size_t q) const { return pass_.batch.scale[q / shape_.pixels()]; }
 
   void scan(std::size_t first, std::size_t last, const Scratch& scratch, ScanState& state) const {
     scratch.clear();
-    for_each_tile(pass_, first, last, pass_.batch.count, 1, scratch.tile.data(),
-                  [&](std::size_t b, const Stored* tile, std::size_t number) {
+    for_each_tile(pass_, first, last, pass_.batch.count, scratch.tile,
+                  [&](std::size_t b, const ImageTile<Stored>& tile) {
                     Vec floor[kTileVectors];
-                    missing_images(number, floor);
+                    missing_images(tile.number, floor);
                     for (const Shift& row : rows_) {
                       pass_.checkpoint();
                       for (const Shift& column : columns_) {
-                        scan_shift(b, tile, row, column, floor, scratch);
+                        scan_shift(b, tile.images, row, column, floor, scratch);
                       }
                     }
                   });
@@ -78,18 +78,19 @@ class EquivariantScan {
     const float scale = pass_.batch.scale[b], reach = reaches_ / scale;
     for (std::size_t x = columns.first; x < columns.last; ++x) {
       const std::size_t query_x = (x + columns.shift) % width;
-      window_sums(plane + (rows.begin * width + x) * kTileImages, width * kTileImages,
-                  rows.end - rows.begin, shape_.window, rows.first - rows.begin,
-                  rows.last - rows.begin, scratch.line.data(),
-                  [&](std::size_t place, Vec(&sum)[kTileVectors]) {
-                    for (int i = 0; i < kTileVectors; ++i) sum[i] = max(sum[i], floor[i]);
-                    const std::size_t y = rows.begin + place;
-                    const std::size_t query_y = (y + rows.shift) % shape_.height;
-                    const std::size_t q = b * pixels + query_y * width + query_x;
-                    take_in(sum, scale, reach, tile + (y * width + x) * kTileImages,
-                            pixels * kTileImages, shape_.channels, scratch.minimum.data() + q,
-                            scratch.sums.data() + q * scratch.of_query);
-                  });
+      window_sums(
+          plane + (rows.begin * width + x) * kTileImages, width * kTileImages,
+          rows.end - rows.begin, shape_.window, rows.first - rows.begin, rows.last - rows.begin,
+          scratch.line.data(), [&](std::size_t place, Vec(&sum)[kTileVectors]) {
+            for (int i = 0; i < kTileVectors; ++i) sum[i] = max(sum[i], floor[i]);
+            const std::size_t y = rows.begin + place;
+            const std::size_t query_y = (y + rows.shift) % shape_.height;
+            const std::size_t q = b * pixels + query_y * width + query_x;
+            const Answers<Stored> answers{tile + (y * width + x) * kTileImages, shape_.channels,
+                                          nullptr, 0, pixels * kTileImages};
+            take_in(sum, scale, reach, answers, scratch.minimum.data() + q,
+                    scratch.sums.data() + q * scratch.of_query);
+          });
     }
   }
 

@@ -9,7 +9,8 @@ namespace pyflocality {
 //   e[b, i] = sum_d (noisy[b, d] - image[i, d])^2
 //
 // gives minimum = min_i e [batch], total = sum_i 2^(-scale (e - minimum)) and
-// weighted = sum_i 2^(-scale (e - minimum)) image[i] [batch, dim].
+// weighted = sum_i 2^(-scale (e - minimum)) image[i] [batch, dim], or [batch, answered, dim] with
+// the value images of the pass.
 void global_posterior(const Pass& pass, const ScanResult& result);
 
 // The same with tangents.

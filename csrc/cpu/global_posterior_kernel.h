@@ -122,36 +122,39 @@ class GlobalScan {
     const TypedPass<Stored>& pass;
     AlignedArray<float> distance{pass.batch.count * kBlock}, minimum{pass.batch.count};
     AlignedArray<double> total{pass.batch.count};
-    AlignedArray<float> weighted{pass.batch.count * pass.dim};
+    AlignedArray<float> weighted{pass.batch.count * pass.values.answered() * pass.dim};
     const Stored* block[kBlock] = {};  // images at hand
   };
 
   Scratch scratch() const { return {pass_}; }
-  ScanState state() const { return {pass_.batch.count, pass_.dim}; }
+  ScanState state() const { return {pass_.batch.count, pass_.values.answered() * pass_.dim}; }
   double scale(std::size_t q) const { return pass_.batch.scale[q]; }
 
   void scan(std::size_t first, std::size_t last, Scratch& scratch, ScanState& state) const {
-    const std::size_t batch = pass_.batch.count, dim = pass_.dim;
+    const std::size_t batch = pass_.batch.count, sums = pass_.values.answered() * pass_.dim;
     std::fill_n(scratch.minimum.data(), batch, std::numeric_limits<float>::infinity());
     std::fill_n(scratch.total.data(), batch, 0.0);
-    std::fill_n(scratch.weighted.data(), batch * dim, 0.0f);
+    std::fill_n(scratch.weighted.data(), batch * sums, 0.0f);
     for (std::size_t image = first; image < last; image += kBlock) {
       pass_.checkpoint();
       const std::size_t count = std::min(kBlock, last - image);
       measure_block(pass_, image, count, scratch.block, scratch.distance.data());
-      for (std::size_t b = 0; b < batch; ++b) take_in_block(b, count, scratch);
+      for (std::size_t b = 0; b < batch; ++b) take_in_block(b, image, count, scratch);
     }
     std::copy_n(scratch.minimum.data(), batch, state.minimum.begin());
     std::copy_n(scratch.total.data(), batch, state.total.begin());
-    std::copy_n(scratch.weighted.data(), batch * dim, state.weighted.begin());
+    std::copy_n(scratch.weighted.data(), batch * sums, state.weighted.begin());
   }
 
  private:
-  void take_in_block(std::size_t b, std::size_t count, Scratch& scratch) const {
-    const std::size_t dim = pass_.dim;
+  // Takes in `count` images from image `first` on.
+  void take_in_block(std::size_t b, std::size_t first, std::size_t count, Scratch& scratch) const {
+    const ValueImages& values = pass_.values;
+    const std::size_t values_dim = values.number * pass_.dim;
+    const std::size_t sums = values.answered() * pass_.dim;
     const float* distance = scratch.distance.data() + b * kBlock;
     float& minimum = scratch.minimum.data()[b];
-    float* weighted = scratch.weighted.data() + b * dim;
+    float* weighted = scratch.weighted.data() + b * sums;
     const float scale = pass_.batch.scale[b], reach = pass_.reach(b);
     const float lowest = *std::min_element(distance, distance + count);
     // Equal distances count even where adding the reach rounds away.
@@ -159,24 +162,31 @@ class GlobalScan {
     if (lowest < minimum) {
       const float decay = exp2_of_negative((lowest - minimum) * scale);
       scratch.total.data()[b] *= decay;
-      for (std::size_t d = 0; d < dim; ++d) weighted[d] *= decay;
+      for (std::size_t d = 0; d < sums; ++d) weighted[d] *= decay;
       minimum = lowest;
     }
     for (std::size_t i = 0; i < count; ++i) {
       if (!(distance[i] <= minimum + reach)) continue;
       const float weight = exp2_of_negative((minimum - distance[i]) * scale);
       scratch.total.data()[b] += weight;
-      add_weighted(scratch.block[i], weight, weighted);
+      float* behind = weighted;
+      if (values.with_image) {
+        add_weighted(scratch.block[i], pass_.dim, weight, weighted);
+        behind += pass_.dim;
+      }
+      if (values_dim == 0) continue;
+      add_weighted(values.values + (first + i) * values_dim, values_dim, weight, behind);
     }
   }
 
-  void add_weighted(const Stored* values, float weight, float* weighted) const {
-    const std::size_t whole = pass_.dim / kLanes * kLanes;
+  template <typename Number>
+  static void add_weighted(const Number* values, std::size_t dim, float weight, float* weighted) {
+    const std::size_t whole = dim / kLanes * kLanes;
     const Vec factor = broadcast(weight);
     for (std::size_t d = 0; d < whole; d += kLanes) {
       store(weighted + d, multiply_add(factor, load(values + d), load(weighted + d)));
     }
-    for (std::size_t d = whole; d < pass_.dim; ++d) {
+    for (std::size_t d = whole; d < dim; ++d) {
       weighted[d] += weight * static_cast<float>(values[d]);
     }
   }

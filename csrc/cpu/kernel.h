@@ -52,7 +52,8 @@ struct TypedPass {
         dim(pass.images.dim),
         batch(pass.batch),
         threads(pass.threads),
-        checkpoint(pass.checkpoint) {}
+        checkpoint(pass.checkpoint),
+        values(pass.values) {}
 
   // Distance above the minimum beyond which images cannot change a noisy image's result.
   float reach(std::size_t b) const { return negligible_power(count) / batch.scale[b]; }
@@ -62,6 +63,7 @@ struct TypedPass {
   NoisyBatch batch;
   std::size_t threads;
   Checkpoint checkpoint;
+  ValueImages values;
 };
 
 // The state of a posterior scan: per query the smallest distance, the sum of the weights

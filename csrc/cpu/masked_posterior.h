@@ -13,7 +13,7 @@ namespace pyflocality {
 // gives minimum = min_i e, total = sum_i 2^(-scale (e - minimum)) and
 // weighted = sum_i 2^(-scale (e - minimum)) image[i, m], with m the input whose value the output
 // answers: its own, where the outputs are some of the inputs. Where outputs answer none there are
-// minimum and total alone.
+// minimum and total alone. Of the value images of the pass it gives the like of weighted, too.
 //
 // With a centre c the scan sums (image - c) (image - c - 2 (noisy - c)), which differs from the
 // squared difference by (noisy - c)^2 alone: nothing that depends on the image. Where noise is
@@ -37,6 +37,8 @@ void masked_posterior_jvp(const Pass& pass, const DifferenceTree& tree, const Ta
 // inputs m, and image[i, d] counted from their centre,
 //
 //   a[b, k, m, i] = p[b, m, i] g[b, k, m] (image[i, m] - mean[b, m])
+//
+// Value images of the pass are applied as in window_posterior_vjp().
 //
 // Images in which no output has any weight cost their distances only. The centre of the batch must
 // be that of the scan.

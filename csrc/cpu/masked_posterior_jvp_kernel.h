@@ -32,7 +32,7 @@ class MaskedJvp {
   // from those of its nearest image: value, and c by tangent.
   struct Scratch {
     const MaskedJvp& scan;
-    AlignedArray<Stored> tile{scan.pass_.dim * kTileImages};
+    TileRoom<Stored> tile{scan.pass_, 1, false};
     AlignedArray<float> slots{scan.tree_.slots * Terms::kSums * kTileImages};
     AlignedArray<float> minimum{scan.tree_.outputs}, nearest{scan.tree_.outputs * Terms::kSums};
     AlignedArray<float> sums{scan.tree_.outputs * kSumsOfQuery};
@@ -47,10 +47,10 @@ class MaskedJvp {
     std::fill_n(scratch.minimum.data(), outputs, std::numeric_limits<float>::infinity());
     std::fill_n(scratch.nearest.data(), outputs * Terms::kSums, 0.0f);
     std::fill_n(scratch.sums.data(), outputs * kSumsOfQuery, 0.0f);
-    for_each_tile(pass_, first, last, 1, 1, scratch.tile.data(),
-                  [&](std::size_t, const Stored* tile, std::size_t number) {
+    for_each_tile(pass_, first, last, 1, scratch.tile,
+                  [&](std::size_t, const ImageTile<Stored>& tile) {
                     pass_.checkpoint();
-                    scan_tile(tile, number, scratch);
+                    scan_tile(tile.images, tile.number, scratch);
                   });
     const float* minimum = scratch.minimum.data();
     const float* nearest = scratch.nearest.data();

@@ -19,59 +19,69 @@ class MaskedScan {
   // What a thread works in; queries lie in the order the tree visits outputs.
   struct Scratch {
     const MaskedScan& scan;
-    AlignedArray<Stored> tile{scan.pass_.dim * kTileImages};
+    TileRoom<Stored> tile{scan.pass_, 1, scan.answered() > 0};
     AlignedArray<float> slots{scan.tree_.slots * kBatch * kTileImages};
-    AlignedArray<float> minimum{scan.queries()}, sums{scan.queries() * kSumsOfQuery};
+    AlignedArray<float> minimum{scan.queries()}, sums{scan.queries() * scan.sums_of_query()};
   };
 
   Scratch scratch() const { return {*this}; }
-  ScanState state() const { return {queries(), tree_.answered()}; }
+  ScanState state() const { return {queries(), answered()}; }
   double scale(std::size_t q) const { return scale_[q % kBatch]; }
 
   void scan(std::size_t first, std::size_t last, const Scratch& scratch, ScanState& state) const {
     std::fill_n(scratch.minimum.data(), queries(), std::numeric_limits<float>::infinity());
-    std::fill_n(scratch.sums.data(), queries() * kSumsOfQuery, 0.0f);
-    for_each_tile(pass_, first, last, 1, 1, scratch.tile.data(),
-                  [&](std::size_t, const Stored* tile, std::size_t number) {
+    std::fill_n(scratch.sums.data(), queries() * sums_of_query(), 0.0f);
+    for_each_tile(pass_, first, last, 1, scratch.tile,
+                  [&](std::size_t, const ImageTile<Stored>& tile) {
                     pass_.checkpoint();
-                    scan_tile(tile, number, scratch);
+                    scan_tile(tile, scratch);
                   });
     const float* minimum = scratch.minimum.data();
     const float* sums = scratch.sums.data();
     for (const DifferenceTree::Node& node : tree_.nodes) {
       if (node.output == DifferenceTree::kSilent) continue;
-      for (std::size_t b = 0; b < kBatch; ++b, sums += kSumsOfQuery) {
+      for (std::size_t b = 0; b < kBatch; ++b, sums += sums_of_query()) {
         const std::size_t q = static_cast<std::size_t>(node.output) * kBatch + b;
         state.minimum[q] = *minimum++;
         add_lanes(sums, state.total[q]);
-        if (tree_.answered() == 1) add_lanes(sums + kLanes, state.weighted[q]);
+        for (std::size_t k = 0; k < answered(); ++k) {
+          add_lanes(sums + (1 + k) * kLanes, state.weighted[q * answered() + k]);
+        }
       }
     }
   }
 
  private:
-  static constexpr std::size_t kSumsOfQuery = 2 * kLanes;  // weights, weighted values
-
   std::size_t queries() const { return tree_.outputs * kBatch; }
+  std::size_t answered() const { return tree_.answered() * pass_.values.answered(); }
+  std::size_t sums_of_query() const { return (1 + answered()) * kLanes; }
 
-  void scan_tile(const Stored* tile, std::size_t number, const Scratch& scratch) const {
+  void scan_tile(const ImageTile<Stored>& tile, const Scratch& scratch) const {
     Vec floor[kTileVectors];
-    missing_images(number, floor);
-    const bool partial = number < static_cast<std::size_t>(kTileImages);
-    const std::size_t answered = tree_.answered();
+    missing_images(tile.number, floor);
+    const bool partial = tile.number < static_cast<std::size_t>(kTileImages);
+    const std::size_t step = sums_of_query();
+    Answers<Stored> answers{tile.images, pass_.values.with_image ? tree_.answered() : 0,
+                            tile.values, pass_.values.number * tree_.answered(),
+                            pass_.dim * kTileImages};
     float* minimum = scratch.minimum.data();
     float* lanes = scratch.sums.data();
     const auto answer = [&](std::size_t output, const Vec(&sums)[kBatch][kTileVectors]) {
-      const Stored* values = answered == 1 ? tile + tree_.answers[output] * kTileImages : tile;
-      for (int b = 0; b < kBatch; ++b, ++minimum, lanes += kSumsOfQuery) {
+      if (tree_.answered() == 1) {
+        const std::size_t own = tree_.answers[output] * kTileImages;
+        answers.images = tile.images + own;
+        answers.values = tile.values + own;
+      }
+      for (int b = 0; b < kBatch; ++b, ++minimum, lanes += step) {
         Vec distance[kTileVectors];
         for (int i = 0; i < kTileVectors; ++i) {
           distance[i] = partial ? max(sums[b][i], floor[i]) : sums[b][i];
         }
-        take_in(distance, scale_[b], reach_[b], values, 0, answered, minimum, lanes);
+        take_in(distance, scale_[b], reach_[b], answers, minimum, lanes);
       }
     };
-    sum_over_masks(tree_, tile, GapTerms<kBatch, kCentred>{targets_.data(), pass_.batch.centre},
+    sum_over_masks(tree_, tile.images,
+                   GapTerms<kBatch, kCentred>{targets_.data(), pass_.batch.centre},
                    scratch.slots.data(), answer);
   }
 
@@ -165,7 +175,8 @@ struct Kernels {
         const std::size_t from = m * kBatch + b, to = (first + b) * tree.outputs + m;
         result.minimum[to] = state.minimum[from] + left_out[m];
         result.total[to] = state.total[from];
-        if (tree.answered() == 1) result.weighted[to] = state.weighted[from];
+        std::copy_n(state.weighted.data() + from * state.sums, state.sums,
+                    result.weighted + to * state.sums);
       }
     }
   }

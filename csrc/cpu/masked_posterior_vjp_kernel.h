@@ -10,6 +10,7 @@ class MaskedVjp {
         tree_(tree),
         answers_(answers),
         weights_(weights),
+        sums_of_set_(sums_of_set(pass, weights)),
         targets_(pass.batch.count * pass.dim),
         minimum_(weights.minimum, weights.minimum + pass.batch.count * tree.outputs) {
     for (std::size_t b = 0; b < pass.batch.count; ++b) {
@@ -27,26 +28,26 @@ class MaskedVjp {
 
   struct Scratch {
     const MaskedVjp& vjp;
-    AlignedArray<Stored> tiles{kTilesAtHand * vjp.pass_.dim * kTileImages};
+    TileRoom<Stored> tiles{vjp.pass_, kTilesAtHand};
     AlignedArray<float> weights{vjp.tree_.outputs * kTileImages};
     AlignedArray<float> factors{vjp.pass_.dim * kTileImages};
     AlignedArray<float> slots{std::max(vjp.tree_.slots, vjp.answers_.slots) * kTileImages};
-    AlignedArray<float> sums{vjp.sets() * vjp.pass_.dim * kLanes};
+    AlignedArray<float> sums{vjp.sets() * vjp.sums_of_set_ * kLanes};
     AlignedArray<bool> matters{vjp.tree_.outputs};  // outputs whose weights are not all zero
     AlignedArray<bool> live{vjp.answers_.slots};    // slots that hold factors
   };
 
   Scratch scratch() const { return {*this}; }
-  ScanState state() const { return {sets(), pass_.dim}; }
+  ScanState state() const { return {sets(), sums_of_set_}; }
   double scale(std::size_t) const { return 1.0; }
 
   void scan(std::size_t first, std::size_t last, const Scratch& scratch, ScanState& state) const {
-    std::fill_n(scratch.sums.data(), sets() * pass_.dim * kLanes, 0.0f);
+    std::fill_n(scratch.sums.data(), sets() * sums_of_set_ * kLanes, 0.0f);
     std::fill_n(scratch.live.data(), answers_.slots, false);
-    for_each_tile(pass_, first, last, pass_.batch.count, kTilesAtHand, scratch.tiles.data(),
-                  [&](std::size_t b, const Stored* tile, std::size_t number) {
+    for_each_tile(pass_, first, last, pass_.batch.count, scratch.tiles,
+                  [&](std::size_t b, const ImageTile<Stored>& tile) {
                     pass_.checkpoint();
-                    if (!weigh_outputs(b, tile, number, scratch)) return;
+                    if (!weigh_outputs(b, tile, scratch)) return;
                     for (std::size_t k = 0; k < weights_.count; ++k) {
                       const std::size_t set = b * weights_.count + k;
                       gather_factors(b, set, tile, scratch);
@@ -62,10 +63,9 @@ class MaskedVjp {
   std::size_t sets() const { return pass_.batch.count * weights_.count; }
 
   // Posterior weights of a tile's images for every output; false where none of them matters.
-  bool weigh_outputs(std::size_t b, const Stored* tile, std::size_t number,
-                     const Scratch& scratch) const {
+  bool weigh_outputs(std::size_t b, const ImageTile<Stored>& tile, const Scratch& scratch) const {
     Tile floor;
-    missing_images(number, floor);
+    missing_images(tile.number, floor);
     const float scale = pass_.batch.scale[b], reach = pass_.reach(b);
     bool any = false;
     const auto answer = [&](std::size_t output, const Vec(&sums)[1][kTileVectors]) {
@@ -79,7 +79,7 @@ class MaskedVjp {
       store_vectors(scratch.weights.data() + output * kTileImages, weights);
     };
     const float* targets = targets_.data() + b * pass_.dim;
-    sum_over_masks(tree_, tile, GapTerms<1, kCentred>{targets, pass_.batch.centre},
+    sum_over_masks(tree_, tile.images, GapTerms<1, kCentred>{targets, pass_.batch.centre},
                    scratch.slots.data(), answer);
     return any;
   }
@@ -87,7 +87,7 @@ class MaskedVjp {
   // What walk_back() hands out: the factors of an output's own values, to all inputs of its mask.
   class Factors {
    public:
-    Factors(const MaskedVjp& vjp, std::size_t b, std::size_t set, const Stored* tile,
+    Factors(const MaskedVjp& vjp, std::size_t b, std::size_t set, const ImageTile<Stored>& tile,
             const Scratch& scratch)
         : vjp_(vjp), b_(b), set_(set), tile_(tile), scratch_(scratch) {}
 
@@ -137,14 +137,14 @@ class MaskedVjp {
 
     const MaskedVjp& vjp_;
     const std::size_t b_, set_;
-    const Stored* tile_;
+    const ImageTile<Stored>& tile_;
     const Scratch& scratch_;
     Tile sum_;
     bool live_ = false;  // whether there is anything but zero in it
   };
 
   // Factors of all inputs of a tile.
-  void gather_factors(std::size_t b, std::size_t set, const Stored* tile,
+  void gather_factors(std::size_t b, std::size_t set, const ImageTile<Stored>& tile,
                       const Scratch& scratch) const {
     std::fill_n(scratch.factors.data(), pass_.dim * kTileImages, 0.0f);
     Factors factors(*this, b, set, tile, scratch);
@@ -152,28 +152,31 @@ class MaskedVjp {
   }
 
   // The factor of an output: its weights, or these times what a cotangent makes of its value.
-  void factor(std::size_t b, std::size_t set, std::size_t output, const Stored* tile,
+  void factor(std::size_t b, std::size_t set, std::size_t output, const ImageTile<Stored>& tile,
               const Scratch& scratch, Tile& result) const {
     load_vectors(scratch.weights.data() + output * kTileImages, result);
     if (weights_.cotangents == nullptr) return;
-    const std::size_t own = tree_.answers[output];
-    const Vec cotangent = broadcast(weights_.cotangents[set * pass_.dim + own]);
-    const Vec mean = broadcast(weights_.mean[b * pass_.dim + own]);
-    for (int i = 0; i < kTileVectors; ++i) {
-      const Vec gap = sub(load(tile + own * kTileImages + i * kLanes), mean);
-      result[i] = mul(result[i], mul(cotangent, gap));
-    }
+    const std::size_t own = tree_.answers[output], answered = pass_.values.answered();
+    Tile products;
+    for_each_answer(pass_, tile, own, [&](std::size_t a, const auto* values) {
+      const Vec cotangent = broadcast(weights_.cotangents[(set * answered + a) * pass_.dim + own]);
+      const Vec mean = broadcast(weights_.mean[(b * answered + a) * pass_.dim + own]);
+      for (int i = 0; i < kTileVectors; ++i) {
+        const Vec product = mul(cotangent, sub(load(values + i * kLanes), mean));
+        products[i] = a == 0 ? product : add(products[i], product);
+      }
+    });
+    for (int i = 0; i < kTileVectors; ++i) result[i] = mul(result[i], products[i]);
   }
 
   // Adds the values of a tile's images under the factors of the inputs.
-  void add_values(std::size_t b, std::size_t set, const Stored* tile,
+  void add_values(std::size_t b, std::size_t set, const ImageTile<Stored>& tile,
                   const Scratch& scratch) const {
-    const std::size_t dim = pass_.dim;
-    for (std::size_t d = 0; d < dim; ++d) {
+    float* sums = scratch.sums.data() + set * sums_of_set_ * kLanes;
+    for (std::size_t d = 0; d < pass_.dim; ++d) {
       Tile factors;
       load_vectors(scratch.factors.data() + d * kTileImages, factors);
-      add_factored(weights_, b * dim + d, factors, tile + d * kTileImages,
-                   scratch.sums.data() + (set * dim + d) * kLanes);
+      add_factored(pass_, weights_, b, d, factors, tile, sums);
     }
   }
 
@@ -181,6 +184,7 @@ class MaskedVjp {
   const DifferenceTree& tree_;
   const DifferenceTree& answers_;
   const PosteriorWeights weights_;
+  const std::size_t sums_of_set_;
   AlignedArray<float> targets_;
   std::vector<double> minimum_;
 };

@@ -19,6 +19,17 @@ struct StoredImages {
   std::size_t count, dim;
 };
 
+// What is answered of the training images: value images [count, number, dim] of them, the images
+// themselves, or both; then the images come first. Values are in units of their own.
+struct ValueImages {
+  const float* values = nullptr;
+  std::size_t number = 0;
+  bool with_image = true;
+
+  // How many images are answered for a noisy one.
+  std::size_t answered() const { return number + (with_image ? 1 : 0); }
+};
+
 // Noisy images and their noise levels, in the units the images are stored in.
 //
 //   noisy    [count, dim]: x / alpha for floats, 127.5 (x / alpha + 1) for bytes
@@ -39,9 +50,12 @@ struct Pass {
   InstructionSet isa;
   // Called on the calling thread now and then, and may throw.
   std::function<void()> checkpoint;
+  // Of kernels that say so alone; others answer the images.
+  ValueImages values = {};
 };
 
 // Results of a scan in stored units: [batch, queries] and, for weighted, [batch, queries, values].
+// Where value images are answered, a query's values are those of one image after the other.
 struct ScanResult {
   double* minimum;
   double* total;
@@ -77,10 +91,13 @@ struct Tangents {
 // What a second pass applies: the weights of a scan, or their derivative along cotangents.
 //
 //   minimum, total   [batch, queries], of the scan over all images
-//   cotangents       g [batch, count, dim], or null for the weights alone, and then
-//   mean             posterior means [batch, dim]
-//   centre           what values are counted from, [batch, dim]. It changes rounding alone: what a
-//                    cotangent makes of the weights of a query sums to 0.
+//   cotangents       g [batch, count, answered, dim], or null for the weights alone, and then
+//   mean             posterior means [batch, answered, dim]
+//   centre           what the images are counted from, [batch, dim]. It changes rounding alone:
+//                    what a cotangent makes of the weights of a query sums to 0.
+//
+// Of the weights alone there are sums for each answered image, [batch, answered, dim]; along
+// cotangents they are in the space of the images, [batch, count, dim].
 struct PosteriorWeights {
   const double* minimum;
   const double* total;

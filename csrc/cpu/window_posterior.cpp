@@ -21,13 +21,13 @@ namespace pyflocality {
 
 void window_posterior(const Pass& pass, const WindowShape& shape, const ScanResult& result) {
   dispatch(pass, [&](auto kernels, const auto& typed) {
-    kernels.scan(typed, shape, all_places(shape), shape.channels, result);
+    kernels.scan(typed, shape, all_places(shape), true, result);
   });
 }
 
 void patch_set_scan(const Pass& pass, const WindowShape& shape, const ScanResult& result) {
   dispatch(pass, [&](auto kernels, const auto& typed) {
-    kernels.scan(typed, shape, places_inside(shape), 0, result);
+    kernels.scan(typed, shape, places_inside(shape), false, result);
   });
 }
 

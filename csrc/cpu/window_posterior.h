@@ -35,7 +35,8 @@ inline WindowPlaces places_inside(const WindowShape& shape) {
 //   e[b, q, i] = sum_{c, p in window(q)} (noisy[b, c, p] - image[i, c, p])^2
 //
 // gives minimum = min_i e [batch, pixels], total = sum_i 2^(-scale (e - minimum)) and, for every
-// channel, weighted = sum_i 2^(-scale (e - minimum)) image[i, c, q] [batch, pixels, channels].
+// channel, weighted = sum_i 2^(-scale (e - minimum)) image[i, c, q] [batch, pixels, channels]; of
+// the value images of the pass likewise.
 void window_posterior(const Pass& pass, const WindowShape& shape, const ScanResult& result);
 
 // The same with tangents.
@@ -55,6 +56,9 @@ void patch_set_scan(const Pass& pass, const WindowShape& shape, const ScanResult
 // them, over all windows, cut at the border, and image[i, c, d] counted from their centre,
 //
 //   a[b, k, q, i] = p[b, q, i] sum_c g[b, k, c, q] (image[i, c, q] - mean[b, c, q])
+//
+// The value images of the pass take the place of the image where values are applied without
+// cotangents, and where cotangents meet them in a: there the sum goes over all answered images.
 //
 // Images in which no window has any weight cost their distances only.
 void window_posterior_vjp(const Pass& pass, const WindowShape& shape,

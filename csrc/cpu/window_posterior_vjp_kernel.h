@@ -10,25 +10,26 @@ class WindowVjp {
         places_(weights.cotangents == nullptr ? places_inside(shape) : all_places(shape)),
         weights_(weights),
         pixels_(shape.pixels()),
-        dim_(pass.dim) {}
+        dim_(pass.dim),
+        sums_of_set_(sums_of_set(pass, weights)) {}
 
   struct Scratch {
     const WindowVjp& vjp;
-    AlignedArray<Stored> tiles{kTilesAtHand * vjp.dim_ * kTileImages};
+    TileRoom<Stored> tiles{vjp.pass_, kTilesAtHand};
     AlignedArray<float> weights{vjp.pixels_ * kTileImages}, factors{vjp.pixels_ * kTileImages};
-    AlignedArray<float> line{line_size(vjp.shape_)}, sums{vjp.sets() * vjp.dim_ * kLanes};
+    AlignedArray<float> line{line_size(vjp.shape_)}, sums{vjp.sets() * vjp.sums_of_set_ * kLanes};
   };
 
   Scratch scratch() const { return {*this}; }
-  ScanState state() const { return {sets(), dim_}; }
+  ScanState state() const { return {sets(), sums_of_set_}; }
   double scale(std::size_t) const { return 1.0; }
 
   void scan(std::size_t first, std::size_t last, const Scratch& scratch, ScanState& state) const {
-    std::fill_n(scratch.sums.data(), sets() * dim_ * kLanes, 0.0f);
-    for_each_tile(pass_, first, last, pass_.batch.count, kTilesAtHand, scratch.tiles.data(),
-                  [&](std::size_t b, const Stored* tile, std::size_t number) {
+    std::fill_n(scratch.sums.data(), sets() * sums_of_set_ * kLanes, 0.0f);
+    for_each_tile(pass_, first, last, pass_.batch.count, scratch.tiles,
+                  [&](std::size_t b, const ImageTile<Stored>& tile) {
                     pass_.checkpoint();
-                    const Box box = weigh_windows(b, tile, number, scratch);
+                    const Box box = weigh_windows(b, tile, scratch);
                     if (box.bottom != 0) add_tile(b, tile, box, scratch);
                   });
     collect_sums(scratch.sums.data(), state);
@@ -50,14 +51,13 @@ class WindowVjp {
   std::size_t sets() const { return pass_.batch.count * weights_.count; }
 
   // Posterior weights of a tile's images for every window; the pixels where any is not zero.
-  Box weigh_windows(std::size_t b, const Stored* tile, std::size_t number,
-                    const Scratch& scratch) const {
+  Box weigh_windows(std::size_t b, const ImageTile<Stored>& tile, const Scratch& scratch) const {
     Vec floor[kTileVectors];
-    missing_images(number, floor);
+    missing_images(tile.number, floor);
     const float scale = pass_.batch.scale[b], reach = pass_.reach(b);
     float* weights = scratch.weights.data();
     Box box;
-    window_distances(shape_, places_, tile, pass_.batch.noisy + b * dim_, weights,
+    window_distances(shape_, places_, tile.images, pass_.batch.noisy + b * dim_, weights,
                      scratch.line.data(), [&](std::size_t pixel, Vec(&sum)[kTileVectors]) {
                        const std::size_t q = b * pixels_ + pixel;
                        for (int i = 0; i < kTileVectors; ++i) sum[i] = max(sum[i], floor[i]);
@@ -72,7 +72,8 @@ class WindowVjp {
   }
 
   // Adds what a tile contributes to all sums of a noisy image.
-  void add_tile(std::size_t b, const Stored* tile, const Box& box, const Scratch& scratch) const {
+  void add_tile(std::size_t b, const ImageTile<Stored>& tile, const Box& box,
+                const Scratch& scratch) const {
     if (weights_.cotangents == nullptr) {
       add_windows(b, b, tile, box, scratch.weights.data(), scratch);
       return;
@@ -88,17 +89,20 @@ class WindowVjp {
   }
 
   // Weights of a tile at a pixel times their cotangent's products with the values there.
-  void multiply(std::size_t b, std::size_t set, std::size_t pixel, const Stored* tile,
+  void multiply(std::size_t b, std::size_t set, std::size_t pixel, const ImageTile<Stored>& tile,
                 const Scratch& scratch) const {
+    const std::size_t answered = pass_.values.answered();
     Vec factor[kTileVectors];
     for (int i = 0; i < kTileVectors; ++i) factor[i] = zero();
     for (std::size_t d = pixel; d < dim_; d += pixels_) {
-      const Vec cotangent = broadcast(weights_.cotangents[set * dim_ + d]);
-      const Vec mean = broadcast(weights_.mean[b * dim_ + d]);
-      for (int i = 0; i < kTileVectors; ++i) {
-        const Vec gap = sub(load(tile + d * kTileImages + i * kLanes), mean);
-        factor[i] = multiply_add(cotangent, gap, factor[i]);
-      }
+      for_each_answer(pass_, tile, d, [&](std::size_t a, const auto* values) {
+        const Vec cotangent = broadcast(weights_.cotangents[(set * answered + a) * dim_ + d]);
+        const Vec mean = broadcast(weights_.mean[(b * answered + a) * dim_ + d]);
+        for (int i = 0; i < kTileVectors; ++i) {
+          const Vec gap = sub(load(values + i * kLanes), mean);
+          factor[i] = multiply_add(cotangent, gap, factor[i]);
+        }
+      });
     }
     for (int i = 0; i < kTileVectors; ++i) {
       const Vec weights = load(scratch.weights.data() + pixel * kTileImages + i * kLanes);
@@ -108,8 +112,8 @@ class WindowVjp {
   }
 
   // Adds the values of a tile's images under the factors of the windows of the pixels in a box.
-  void add_windows(std::size_t b, std::size_t set, const Stored* tile, const Box& box, float* plane,
-                   const Scratch& scratch) const {
+  void add_windows(std::size_t b, std::size_t set, const ImageTile<Stored>& tile, const Box& box,
+                   float* plane, const Scratch& scratch) const {
     const std::size_t width = shape_.width;
     // The window of a pixel q holds d where the window of d, turned round, holds q.
     const std::size_t before = shape_.window / 2, after = shape_.window - 1 - before;
@@ -137,16 +141,16 @@ class WindowVjp {
     }
   }
 
-  void add_values(std::size_t b, std::size_t set, std::size_t pixel, const Stored* tile,
+  void add_values(std::size_t b, std::size_t set, std::size_t pixel, const ImageTile<Stored>& tile,
                   const Vec (&factor)[kTileVectors], const Scratch& scratch) const {
     Vec largest = zero();
     for (int i = 0; i < kTileVectors; ++i) {
       largest = max(largest, max(factor[i], sub(zero(), factor[i])));
     }
     if (!any_less(zero(), largest)) return;
+    float* sums = scratch.sums.data() + set * sums_of_set_ * kLanes;
     for (std::size_t d = pixel; d < dim_; d += pixels_) {
-      add_factored(weights_, b * dim_ + d, factor, tile + d * kTileImages,
-                   scratch.sums.data() + (set * dim_ + d) * kLanes);
+      add_factored(pass_, weights_, b, d, factor, tile, sums);
     }
   }
 
@@ -154,5 +158,5 @@ class WindowVjp {
   const WindowShape shape_;
   const WindowPlaces places_;
   const PosteriorWeights weights_;
-  const std::size_t pixels_, dim_;
+  const std::size_t pixels_, dim_, sums_of_set_;
 };

@@ -100,8 +100,12 @@ struct Problem {
     } else {
       pass.images.floats = images.data();
     }
+    if (!values.empty()) pass.values = {values.data(), 1, false};
     return pass;
   }
+
+  // Has copies of the images answered in their place, as value images.
+  void answer_values() { values.assign(images.begin(), images.end()); }
 
   // Asks for derivatives in some random directions.
   void point(std::size_t directions) {
@@ -117,13 +121,13 @@ struct Problem {
 
   std::string name() const {
     return text(shape) + ", " + (kBytes ? "bytes" : "floats") + ", N = " + std::to_string(count) +
-           ", K = " + std::to_string(tangent_count);
+           ", K = " + std::to_string(tangent_count) + (values.empty() ? "" : ", values");
   }
 
   Shape shape;
   std::size_t count, batch, dim, tangent_count = 0;
   std::vector<Stored> images;
-  std::vector<float> noisy, scale, centre, tangents;
+  std::vector<float> noisy, scale, centre, tangents, values;
   // The centre of the batch, of masked kernels.
   const float* counted_from = nullptr;
   // Whether inner products with tangents are of values from the centre.
@@ -181,8 +185,14 @@ Answer plain_answer(const Problem<Stored>& problem, const std::vector<Query>& qu
             const double base = directions > 0 ? problem.centre[b * problem.dim + d] : 0.0;
             return problem.images[i * problem.dim + d] - base;
           };
+          // Value images are counted from nothing.
+          const auto answered = [&](std::size_t d) {
+            return problem.values.empty()
+                       ? value(d)
+                       : static_cast<double>(problem.values[i * problem.dim + d]);
+          };
           double* out = &answer.weighted[to * sums];
-          for (const std::size_t d : patch.answered) *out++ += weight * value(d);
+          for (const std::size_t d : patch.answered) *out++ += weight * answered(d);
           std::vector<double> inner(directions, 0.0);
           for (std::size_t k = 0; k < directions; ++k) {
             const float* tangent = &problem.tangents[(b * directions + k) * problem.dim];
@@ -195,7 +205,7 @@ Answer plain_answer(const Problem<Stored>& problem, const std::vector<Query>& qu
             *out++ += weight * inner[k];
           }
           for (std::size_t k = 0; k < directions; ++k) {
-            for (const std::size_t d : patch.answered) *out++ += weight * inner[k] * value(d);
+            for (const std::size_t d : patch.answered) *out++ += weight * inner[k] * answered(d);
           }
         }
       }

@@ -262,10 +262,26 @@ void check_tangents(Problem<Stored> problem, const std::vector<std::size_t>& thr
   }
 }
 
+// With value images in the place of the images.
+template <typename Stored>
+void check_values(Problem<Stored> problem, const std::vector<std::size_t>& threads) {
+  if (problem.count > 100 && problem.batch > 3) return;
+  problem.answer_values();
+  const std::size_t inside = std::min(problem.shape.height, problem.shape.width);
+  check_global(problem, threads);
+  for (const std::size_t directions : {0u, 5u}) {
+    if (directions > 0) problem.point(directions);
+    if (directions == 0) check_masked(problem, threads);
+    check_window(problem, 1, threads);
+    check_window_sums(problem, directions > 0 ? 1 : (inside + 1) / 2, threads);
+  }
+}
+
 template <typename Stored>
 void check_scans(const Shape& shape, std::size_t count, std::size_t batch,
                  const std::vector<std::size_t>& threads) {
   const Problem<Stored> problem(shape, count, batch, static_cast<std::uint32_t>(count + batch));
+  check_values(problem, threads);
   check_global(problem, threads);
   check_masked(problem, threads);
   check_tangents(problem, threads);

@@ -25,17 +25,17 @@ def scan(
     *,
     instruction_set: str | None = None,
 ) -> Tensor:
-    """The blend of the means of all queries, [B, D]."""
+    """The blend of the means of all queries, [B, A, D]."""
     shape, everything = problem.images.shape[1:], StoredProblem(problem)
     tree, answers = difference_tree(weights, shape), difference_tree(responses, shape)
 
     def run(stored: StoredProblem, rows: Tensor, centre: Centre) -> tuple[Tensor]:
         options = {"tree": tree, "centre": centre}
-        state = scan_outputs(stored, weights.shape[0], instruction_set, **options)
+        scanned = stored.without_values
+        state = scan_outputs(scanned, weights.shape[0], instruction_set, **options)
         kernel = native_kernel("filtered_posterior", instruction_set, answers=answers, **options)
-        return (apply_weights(stored, kernel, state)[:, 0],)
+        return (apply_weights(stored, kernel, state),)
 
     (sums,) = by_noise(everything, run)
     answering = np.unpackbits(responses.bits, axis=1, count=responses.shape[1])
-    means = sums / torch.from_numpy(answering.sum(0, dtype=np.float64))
-    return means * everything.step + everything.shift
+    return everything.means(sums / torch.from_numpy(answering.sum(0, dtype=np.float64)))

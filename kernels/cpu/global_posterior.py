@@ -13,7 +13,7 @@ from pyflocality.posterior.state import PosteriorState
 def scan(problem: PosteriorProblem, *, instruction_set: str | None = None) -> PosteriorState:
     """The state of all images."""
     kernel = native_kernel("global_posterior", instruction_set)
-    return scan_values(problem, kernel, 24 * problem.images[0].numel())
+    return scan_values(problem, kernel, 24 * problem.answered * problem.images[0].numel())
 
 
 def jvp(

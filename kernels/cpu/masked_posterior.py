@@ -37,8 +37,9 @@ _trees: WeakKeyDictionary[QueryWeights, Any] = WeakKeyDictionary()
 _TILE_BYTES = 2**26
 # Images that the centre is found from, and values of them that are copied together.
 _LOOKED_AT, _COPIED_VALUES = 1024, 2**24
-# Lanes of a query's two sums, its minimum, and a state in double precision.
-_BYTES_PER_QUERY = 160
+# Of a query: lanes of its sum of weights, its minimum, and these in double precision; and of a
+# value that it answers.
+_BYTES_PER_QUERY, _BYTES_PER_VALUE = 88, 72
 
 
 def scan(
@@ -50,7 +51,7 @@ def scan(
         states = []
         for outputs, tree in _tiles(weights, problem.image_shape):
             kernel = native_kernel("masked_posterior", instruction_set, tree=tree, centre=centre)
-            size = len(outputs) * _BYTES_PER_QUERY
+            size = len(outputs) * _bytes_per_query(problem)
             states.append((outputs, scan_values(stored.problem, kernel, size)))
         return joined(states)
 
@@ -85,24 +86,24 @@ def vjp(
     *,
     instruction_set: str | None = None,
 ) -> Tensor:
-    """Vector-Jacobian products of cotangents [K, B, C, H, W], of the same shape."""
+    """Vector-Jacobian products [K, B, C, H, W] along cotangents of what is answered."""
     everything = StoredProblem(problem)
-    directions = cotangents.detach().float().flatten(2).transpose(0, 1)
+    directions = everything.cotangents(cotangents)
 
     def run(stored: StoredProblem, rows: Tensor, centre: Centre) -> tuple[Tensor]:
         results = []
         for outputs, tree in _tiles(weights, problem.image_shape):
             options = {"tree": tree, "centre": centre}
             state = scan_outputs(stored, len(outputs), instruction_set, **options)
-            mean = torch.zeros(len(rows), weights.shape[1], dtype=torch.float32)
-            mean[:, outputs] = finalize(state)[..., 0].float()
+            mean = torch.zeros(len(rows), problem.answered, weights.shape[1])
+            mean[:, :, outputs] = finalize(state).mT.float()
             kernel = native_kernel("masked_posterior_vjp", instruction_set, **options)
-            further = (directions[rows], mean, stored.centre.flatten(1))
+            further = (directions[rows], mean.flatten(1), stored.centre.flatten(1))
             results.append(apply_weights(stored, kernel, state, further))
         return (sum(results[1:], results[0]),)
 
     (sums,) = by_noise(everything, run)
-    return (sums * everything.slope[:, None, None]).transpose(0, 1).reshape(cotangents.shape)
+    return everything.derivatives(sums)
 
 
 def _tiles(weights: QueryWeights, image_shape: Sequence[int]) -> Iterator[tuple[Tensor, Any]]:
@@ -127,7 +128,7 @@ def scan_outputs(
 ) -> PosteriorState:
     """The scan before a second pass, over the images of all ranks, in stored units."""
     kernel = native_kernel("masked_posterior", instruction_set, **options)
-    state = scan_images(stored, kernel, queries * _BYTES_PER_QUERY)
+    state = scan_images(stored, kernel, queries * _bytes_per_query(stored.problem))
     return stored.problem.merged(state, stored.scale)
 
 
@@ -157,6 +158,11 @@ def by_noise(
         return results[0]
     back = torch.cat(order).argsort()
     return tuple(torch.cat(pieces)[back] for pieces in zip(*results, strict=True))
+
+
+def _bytes_per_query(problem: PosteriorProblem) -> int:
+    """Working memory of a query and thread."""
+    return _BYTES_PER_QUERY + _BYTES_PER_VALUE * problem.answered
 
 
 def difference_tree(weights: QueryWeights, image_shape: Sequence[int]) -> Any:  # noqa: ANN401

@@ -34,7 +34,10 @@ Join = Callable[[PosteriorState, PosteriorState, Tensor], PosteriorState]
 
 
 def native_kernel(name: str, instruction_set: str | None, **options: object) -> Kernel:
-    """A kernel of `pyflocality._C`: takes images and, for each noisy image, rows of arrays."""
+    """A kernel of `pyflocality._C`: takes images and, for each noisy image, rows of arrays.
+
+    Value images, where there are any, are further keywords.
+    """
     kernel = getattr(native_module(), name)
     threads = torch.get_num_threads()
     return functools.partial(kernel, threads=threads, isa=instruction_set or "", **options)
@@ -68,8 +71,8 @@ def scan_images(
         The state in stored units, but for its weights: they are the same in all units.
     """
 
-    def answer(*arrays: object) -> PosteriorState:
-        return PosteriorState(*map(torch.from_numpy, kernel(*arrays)))
+    def answer(*arrays: object, **values: object) -> PosteriorState:
+        return PosteriorState(*map(torch.from_numpy, kernel(*arrays, **values)))
 
     states = _over_images(stored, answer, bytes_per_image, rows, join)
     return PosteriorState(*map(torch.cat, zip(*states, strict=True)))
@@ -84,14 +87,15 @@ def apply_weights(
         stored: The problem.
         kernel: The kernel.
         state: The state of all ranks after the scan, in stored units.
-        rows: Nothing to apply the weights themselves (K = 1); else cotangents [B, K, D], and
-            posterior means and what values are counted from, a row for each noisy image.
+        rows: Nothing to apply the weights themselves to what is answered (K = A); else cotangents
+            [B, K, A D], posterior means [B, A D] and what images are counted from, [B, D].
     """
 
-    def answer(*arrays: object) -> Tensor:
-        return torch.from_numpy(kernel(*arrays))
+    def answer(*arrays: object, **values: object) -> Tensor:
+        return torch.from_numpy(kernel(*arrays, **values))
 
-    sums = stored.noisy.shape[1:].numel() * max(1, rows[0].shape[1] if rows else 1)
+    count = rows[0].shape[1] if rows else stored.problem.answered
+    sums = stored.noisy.shape[1:].numel() * max(1, count)
     rows = (state.minimum, state.total, *rows)
     totals = _over_images(stored, answer, sums * BYTES_PER_SUM, rows, lambda a, b, _: a + b)
     return stored.problem.summed(torch.cat(totals))
@@ -111,8 +115,12 @@ def _over_images(
     for row in rows:
         arrays.append(list(map(Tensor.numpy, row.contiguous().split(at_a_time))))
     results: list[Any] = []
-    for images in stored.rows():
-        answers = list(map(kernel, itertools.repeat(images.numpy()), *arrays))
+    for images, values in stored.pairs():
+        run = kernel
+        if values is not None:
+            given = {"values": values.numpy(), "with_image": stored.problem.with_image}
+            run = functools.partial(kernel, **given)
+        answers = list(map(run, itertools.repeat(images.numpy()), *arrays))
         scales = stored.scale.split(at_a_time) if results else ()
         results = list(map(join, results, answers, scales)) if results else answers
     return results
@@ -131,7 +139,8 @@ def scan_windows(problem: PosteriorProblem, kernel: Kernel) -> PosteriorState:
     """Run a scan with a query per pixel; the state in the units of the formulas."""
     channels, height, width = problem.images.shape[1:]
     # Per query and thread: lanes of the sums, and a state in double precision.
-    per_query = (channels + 1) * 64 + 20 + 8 * channels
+    values = channels * problem.answered
+    per_query = (values + 1) * 64 + 20 + 8 * values
     return scan_values(problem, kernel, height * width * per_query)
 
 
@@ -157,17 +166,24 @@ def scan_tangents(
     """
     stored = StoredProblem(problem)
     directions = tangents.detach().flatten(2).transpose(0, 1)
-    values = 1 if outputs is not None else centre.shape[1] // queries
+    own = 1 if outputs is not None else centre.shape[1] // queries
+    values = own * problem.answered
     sums = tangent_values(values, len(tangents))
     # And the states of a thread's piece and of the whole in double precision.
     per_image = queries * (1 + sums) * (bytes_per_sum + 16)
     join = functools.partial(merge_tangents, values=values)
     state = scan_images(stored, kernel, per_image, (centre, directions), join)
-    # Values and c are in stored units, their products in the square of these.
-    units = torch.full((sums,), stored.step, dtype=torch.float64)
-    units[values + len(tangents) :] *= stored.step
+    # Values of images and c are in stored units, their products in the square of these.
+    image = own if problem.answers_image else 0
+    of_values = torch.ones(values, dtype=torch.float64)
+    of_values[:image] = stored.step
+    inner = torch.full((len(tangents),), stored.step, dtype=torch.float64)
+    units = torch.cat([of_values, inner, (inner[:, None] * of_values).flatten()])
     state = PosteriorState(stored.distances(state.minimum), state.total, state.weighted * units)
-    answered = centre if outputs is None else centre[:, outputs]
-    origin = answered.double() * stored.step + stored.shift
-    # [B, D], where a query's values lie Q apart -> [B, Q, V]
-    return uncentred(state, origin.reshape(-1, values, queries).transpose(1, 2))
+    origin = state.minimum.new_zeros(len(centre), queries, values)
+    if image > 0:
+        answered = centre if outputs is None else centre[:, outputs]
+        counted_from = answered.double() * stored.step + stored.shift
+        # [B, D], where a query's values lie Q apart -> [B, Q, V]
+        origin[..., :image] = counted_from.reshape(-1, own, queries).transpose(1, 2)
+    return uncentred(state, origin)

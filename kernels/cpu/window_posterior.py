@@ -48,15 +48,16 @@ def vjp(
     *,
     instruction_set: str | None = None,
 ) -> Tensor:
-    """Vector-Jacobian products of cotangents [K, B, C, H, W], of the same shape."""
+    """Vector-Jacobian products [K, B, C, H, W] along cotangents of what is answered."""
     stored = StoredProblem(problem)
     channels, height, width = problem.images.shape[1:]
     kernel = window_kernel("window_posterior", instruction_set, problem, window)
-    state = scan_images(stored, kernel, height * width * (channels + 1) * BYTES_PER_SUM)
+    size = height * width * (1 + problem.answered * channels) * BYTES_PER_SUM
+    state = scan_images(stored, kernel, size)
     state = problem.merged(state, stored.scale)
-    # [B, H W, C] -> [B, D]
+    # [B, H W, A C] -> [B, A D]
     mean = finalize(state).transpose(1, 2).flatten(1).float()
-    directions = cotangents.detach().float().flatten(2).transpose(0, 1)
+    directions = stored.cotangents(cotangents)
     kernel = window_kernel("window_posterior_vjp", instruction_set, problem, window)
     sums = apply_weights(stored, kernel, state, (directions, mean, stored.centre.flatten(1)))
-    return (sums * stored.slope[:, None, None]).transpose(0, 1).reshape(cotangents.shape)
+    return stored.derivatives(sums)

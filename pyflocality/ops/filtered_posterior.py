@@ -39,7 +39,7 @@ FILTERED_POSTERIOR = declare(
             # exponential and sum or share of the weights, 3 D; shares summed over the queries of a
             # value, a sum for every term, their products with the values and the sums, 2 D.
             "scan": Variant(
-                {"cpu": Served("mask_limits"), "reference": Served()},
+                {"cpu": Served("mask_limits", answers_values=True), "reference": Served()},
                 per_pair(lambda s: 12 * s.values + 3 * s.terms),
                 scans=2,
             ),

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 _BACKENDS = {
     "triton": unproven("uint8_limits"),
-    "cpu": Served("float32_limits"),
+    "cpu": Served("float32_limits", answers_values=True),
     "reference": Served(),
 }
+# The kernel's sums with tangents are those of images alone.
+_WITHOUT_VALUES = {**_BACKENDS, "cpu": Served("float32_limits")}
 GLOBAL_POSTERIOR = declare(
     Operation(
         "global_posterior",
@@ -28,7 +30,7 @@ GLOBAL_POSTERIOR = declare(
             "scan": Variant(_BACKENDS, per_pair(lambda s: 5 * s.values)),
             # And for a tangent the inner product, 2 D, and the sum of its products with the
             # weighted values, 2 D.
-            "jvp": Variant(_BACKENDS, per_pair(lambda s: (5 + 4 * s.directions) * s.values)),
+            "jvp": Variant(_WITHOUT_VALUES, per_pair(lambda s: (5 + 4 * s.directions) * s.values)),
         },
         answers_values=True,
         model="optimal",

@@ -47,8 +47,10 @@ def random_mask(size: Size, generator: torch.Generator) -> QueryWeights:
     return QueryWeights(random < size.terms / size.values**2)
 
 
-_MASKS = {"cpu": Served("mask_limits"), "reference": Served()}
+_MASKS = {"cpu": Served("mask_limits", answers_values=True), "reference": Served()}
 _SCAN = {"triton": unproven("uint8_limits"), **_MASKS}
+# The kernel's sums with tangents are those of images alone.
+_TANGENTS = {**_SCAN, "cpu": Served("mask_limits")}
 MASKED_POSTERIOR = declare(
     Operation(
         "masked_posterior",
@@ -59,7 +61,7 @@ MASKED_POSTERIOR = declare(
             # And for a tangent its products with the values, D, a sum for every term, their
             # weighted sums, 2 D, and those of their products with the values, 2 D.
             "jvp": Variant(
-                _SCAN,
+                _TANGENTS,
                 per_pair(
                     lambda s: 7 * s.values + s.terms + s.directions * (5 * s.values + s.terms)
                 ),

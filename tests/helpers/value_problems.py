@@ -51,8 +51,11 @@ def queries(op: str) -> Queries:
         weights = window_weights(SHAPE, 3)[0][inside]
         return Queries(weights, weights, (3,))
     generator = torch.Generator().manual_seed(5)
-    weights, responses = torch.rand(2, 7, D, generator=generator, dtype=torch.float64)
-    return Queries(weights.numpy(), responses.numpy(), (weights, responses))
+    weights, responses = torch.rand(2, 7, D, generator=generator) > 0.4
+    # Every value is answered.
+    responses[-1] = True
+    as_numbers = (mask.double().numpy() for mask in (weights, responses))
+    return Queries(*as_numbers, (weights, responses))
 
 
 def functions(op: str) -> dict[str, Callable[..., object]]:
@@ -78,17 +81,19 @@ class ValueProblem:
         values: int = 2,
         batch: int = 3,
         stored: torch.dtype = torch.uint8,
+        directions: int = 2,
     ) -> None:
         self.images = random_images(generator, count, SHAPE, stored)
         self.x = noisy_batch(self.images, batch, SIGMA, ALPHA, generator).float().double()
         # Of another size than images, and not about zero.
         self.values = 3 * torch.randn(count, values, *SHAPE, generator=generator) - 0.5
-        self.tangents = torch.randn(2, batch, *SHAPE, generator=generator, dtype=torch.float64)
+        size = (directions, batch, *SHAPE)
+        self.tangents = torch.randn(size, generator=generator, dtype=torch.float64)
         self.generator = generator
 
     def cotangents(self, answered: int) -> Tensor:
         """Directions in the space of so many answered images, [K, B, A, C, H, W]."""
-        size = (2, len(self.x), answered, *SHAPE)
+        size = (len(self.tangents), len(self.x), answered, *SHAPE)
         return torch.randn(size, generator=self.generator, dtype=torch.float64)
 
     def answered(self, with_image: bool) -> np.ndarray:

@@ -50,3 +50,5 @@ inline Vec exp2_of_negative(Vec z) {
   const __m256 seen = _mm256_cmp_ps(z.v, _mm256_set1_ps(kExp2Smallest), _CMP_GE_OQ);
   return {_mm256_and_ps(_mm256_mul_ps(p, _mm256_castsi256_ps(exponent)), seen)};
 }
+
+#include "simd/transpose.h"

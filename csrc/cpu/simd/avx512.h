@@ -38,3 +38,5 @@ inline Vec exp2_of_negative(Vec z) {
   const __mmask16 seen = _mm512_cmp_ps_mask(z.v, _mm512_set1_ps(kExp2Smallest), _CMP_GE_OQ);
   return {_mm512_maskz_scalef_ps(seen, p, whole)};
 }
+
+#include "simd/transpose.h"

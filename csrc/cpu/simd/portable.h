@@ -40,4 +40,13 @@ inline float smallest(Vec a) { return *std::min_element(a.v, a.v + kLanes); }
 using pyflocality::exp2_of_negative;
 inline Vec exp2_of_negative(Vec z) { PYFLOCALITY_LANES(exp2_of_negative(z.v[k])); }
 
+constexpr std::size_t kTurned = 8;
+
+// Turns 8 rows of 8 numbers, `stride` apart, into columns: to[k * step + row] is from[row][k].
+inline void transpose(const float* from, std::size_t stride, float* to, std::size_t step) {
+  for (std::size_t row = 0; row < kTurned; ++row) {
+    for (std::size_t k = 0; k < kTurned; ++k) to[k * step + row] = from[row * stride + k];
+  }
+}
+
 #undef PYFLOCALITY_LANES

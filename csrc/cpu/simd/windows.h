@@ -125,6 +125,15 @@ inline std::size_t line_size(const WindowShape& shape) {
 // for every query its minimum, a sum of weights and sums of `values` weighted values.
 template <typename Stored>
 struct WindowSums {
+  WindowSums(const TypedPass<Stored>& pass, const WindowShape& shape, std::size_t values)
+      : queries(pass.batch.count * shape.pixels()),
+        of_query((values + 1) * kLanes),
+        tile(pass, 1, values > 0),
+        plane(shape.pixels() * kTileImages),
+        line(line_size(shape)),
+        minimum(queries),
+        sums(queries * of_query) {}
+
   void clear() const {
     std::fill_n(minimum.data(), queries, std::numeric_limits<float>::infinity());
     std::fill_n(sums.data(), queries * of_query, 0.0f);
@@ -141,10 +150,7 @@ struct WindowSums {
     }
   }
 
-  const WindowShape& shape;
-  const std::size_t batch, values;
-  const std::size_t queries = batch * shape.pixels(), of_query = (values + 1) * kLanes;
-  AlignedArray<Stored> tile{shape.channels * shape.pixels() * kTileImages};
-  AlignedArray<float> plane{shape.pixels() * kTileImages}, line{line_size(shape)};
-  AlignedArray<float> minimum{queries}, sums{queries * of_query};
+  const std::size_t queries, of_query;
+  TileRoom<Stored> tile;
+  AlignedArray<float> plane, line, minimum, sums;
 };
