@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _THRESHOLDS = (0.05, 0.02, 0.01, 0.005, 0.002)
 _SIDES = (3, 5, 7, 11, 15, 21, 31)
 _MEAN_THRESHOLDS = (0.05, 0.005)
-_POSTERIORS = ((1.0, 0.0), (1.4, 0.0))
+_POSTERIORS = ((1.0, 0.0), (1.4, 0.0), (1.4, 0.25), (1.4, 0.35))
 # Settings that models with posteriors share.
 _SHARED = ("temperature", "slope")
 
@@ -303,8 +303,8 @@ def default_candidates(image_shape: tuple[int, int, int]) -> tuple[Candidate, ..
 
     The Wiener filter; PCA locality at thresholds 0.05 to 0.002, a local model with windows and
     patch sets with patches of 3 to 31 pixels, as far as they fit the images; then the same at
-    temperature 1.4; then means of patch sets and PCA locality at thresholds 0.05 and 0.005, both at
-    temperature 1 or both at 1.4.
+    temperature 1.4, without a slope and with slopes of 0.25 and 0.35; then means of patch sets and
+    PCA locality at thresholds 0.05 and 0.005, alike in temperature and slope.
     """
     _, height, width = image_shape
     sides = [side for side in _SIDES if side <= min(height, width)]
