@@ -12,7 +12,7 @@ here. The parts:
 - foreseen: what `pyflocality plan` foresees beside what is measured, at 32x32, 64x64 and 128x128;
 - cached: CIFAR-10, packed (--cifar10; random bytes without), with all masks cached;
 - many: 15,000 images of 3x64x64, beside the published seconds a step of AFHQ at 64x64;
-- side-128: 2,000 images of 3x128x128, eight samples;
+- side-128: 2,000 images of 3x128x128 (CIFAR-10, enlarged; else crops), eight samples;
 - side-256: 200 images of 3x256x256, one step for one image, and the plan of the rest.
 
 Writes one JSON and a picture beside it. Parts that the file has from this commit are kept, those

@@ -168,11 +168,14 @@ def _beside(seconds: float, samples: int) -> Record:
 
 
 def side_128(work: Work) -> Record:
-    """2,000 images of 128x128, eight samples in ten steps."""
+    """2,000 images of 128x128, eight samples in ten steps; enlarged photographs where given."""
     count, side, samples, steps = (30, 16, 2, 2) if work.quick else (2000, 128, 8, 10)
-    np.save(work.folder / "images.npy", crops(count, side))
+    given = work.cifar10
+    images = crops(count, side) if given is None else enlarged(given, count, side)
+    np.save(work.folder / "images.npy", images)
     run = work.generated(work.folder / "images.npy", "run", *_wanted(samples, steps))
     return {
+        "set": "crops of two photographs" if given is None else "CIFAR-10, enlarged",
         "images": count,
         "shape": [3, side, side],
         "samples": samples,

@@ -7,13 +7,15 @@ is off by
     |\tilde P_{nm} - P_{nm}| \le e \sum_k c_k |F_{nk} F_{mk}| \le s_n s_m , \qquad
     s_n^2 = e \sum_k c_k F_{nk}^2 , \qquad e = 2^{-24} (\ell + K / \ell + 4) ,
 
-in whatever order terms are added. Entries that lie farther than that from their cutoff are decided,
-and nearly all do; the others are formed again in double precision. So the bits are those of double
-precision, in half the time.
+in whatever order terms are added. Terms that are left out add what they come to on the diagonal,
+:math:`T_n = \sum_k c_k F_{nk}^2` over them, to :math:`s_n^2`. Entries that lie farther than that
+from their cutoff are decided, and nearly all do; the others are formed again in double precision.
+So the bits are those of double precision, in half the time.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +31,8 @@ NEAR = 1e-6
 _LEFT_OPEN = 64
 # Single precision is not tried where it is off by more than this share of the usual cutoff.
 _WORTH = 0.05
+# Terms are left out that change no entry by more than this share of a threshold's.
+_DROPPED = 1e-3
 # Beside rounding errors: terms that are too small for single precision.
 _UNDERFLOW = 1e-15
 
@@ -55,24 +59,27 @@ class Marks:
     Attributes:
         projector: The projector.
         divisors: What it divides rows by, float64 [D].
-        slack: s, float32 [D].
+        slack: s, float32 [D], where single precision is tried.
         is_single: Whether single precision is tried.
     """
 
     def __init__(self, projector: Projector, threshold: float) -> None:
         self.projector, self.divisors, self._share = projector, projector.divisors(), threshold
-        rounding = 2.0**-24 * (PIECE + projector.factor.shape[1] / PIECE + 4)
-        squares = rounding * projector.weights_of_terms()
-        usual = float(squares.median())
-        self.slack = (squares.sqrt() + _UNDERFLOW).float()
         self.is_single = (
             projector.factor.device.type == "cpu"
             and projector.factor.stride(1) == 1
             and machine_reason("cpu") is None
             # Otherwise torch may form products of float32 from fewer digits.
             and torch.get_float32_matmul_precision() == "highest"
-            and usual <= _WORTH * threshold * float(self.divisors.median())
         )
+        if not self.is_single:
+            return
+        self._terms = projector.terms_needed(_DROPPED * threshold)
+        rounding = 2.0**-24 * (PIECE + self._terms / PIECE + 4)
+        squares = rounding * projector.weights_of_terms() + projector.terms_after(self._terms)
+        self.slack = (squares.sqrt() + _UNDERFLOW).float()
+        worth = _WORTH * threshold * float(self.divisors.median())
+        self.is_single = float(squares.median()) <= worth
 
     def cutoffs(self, largest: float) -> Tensor:
         """What inputs are compared with where the largest magnitude is that, float64 [D]."""
@@ -82,8 +89,15 @@ class Marks:
         """The tile of some rows (a slice, or int64 [n]) and columns."""
         # What a complement has on the diagonal is no product alone.
         is_single = self.is_single and not (self.projector.complement and _meet(rows, columns))
-        values = self.projector.block(rows, columns, single=is_single)
+        if is_single:
+            values = self.projector.single_product(self._factor, rows, columns)
+        else:
+            values = self.projector.block(rows, columns)
         return Tile(self, rows, columns, values)
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        return self.projector.single_factor(self._terms)
 
 
 class Tile:

@@ -98,13 +98,14 @@ def making_bytes(way: Way, count: int, values: int) -> int:
     "components", which has its N at hand.
     """
     rank, side = min(count, values), min(TILE, values)
-    # A tile of numbers, and rows of the components; beside them what is made of the tile in double
-    # precision, or the rows in single precision.
-    tile = 8 * side * (side + rank + max(side, rank))
+    # A tile of numbers, what is made of it, and rows of the components.
+    tile = 8 * side * (2 * side + rank)
+    # Components in single precision; where they come of matrices, in what the solver worked in.
+    single = 4 * rank * values
     if way == "components":
-        return tile
+        return tile + single
     if way == "gram":
-        return basis_bytes(count, values, "gram") + tile
+        return basis_bytes(count, values, "gram") + tile + single
     # Totals, covariance, the factor and what the solver works in; or the eigenvectors and that.
     squares = 4 if way == "cholesky" else 6
     return squares * 8 * values**2 + min(BLOCK_BYTES, count * values) + tile

@@ -12,9 +12,9 @@ the third form where U is square. Every form is a product F diag(c) F^T, perhaps
 identity, of which a block takes some rows of F: those of the components, of those whose gain (or
 its complement) matters, or of the inverse Cholesky factor of S + r^2 I.
 
-All of it is float64, but for blocks that are asked for in single precision. Of the matrix products
-nothing is asked but that an entry's rounding error is a small multiple of eps times the sum of its
-terms' magnitudes; the order of its terms is free.
+All of it is float64, but for what is asked for in single precision. Of the matrix products nothing
+is asked but that an entry's rounding error is a small multiple of eps times the sum of its terms'
+magnitudes; the order of its terms is free.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Projector:
 
     Attributes:
         factor: F, [D, K].
-        coefficients: c, [K].
+        coefficients: c, none negative, [K].
         diagonal: The diagonal of P, [D].
         complement: Whether the product is subtracted from the identity.
         triangular: Whether row n of F begins with n zeros.
@@ -61,30 +61,57 @@ class Projector:
     complement: bool = False
     triangular: bool = False
 
-    def block(self, rows: Places, columns: slice, *, single: bool = False) -> Tensor:
-        """Entries of some rows (a slice, or int64 [n]) and columns, [n, m].
-
-        Args:
-            rows: The rows.
-            columns: The columns.
-            single: Whether to form them in single precision, `PIECE` terms at a time, and of a
-                complement only what is subtracted from the identity.
-        """
-        first = 0
-        if self.triangular:
-            least = rows.start if isinstance(rows, slice) else int(rows.min())
-            first = max(least, columns.start)
+    def block(self, rows: Places, columns: slice) -> Tensor:
+        """Entries of some rows (a slice, or int64 [n]) and columns, [n, m]."""
+        first = self._first_term(rows, columns)
         left = self.factor[rows, first:] * self.coefficients[first:]
-        right = self.factor[columns, first:]
-        if single:
-            return _single_product(left.float(), right.float())
-        result = left @ right.T
+        result = left @ self.factor[columns, first:].T
         if self.complement:
             result.neg_()
             places = torch.arange(len(self.factor), device=result.device)
             # The identity, as far as it lies in the block.
             result += places[rows][:, None] == places[columns]
         return result
+
+    def terms_needed(self, dropped: float) -> int:
+        """How many terms K change no entry by more than `dropped` of a row's divisor, if left out.
+
+        They are the first ones; of a triangular factor all are taken.
+        """
+        count = self.factor.shape[1]
+        if self.triangular:
+            return count
+        divisors = self.divisors()
+        return count - _negligible(self.factor, self.coefficients, divisors, dropped, last=True)
+
+    def terms_after(self, count: int) -> Tensor:
+        r""":math:`\sum_{k > K} c_k F_{nk}^2` of the terms behind the first K, [D]."""
+        return _diagonal(self.factor[:, count:], self.coefficients[count:])
+
+    def single_factor(self, count: int) -> Tensor:
+        """F sqrt(c) in single precision, of the first K terms, [D, K]."""
+        roots = self.coefficients[:count].sqrt()
+        result = self.factor.new_empty(len(self.factor), count, dtype=torch.float32)
+        for rows, out in zip(self.factor.split(_ROWS), result.split(_ROWS), strict=True):
+            out.copy_(rows[:, :count] * roots)
+        return result
+
+    def single_product(self, factor: Tensor, rows: Places, columns: slice) -> Tensor:
+        """Entries of the product alone, from `single_factor`, `PIECE` terms at a time, [n, m]."""
+        first = self._first_term(rows, columns)
+        left, right = factor[rows, first:], factor[columns, first:]
+        result = left[:, :PIECE] @ right[:, :PIECE].T
+        for start in range(PIECE, left.shape[1], PIECE):
+            some = slice(start, start + PIECE)
+            result.addmm_(left[:, some], right[:, some].T)
+        return result
+
+    def _first_term(self, rows: Places, columns: slice) -> int:
+        """The first term that is not zero for all entries of a block."""
+        if not self.triangular:
+            return 0
+        least = rows.start if isinstance(rows, slice) else int(rows.min())
+        return max(least, columns.start)
 
     def weights_of_terms(self) -> Tensor:
         r""":math:`\sum_k c_k F_{nk}^2`, what the terms of an entry on the diagonal come to, [D]."""
@@ -122,10 +149,11 @@ def projector_of_components(
     divisors, count = whole.divisors(), len(gains)
     # Of what entries are held against: a share of the largest, which is no less than that.
     threshold *= min(1.0, whole.largest_on_diagonal())
-    kept = count - _negligible(vectors, gains, divisors, threshold, from_last=True)
+    dropped = _DROPPED * threshold
+    kept = count - _negligible(vectors, gains, divisors, dropped, last=True)
     square = vectors.shape[0] == vectors.shape[1]
     if square and _rounding(count, 1.0, 1.0) <= _ROUNDED * threshold * float(divisors.min()):
-        first = _negligible(vectors, losses, divisors, threshold, from_last=False)
+        first = _negligible(vectors, losses, divisors, dropped, last=False)
         if count - first < kept:
             needed = vectors[:, first:], losses[first:]
             return Projector(*needed, whole.diagonal, complement=True)
@@ -184,15 +212,6 @@ def projector_by_cholesky(
     return result if exact and _rounding(count, rise, 1.0) <= _ROUNDED * least else None
 
 
-def _single_product(left: Tensor, right: Tensor) -> Tensor:
-    """Left right^T, float32, whose terms are added in pieces."""
-    pieces = list(zip(left.split(PIECE, 1), right.split(PIECE, 1), strict=True))
-    result = left.new_zeros(len(left), len(right)) if not pieces else pieces[0][0] @ pieces[0][1].T
-    for one, other in pieces[1:]:
-        result.addmm_(one, other.T)
-    return result
-
-
 def _rounding(terms: int, rise: float, largest: float) -> float:
     """Rounding error of an entry whose sum has terms up to `largest`; see above for the rest."""
     return _EPS * (2.0 * largest * terms**0.5 + 8.0 * rise)
@@ -203,27 +222,27 @@ def _diagonal(factor: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def _negligible(
-    vectors: Tensor, weights: Tensor, divisors: Tensor, threshold: float, *, from_last: bool
+    vectors: Tensor, weights: Tensor, divisors: Tensor, dropped: float, *, last: bool
 ) -> int:
-    """How many components at an end change no entry by more than 1e-9 of what that is held to.
+    """How many components at an end change no entry by more than `dropped` of what it is held to.
 
     Args:
         vectors: Components in columns, [D, r].
         weights: What counts of each, [r].
-        divisors: What `threshold` is a share of in each row, [D].
-        threshold: Nothing is negligible where it is 0.
-        from_last: Whether they are the last ones, or the first.
+        divisors: What `dropped` is a share of in each row, [D].
+        dropped: Nothing is negligible where it is 0.
+        last: Whether they are the last ones, or the first.
     """
-    if threshold == 0 or len(weights) == 0:
+    if dropped == 0 or len(weights) == 0:
         return 0
     largest, relative = torch.zeros_like(weights), torch.zeros_like(weights)
     for rows, divisor in zip(vectors.split(_ROWS), divisors.split(_ROWS), strict=True):
         terms = rows.square() * weights
-        tails = (terms.flip(1) if from_last else terms).cumsum(1)
+        tails = (terms.flip(1) if last else terms).cumsum(1)
         largest = largest.maximum(tails.amax(0))
         relative = relative.maximum((tails / divisor.square()[:, None]).amax(0))
     # Ascending, as tails are.
-    return int(((largest * relative).sqrt() <= _DROPPED * threshold).sum())
+    return int(((largest * relative).sqrt() <= dropped).sum())
 
 
 def _factor_and_invert(matrix: Tensor) -> bool:

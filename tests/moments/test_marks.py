@@ -47,13 +47,14 @@ def test_single_precision_is_off_by_no_more_than_its_bound(ratio, moments, monke
     monkeypatch.setattr("pyflocality.moments.projector.PIECE", PIECE)
     monkeypatch.setattr(marks, "PIECE", PIECE)
     for name, projector in projectors(moments, ratio).items():
-        slack = marks.Marks(projector, 0.02).slack.double()
+        found = marks.Marks(projector, 0.02)
+        slack, factor = found.slack.double(), found._factor
         rows = torch.arange(VALUES)
         # Blocks without an entry of the identity.
         for block in (slice(0, 200), slice(200, VALUES)):
             others = rows[(rows < block.start) | (rows >= block.stop)]
             exact = projector.block(others, block)
-            single = projector.block(others, block, single=True).double()
+            single = projector.single_product(factor, others, block).double()
             single *= -1.0 if projector.complement else 1.0
             off = (single - exact).abs() / (slack[others, None] * slack[block])
             # Not double precision, which is off by 1e-8 of that.
@@ -77,21 +78,22 @@ def test_bits_are_those_of_double_precision(ratio, moments, monkeypatch):
 @needs_cpu
 def test_single_precision_decides(moments, monkeypatch):
     formed = []
-    block = Projector.block
-
-    def counted(self, rows, columns, *, single=False):
-        formed.append(single)
-        return block(self, rows, columns, single=single)
-
-    monkeypatch.setattr(Projector, "block", counted)
+    for name in ("block", "single_product"):
+        form = getattr(Projector, name)
+        # Its name, and what it answers.
+        monkeypatch.setattr(
+            Projector,
+            name,
+            lambda *given, name=name, form=form: formed.append(name) or form(*given),
+        )
     for ratio in LEVELS[1:4]:
         projector = projector_of_components(*moments.eigh(), ratio, 0.02)
         assert marks.Marks(projector, 0.02).is_single
         formed.clear()
         masks_of(projector, 0.02, name="masks")
-        assert formed.count(True) >= 3
+        assert formed.count("single_product") >= 3
         if not projector.complement:
-            assert formed.count(False) <= 2
+            assert formed.count("block") <= 2
 
 
 def test_where_single_precision_is_not_asked(moments, monkeypatch):
