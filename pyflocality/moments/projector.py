@@ -53,6 +53,8 @@ class Projector:
         diagonal: The diagonal of P, [D].
         complement: Whether the product is subtracted from the identity.
         triangular: Whether row n of F begins with n zeros.
+        tails: What the last 1, 2, .. terms change an entry by at most, as a share of its row's
+            divisor, [K]; None is unknown.
     """
 
     factor: Tensor
@@ -60,6 +62,7 @@ class Projector:
     diagonal: Tensor
     complement: bool = False
     triangular: bool = False
+    tails: Tensor | None = None
 
     def block(self, rows: Places, columns: slice) -> Tensor:
         """Entries of some rows (a slice, or int64 [n]) and columns, [n, m]."""
@@ -74,15 +77,9 @@ class Projector:
         return result
 
     def terms_needed(self, dropped: float) -> int:
-        """How many terms K change no entry by more than `dropped` of a row's divisor, if left out.
-
-        They are the first ones; of a triangular factor all are taken.
-        """
+        """How many terms, the first ones, give all entries to a share of their row's divisor."""
         count = self.factor.shape[1]
-        if self.triangular:
-            return count
-        divisors = self.divisors()
-        return count - _negligible(self.factor, self.coefficients, divisors, dropped, last=True)
+        return count if self.tails is None else count - int((self.tails <= dropped).sum())
 
     def terms_after(self, count: int) -> Tensor:
         r""":math:`\sum_{k > K} c_k F_{nk}^2` of the terms behind the first K, [D]."""
@@ -147,17 +144,20 @@ def projector_of_components(
     gains, losses = values / (values + noise), noise / (values + noise)
     whole = Projector(vectors, gains, _diagonal(vectors, gains))
     divisors, count = whole.divisors(), len(gains)
+    if threshold == 0:
+        return whole
     # Of what entries are held against: a share of the largest, which is no less than that.
     threshold *= min(1.0, whole.largest_on_diagonal())
-    dropped = _DROPPED * threshold
-    kept = count - _negligible(vectors, gains, divisors, dropped, last=True)
+    tails = _tails(vectors, gains, divisors, last=True)
+    left_out = int((tails <= _DROPPED * threshold).sum())
     square = vectors.shape[0] == vectors.shape[1]
     if square and _rounding(count, 1.0, 1.0) <= _ROUNDED * threshold * float(divisors.min()):
-        first = _negligible(vectors, losses, divisors, dropped, last=False)
-        if count - first < kept:
+        first = int((_tails(vectors, losses, divisors, last=False) <= _DROPPED * threshold).sum())
+        if first > left_out:
             needed = vectors[:, first:], losses[first:]
             return Projector(*needed, whole.diagonal, complement=True)
-    return Projector(vectors[:, :kept], gains[:kept], whole.diagonal)
+    kept = slice(0, count - left_out)
+    return Projector(vectors[:, kept], gains[kept], whole.diagonal, tails=tails[left_out:])
 
 
 def projector_by_cholesky(
@@ -221,28 +221,25 @@ def _diagonal(factor: Tensor, coefficients: Tensor) -> Tensor:
     return torch.cat([rows.square() @ coefficients for rows in factor.split(_ROWS)])
 
 
-def _negligible(
-    vectors: Tensor, weights: Tensor, divisors: Tensor, dropped: float, *, last: bool
-) -> int:
-    """How many components at an end change no entry by more than `dropped` of what it is held to.
+def _tails(vectors: Tensor, weights: Tensor, divisors: Tensor, *, last: bool) -> Tensor:
+    """What 1, 2, .. components at an end change an entry by at most, as a share of its divisor.
 
     Args:
         vectors: Components in columns, [D, r].
         weights: What counts of each, [r].
-        divisors: What `dropped` is a share of in each row, [D].
-        dropped: Nothing is negligible where it is 0.
+        divisors: Of the rows, [D].
         last: Whether they are the last ones, or the first.
+
+    Returns:
+        Bounds, ascending, [r].
     """
-    if dropped == 0 or len(weights) == 0:
-        return 0
     largest, relative = torch.zeros_like(weights), torch.zeros_like(weights)
     for rows, divisor in zip(vectors.split(_ROWS), divisors.split(_ROWS), strict=True):
         terms = rows.square() * weights
-        tails = (terms.flip(1) if last else terms).cumsum(1)
-        largest = largest.maximum(tails.amax(0))
-        relative = relative.maximum((tails / divisor.square()[:, None]).amax(0))
-    # Ascending, as tails are.
-    return int(((largest * relative).sqrt() <= dropped).sum())
+        sums = (terms.flip(1) if last else terms).cumsum(1)
+        largest = largest.maximum(sums.amax(0))
+        relative = relative.maximum((sums / divisor.square()[:, None]).amax(0))
+    return (largest * relative).sqrt()
 
 
 def _factor_and_invert(matrix: Tensor) -> bool:
