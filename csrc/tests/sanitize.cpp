@@ -23,6 +23,7 @@
 #include "global_posterior.h"
 #include "guard.h"
 #include "mapped_guard.h"
+#include "mask_tile.h"
 #include "mask_tiles.h"
 #include "masked_posterior.h"
 #include "masks.h"

@@ -95,7 +95,7 @@ def vjp(
         for outputs, tree in _tiles(weights, problem.image_shape):
             options = {"tree": tree, "centre": centre}
             state = scan_outputs(stored, len(outputs), instruction_set, **options)
-            mean = torch.zeros(len(rows), problem.answered, weights.shape[1])
+            mean = torch.zeros(len(rows), problem.answered, weights.shape[1], dtype=torch.float32)
             mean[:, :, outputs] = finalize(state).mT.float()
             kernel = native_kernel("masked_posterior_vjp", instruction_set, **options)
             further = (directions[rows], mean.flatten(1), stored.centre.flatten(1))

@@ -70,7 +70,9 @@ MASKED_POSTERIOR = declare(
             # their weighted sum, 4 D; what is left of the mean and its product with the weight,
             # 2 D; a sum for every term; the product with the values and its sum, 2 D.
             "vjp": Variant(
-                _MASKS,
+                # With value images a float32 mean leaves a remainder where one image and its
+                # twins hold the posterior, times 1 / sigma^2.
+                {"cpu": Served("mask_limits"), "reference": Served()},
                 per_pair(
                     lambda s: (10 + 8 * s.directions) * s.values + (2 + s.directions) * s.terms
                 ),
