@@ -6,6 +6,7 @@ For bytes u the noisy image becomes 127.5 (x / alpha + 1) and its squared distan
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -179,12 +180,11 @@ class StoredProblem:
         """The same, with their value images [n, R, C H W], if there are any."""
         problem = self.problem
         if problem.values is None:
-            yield from ((images, None) for images in self.rows())
-            return
+            return zip(self.rows(), itertools.repeat(None))
         count, budget = len(problem.images), problem.memory_budget
         blocks = value_blocks(problem.values, count, self._block, budget)
-        for images, values in zip(self.rows(), blocks, strict=True):
-            yield images, values.contiguous().flatten(2)
+        flat = (values.contiguous().flatten(2) for values in blocks)
+        return zip(self.rows(), flat, strict=True)
 
     def blocks(self) -> Iterator[Tensor]:
         """The same as [n, C, H, W]."""

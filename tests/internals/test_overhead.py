@@ -44,7 +44,7 @@ def makers() -> dict[str, Callable[[pf.TrainingSet], pf.Denoiser]]:
 
 
 # Own frames of a warm call are fewer than this, and tensors are looked at this often at most.
-FRAMES, LOOKED_AT = 100, 2
+FRAMES, LOOKED_AT = 130, 2
 # Own frames of derivatives, at most; the reference counts those of the equivariant model, all
 # displacements one by one.
 OF_DERIVATIVES = {
@@ -52,12 +52,12 @@ OF_DERIVATIVES = {
     "nearest": 110,
     "local": 125,
     "local_table": 130,
-    "pca": 135,
-    "patch_set": 165,
-    "patch_set_masks": 165,
+    "pca": 145,
+    "patch_set": 175,
+    "patch_set_masks": 175,
     "wiener": 65,
     "equivariant": 4500,
-    "filtered": 155,
+    "filtered": 170,
 }
 
 
