@@ -22,6 +22,7 @@ def draw(report: Record, path: Path) -> None:
             (axes[1], "seconds", "seconds of a stage", 1.0),
             (axes[2], "bytes", "largest resident memory, GB", 1e9),
         ):
+            axis.set_visible(bool(sizes))
             values = []
             for size in sizes:
                 pairs = [

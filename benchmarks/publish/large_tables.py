@@ -25,15 +25,22 @@ def reached(report: Record) -> str:
             lines.append(f"| {told} | | {NOT_MEASURED} | |")
             continue
         job = f"{'x'.join(map(str, part['shape']))}: {told}"
+        if "set" in part:
+            job += f" ({part['set']})"
         for bar in part["bars"]:
             # The whole of what a bar is called, and its unit.
             what, unit = bar["what"], " s"
             if "bytes" in what:
                 what, unit = what.replace("bytes", "memory"), " GB"
             scale = 1e9 if unit == " GB" else 1.0
-            values = (f"{bar[key] / scale:.3g}{unit}" for key in ("value", "most"))
+            values = (f"{_told(bar[key] / scale)}{unit}" for key in ("value", "most"))
             lines.append(f"| {job} | {what} | " + " | ".join(values) + " |")
     return "\n".join([*lines, *_beside(report["parts"].get("many"))])
+
+
+def _told(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _beside(many: Record | None) -> Iterator[str]:
@@ -63,7 +70,7 @@ def foreseen(report: Record) -> str:
     for size in part["sizes"]:
         job = f"{size['images']:,} x {'x'.join(map(str, size['shape']))}"
         for one in size["stages"]:
-            seconds = (f"{one[f'{kind}_seconds']:.3g} s" for kind in ("foreseen", "measured"))
+            seconds = (f"{_told(one[f'{kind}_seconds'])} s" for kind in ("foreseen", "measured"))
             memory = (f"{one[f'{kind}_bytes'] / 1e9:.2f} GB" for kind in ("foreseen", "measured"))
             lines.append(f"| {job} | {one['name']} | " + " | ".join([*seconds, *memory]) + " |")
     return "\n".join(lines)
