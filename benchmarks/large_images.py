@@ -16,8 +16,8 @@ here. The parts:
 - side-256: 200 images of 3x256x256, one step for one image, and the plan of the rest.
 
 Writes one JSON and a picture beside it. Parts that the file has from this commit are kept, those
-that are missing run: interrupted and started again, it goes on where it was. Nothing else should
-run meanwhile.
+that are missing run: interrupted and started again, it goes on where it was. With --only all other
+parts stay as they are, each with its date and commit. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = {} if options.force or not options.out.exists() else read_json(options.out)
     if known and known.get("suite") != "large_images":
         parser.error(f"{options.out} is of something else; --force replaces it")
-    done = _kept(known, quick=options.quick)
+    done = _kept(known, quick=options.quick, whenever=options.only is not None)
     begun, failed = Run(), list[str]()
     for name in options.only or [name for name in PARTS if name not in done]:
         print(f"{name} ...", flush=True)
@@ -75,11 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bool(failed))
 
 
-def _kept(known: Record, *, quick: bool) -> Record:
-    """The parts of a file that are of this commit and size."""
+def _kept(known: Record, *, quick: bool, whenever: bool) -> Record:
+    """The parts of a file that are of this size, of this commit or of any."""
     commit = machine_facts()["commit"]
     parts: Record = known.get("parts", {}) if known.get("quick") == quick else {}
-    return {name: part for name, part in parts.items() if part["commit"] == commit}
+    return {name: part for name, part in parts.items() if whenever or part["commit"] == commit}
 
 
 def _record_of(name: str, quick: bool, cifar10: Path | None, scratch: Path | None) -> Record:

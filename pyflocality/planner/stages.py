@@ -20,6 +20,7 @@ from pyflocality._support.memory import check_memory
 from pyflocality._support.rates import product_seconds, shortest, solver_seconds
 from pyflocality._support.text import bytes_told
 from pyflocality.moments.basis import BasisMethod, basis_bytes, basis_method
+from pyflocality.moments.marks import Marks
 from pyflocality.moments.mask_source import (
     Way,
     chosen_way,
@@ -27,7 +28,7 @@ from pyflocality.moments.mask_source import (
     making_products,
     mask_bytes,
 )
-from pyflocality.moments.mask_tiles import TILE, masks_of
+from pyflocality.moments.mask_tiles import TILE
 from pyflocality.moments.projector import Projector
 from pyflocality.moments.sums import BLOCK_BYTES
 from pyflocality.ops.costs import Size
@@ -49,11 +50,11 @@ _OF_COMPONENTS, _MASKED = ("pca-locality", "wiener", "ledoit-wolf"), "pca-locali
 _VALUES, _IMAGES, _SEARCHED, _SEARCHING = 1024, 2048, 8 * 2**20, 8
 # A noisy image takes so much for each of its values in a thread: lanes of sums and states.
 _BYTES_PER_VALUE = 256
-# Of a schedule of sums over masks, whose terms are four bytes each in a vector that grows; where
-# nobody knows the masks they are reckoned to add up so much.
-_BYTES_PER_TERM, _DENSE = 8, 0.1
+# Of a schedule of sums over masks; it grows to twice that at most. Where nobody knows the masks
+# they are reckoned to add up so much.
+_BYTES_PER_TERM, _DENSE = 4, 0.1
 # Components of the tiles of masks that are measured.
-_RANKS = (32, 512)
+_RANKS = (64, 2048)
 # More images than any way through their products could take.
 _COUNTLESS = 10**12
 
@@ -274,23 +275,26 @@ def _masks(job: Job) -> _Part | None:
     times = 1 if job.kept_levels else 3
     flops = 2.0 * times * making_products(way, of, setting.values, job.to_make)
     side = -(-setting.values // TILE)
-    tiles = job.to_make * times * side * (side + 1) / 2
     # The totals are held already.
     most = making_bytes(way, of, setting.values) - by_factors * 8 * setting.values**2
     kept = job.kept_levels * bits
 
     def seconds(aim: float) -> float:
-        if by_factors:
-            return product_seconds(flops) + tiles * _tile_seconds(0)
-        return tiles * _tile_seconds(job.rank)
+        products = product_seconds(flops) if by_factors else 0.0
+        rank = 0 if by_factors else job.rank
+        return products + job.to_make * times * _tiles_seconds(side, rank)
 
     covariance = 8 * setting.values**2 if by_factors else 0
+    if by_factors:
+        # Blocks in which the covariance was made, which allocators are slow to give back.
+        most += 4 * min(BLOCK_BYTES, covariance)
     return _Part(
         "masks",
         f"{job.to_make} noise levels, {bytes_told(bits)} each",
         flops,
         seconds,
-        most + kept + (bits if job.kept_levels else 0),
+        # Levels that were used before have their schedules.
+        most + kept + (bits if job.kept_levels else 0) + _kept_schedules(job),
         kept + covariance,
     )
 
@@ -312,14 +316,16 @@ def _steps(job: Job) -> _Part:
         one = seconds_of(model, job.setting, aim)
         return None if one is None else calls * one
 
-    working = _scan_bytes(job.setting)
+    working, kept = _scan_bytes(job.setting), 0
     if model == "wiener":
         # The components in float32.
         working = 4 * job.setting.values * job.rank + 64 * job.setting.batch * job.setting.values
     if model == _MASKED:
-        working += _schedule_bytes(job)
+        kept = _kept_schedules(job)
+        # And one more while it is made.
+        working += kept + _schedule_bytes(job)
     known = "assumed" if model == _MASKED and not job.knows_masks else "counted"
-    return _Part("steps", told, flops, seconds, working, known=known)
+    return _Part("steps", told, flops, seconds, working, kept, known)
 
 
 def _nearest(job: Job) -> _Part | None:
@@ -352,14 +358,18 @@ def _scan_bytes(setting: Setting) -> int:
     return min(most, memory_budget_bytes(setting.memory_budget)) + _blocks_bytes(setting)
 
 
+def _kept_schedules(job: Job) -> int:
+    """Schedules of the sums over masks that are kept: those of the levels that are."""
+    return job.kept_levels * _schedule_bytes(job)
+
+
 def _schedule_bytes(job: Job) -> int:
-    """Schedules of the sums over masks: those of levels that are kept, and one that is made."""
+    """The schedule of the sums over the masks of a level; of a tile where no level is kept."""
     share = job.setting.mask_share if job.knows_masks else max(job.setting.mask_share, _DENSE)
-    terms = int(share * job.setting.values**2)
-    if not job.kept_levels:
-        # A tile at a time.
-        terms = int(0.5 * TILE * job.setting.values)
-    return terms * _BYTES_PER_TERM * max(1, job.kept_levels + 2) // 2
+    values = job.setting.values
+    # A tile shares less with others.
+    terms = share * values**2 if job.kept_levels else 0.5 * TILE * values
+    return int(terms) * _BYTES_PER_TERM * (1 if job.kept_levels else 2)
 
 
 def _search_bytes(setting: Setting) -> int:
@@ -385,20 +395,37 @@ def _sums_rate() -> float:
     return seconds / COVARIANCE.work("scan", Size(_IMAGES, (1, 1, _VALUES), 1)).flops
 
 
-def _tile_seconds(rank: int) -> float:
-    """Seconds for a tile of masks made of so many components."""
+def _tiles_seconds(side: int, rank: int) -> float:
+    """Seconds for the masks of so many tiles side by side, made of so many components."""
     few, many = map(_measured_tile_seconds, _RANKS)
-    return max(few, few + (many - few) * (rank - _RANKS[0]) / (_RANKS[1] - _RANKS[0]))
+    beyond = (rank - _RANKS[0]) / (_RANKS[1] - _RANKS[0])
+    on, above = (max(x, x + (y - x) * beyond) for x, y in zip(few, many, strict=True))
+    return side * on + side * (side - 1) / 2 * above
 
 
 @functools.cache
-def _measured_tile_seconds(rank: int) -> float:
+def _measured_tile_seconds(rank: int) -> tuple[float, float]:
+    """Seconds for a tile on the diagonal, where the largest entries are, and for any other."""
     generator = torch.Generator().manual_seed(0)
-    size = (2 * TILE, rank)
-    factor = torch.randn(size, generator=generator, dtype=torch.float64)
+    factor = torch.randn((2 * TILE, rank), generator=generator, dtype=torch.float64)
     projector = Projector(factor, factor.new_ones(rank), factor.square().sum(1))
-    # Two tiles on the diagonal, and the one above them.
-    return shortest(lambda: masks_of(projector, 0.9, name="")) / 3
+    # The usual entry lies there: as many are close to their cutoffs as of photographs.
+    marks = Marks(projector, rank**-0.5)
+    here, behind = slice(0, TILE), slice(TILE, 2 * TILE)
+    cutoffs = marks.cutoffs(1.0)
+
+    def on() -> None:
+        tile = marks.tile(here, here)
+        tile.largest(0.0)
+        tile.reached(cutoffs)
+
+    def above() -> None:
+        tile = marks.tile(here, behind)
+        tile.largest(1.0)
+        tile.reached(cutoffs)
+        tile.turned().reached(cutoffs)
+
+    return shortest(on), shortest(above)
 
 
 def _sums_seconds(flops: float) -> float:

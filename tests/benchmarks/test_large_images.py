@@ -109,8 +109,18 @@ def test_one_part_alone_and_kept(tmp_path, monkeypatch):
     assert code == 1 and ran == [name for name in PARTS if name != "many"]
     assert again["parts"]["many"] == part and "ways" not in again["parts"]
     assert not again["complete"]
-    monkeypatch.setattr(large_images, "_kept", lambda known, quick: {})
-    assert run(tmp_path, "--only", "many")[0] == 0 and ran[-1] == "many"
+    # Parts of another commit stay beside one that is asked for, and are measured again otherwise.
+    file = tmp_path / "large.json"
+    again["parts"]["many"]["commit"] = "another"
+    file.write_text(json.dumps(again), encoding="utf-8")
+    ran.clear()
+    code, beside = run(tmp_path, "--only", "cached")
+    assert code == 0 and ran == ["cached"]
+    assert beside["parts"]["many"] == again["parts"]["many"]
+    ran.clear()
+    code, anew = run(tmp_path)
+    assert code == 1 and ran == ["ways", "many"]
+    assert anew["parts"]["many"]["commit"] != "another"
 
 
 def test_wrong_files_are_refused(tmp_path):

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import pyflocality as pf
+from pyflocality.backends.selection import machine_reason
 from pyflocality.cli import main
+from pyflocality.moments.marks import Tile
 from pyflocality.moments.mask_source import making_products
 from pyflocality.planner import Job, Setting, check_fits, peak_of, seconds_of, stages_of
 from pyflocality.planner import stages as _stages
@@ -61,7 +63,7 @@ def test_times_are_operations_by_measured_rates(monkeypatch):
     monkeypatch.setattr(_stages, "product_seconds", lambda flops, *dtype: 1e-6 * flops)
     monkeypatch.setattr(_stages, "solver_seconds", lambda side: 1000.0 * side)
     monkeypatch.setattr(_stages, "seconds_of", lambda model, setting, aim: 7.0)
-    monkeypatch.setattr(_stages, "_tile_seconds", lambda rank: 0.5 + rank)
+    monkeypatch.setattr(_stages, "_measured_tile_seconds", lambda rank: (0.7 + rank, 0.2 + rank))
     monkeypatch.setattr(_stages, "_search_seconds", lambda shape, batch: 0.01 * batch)
     job = Job(MANY, "pca-locality", levels=3, calls=5)
     moments, masks, steps, nearest = stages_of(job)
@@ -69,12 +71,12 @@ def test_times_are_operations_by_measured_rates(monkeypatch):
     assert moments.seconds == pytest.approx(1e-9 * moments.flops)
     whole = stages_of(Job(MANY, "wiener"))[1]
     assert whole.seconds == pytest.approx(1000.0 * values)
-    # 768 values are three pairs of tiles.
-    assert masks.seconds == pytest.approx(1e-6 * masks.flops + 3 * 3 * 0.5)
+    # 768 values are two tiles on the diagonal and one above it; at least 64 components are counted.
+    assert masks.seconds == pytest.approx(1e-6 * masks.flops + 3 * (2 * 64.7 + 64.2))
     thin_masks = stages_of(Job(FEW, "pca-locality", levels=3))[1]
-    assert thin_masks.seconds == pytest.approx(3 * 3 * (0.5 + 199))
+    assert thin_masks.seconds == pytest.approx(3 * (2 * 199.7 + 199.2))
     beyond = Job(replace(FEW, memory_budget="16MB", shape=(3, 64, 64)), "pca-locality", levels=3)
-    assert stages_of(beyond)[1].seconds == pytest.approx(3 * 3 * 300 * (0.5 + 199))
+    assert stages_of(beyond)[1].seconds == pytest.approx(3 * 3 * (24 * 199.7 + 276 * 199.2))
     assert steps.seconds == 35.0
     assert nearest.seconds == pytest.approx(0.01 * 4 * 2000)
     assert [stage.known for stage in (masks, steps)] == ["counted", "assumed"]
@@ -85,11 +87,39 @@ def test_times_are_operations_by_measured_rates(monkeypatch):
 
 
 def test_tiles_lie_on_the_line_through_two_measurements(monkeypatch):
-    monkeypatch.setattr(_stages, "_measured_tile_seconds", lambda rank: 1.0 + 0.01 * rank)
-    assert _stages._tile_seconds(2000) == pytest.approx(21.0)
-    assert _stages._tile_seconds(0) == pytest.approx(1.32)
+    measured = {64: (4.0, 1.0), 2048: (23.84, 10.92)}
+    monkeypatch.setattr(_stages, "_measured_tile_seconds", measured.get)
+    # .01 and .005 a component.
+    assert _stages._tiles_seconds(3, 1064) == pytest.approx(3 * 14.0 + 3 * 6.0)
+    assert _stages._tiles_seconds(1, 0) == pytest.approx(4.0)
     monkeypatch.undo()
-    assert 0 < _stages._tile_seconds(100) < 1
+    assert 0 < _stages._tiles_seconds(2, 100) < 1
+
+
+def test_tiles_on_the_diagonal_are_told_from_the_others(monkeypatch):
+    """Those hold the largest entries, and are made in double precision for them."""
+    made = []
+    to_double, marked = Tile._to_double, Tile._marked
+    monkeypatch.setattr(Tile, "_to_double", lambda tile: made.append("double") or to_double(tile))
+    monkeypatch.setattr(
+        Tile, "_marked", lambda tile, cutoffs: made.append("single") or marked(tile, cutoffs)
+    )
+    spent = iter((5.0, 2.0))
+    monkeypatch.setattr(_stages, "shortest", lambda call: call() or next(spent))
+    assert _stages._measured_tile_seconds.__wrapped__(64) == (5.0, 2.0)
+    if machine_reason("cpu") is None:
+        # A tile beside the diagonal serves both sides.
+        assert made == ["double", "single", "single"]
+
+
+def test_schedules_of_levels_that_are_kept_stay():
+    job = Job(replace(FEW, mask_share=0.5), "pca-locality", levels=3, knows_masks=True)
+    schedule = 4 * (3 * 16 * 16) ** 2 // 2
+    without = stages_of(replace(job, setting=replace(FEW, mask_share=0.0)), aim=None)
+    told = stages_of(job, aim=None)
+    more = [with_.bytes - bare.bytes for with_, bare in zip(told, without, strict=True)]
+    # Components first; steps make one more; the search for the nearest images comes last.
+    assert more == [0, 3 * schedule, 4 * schedule, 3 * schedule]
 
 
 def test_nothing_is_measured_for_memory(monkeypatch):
