@@ -123,17 +123,22 @@ def plan(
 
 def _looked_at(source: SourceOptions, *, flip: bool) -> tuple[TrainingSet, float]:
     """The set, its images being left out where they are not decoded, and how long that takes."""
+    import time
+
     import numpy as np
     import torch
 
     from pyflocality import TrainingSet
     from pyflocality.sources.cache import UndecodedError, nothing_decoded
 
+    start = time.perf_counter()
     try:
         with nothing_decoded():
             data, seconds = source.load_all(progress=False), 0.0
     except UndecodedError as undecoded:
-        seconds, known = undecoded.seconds, undecoded.source
+        # Finding the images and looking through their names takes as long again.
+        seconds = time.perf_counter() - start - undecoded.spent + undecoded.seconds
+        known = undecoded.source
         # One number stands for all.
         images = torch.from_numpy(np.zeros((), undecoded.dtype)).expand(undecoded.shape)
         labels = None if known.labels is None else torch.from_numpy(known.labels)

@@ -55,6 +55,9 @@ _BYTES_PER_VALUE = 256
 _BYTES_PER_TERM, _DENSE = 4, 0.1
 # Components of the tiles of masks that are measured.
 _RANKS = (64, 2048)
+# Of what masks by Cholesky factors take, the products of their tiles are counted as so much; a row
+# of the factor has a third of the terms there that it has as a whole, on average.
+_PRODUCTS, _TERMS = 0.25, 1 / 3
 # More images than any way through their products could take.
 _COUNTLESS = 10**12
 
@@ -280,14 +283,16 @@ def _masks(job: Job) -> _Part | None:
     kept = job.kept_levels * bits
 
     def seconds(aim: float) -> float:
-        products = product_seconds(flops) if by_factors else 0.0
-        rank = 0 if by_factors else job.rank
-        return products + job.to_make * times * _tiles_seconds(side, rank)
+        factors = product_seconds((1 - _PRODUCTS) * flops) if by_factors else 0.0
+        rank = int(_TERMS * setting.values) if by_factors else job.rank
+        return factors + job.to_make * times * _tiles_seconds(side, rank)
 
-    covariance = 8 * setting.values**2 if by_factors else 0
+    covariance = 0
     if by_factors:
-        # Blocks in which the covariance was made, which allocators are slow to give back.
+        covariance = 8 * setting.values**2
+        # And blocks in which it was made, which allocators are slow to give back.
         most += 4 * min(BLOCK_BYTES, covariance)
+        covariance += 4 * min(BLOCK_BYTES, covariance)
     return _Part(
         "masks",
         f"{job.to_make} noise levels, {bytes_told(bits)} each",

@@ -82,12 +82,15 @@ class UndecodedError(Exception):
         dtype: Their dtype.
         source: What is known of the set, without the images.
         seconds: How long decoding takes, about.
+        spent: How long it took to know that, in seconds.
     """
 
     def __init__(self, job: DecodeJob, source: Loaded) -> None:
         super().__init__(f"{source.name} is not decoded")
         self.shape, self.dtype, self.source = job.shape, job.dtype, source
+        start = time.perf_counter()
         self.seconds = _sampled_seconds(job)
+        self.spent = time.perf_counter() - start
 
 
 @contextmanager
