@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 MARK = "stage: "
-# Masks of more bits are scanned by tiles, each with a schedule of its own.
+# Schedules of more bits take minutes to be made again and looked at.
 _WHOLE_BYTES = 2**30
 
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     import pyflocality as pf
-    from pyflocality.kernels.cpu.masked_posterior import difference_tree
+    from pyflocality.kernels.cpu.masked_posterior import schedules
     from pyflocality.moments.mask_source import chosen_way
     from pyflocality.ops import nearest_images
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         denoiser(x, level)
         _mark("looking")
         if data.num_values**2 // 8 <= _WHOLE_BYTES:
-            terms = difference_tree(weights, data.images.shape[1:]).terms
+            terms = sum(tree.terms for _, tree in schedules(weights, data.image_shape))
             shares.append(terms / data.num_values**2)
     _mark("nearest images")
     nearest_images(x, data.images)

@@ -34,7 +34,7 @@ Centre = np.ndarray | None
 
 _trees: WeakKeyDictionary[QueryWeights, Any] = WeakKeyDictionary()
 # Bits of the masks that are scanned together: a schedule takes several times as much.
-_TILE_BYTES = 2**26
+_BAND_BYTES = 2**26
 # Images that the centre is found from, and values of them that are copied together.
 _LOOKED_AT, _COPIED_VALUES = 1024, 2**24
 # Of a query: lanes of its sum of weights, its minimum, and these in double precision; and of a
@@ -49,7 +49,7 @@ def scan(
 
     def run(stored: StoredProblem, rows: Tensor, centre: Centre) -> PosteriorState:
         states = []
-        for outputs, tree in _tiles(weights, problem.image_shape):
+        for outputs, tree in schedules(weights, problem.image_shape):
             kernel = native_kernel("masked_posterior", instruction_set, tree=tree, centre=centre)
             size = len(outputs) * _bytes_per_query(problem)
             states.append((outputs, scan_values(stored.problem, kernel, size)))
@@ -71,7 +71,7 @@ def jvp(
     noisy = StoredProblem(problem).noisy.flatten(1)
     centre = torch.where(_mostly_noise(problem)[:, None], mean, noisy)
     states = []
-    for outputs, tree in _tiles(weights, problem.image_shape):
+    for outputs, tree in schedules(weights, problem.image_shape):
         kernel = native_kernel("masked_posterior_jvp", instruction_set, tree=tree)
         # Sums with lanes are those of one noisy image at a time: they do not grow with the batch.
         state = scan_tangents(problem, tangents, kernel, centre, len(outputs), 0, outputs)
@@ -92,7 +92,7 @@ def vjp(
 
     def run(stored: StoredProblem, rows: Tensor, centre: Centre) -> tuple[Tensor]:
         results = []
-        for outputs, tree in _tiles(weights, problem.image_shape):
+        for outputs, tree in schedules(weights, problem.image_shape):
             options = {"tree": tree, "centre": centre}
             state = scan_outputs(stored, len(outputs), instruction_set, **options)
             mean = torch.zeros(len(rows), problem.answered, weights.shape[1], dtype=torch.float32)
@@ -106,21 +106,31 @@ def vjp(
     return everything.derivatives(sums)
 
 
-def _tiles(weights: QueryWeights, image_shape: Sequence[int]) -> Iterator[tuple[Tensor, Any]]:
+def schedules(weights: QueryWeights, image_shape: Sequence[int]) -> Iterator[tuple[Tensor, Any]]:
     """Outputs that are scanned together, int64 [n], and the schedule of their masks.
 
     How masks are cut up depends on the shape of the images alone, and so do all sums.
     """
-    count, inputs = weights.shape
-    bands = output_bands(image_shape, -(-inputs // 8), _TILE_BYTES)
+    bands = bands_of(image_shape)
     if len(bands) == 1 and weights.is_held:
-        yield torch.arange(count), difference_tree(weights, image_shape)
+        yield torch.arange(weights.shape[0]), difference_tree(weights, image_shape)
         return
     channels, _, width = image_shape
     for outputs in bands:
         grid = channels, len(outputs) // (channels * width), width
         bits = weights.tile(outputs).bits
-        yield outputs, native_module().DifferenceTree(bits, inputs, *grid, outputs.tolist())
+        yield (
+            outputs,
+            native_module().DifferenceTree(bits, weights.shape[1], *grid, outputs.tolist()),
+        )
+
+
+def bands_of(image_shape: Sequence[int]) -> list[Tensor]:
+    """The outputs of an image (C, H, W) whose masks have a schedule together, int64 [n] each.
+
+    A schedule of all outputs is kept with the masks, those of bands are made for every scan.
+    """
+    return output_bands(image_shape, -(-math.prod(image_shape) // 8), _BAND_BYTES)
 
 
 def scan_outputs(

@@ -20,7 +20,6 @@ from pyflocality._support.memory import check_memory
 from pyflocality._support.rates import product_seconds, shortest, solver_seconds
 from pyflocality._support.text import bytes_told
 from pyflocality.moments.basis import BasisMethod, basis_bytes, basis_method
-from pyflocality.moments.marks import Marks
 from pyflocality.moments.mask_source import (
     Way,
     chosen_way,
@@ -29,11 +28,11 @@ from pyflocality.moments.mask_source import (
     mask_bytes,
 )
 from pyflocality.moments.mask_tiles import TILE
-from pyflocality.moments.projector import Projector
 from pyflocality.moments.sums import BLOCK_BYTES
 from pyflocality.ops.costs import Size
 from pyflocality.ops.covariance import COVARIANCE, accumulate_covariance
 from pyflocality.ops.nearest import NEAREST, nearest_images
+from pyflocality.planner.masks import bands, schedule_bytes, scheduled_seconds, tiles_seconds
 from pyflocality.planner.steps import (
     MEASURED_SECONDS,
     Setting,
@@ -50,11 +49,8 @@ _OF_COMPONENTS, _MASKED = ("pca-locality", "wiener", "ledoit-wolf"), "pca-locali
 _VALUES, _IMAGES, _SEARCHED, _SEARCHING = 1024, 2048, 8 * 2**20, 8
 # A noisy image takes so much for each of its values in a thread: lanes of sums and states.
 _BYTES_PER_VALUE = 256
-# Of a schedule of sums over masks; it grows to twice that at most. Where nobody knows the masks
-# they are reckoned to add up so much.
-_BYTES_PER_TERM, _DENSE = 4, 0.1
-# Components of the tiles of masks that are measured.
-_RANKS = (64, 2048)
+# Where nobody knows the masks their memory is reckoned as if sums over them added up so much.
+_DENSE = 0.1
 # Of what masks by Cholesky factors take, the products of their tiles are counted as so much; a row
 # of the factor has a third of the terms there that it has as a whole, on average.
 _PRODUCTS, _TERMS = 0.25, 1 / 3
@@ -285,7 +281,7 @@ def _masks(job: Job) -> _Part | None:
     def seconds(aim: float) -> float:
         factors = product_seconds((1 - _PRODUCTS) * flops) if by_factors else 0.0
         rank = int(_TERMS * setting.values) if by_factors else job.rank
-        return factors + job.to_make * times * _tiles_seconds(side, rank)
+        return factors + job.to_make * times * tiles_seconds(side, rank)
 
     covariance = 0
     if by_factors:
@@ -319,7 +315,8 @@ def _steps(job: Job) -> _Part:
 
     def seconds(aim: float) -> float | None:
         one = seconds_of(model, job.setting, aim)
-        return None if one is None else calls * one
+        made = _schedules_seconds(job) if model == _MASKED else 0.0
+        return None if one is None else calls * one + made
 
     working, kept = _scan_bytes(job.setting), 0
     if model == "wiener":
@@ -364,17 +361,20 @@ def _scan_bytes(setting: Setting) -> int:
 
 
 def _kept_schedules(job: Job) -> int:
-    """Schedules of the sums over masks that are kept: those of the levels that are."""
-    return job.kept_levels * _schedule_bytes(job)
+    """Schedules of the sums over masks that are kept: those of the levels that are, if whole."""
+    return job.kept_levels * _schedule_bytes(job) if bands(job.setting.shape) == 1 else 0
 
 
 def _schedule_bytes(job: Job) -> int:
-    """The schedule of the sums over the masks of a level; of a tile where no level is kept."""
-    share = job.setting.mask_share if job.knows_masks else max(job.setting.mask_share, _DENSE)
-    values = job.setting.values
-    # A tile shares less with others.
-    terms = share * values**2 if job.kept_levels else 0.5 * TILE * values
-    return int(terms) * _BYTES_PER_TERM * (1 if job.kept_levels else 2)
+    share = job.setting.mask_share
+    return schedule_bytes(job.setting.shape, share if job.knows_masks else max(share, _DENSE))
+
+
+def _schedules_seconds(job: Job) -> float:
+    """What making schedules takes: once for a level that is kept, or for every call."""
+    is_kept = job.kept_levels and bands(job.setting.shape) == 1
+    times = job.levels if is_kept else job.calls * job.batches
+    return times * job.setting.values**2 * scheduled_seconds(job.setting.mask_share)
 
 
 def _search_bytes(setting: Setting) -> int:
@@ -398,39 +398,6 @@ def _sums_rate() -> float:
     gram, total = (torch.zeros(shape, dtype=torch.int64) for shape in ((_VALUES,) * 2, _VALUES))
     seconds = shortest(lambda: accumulate_covariance(images, gram, total))
     return seconds / COVARIANCE.work("scan", Size(_IMAGES, (1, 1, _VALUES), 1)).flops
-
-
-def _tiles_seconds(side: int, rank: int) -> float:
-    """Seconds for the masks of so many tiles side by side, made of so many components."""
-    few, many = map(_measured_tile_seconds, _RANKS)
-    beyond = (rank - _RANKS[0]) / (_RANKS[1] - _RANKS[0])
-    on, above = (max(x, x + (y - x) * beyond) for x, y in zip(few, many, strict=True))
-    return side * on + side * (side - 1) / 2 * above
-
-
-@functools.cache
-def _measured_tile_seconds(rank: int) -> tuple[float, float]:
-    """Seconds for a tile on the diagonal, where the largest entries are, and for any other."""
-    generator = torch.Generator().manual_seed(0)
-    factor = torch.randn((2 * TILE, rank), generator=generator, dtype=torch.float64)
-    projector = Projector(factor, factor.new_ones(rank), factor.square().sum(1))
-    # The usual entry lies there: as many are close to their cutoffs as of photographs.
-    marks = Marks(projector, rank**-0.5)
-    here, behind = slice(0, TILE), slice(TILE, 2 * TILE)
-    cutoffs = marks.cutoffs(1.0)
-
-    def on() -> None:
-        tile = marks.tile(here, here)
-        tile.largest(0.0)
-        tile.reached(cutoffs)
-
-    def above() -> None:
-        tile = marks.tile(here, behind)
-        tile.largest(1.0)
-        tile.reached(cutoffs)
-        tile.turned().reached(cutoffs)
-
-    return shortest(on), shortest(above)
 
 
 def _sums_seconds(flops: float) -> float:

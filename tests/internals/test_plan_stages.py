@@ -15,6 +15,7 @@ from pyflocality.cli import main
 from pyflocality.moments.marks import Tile
 from pyflocality.moments.mask_source import making_products
 from pyflocality.planner import Job, Setting, check_fits, peak_of, seconds_of, stages_of
+from pyflocality.planner import masks as _masks
 from pyflocality.planner import stages as _stages
 from pyflocality.sources import cache
 
@@ -64,8 +65,9 @@ def test_times_are_operations_by_measured_rates(monkeypatch):
     monkeypatch.setattr(_stages, "product_seconds", lambda flops, *dtype: 1e-6 * flops)
     monkeypatch.setattr(_stages, "solver_seconds", lambda side: 1000.0 * side)
     monkeypatch.setattr(_stages, "seconds_of", lambda model, setting, aim: 7.0)
-    monkeypatch.setattr(_stages, "_measured_tile_seconds", lambda rank: (0.7 + rank, 0.2 + rank))
+    monkeypatch.setattr(_masks, "_measured_tile_seconds", lambda rank: (0.7 + rank, 0.2 + rank))
     monkeypatch.setattr(_stages, "_search_seconds", lambda shape, batch: 0.01 * batch)
+    monkeypatch.setattr(_stages, "scheduled_seconds", lambda share: 1e-6 * share)
     job = Job(MANY, "pca-locality", levels=3, calls=5)
     moments, masks, steps, nearest = stages_of(job)
     values = 3 * 16 * 16
@@ -79,7 +81,12 @@ def test_times_are_operations_by_measured_rates(monkeypatch):
     assert thin_masks.seconds == pytest.approx(3 * (2 * 199.7 + 199.2))
     beyond = Job(replace(FEW, memory_budget="16MB", shape=(3, 64, 64)), "pca-locality", levels=3)
     assert stages_of(beyond)[1].seconds == pytest.approx(3 * 3 * (24 * 199.7 + 276 * 199.2))
-    assert steps.seconds == 35.0
+    share = MANY.mask_share
+    # A schedule for each level; beyond the budget for each call.
+    assert steps.seconds == pytest.approx(35.0 + 3 * 1e-6 * share * values**2)
+    assert stages_of(replace(beyond, calls=7))[2].seconds == pytest.approx(
+        7 * (7.0 + 1e-6 * share * (3 * 64 * 64) ** 2)
+    )
     assert nearest.seconds == pytest.approx(0.01 * 4 * 2000)
     assert [stage.known for stage in (masks, steps)] == ["counted", "assumed"]
     assert stages_of(replace(job, knows_masks=True))[2].known == "counted"
@@ -90,12 +97,12 @@ def test_times_are_operations_by_measured_rates(monkeypatch):
 
 def test_tiles_lie_on_the_line_through_two_measurements(monkeypatch):
     measured = {64: (4.0, 1.0), 2048: (23.84, 10.92)}
-    monkeypatch.setattr(_stages, "_measured_tile_seconds", measured.get)
+    monkeypatch.setattr(_masks, "_measured_tile_seconds", measured.get)
     # .01 and .005 a component.
-    assert _stages._tiles_seconds(3, 1064) == pytest.approx(3 * 14.0 + 3 * 6.0)
-    assert _stages._tiles_seconds(1, 0) == pytest.approx(4.0)
+    assert _masks.tiles_seconds(3, 1064) == pytest.approx(3 * 14.0 + 3 * 6.0)
+    assert _masks.tiles_seconds(1, 0) == pytest.approx(4.0)
     monkeypatch.undo()
-    assert 0 < _stages._tiles_seconds(2, 100) < 1
+    assert 0 < _masks.tiles_seconds(2, 100) < 1
 
 
 def test_tiles_on_the_diagonal_are_told_from_the_others(monkeypatch):
@@ -107,8 +114,8 @@ def test_tiles_on_the_diagonal_are_told_from_the_others(monkeypatch):
         Tile, "_marked", lambda tile, cutoffs: made.append("single") or marked(tile, cutoffs)
     )
     spent = iter((5.0, 2.0))
-    monkeypatch.setattr(_stages, "shortest", lambda call: call() or next(spent))
-    assert _stages._measured_tile_seconds.__wrapped__(64) == (5.0, 2.0)
+    monkeypatch.setattr(_masks, "shortest", lambda call: call() or next(spent))
+    assert _masks._measured_tile_seconds.__wrapped__(64) == (5.0, 2.0)
     if machine_reason("cpu") is None:
         # A tile beside the diagonal serves both sides.
         assert made == ["double", "single", "single"]
@@ -122,6 +129,18 @@ def test_schedules_of_levels_that_are_kept_stay():
     more = [with_.bytes - bare.bytes for with_, bare in zip(told, without, strict=True)]
     # Components first; steps make one more; the search for the nearest images comes last.
     assert more == [0, 3 * schedule, 4 * schedule, 3 * schedule]
+
+
+def test_schedules_of_bands_are_made_for_every_call():
+    small, large = ((3, side, side) for side in (64, 128))
+    assert _masks.bands(small) == 1 and _masks.bands(large) > 1
+    # Four bytes a term; of bands the next one is made beside.
+    assert _masks.schedule_bytes(small, 0.5) == 2 * (3 * 64 * 64) ** 2
+    assert _masks.schedule_bytes(large, 0.5) == pytest.approx(
+        4 * (3 * 128 * 128) ** 2 / _masks.bands(large)
+    )
+    if machine_reason("cpu") is None:
+        assert 0 < _masks.scheduled_seconds(0.1) < 1e-5
 
 
 def test_nothing_is_measured_for_memory(monkeypatch):

@@ -66,7 +66,7 @@ def weights(request) -> QueryWeights:
 @pytest.mark.parametrize("operation", OPERATIONS)
 @needs_cpu
 def test_native_tiles_against_the_reference(operation, stored, tile_bytes, weights, monkeypatch):
-    monkeypatch.setattr(masked_posterior, "_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(masked_posterior, "_BAND_BYTES", tile_bytes)
     whole = QueryWeights(masks())
     exact = answers(operation, whole, stored, backend="reference")
     with trace_backends() as ran:
