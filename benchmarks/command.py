@@ -67,6 +67,16 @@ class Run:
         }
 
 
+def bar(
+    what: str, value: float, most: float | None = None, *, least: float | None = None
+) -> Record:
+    """A figure beside the most, or the least, that it is meant to be."""
+    if most is not None:
+        return {"what": what, "value": value, "most": most, "reached": value <= most}
+    assert least is not None
+    return {"what": what, "value": value, "least": least, "reached": value >= least}
+
+
 def write_json(report: Mapping[str, Any], path: Path) -> None:
     """Write a report, whole or not at all."""
     remove_abandoned(twins_of(path))

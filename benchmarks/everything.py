@@ -4,11 +4,11 @@
         --cifar10 ZIP --cifar10-test ZIP [--device cuda]
 
 runs one after the other: the kernel suite; the training of two networks for each set, but for
-those that --networks has; the table of models against them; sweeps, denoising and fields; and the
-report's page. Results are named as those in `benchmarks/results`, NAME-SET-MACHINE-DATE, with the
-day on which the folder was begun; networks lie in FOLDER/networks-MACHINE, and the page, which
-shows the committed results as well, in FOLDER/page. Models run on the backends that "auto" takes;
-the kernel suite names its own.
+those that --networks has; the calibration of each set, which no network has a part in; the table of
+models against them; sweeps, denoising and fields; and the report's page. Results are named as those
+in `benchmarks/results`, NAME-SET-MACHINE-DATE, with the day on which the folder was begun; networks
+lie in FOLDER/networks-MACHINE, and the page, which shows the committed results as well, in
+FOLDER/page. Models run on the backends that "auto" takes; the kernel suite names its own.
 
 Started again, it leaves out what is there and goes on inside what was interrupted. Where a step
 fails those go on that do not need what it makes. `--list` shows what would run, and runs nothing.
@@ -52,6 +52,7 @@ _PICTURES = {"sweeps": ("", "-why", "-samples"), "denoising": ("",), "fields": (
 _QUICK = {
     "suite": ("--quick",),
     "train": ("--width", 8, "--batch", 16, "--steps", 20),
+    "calibrate": ("--steps", 2),
     "reproduce": ("--samples", 2, "--els-images", 50, "--els-samples", 1),
     "sweeps": ("--samples", 2, "--seeds", 1),
     "denoising": ("--samples", 2),
@@ -124,6 +125,7 @@ def steps(options: argparse.Namespace) -> list[Step]:
     result = [_suite(options, stamp)]
     for name, paths in trained.items():
         result += [_training(options, name, seed, paths[seed]) for seed in SEEDS]
+    result += [_calibration(options, name) for name in SETS]
     for kind in ("reproduce", *_PICTURES):
         result += [_comparison(options, kind, name, trained[name], stamp) for name in SETS]
     words: list[object] = ["report", "--results", _folder(options, "work") / "results", "--out"]
@@ -158,6 +160,18 @@ def _training(options: argparse.Namespace, name: str, seed: int, made: Path) -> 
     return Step(f"training {name} seed {seed}", _of_package(*words), [made], copies=copies)
 
 
+def _calibration(options: argparse.Namespace, name: str) -> Step:
+    """The model of each noise level of a set, which table and denoising take."""
+    made = _calibrated(options, name)
+    words: list[object] = ["pyflocality", "calibrate", getattr(options, name), "--out", made]
+    words += _QUICK["calibrate"] if options.quick else ()
+    return Step(f"calibration {name}", words, [made])
+
+
+def _calibrated(options: argparse.Namespace, name: str) -> Path:
+    return _folder(options, "work") / f"calibration-{name}.json"
+
+
 def _comparison(
     options: argparse.Namespace, kind: str, name: str, trained: Sequence[Path], stamp: str
 ) -> Step:
@@ -166,17 +180,21 @@ def _comparison(
     words += [word for path in trained for word in ("--network", path)]
     words += _QUICK[kind] if options.quick else ()
     source, made = getattr(options, name), options.out / f"{kind}-{name}-{stamp}"
+    needs = [*trained]
+    if kind in ("reproduce", "denoising"):
+        needs.append(_calibrated(options, name))
+        words += ["--calibration", needs[-1]]
     if kind == "reproduce":
         folder = _folder(options, "work") / f"reproduce-{name}"
         ends = {"reproduce.json": ".json", "samples.png": "-samples.png", "steps.png": "-steps.png"}
         copies = {folder / file: made.with_name(made.name + end) for file, end in ends.items()}
         command: Sequence[object] = ("pyflocality", "reproduce", source, "--out", folder, *words)
-        return Step(f"{kind} {name}", command, list(copies.values()), trained, copies)
+        return Step(f"{kind} {name}", command, list(copies.values()), needs, copies)
     files = [made.with_name(f"{made.name}{end}.png") for end in _PICTURES[kind]]
     files.append(made.with_name(f"{made.name}.json"))
     words += ["--test", getattr(options, f"{name}_test")] if kind == "denoising" else []
     command = _of_package(f"reproduce.{kind}", "--source", source, "--out", files[-1], *words)
-    return Step(f"{kind} {name}", command, files, trained)
+    return Step(f"{kind} {name}", command, files, needs)
 
 
 def _network(options: argparse.Namespace, file: str) -> Path:

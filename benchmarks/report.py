@@ -175,7 +175,7 @@ def _gpu_table(records: Sequence[Record], gpu: Results | None) -> str:
 
 def _quality(results: list[Results], out: Path) -> list[str]:
     """Every table that `pyflocality reproduce` wrote, then the studies beside networks."""
-    from .reproduce.table import markdown
+    from .reproduce.table_text import markdown
 
     tables = [one for one in results if one.kind == "reproduce"]
     parts = [] if tables else [f"<p>Table of models against networks: {NOT_MEASURED}.</p>"]
@@ -245,7 +245,7 @@ def _row(tag: str, cells: Sequence[str]) -> str:
 
 
 def _from_markdown(text: str) -> str:
-    """Paragraphs and one table."""
+    """Paragraphs and tables."""
     parts = []
     for block in text.strip().split("\n\n"):
         if not block.startswith("|"):

@@ -12,7 +12,7 @@ import torch
 
 from pyflocality._support.rates import product_seconds
 
-from ..command import Record, read_json
+from ..command import Record, bar, read_json
 from .agreement import agreement
 from .crops import crops, enlarged, write_pngs
 from .forecast import forecast, staged
@@ -73,11 +73,6 @@ def told(seen: Watched, run: Record) -> Record:
         "densities": [call["density"] for call in calls if "density" in call],
         "calls": len(calls),
     }
-
-
-def bar(what: str, value: float, most: float) -> Record:
-    """A figure beside the most it is meant to be."""
-    return {"what": what, "value": value, "most": most, "reached": value <= most}
 
 
 def _wanted(samples: int, steps: int, threshold: float = THRESHOLD) -> list[object]:

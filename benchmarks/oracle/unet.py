@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from pathlib import Path
 
 import torch
@@ -138,6 +139,12 @@ class UNet(nn.Module):
         """
         from safetensors import SafetensorError, safe_open
 
+        if zipfile.is_zipfile(path):
+            raise ValueError(
+                f"{path} is a checkpoint of torch.save, as published baselines are: it holds no "
+                "architecture, and theirs is not known here; expected a .safetensors file of "
+                "benchmarks.oracle"
+            )
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}

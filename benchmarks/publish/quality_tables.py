@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from ..command import Record
 from ..reproduce.scores import shown
+from ..reproduce.table_text import bar_cells
+from .results_files import NOT_MEASURED
 
 
 def sweeps(report: Record) -> str:
@@ -127,13 +129,42 @@ def denoising(report: Record) -> str:
         for t in times:
             error = of_model[t]["mse"]["mean"]
             nearest = of_model[t]["mse_to_nearest_training_image"]["mean"]
-            cells.append(f"{error:.2g} / {nearest:.2g}")
+            cells.append(f"{error:.3g} / {nearest:.2g}")
         lines.append(cells)
     note = (
         f"{report['test']['images']} test images of {report['test']['name']}: MSE against the "
         "clean image / MSE of the answer against the training image nearest to it."
     )
-    return f"{note}\n\n{_table(head, lines)}"
+    return f"{note}\n\n{_table(head, lines)}\n\n{_beside_networks(report)}"
+
+
+def _beside_networks(report: Record) -> str:
+    """Errors beside those of the first network, and what the calibrated model is meant to reach."""
+    records, networks = report["results"], report["networks"]
+    if not networks or not any("minus" in record for record in records):
+        return f"Errors minus those of networks, image by image: {NOT_MEASURED}."
+    first = networks[0]["name"]
+    times = list(dict.fromkeys(record["t"] for record in records))
+    lines = []
+    for name in dict.fromkeys(record["model"] for record in records):
+        told = {one["t"]: one["minus"].get(first) for one in records if one["model"] == name}
+        if None not in told.values():
+            lines.append([name, *(_difference(told[t]) for t in times)])
+    note = f"MSE minus that of {first}, image by image, mean ± standard error:"
+    parts = [note, _table(["model", *(f"t = {t}" for t in times)], lines)]
+    if report["bars"]:
+        parts.append("What the calibrated model is meant to reach:")
+        rows = list(map(bar_cells, report["bars"]))
+        parts.append(_table(["figure", "measured", "meant", ""], rows))
+    else:
+        parts.append("Too few test images to tell whether the calibrated model is close enough.")
+    return "\n\n".join(parts)
+
+
+def _difference(told: Record) -> str:
+    """A difference of any size: three digits, and one of its standard error."""
+    mean, deviation = told["mean"], told["standard_error"]
+    return f"{mean:+.3g}" if deviation is None else f"{mean:+.3g} ± {deviation:.1g}"
 
 
 def pattern(report: Record) -> str:

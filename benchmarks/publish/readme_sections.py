@@ -108,10 +108,16 @@ def _filled(text: str) -> str:
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
+def _blocks_filled(text: str) -> str:
+    """Paragraphs and tables, the lines of paragraphs filled."""
+    blocks = text.strip().split("\n\n")
+    return "\n\n".join(one if one.startswith("|") else _filled(one) for one in blocks)
+
+
 def _quality(result: Results, *, picture: bool = True) -> str:
     """The models against the first network, in short; pictures in colour are large."""
     from ..reproduce.scores import shown
-    from ..reproduce.table import label_of
+    from ..reproduce.table_text import label_of
 
     report = result.report
     first = report["networks"][0]["name"]
@@ -137,10 +143,9 @@ def _quality(result: Results, *, picture: bool = True) -> str:
 
 def _table(result: Results) -> str:
     """The whole table of models, as `pyflocality reproduce` writes it."""
-    from ..reproduce.table import markdown
+    from ..reproduce.table_text import markdown
 
-    head, rows, tail = markdown(result.report).strip().split("\n\n")
-    lines = [_filled(head), "", rows, "", _filled(tail), ""]
+    lines = [_blocks_filled(markdown(result.report)), ""]
     lines.append(_filled(f"`{result.command}`, {_file_of(result)}."))
     return "\n".join([*lines, *_picture_of(result, "steps"), *_picture_of(result, "samples")])
 
@@ -149,10 +154,9 @@ def _study(table: Callable[[Record], str], picture: str = "") -> Callable[[Resul
     """What a section of a study beside networks holds: its table, and its picture of a name."""
 
     def body(result: Results) -> str:
-        note, _, rows = table(result.report).partition("\n\n")
         told = _filled(f"`{result.command}`, {_file_of(result)}.")
         drawn = _picture_of(result, picture, result.kind.capitalize())
-        return "\n".join([_filled(note), "", rows, "", told, *drawn])
+        return "\n".join([_blocks_filled(table(result.report)), "", told, *drawn])
 
     return body
 

@@ -93,6 +93,7 @@ class Results:
         words += self._networks()
         names = ("threshold", "samples", "seeds", "steps")
         words += [f"--{name} {self.report[name]}" for name in names if name in self.report]
+        words += self._calibration()
         return " ".join([*words, *self._device(), f"--out {path}"])
 
     def _reproduce(self) -> str:
@@ -108,12 +109,18 @@ class Results:
         few = [row for name, row in rows.items() if METHODS[name].few]
         if few:
             words.append(f"--els-images {few[0]['images']} --els-samples {few[0]['samples']}")
+        words += self._calibration()
         return " ".join([*words, *self._device(), "--out DIR"])
 
     def _device(self) -> list[str]:
         """The option of the device, unless it is the CPU."""
         device = self.report.get("device", "cpu")
         return [] if device == "cpu" else [f"--device {device}"]
+
+    def _calibration(self) -> list[str]:
+        """The option of a calibration, where it was one of a file."""
+        file = (self.report.get("calibration") or {}).get("file")
+        return [] if file is None else [f"--calibration {file}"]
 
     def _networks(self) -> list[str]:
         """Options that name the networks' files."""

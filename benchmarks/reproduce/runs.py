@@ -28,6 +28,7 @@ from torch import Tensor
 import pyflocality as pf
 from pyflocality._support.locks import remove_abandoned, replacing, twins_of
 from pyflocality._support.memory import memory_bytes
+from pyflocality._support.progress import progress_bar
 from pyflocality.backends.selection import requested_backend
 
 from ..command import Record
@@ -46,10 +47,12 @@ class Run:
         x0: Its answers, clipped to [-1, 1]: float32 [steps, n, C, H, W] on the CPU; the last are
             the images.
         facts: Time, memory, backends and date of the run.
+        x_t: The states that a network met on its own run, like `x0`; None of other runs.
     """
 
     x0: Tensor
     facts: Record
+    x_t: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,9 @@ class Request:
         steps: Number of DDIM steps.
         progress: Whether to show a progress bar.
         device: Where to run; for a run in a process of its own, all else is on the CPU.
+        calibration: The calibration, where the method needs one.
+        states: States [steps, n, C, H, W] that are answered instead of those of an own run, whose
+            starting noise is the first of them; None for an own run.
     """
 
     settings: Settings
@@ -75,6 +81,8 @@ class Request:
     steps: int
     progress: bool
     device: torch.device
+    calibration: pf.Calibration | None = None
+    states: Tensor | None = None
 
     def on_device(self) -> Request:
         """The same with all that it is given on its device."""
@@ -83,6 +91,7 @@ class Request:
             data=None if self.data is None else self.data.to(self.device),
             moments=None if self.moments is None else self.moments.to(self.device),
             x_t=self.x_t.to(self.device),
+            states=None if self.states is None else self.states.to(self.device),
         )
 
     def denoiser(self) -> pf.Denoiser:
@@ -91,7 +100,7 @@ class Request:
             return networks.load(self.network, self.device)
         if self.data is None:
             raise ValueError(f"`data` must be given for {self.settings['model']}")
-        return methods.build(self.settings, self.data, self.moments)
+        return methods.build(self.settings, self.data, self.moments, self.calibration)
 
 
 def starting_noise(image_shape: tuple[int, int, int], samples: int, seed: int) -> Tensor:
@@ -120,10 +129,11 @@ def perform(request: Request) -> Run:
         clock = now(device)
         timed = _Timed(request.denoiser())
         built = now(device) - clock
-        out = pf.sample(timed, x_T=request.x_t, steps=request.steps, progress=request.progress)
+        x_t, x0 = _answers(timed, request)
     memory = growth()
+    met = request.network is not None and request.states is None
     return Run(
-        out.x0.float().clamp(-1, 1).cpu(),
+        x0.float().clamp(-1, 1).cpu(),
         {
             "seconds": [round(seconds, 4) for seconds in timed.seconds],
             "preparation_seconds": round(built + timed.preparing, 4),
@@ -134,7 +144,24 @@ def perform(request: Request) -> Run:
             "commit": machine_facts()["commit"],
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         },
+        x_t.cpu() if met else None,
     )
+
+
+@torch.no_grad()
+def _answers(denoiser: _Timed, request: Request) -> tuple[Tensor, Tensor]:
+    """The states of each step, those that are given or those of an own run, and the answers."""
+    if request.states is None:
+        out = pf.sample(denoiser, x_T=request.x_t, steps=request.steps, progress=request.progress)
+        return out.x_t, out.x0
+    schedule = pf.DDPMSchedule()
+    times = schedule.timesteps(request.steps).tolist()
+    visits = list(zip(times, request.states, strict=True))
+    answers = []
+    for t, x in progress_bar(visits, description="states", enabled=request.progress):
+        alpha, sigma = schedule(t)
+        answers.append(denoiser(x, sigma, alpha))
+    return request.states, torch.stack(answers)
 
 
 @torch.no_grad()
@@ -225,7 +252,9 @@ class KeptRuns:
             return None
         try:
             with np.load(path, allow_pickle=False) as archive:
-                return Run(torch.from_numpy(archive["x0"]), json.loads(str(archive["facts"])))
+                x_t = torch.from_numpy(archive["x_t"]) if "x_t" in archive else None
+                x0, facts = torch.from_numpy(archive["x0"]), json.loads(str(archive["facts"]))
+                return Run(x0, facts, x_t)
         except (ValueError, KeyError, OSError, EOFError, BadZipFile) as error:
             warnings.warn(f"{path} is damaged ({error}), made anew", stacklevel=3)
             return None
@@ -234,7 +263,8 @@ class KeptRuns:
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_abandoned(twins_of(path))
         with replacing(path, 0o666) as file:
-            np.savez(file, x0=run.x0.numpy(), facts=json.dumps(run.facts))
+            met: dict[str, Any] = {} if run.x_t is None else {"x_t": run.x_t.numpy()}
+            np.savez(file, x0=run.x0.numpy(), facts=json.dumps(run.facts), **met)
 
 
 class _Timed:

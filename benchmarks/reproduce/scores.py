@@ -1,4 +1,4 @@
-"""How close runs are to each other, in figures."""
+"""How close runs are to each other and to training images, in figures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 import pyflocality as pf
+from pyflocality.analysis.memorization import RECITED_RMS, is_recited, rms_differences
+from pyflocality.ops import nearest_images
 
 from ..command import Record
 
@@ -28,6 +30,12 @@ def summary(values: Tensor) -> Record:
     return told
 
 
+def paired(values: Tensor, others: Tensor) -> Record:
+    """How much larger values are than others of the same images, as far as both have them."""
+    count = min(len(values), len(others))
+    return summary(values[:count] - others[:count])
+
+
 def by_image(x0: Tensor, target: Tensor) -> dict[str, Tensor]:
     """MSE and r2 of each step and image, float64 [steps, n], of two runs [steps, n, C, H, W]."""
     pairs = list(zip(x0, target, strict=True))
@@ -37,20 +45,34 @@ def by_image(x0: Tensor, target: Tensor) -> dict[str, Tensor]:
     }
 
 
-def score(x0: Tensor, target: Tensor) -> Record:
-    """MSE and r2 of a run against a network's, [steps, n, C, H, W] each.
+def score(values: dict[str, Tensor]) -> Record:
+    """Of what `by_image` tells of a run against a network's:
 
-    Returns:
-        For either measure the summaries over the images at the end (`final`), of the means over
-        the steps (`all_steps`) and at each step (`steps`).
+    for either measure the summaries over the images at the end (`final`), of the means over the
+    steps (`all_steps`) and at each step (`steps`).
     """
     return {
         name: {
-            "final": summary(values[-1]),
-            "all_steps": summary(values.mean(0)),
-            "steps": [summary(step) for step in values],
+            "final": summary(one[-1]),
+            "all_steps": summary(one.mean(0)),
+            "steps": [summary(step) for step in one],
         }
-        for name, values in by_image(x0, target).items()
+        for name, one in values.items()
+    }
+
+
+def recitation(images: Tensor, data: pf.TrainingSet) -> Record:
+    """How far images [n, C, H, W] in [-1, 1] are from the training images nearest to them.
+
+    Returns:
+        The summary of the root mean square differences (`rms`), and how many of the images are
+        training images (`number`): `within` so small a difference.
+    """
+    squared = nearest_images(images.to(data.device), data.images).distances[:, 0]
+    return {
+        "rms": summary(rms_differences(squared, data.num_values).cpu()),
+        "number": int(is_recited(squared, data.num_values).sum()),
+        "within": RECITED_RMS,
     }
 
 

@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import pyflocality as pf
 from pyflocality._support.checks import check_count
@@ -21,23 +22,20 @@ from pyflocality.masks import check_threshold
 from pyflocality.ops import nearest_images
 from pyflocality.planner import Job, Setting, check_fits
 
-from ..command import SCHEMA, Record
-from . import draw, methods, networks
+from ..command import SCHEMA, Record, bar
+from . import calibrated, draw, methods, networks, table_text
 from .methods import METHODS, Settings
 from .networks import Network
 from .runs import STEPS, KeptRuns, Request, Run, now, perform_apart, starting_noise
-from .scores import score, shown
+from .scores import by_image, paired, recitation, score, summary
 from .study import data_record, facts_of
 from .windows import CALIBRATION_SAMPLES, calibrated_windows
 
-_WINDOWS_TOLD = (
-    " Windows are those that follow network A at each noise level; ELS and bbELS take those of LS."
-)
-# What is told as memory, by the device.
-_MEMORY = {
-    "cpu": "what the process needs",
-    "cuda": "what torch's allocator of GPU memory holds",
-}
+# Least r2 of a calibrated model against the first network on whole sets, by names of their files.
+_LEAST_R2 = {"mnist": (60_000, 0.84), "cifar10": (50_000, 0.92)}
+# How far below another network it may stay, and how far off the sharpness of networks.
+_BELOW_A_NETWORK, _OFF_SHARPNESS = 0.03, 0.25
+
 FILES = ("reproduce.json", "table.md", "samples.png", "steps.png")
 
 
@@ -58,6 +56,7 @@ class Plan:
         force: Whether results that are there may be replaced.
         progress: Whether to say what is being done.
         device: Where models and networks run, "cpu" or "cuda" with or without a number.
+        calibration: File of the choices of the calibrated model, made where there is none.
     """
 
     source: str
@@ -72,6 +71,7 @@ class Plan:
     force: bool = False
     progress: bool = True
     device: str = "cpu"
+    calibration: Path | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -88,6 +88,10 @@ class Plan:
         parse_device(self.device)
         methods.check_methods(self.methods)
         networks.check_networks(self.networks)
+        if self.calibration is not None:
+            if "calibrated" not in self.methods:
+                raise ValueError("`calibration` is for calibrated, which `methods` does not name")
+            pf.Calibration.load(self.calibration)
 
 
 def reproduce(plan: Plan) -> Record:
@@ -114,13 +118,16 @@ def reproduce(plan: Plan) -> Record:
                 "tries it all the same",
             )
         table = _Table(plan, data, trained, stages)
+        if plan.calibration is not None:
+            # Refused before any run where it does not fit.
+            _ = table.calibration
         rows = table.rows()
         record = _record(plan, data, trained, rows, table)
         record["seconds"] = stages.seconds | {"total": round(time.perf_counter() - start, 4)}
         files = {path.name: temporary for path, temporary in outputs.temporary.items()}
         text = json.dumps(record, indent=1, allow_nan=False)
         files["reproduce.json"].write_text(text + "\n", encoding="utf-8")
-        files["table.md"].write_text(markdown(record), encoding="utf-8")
+        files["table.md"].write_text(table_text.markdown(record), encoding="utf-8")
         draw.samples(record, table.runs).save(files["samples.png"])
         draw.steps(record, files["steps.png"])
         outputs.commit()
@@ -132,6 +139,7 @@ class _Table:
 
     Attributes:
         runs: Runs by the name of their row.
+        r2: r2 of each image at the end, by the names of row and network.
         windows: Calibrated windows by key of `CALIBRATED`.
         reused: Names of the rows whose runs were there already.
     """
@@ -150,6 +158,7 @@ class _Table:
         }
         self.kept = KeptRuns(plan.out / "runs", common, self.device)
         self.runs: dict[str, Run] = {}
+        self.r2: dict[tuple[str, str], Tensor] = {}
         self.windows: dict[str, pf.WindowTable] = {}
         self.reused: list[str] = []
 
@@ -161,17 +170,32 @@ class _Table:
             moments.eigh()
         return moments
 
+    @functools.cached_property
+    def calibration(self) -> pf.Calibration:
+        """What held-out images chose, or what a file has."""
+        plan = self.plan
+        with self.stages("calibration", f"calibration of {len(self.data):,} images"):
+            return calibrated.calibration_of(
+                self.data.to(self.device),
+                self.kept,
+                plan.calibration,
+                seed=plan.seed + 1,
+                progress=plan.progress,
+            )
+
     def rows(self) -> list[Record]:
         """The rows: first the networks, then the methods."""
-        rows = []
         for network in self.trained:
-            run = self._run(network.name, network.settings, self.plan.samples, network.path)
-            rows.append(self._row(network.name, network.name, {}, run))
+            self._run(network.name, network.settings, self.plan.samples, network)
         # Networks are held against each other when all have run.
-        for row in rows:
-            row["against"] = self._against(row["name"], self.runs[row["name"]])
+        rows = [
+            self._row(network.name, network.name, network.settings, network)
+            for network in self.trained
+        ]
         for name in methods.check_methods(self.plan.methods):
             rows.append(self._nearest() if name == "nearest" else self._method(name))
+        for row in rows:
+            row["minus"] = self._minus(row["name"])
         return rows
 
     def _method(self, name: str) -> Record:
@@ -189,39 +213,62 @@ class _Table:
                 )
         els_images = min(plan.els_images, len(self.data))
         settings = methods.settings_of(
-            name, self.data.image_shape, plan.threshold, self.windows, els_images
+            name,
+            self.data.image_shape,
+            plan.threshold,
+            self.windows,
+            els_images,
+            self.calibration if name == "calibrated" else None,
         )
         samples = min(plan.els_samples, plan.samples) if method.few else plan.samples
-        run = self._run(name, settings, samples)
-        row = self._row(name, method.label, settings, run)
-        row["against"] = self._against(name, run)
+        self._run(name, settings, samples)
+        row = self._row(name, method.label, settings)
         if method.few and (els_images < len(self.data) or samples < plan.samples):
             whole = row["seconds_per_step"] * len(self.data) * plan.samples / els_images / samples
             row["extrapolated_seconds_per_step"] = round(whole, 1)
         return row
 
-    def _run(self, name: str, settings: Settings, samples: int, network: Path | None = None) -> Run:
-        """The run of a row, made unless it is there."""
+    def _run(
+        self,
+        name: str,
+        settings: Settings,
+        samples: int,
+        network: Network | None = None,
+        at: Network | None = None,
+    ) -> Run:
+        """The run of a row, or its answers to the states of a network's, made unless there.
+
+        The row is a method's, or that of a network.
+        """
         moments = network is None and METHODS[name].needs_moments
+        states = None if at is None else self.runs[at.name].x_t
 
         def make() -> Run:
             request = Request(
                 settings,
                 self.data if network is None else None,
                 self.moments if moments else None,
-                network,
+                None if network is None else network.path,
                 self.noise[:samples],
                 STEPS,
                 self.plan.progress,
                 self.device,
+                self.calibration if name == "calibrated" else None,
+                None if states is None else states[:, :samples],
             )
-            with self.stages(name, f"sampling {samples} images: {name}"):
+            what = "sampling" if at is None else f"states of {at.name}:"
+            with self.stages(name, f"{what} {samples} images: {name}"):
                 return perform_apart(request)
 
-        run, reused = self.kept.get(name, settings | {"samples": samples}, make)
-        if reused:
-            self.reused.append(name)
-        self.runs[name] = run
+        further: Settings = {"samples": samples}
+        if at is not None or network is not None:
+            # Of a network's own run the states are kept, too.
+            further["states"] = "its own" if at is None else at.sha256
+        called = name if at is None else f"{name} at {at.name}"
+        run, reused = self.kept.get(called, settings | further, make)
+        if at is None:
+            self.runs[name] = run
+            self.reused += [name] * reused
         return run
 
     def _nearest(self) -> Record:
@@ -234,14 +281,13 @@ class _Table:
                 {"model": "nearest", "to": network.sha256},
                 functools.partial(self._search, target),
             )
-            against[network.name] = score(run.x0, target)
+            against[network.name] = self._scored("nearest", run, network)
             # Those of the first network are drawn.
             if self.runs.setdefault("nearest", run) is run and reused:
                 self.reused.append("nearest")
-        row = self._row("nearest", METHODS["nearest"].label, {}, self.runs["nearest"])
-        return row | {"against": against}
+        return self._told("nearest", METHODS["nearest"].label, {}) | {"against": against}
 
-    def _search(self, target: torch.Tensor) -> Run:
+    def _search(self, target: Tensor) -> Run:
         result, seconds = [], []
         data = self.data.to(self.device)
         with self.stages("nearest", "searching for the nearest training images"):
@@ -262,26 +308,86 @@ class _Table:
         }
         return Run(torch.stack(result), facts)
 
-    def _row(self, name: str, label: str, settings: Settings, run: Run) -> Record:
-        is_network = name not in METHODS
+    def _told(self, name: str, label: str, settings: Settings) -> Record:
+        """What a row tells of its run alone."""
+        run, is_network = self.runs[name], name not in METHODS
         searched = None if is_network or name == "wiener" else len(self.data)
+        kept = {} if is_network else {k: v for k, v in settings.items() if k != "model"}
+        last = run.x0[-1]
         return {
             "name": name,
             "label": label,
-            "settings": {key: value for key, value in settings.items() if key != "model"},
+            "settings": kept,
             "images": settings.get("images", searched),
             "samples": run.x0.shape[1],
             "seconds_per_step": sum(run.facts["seconds"]) / len(run.facts["seconds"]),
+            "gradient_energy": summary(pf.metrics.gradient_energy(last)),
+            "nearest_image": recitation(last, self.data.to(self.device)),
             **run.facts,
         }
 
-    def _against(self, name: str, run: Run) -> Record:
+    def _row(
+        self, name: str, label: str, settings: Settings, network: Network | None = None
+    ) -> Record:
+        """The row of a method or a network: also against networks, and at their states."""
+        row = self._told(name, label, settings) | {"against": {}, "at_states": {}}
+        run = self.runs[name]
         samples = run.x0.shape[1]
-        return {
-            network.name: score(run.x0, self.runs[network.name].x0[:, :samples])
-            for network in self.trained
-            if network.name != name
-        }
+        for target in self.trained:
+            if target is network:
+                continue
+            row["against"][target.name] = self._scored(name, run, target)
+            there = self._run(name, settings, samples, network, at=target)
+            answers = self.runs[target.name].x0[:, :samples]
+            row["at_states"][target.name] = score(by_image(there.x0, answers))
+        return row
+
+    def _scored(self, name: str, run: Run, target: Network) -> Record:
+        """A run against a network's, whose r2 of each image at the end is noted."""
+        values = by_image(run.x0, self.runs[target.name].x0[:, : run.x0.shape[1]])
+        self.r2[name, target.name] = values["r2"][-1]
+        return score(values)
+
+    def _minus(self, name: str) -> Record:
+        """r2 at the end less that of others, image by image, against each network.
+
+        The others are PCA locality and another network.
+        """
+        result: Record = {}
+        for target in self.trained:
+            if (name, target.name) not in self.r2:
+                continue
+            networks = [one.name for one in self.trained if one is not target]
+            result[target.name] = {
+                other: paired(self.r2[name, target.name], self.r2[other, target.name])
+                for other in ("pca-locality", *networks[:1])
+                if other != name and (other, target.name) in self.r2
+            }
+        return result
+
+
+def _bars(rows: Sequence[Record], data: pf.TrainingSet, names: Sequence[str]) -> list[Record]:
+    """What the calibrated model is meant to reach against the networks of some names."""
+    by_name = {row["name"]: row for row in rows}
+    if "calibrated" not in by_name:
+        return []
+    row, (first, *others) = by_name["calibrated"], names
+    r2 = row["against"][first]["r2"]["final"]["mean"]
+    result = []
+    for name, (images, least) in _LEAST_R2.items():
+        if r2 is not None and data.name.startswith(name) and len(data) == images:
+            result.append(bar(f"r2 at the end, {first}", r2, least=least))
+    for other in others[:1]:
+        ceiling = by_name[other]["against"][first]["r2"]["final"]["mean"]
+        if None not in (r2, ceiling):
+            what = f"r2 at the end, {first}: that of {other} less that of the calibrated model"
+            result.append(bar(what, ceiling - r2, _BELOW_A_NETWORK))
+    for name in names:
+        energy = by_name[name]["gradient_energy"]["mean"]
+        if energy > 0:
+            apart = abs(row["gradient_energy"]["mean"] / energy - 1)
+            result.append(bar(f"gradient energy: off that of {name} by", apart, _OFF_SHARPNESS))
+    return result
 
 
 def _record(
@@ -292,13 +398,16 @@ def _record(
     table: _Table,
 ) -> Record:
     """What is written of a run; nothing in it names a folder of this machine."""
+    calibration = None
+    if "calibrated" in plan.methods:
+        calibration = calibrated.told(table.calibration, data, plan.calibration)
     return {
         "schema": SCHEMA,
         "command": "reproduce",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": facts_of(table.device),
         "device": str(table.device),
-        "memory": _MEMORY[table.device.type],
+        "memory": table_text.MEMORY[table.device.type],
         "data": data_record(data),
         "networks": [network.record() for network in trained],
         "settings": {
@@ -319,75 +428,8 @@ def _record(
             }
             for name, result in table.windows.items()
         },
+        "calibration": calibration,
+        "bars": _bars(rows, data, [network.name for network in trained]),
         "table": rows,
         "reused_runs": table.reused,
     }
-
-
-def markdown(record: Record) -> str:
-    """The table as text for people."""
-    names = [network["name"] for network in record["networks"]]
-    data, settings = record["data"], record["settings"]
-    head = ["model"]
-    for name in names:
-        head += [f"MSE, {name}", f"r2, {name}", f"r2 of all steps, {name}"]
-    head += ["s / step", "memory, MB", "backend"]
-    lines = [
-        f"{data['name']}: {data['images']:,} images, {settings['samples']} samples, "
-        f"{len(settings['timesteps'])} DDIM steps, threshold {settings['threshold']:g}. "
-        "Mean ± standard error over the samples.",
-        *(_told(network) for network in record["networks"]),
-        "",
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * len(head),
-    ]
-    lines += ["| " + " | ".join(_cells(row, names, record)) + " |" for row in record["table"]]
-    machine = record["machine"]
-    # Files from before there was a choice of the device do not tell.
-    memory = record.get("memory", _MEMORY["cpu"])
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-    lines += [
-        "",
-        "Seconds are those of one denoiser call for all samples, without moments and masks; memory "
-        f"is {memory} beside images, moments and noise, at most."
-        + (_WINDOWS_TOLD if record["windows"] else ""),
-        f"{where}, {record['date'][:10]}, pyflocality "
-        f"{machine['pyflocality']}, torch {machine['torch']}.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _told(network: Record) -> str:
-    """How long a network was trained, as far as its file tells."""
-    facts, name = network["facts"], network["name"]
-    told = f"{name[:1].upper()}{name[1:]}: {network['parameters']:,} parameters"
-    if {"steps", "batch"} <= facts.keys():
-        told += f", {facts['steps']:,} training steps of {facts['batch']} images"
-    return f"{told}."
-
-
-def label_of(row: Record, record: Record) -> str:
-    """What a row is called, with what sets its run apart from the others."""
-    label = row["label"]
-    if row["images"] is not None and row["images"] < record["data"]["images"]:
-        label += f" ({row['images']:,} images)"
-    if row["samples"] < record["settings"]["samples"]:
-        label += f" ({row['samples']} samples)"
-    if "extrapolated_seconds_per_step" in row:
-        label += f", about {row['extrapolated_seconds_per_step']:,.0f} s / step for all"
-    return label
-
-
-def _cells(row: Record, names: list[str], record: Record) -> list[str]:
-    cells = [label_of(row, record)]
-    for name in names:
-        result = row["against"].get(name)
-        if result is None:
-            cells += ["", "", ""]
-            continue
-        cells += [shown(result["mse"]["final"], 4), shown(result["r2"]["final"], 3)]
-        cells.append(shown(result["r2"]["all_steps"], 3))
-    memory = row["extra_memory_bytes"]
-    cells.append(f"{row['seconds_per_step']:.3g}")
-    cells.append("-" if memory is None else f"{memory / 1e6:,.0f}")
-    return [*cells, ", ".join(row["backends"])]

@@ -53,9 +53,10 @@ def reproduce(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Which of optimal, wiener, local, equivariant, equivariant-broken, pca-locality, "
-            "pca-locality-batch-mean, golden, golden-random, patch-set, multiscale and nearest; "
-            "all if not given.",
+            help="Which of optimal, gaussian-mixture, wiener, local, equivariant, "
+            "equivariant-broken, pca-locality, pca-locality-linear, pca-locality-batch-mean, "
+            "golden, golden-random, patch-set, patch-set-linear, mixture, calibrated, multiscale "
+            "and nearest; all if not given.",
             rich_help_panel=MODEL,
         ),
     ] = None,
@@ -70,19 +71,31 @@ def reproduce(
         int,
         typer.Option(help="equivariant models: images that are made.", rich_help_panel=MODEL),
     ] = 32,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="calibrated: the choices, as `pyflocality calibrate` writes them; made if not "
+            "given.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     machine: _Machine,
 ) -> None:
     """Fill the table of the papers: every model against trained networks, from the same noise.
 
     Ten DDIM steps; MSE and r2 of each model's images and of its denoised images at every step
-    against each network's, with standard errors; time per step and peak memory. Writes into the
-    folder --out: reproduce.json, table.md, samples.png and steps.png. Finished runs are kept in
-    its folder `runs`: an interrupted command goes on where it ended.
+    against each network's, and of its answers to the states of each network's run, with standard
+    errors, paired where models are compared; how sharp images are and how near to training
+    images; time per step and peak memory. The calibrated model is chosen by held-out images: no
+    network has a part in it. Writes into the folder --out: reproduce.json, table.md, samples.png
+    and steps.png. Finished runs are kept in its folder `runs`: an interrupted command goes
+    on where it ended.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("this needs matplotlib: pip install 'pyflocality[plot]'")
     from pyflocality.benchmarks.reproduce import methods as known
-    from pyflocality.benchmarks.reproduce import table
+    from pyflocality.benchmarks.reproduce import table, table_text
 
     names = tuple(known.METHODS)
     if methods is not None:
@@ -100,11 +113,12 @@ def reproduce(
         results.force,
         results.progress,
         machine.device,
+        None if calibration is None else checked_path(calibration, "calibration"),
     )
     with ignoring_memory(machine.ignore_memory):
         record = table.reproduce(plan)
     if results.as_json:
         text = json.dumps(record, indent=2, allow_nan=False)
     else:
-        text = table.markdown(record) + "\n" + listed(plan.files)
+        text = table_text.markdown(record) + "\n" + listed(plan.files)
     answer(text, only_here=results.as_json)

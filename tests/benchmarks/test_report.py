@@ -262,7 +262,7 @@ def reproduced(folder, committed) -> dict:
 
 
 def test_table_of_models_is_that_of_reproduce(folder, reproduced, tmp_path):
-    from benchmarks.reproduce.table import markdown
+    from benchmarks.reproduce.table_text import markdown
 
     page = page_of(folder, tmp_path / "page")
     line = next(line for line in markdown(reproduced).splitlines() if "optimal" in line)
@@ -281,7 +281,7 @@ def test_table_of_models_is_that_of_reproduce(folder, reproduced, tmp_path):
 
 
 def test_table_of_models_on_other_pages(folder, reproduced):
-    from benchmarks.reproduce.table import markdown
+    from benchmarks.reproduce.table_text import markdown
 
     def section_of(name: str, page: str) -> tuple[str, list[str]]:
         """A marked section as it is written, and its pictures."""

@@ -15,7 +15,15 @@ pytest.importorskip("matplotlib", reason="the studies draw with matplotlib")
 from matplotlib import pyplot as plt  # noqa: E402
 from tiny_sets import SHAPE, write_network, write_sets  # noqa: E402
 
-from pyflocality.benchmarks.reproduce import denoising, draw, fields, methods  # noqa: E402
+from pyflocality.benchmarks.command import bar  # noqa: E402
+from pyflocality.benchmarks.publish import quality_tables  # noqa: E402
+from pyflocality.benchmarks.reproduce import (  # noqa: E402
+    denoising,
+    draw,
+    fields,
+    methods,
+    networks,
+)
 from pyflocality.benchmarks.reproduce.scores import summary  # noqa: E402
 
 MIXED = methods.METHODS["pca-locality-batch-mean"].label
@@ -86,13 +94,21 @@ def test_denoising_of_test_images(folder, tmp_path, monkeypatch):
             by_class, 0.3, 1.0, "batch_mean", 7, **options
         ),
     }
+    network = networks.load(folder / "a.safetensors")
+    network.module.double()
     for t in (50, 400):
         alpha, sigma = pf.DDPMSchedule()(t)
+        noisy = (alpha * clean + sigma * noise, sigma, alpha)
+        theirs = pf.metrics.mse(network(*noisy).detach().clamp(-1, 1), clean)
         for name, model in expected.items():
-            answer = model(alpha * clean + sigma * noise, sigma, alpha).clamp(-1, 1)
-            record = found[name, t]
-            mse = float((answer - clean).square().mean())
-            assert record["mse"]["mean"] == pytest.approx(mse, rel=1e-4)
+            answer = model(*noisy).clamp(-1, 1)
+            record, errors = found[name, t], pf.metrics.mse(answer, clean)
+            assert record["mse"]["mean"] == pytest.approx(float(errors.mean()), rel=1e-4)
+            # Of the same images: the error of the difference is that of paired numbers.
+            told, less = record["minus"]["network A"], errors - theirs
+            assert told["mean"] == pytest.approx(float(less.mean()), rel=1e-3, abs=1e-5)
+            error = float(less.std(correction=1)) / 2**0.5
+            assert told["standard_error"] == pytest.approx(error, rel=1e-3, abs=1e-5)
             squared = (answer.flatten(1)[:, None] - data.values().double().flatten(1)) ** 2
             nearest = float(squared.mean(-1).amin(1).mean())
             told = record["mse_to_nearest_training_image"]["mean"]
@@ -102,9 +118,18 @@ def test_denoising_of_test_images(folder, tmp_path, monkeypatch):
     assert orders[0] != pytest.approx(orders[1], rel=1e-2)
     # The test images are in the training set here: without noise the optimal denoiser knows them.
     assert found["optimal", 0]["mse"]["mean"] < 1e-9
-    assert len(report["windows"]) == 10 and report["left_out"] == []
+    assert {name: len(one) for name, one in report["windows"].items()} == dict(
+        zip(methods.CALIBRATED, (10, 10), strict=True)
+    )
+    assert report["left_out"] == []
     assert ("network A", 0) in found and (methods.METHODS["local"].label, 0) in found
     assert out.with_suffix(".png").stat().st_size > 10_000
+    text = quality_tables.denoising(report)
+    assert "MSE minus that of network A, image by image" in text
+    assert report["bars"] == [] and "Too few test images" in text
+    told = report | {"bars": [bar("a", 2.0, 1.0), bar("b", 2.0, least=1.0)]}
+    text = quality_tables.denoising(told)
+    assert "| a | 2 | at most 1 | MISSED |\n| b | 2 | at least 1 | reached |" in text
 
 
 def test_denoising_goes_on_without_a_network(folder, tmp_path, monkeypatch):
@@ -120,10 +145,13 @@ def test_denoising_goes_on_without_a_network(folder, tmp_path, monkeypatch):
         calls = interrupt_after(patch, denoising, "restore_once", -1)
         assert denoising.main(arguments) == 0
     names = list(dict.fromkeys(record["model"] for record in read(out)["results"]))
-    assert len(names) == 5 and methods.METHODS["local"].label not in names
-    assert len(calls) == 5 * len(denoising.TIMES) - 17
-    assert read(out)["left_out"] == [methods.METHODS["local"].label]
-    assert read(out)["windows"] is None and read(out)["networks"] == []
+    absent = [methods.METHODS[one].label for one in ("local", "patch-set", "patch-set-linear")]
+    absent.append(methods.METHODS["mixture"].label)
+    assert len(names) == 8 and not set(absent) & set(names)
+    assert len(calls) == 8 * len(denoising.TIMES) - 17
+    assert read(out)["left_out"] == absent
+    assert read(out)["windows"] == {} and read(out)["networks"] == []
+    assert all(record["minus"] == {} for record in read(out)["results"])
 
     # At once it is the same, and so it is where nothing is left to do.
     whole = tmp_path / "whole.json"
