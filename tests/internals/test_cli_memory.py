@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import pyflocality as pf
 from pyflocality._support import memory
 from pyflocality._support.text import time_told
 from pyflocality.cli import _foreseen, main
@@ -50,6 +51,21 @@ def test_refused_before_any_work(words, source, little, tmp_path, capsys, monkey
     assert code == 1 and "1 MB are there" in err, err
     assert "pca-locality: " in err and "--denoiser local or patch-set would run" in err
     assert "--ignore-memory" in err and not list((tmp_path / "out").glob("*"))
+
+
+def test_a_table_of_models_is_refused_before_any_run(tmp_path, capsys, monkeypatch):
+    networks = pytest.importorskip("pyflocality.benchmarks.reproduce.networks")
+    methods = pytest.importorskip("pyflocality.benchmarks.reproduce.methods")
+    data = pf.TrainingSet(torch.zeros(40, 3, 64, 64, dtype=torch.uint8))
+    monkeypatch.setattr(methods, "load_mixed", lambda source, progress: data)
+    monkeypatch.setattr(networks, "check_networks", lambda *given: [])
+    monkeypatch.setattr(memory, "available_memory", lambda: 10**6)
+    words = ["reproduce", "set", "--network", "n", "--out", str(tmp_path / "out")]
+    assert main([*words, "--no-progress"]) == 1
+    err = capsys.readouterr().err
+    assert "wiener: " in err and "1 MB are there" in err, err
+    assert "--methods without moments would run" in err and "--ignore-memory" in err
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_refusals_can_be_overridden(source, little, tmp_path, capsys):
