@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from pyflocality.calibration.candidates import Candidate, default_candidates
 from pyflocality.calibration.denoiser import CalibratedDenoiser
-from pyflocality.calibration.record import CalibratedLevel, Calibration, Restored, Trial
+from pyflocality.calibration.record import (
+    CalibratedLevel,
+    Calibration,
+    Restored,
+    RunTrial,
+    Trial,
+)
 from pyflocality.calibration.search import calibrate
 from pyflocality.calibration.windows import WindowTable, calibrate_windows
 
@@ -14,6 +20,7 @@ __all__ = [
     "Calibration",
     "Candidate",
     "Restored",
+    "RunTrial",
     "Trial",
     "WindowTable",
     "calibrate",

@@ -35,6 +35,9 @@ from pyflocality.posterior.sharded import ranks_of
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+# Whether means, and the temperatures and slopes of the posteriors.
+Posterior = tuple[bool, tuple[tuple[float, float], ...]]
+
 # What is tried where nobody says: shares of the largest magnitude of the Wiener filter, sides of
 # windows and patches in pixels, and temperatures with slopes, the simplest first.
 _THRESHOLDS = (0.05, 0.02, 0.01, 0.005, 0.002)
@@ -112,6 +115,12 @@ class Candidate:
         """The same without temperature and slope: what differs in these alone shares passes."""
         parts = tuple(part.family for part in self.parts)
         return replace(self, temperature=1.0, slope=0.0, parts=parts)
+
+    @property
+    def posterior(self) -> Posterior:
+        """What whole runs differ in: whether of means, and at which temperatures and slopes."""
+        pairs = dict.fromkeys((leaf.temperature, leaf.slope) for leaf in self.leaves)
+        return bool(self.parts), tuple(pairs)
 
     @property
     def leaves(self) -> tuple[Candidate, ...]:

@@ -17,6 +17,8 @@ FEWEST = 4
 # all images, and then to restore them; of means half as many more. Those of a family differ in
 # temperature and slope alone.
 SCREENED, COMPARED, RESTORED = 16, 4, 2
+# Whole runs are compared by what they restore from so many of the noisiest levels together.
+JOINED = 2
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,16 @@ def counts_of(levels: int, held_out: int, candidates: Sequence[Candidate], folds
     """The counts of a calibration."""
     screened = min(screened_of_fold(folds) * folds, held_out)
     heats = sorted(temperatures_of(candidates).values(), reverse=True)
-    families = Counter(one.family for one in candidates)
-    single = sorted((size for one, size in families.items() if not one.parts), reverse=True)
-    of_means = sorted((size for one, size in families.items() if one.parts), reverse=True)
     ways = levels * (levels - 1) // 2
-    # Each of them denoises what its first step has led to, by as many models as the largest mean.
     parts = max(len(one.leaves) for one in candidates)
     compared = sum(heats[: COMPARED + parts * (COMPARED // 2)])
-    restored = parts * (sum(single[:RESTORED]) + sum(of_means[: RESTORED // 2]))
-    return Counts(
-        levels * screened, levels * compared * (held_out - screened), ways * restored * held_out
+    # Each kind's first run goes on from what its families have led to, at every level; the others
+    # from the noisiest alone. A mean is of as many models.
+    few = sum(range(levels)[-JOINED:])
+    runs = Counter(of_means for of_means, _ in {one.posterior for one in candidates})
+    restored = sum(
+        (parts * RESTORED // 2 if of_means else RESTORED) * ways
+        + (parts if of_means else 1) * few * (others - 1)
+        for of_means, others in runs.items()
     )
+    return Counts(levels * screened, levels * compared * (held_out - screened), restored * held_out)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pyflocality.calibration.record import Calibration
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # What lies further above the best does not stretch the axis.
@@ -16,13 +17,16 @@ _HIGHEST = 2.0
 def calibration_figure(calibration: Calibration) -> Figure:
     """Errors over noise levels as multiples of the best, and the sharpness of what is restored.
 
-    Above the single steps of every candidate, below what restores images; rings mark the chosen,
-    bars the standard errors of the differences from the best.
+    Above the single steps of every candidate, below what restores images, at the bottom whole runs;
+    rings mark the chosen, bars the standard errors of the differences from the best.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    axes: Any = figure.subplots(3, 1, sharex=True)
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    axes: Any = figure.subplots(4, 1)
+    for one in axes[:2]:
+        one.sharex(axes[2])
+        one.tick_params(labelbottom=False)
     ratios = [level.ratio for level in calibration.levels]
     for number, candidate in enumerate(calibration.candidates):
         trials = [level.trials[number] for level in calibration.levels]
@@ -37,8 +41,8 @@ def calibration_figure(calibration: Calibration) -> Figure:
         color = f"C{number % 10}"
         axes[0].errorbar(ratios, shares, spread, fmt=".-", lw=0.6, ms=3, color=color)
         restored = [
-            (ratio, trial.restored, level.chosen.candidate == number)
-            for ratio, trial, level in zip(ratios, trials, calibration.levels, strict=True)
+            (ratio, trial.restored, chosen.candidate == number)
+            for ratio, trial, chosen in zip(ratios, trials, calibration.chosen, strict=True)
             if trial.restored is not None
         ]
         for ratio, one, chosen in restored:
@@ -55,4 +59,20 @@ def calibration_figure(calibration: Calibration) -> Figure:
     axes[2].set_xlabel("sigma / alpha")
     axes[2].set_xscale("log")
     axes[2].legend(fontsize=6, ncols=2)
+    _draw_runs(axes[3], calibration)
     return figure
+
+
+def _draw_runs(axes: Axes, calibration: Calibration) -> None:
+    """The criterion of whole runs above the best, one beneath the other."""
+    runs = calibration.runs
+    for place, run in enumerate(runs):
+        chosen = run == calibration.run
+        color = f"C{place % 10}"
+        fill, size = ("none", 9) if chosen else (color, 4)
+        axes.errorbar(
+            run.excess, place, xerr=run.deviation, fmt="o", lw=0.6, ms=size, color=color, mfc=fill
+        )
+    axes.set_yticks(range(len(runs)), map(str, runs), fontsize=6)
+    axes.invert_yaxis()
+    axes.set_xlabel("whole runs: criterion above the best")

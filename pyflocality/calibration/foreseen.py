@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from pyflocality._support.rates import product_seconds
 from pyflocality._support.text import bytes_told, time_told
 from pyflocality.calibration.candidates import Candidate, is_thin
 from pyflocality.calibration.counts import counts_of, temperatures_of
@@ -16,6 +18,8 @@ from pyflocality.planner import Job, Setting, Stage, cost_of, seconds_of, stages
 
 # Work of fewer operations is quick: nothing is measured and nothing told of it.
 _LONG_FLOPS = 2e11
+# A pass that answers a value image beside the image takes at most so much of one.
+_BESIDE = 1.5
 # Of a measurement for a line that is told before the work, in seconds.
 _GLANCE = 0.03
 
@@ -30,6 +34,7 @@ def foreseen(
     held_out, folds = sum(map(len, positions)), len(positions)
     counts = counts_of(len(levels), held_out, candidates, folds)
     heats = temperatures_of(candidates)
+    sloped = {leaf.family for one in candidates for leaf in one.leaves if leaf.slope > 0}
     settings = {one: _setting(data, one, held_out) for one in heats}
     flops = {one: cost_of(one.model, setting).flops for one, setting in settings.items()}
     dearest = max(flops, key=lambda one: flops[one])
@@ -43,16 +48,25 @@ def foreseen(
         if key not in measured:
             measured[key] = seconds_of(one.model, setting, _GLANCE)
     spent = [
-        (measured[one.model, settings[one].window] or 0.0) * count / held_out
+        (measured[one.model, settings[one].window] or 0.0)
+        * (_BESIDE if one in sloped else 1.0)
+        * (count / held_out)
         for one, count in rows.items()
     ]
     stages = _making(data, settings, len(levels))
-    total = sum(spent) + folds * sum(stage.seconds or 0.0 for stage in stages)
+    making = sum(stage.seconds or 0.0 for stage in stages)
     most = max((stage.bytes for stage in stages), default=0)
+    if sloped:
+        # A linear image of every image, for each level.
+        images = len(data) * data.copies * data.num_values
+        making += len(levels) * product_seconds(2 * images * data.num_values, torch.float32)
+        most += 4 * images
+    total = sum(spent) + folds * making
     return (
         f"calibration: at most about {time_told(total)} ({len(candidates)} candidates at "
         f"{len(levels)} noise levels, {held_out} of {len(data):,} images held out in {folds} "
-        f"fold{'s' * (folds > 1)}), up to {bytes_told(most)} of memory for moments and masks"
+        f"fold{'s' * (folds > 1)}), up to {bytes_told(most)} of memory for moments, masks and "
+        "linear images"
     )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from pyflocality._support.checks import NoiseLevel, check_single_level
-from pyflocality._support.json import COUNT, POSITIVE, TEXT, Kind, check_fields, shape
+from pyflocality._support.json import COUNT, COUNTS, POSITIVE, TEXT, Kind, check_fields, shape
 from pyflocality.calibration.candidates import Candidate, candidate_of
 from pyflocality.calibration.files import read_object, write_object
 from pyflocality.denoisers.window import level_rule
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WHAT = "calibration"
-_VERSION = 1
+_VERSION = 2
 # Differences of so small a share are those of float32: nothing decides by them.
 _ROUNDING = 1e-6
 
@@ -30,7 +30,8 @@ class Restored:
     Attributes:
         error: Mean squared error of what is restored, in [-1, 1].
         sharpness: Its gradient energy as a share of the images' own.
-        excess: How far its criterion lies above the best candidate's (see `calibrate`).
+        excess: How far its criterion lies above the least of those it is compared with (see
+            `calibrate`).
         deviation: Standard error of that difference.
     """
 
@@ -50,8 +51,9 @@ class Trial:
         error: Mean squared error of its answers, clipped to [-1, 1].
         excess: How far that lies above the best candidate's on the same images.
         deviation: Standard error of that difference.
-        restored: How it restores images; None where its answers were too far from the best, or
-            the level is so noisy that the errors of single steps choose.
+        restored: How it restores images, compared with the other candidates of its run; None
+            where its answers were too far from the best, or the level is so noisy that the errors
+            of single steps choose.
     """
 
     candidate: int
@@ -83,22 +85,60 @@ class CalibratedLevel:
         """The noise level sigma / alpha."""
         return self.sigma / self.alpha
 
-    @property
-    def chosen(self) -> Trial:
-        """The first candidate within one standard error of the best.
 
-        Of those that restored images, by how they did; else by the errors of single steps, of
-        those that were tried on the most images.
-        """
-        most = max(trial.images for trial in self.trials)
-        # A criterion of restored images is a logarithm.
-        told: list[tuple[Trial, Trial | Restored, float]] = [
-            (trial, trial.restored, 1.0) for trial in self.trials if trial.restored is not None
-        ] or [(trial, trial, trial.error) for trial in self.trials if trial.images == most]
-        for trial, result, scale in told:
-            if result.excess <= result.deviation + _ROUNDING * scale:
-                return trial
-        raise ValueError("no candidate is the best of the trials of a level")
+def simplest(trials: Sequence[Trial]) -> Trial:
+    """The first of some trials within one standard error of the best.
+
+    Of those that restored images, by how they did; else by the errors of single steps, of those
+    that were tried on the most images.
+    """
+    most = max(trial.images for trial in trials)
+    # A criterion of restored images is a logarithm.
+    told: list[tuple[Trial, Trial | Restored, float]] = [
+        (trial, trial.restored, 1.0) for trial in trials if trial.restored is not None
+    ] or [(trial, trial, trial.error) for trial in trials if trial.images == most]
+    for trial, result, scale in told:
+        if _within(result, scale):
+            return trial
+    raise ValueError("no candidate is the best of the trials of a level")
+
+
+def _within(result: Trial | Restored | RunTrial, scale: float) -> bool:
+    return result.excess <= result.deviation + _ROUNDING * scale
+
+
+@dataclass(frozen=True)
+class RunTrial:
+    """How a whole run did: one temperature and slope, of single models or of means.
+
+    Runs differ between the noisiest level from which images can be restored and the last but one;
+    above and below they have the same candidates.
+
+    Attributes:
+        means: Whether its candidates are means.
+        posteriors: Temperature and slope of its models, where their families have that: one pair,
+            but for means whose parts differ.
+        choices: Positions of its candidates at every level, from noise to data.
+        restored: How it restores images from the noisiest of these levels, compared with the other
+            runs; None at all others.
+        excess: How far the mean of its criterion from these levels lies above the least (see
+            `calibrate`).
+        deviation: Standard error of that difference.
+    """
+
+    means: bool
+    posteriors: tuple[tuple[float, float], ...]
+    choices: tuple[int, ...]
+    restored: tuple[Restored | None, ...]
+    excess: float
+    deviation: float
+
+    def __str__(self) -> str:
+        """What it is in words: "means, temperature 1.4, slope 0.25"."""
+        pairs = " and ".join(
+            f"temperature {heat:g}, slope {slope:g}" for heat, slope in self.posteriors
+        )
+        return f"means, {pairs}" if self.means else pairs
 
 
 @dataclass(frozen=True)
@@ -108,6 +148,7 @@ class Calibration:
     Attributes:
         candidates: What was chosen among, the simplest first.
         levels: The noise levels, from noise to data.
+        runs: The whole runs that were compared, the simplest first.
         content_key: `TrainingSet.content_key` of the set.
         image_shape: Shape (C, H, W) of its images.
         images: Number of its images.
@@ -119,6 +160,7 @@ class Calibration:
 
     candidates: tuple[Candidate, ...]
     levels: tuple[CalibratedLevel, ...]
+    runs: tuple[RunTrial, ...]
     content_key: str
     image_shape: tuple[int, int, int]
     images: int
@@ -128,9 +170,23 @@ class Calibration:
     versions: Mapping[str, str]
 
     @property
+    def run(self) -> RunTrial:
+        """The first run within one standard error of the best."""
+        for run in self.runs:
+            if _within(run, 1.0):
+                return run
+        raise ValueError("no run is the best of the trials of runs")
+
+    @property
+    def chosen(self) -> tuple[Trial, ...]:
+        """The trial of the candidate of each level."""
+        pairs = zip(self.levels, self.run.choices, strict=True)
+        return tuple(level.trials[number] for level, number in pairs)
+
+    @property
     def choices(self) -> tuple[Candidate, ...]:
         """The candidate of each level."""
-        return tuple(self.candidates[level.chosen.candidate] for level in self.levels)
+        return tuple(self.candidates[number] for number in self.run.choices)
 
     def at(self, sigma: float | NoiseLevel, alpha: float = 1.0) -> Candidate:
         """The candidate of a noise level: that of the nearest level in log(sigma / alpha).
@@ -159,7 +215,7 @@ class Calibration:
         return calibration_figure(self)
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Write a JSON file with every level's trials, from which `load` makes the same object.
+        """Write a JSON file with all trials, from which `load` makes the same object.
 
         Args:
             path: File to write; its folder must exist.
@@ -179,12 +235,14 @@ class Calibration:
         candidates = [candidate.as_json() for candidate in self.candidates]
         levels = [
             {"time": one.time, "alpha": one.alpha, "sigma": one.sigma}
-            | {"chosen": one.chosen.candidate, "trials": [asdict(trial) for trial in one.trials]}
+            | {"trials": [asdict(trial) for trial in one.trials]}
             for one in self.levels
         ]
         head = {"format": f"pyflocality {_WHAT}", "version": _VERSION, **facts}
         head |= {"image_shape": list(self.image_shape), "versions": dict(self.versions)}
-        return head | {"candidates": candidates, "levels": levels}
+        runs = [asdict(run) for run in self.runs]
+        chosen = self.runs.index(self.run)
+        return head | {"candidates": candidates, "levels": levels, "runs": runs, "chosen": chosen}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -229,11 +287,28 @@ _FACTS = {
     "seed": COUNT,
     "versions": _TEXTS,
 }
-_HEAD = {"format": TEXT, "version": POSITIVE, **_FACTS, "candidates": _FILLED, "levels": _FILLED}
-_LEVEL = {"time": _NUMBER, "alpha": _ABOVE, "sigma": _ABOVE, "chosen": COUNT, "trials": _FILLED}
+_HEAD = {"format": TEXT, "version": POSITIVE, **_FACTS, "chosen": COUNT}
+_HEAD |= dict.fromkeys(("candidates", "levels", "runs"), _FILLED)
+_LEVEL = {"time": _NUMBER, "alpha": _ABOVE, "sigma": _ABOVE, "trials": _FILLED}
 _RESTORED = dict.fromkeys(("error", "sharpness", "excess", "deviation"), _AMOUNT)
 _TRIAL = {"candidate": COUNT, "images": POSITIVE}
 _TRIAL |= {"error": _AMOUNT, "excess": _AMOUNT, "deviation": _AMOUNT, "restored": _OBJECT.or_none()}
+_PAIRS = Kind(
+    "pairs of finite numbers, one at least",
+    lambda v: (
+        isinstance(v, list)
+        and len(v) > 0
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in v)
+        and all(_is_number(value) for pair in v for value in pair)
+    ),
+)
+_FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+_ENTRIES = Kind(
+    "a list of objects or null",
+    lambda v: isinstance(v, list) and all(map(_OBJECT.or_none().fits, v)),
+)
+_RUN = {"means": _FLAG, "posteriors": _PAIRS, "choices": COUNTS, "restored": _ENTRIES}
+_RUN |= {"excess": _AMOUNT, "deviation": _AMOUNT}
 
 
 def _strictly(entry: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Mapping[str, Any]:
@@ -252,8 +327,12 @@ def _calibration(content: Mapping[str, Any]) -> Calibration:
     if len(set(candidates)) < len(candidates):
         raise ValueError("'candidates' has one of them twice")
     levels = tuple(_level(entry, len(candidates)) for entry in content["levels"])
+    runs = tuple(_run(entry, len(levels), len(candidates)) for entry in content["runs"])
     facts["image_shape"] = channels, height, width
-    return Calibration(candidates, levels, **facts)
+    result = Calibration(candidates, levels, runs, **facts)
+    if runs.index(result.run) != content["chosen"]:
+        raise ValueError(f"'chosen' {content['chosen']} does not follow from the runs")
+    return result
 
 
 def _level(entry: Mapping[str, Any], candidates: int) -> CalibratedLevel:
@@ -261,14 +340,26 @@ def _level(entry: Mapping[str, Any], candidates: int) -> CalibratedLevel:
     trials = tuple(_trial(trial) for trial in entry["trials"])
     if [trial.candidate for trial in trials] != list(range(candidates)):
         raise ValueError(f"'trials' must have one of each of {candidates} candidates, in order")
-    level = CalibratedLevel(entry["time"], entry["alpha"], entry["sigma"], trials)
-    if level.chosen.candidate != entry["chosen"]:
-        raise ValueError(f"'chosen' {entry['chosen']} does not follow from the trials")
-    return level
+    return CalibratedLevel(entry["time"], entry["alpha"], entry["sigma"], trials)
 
 
 def _trial(entry: Mapping[str, Any]) -> Trial:
-    restored = _strictly(entry, _TRIAL)["restored"]
-    if restored is not None:
-        restored = Restored(**_strictly(restored, _RESTORED))
-    return Trial(**(entry | {"restored": restored}))  # type: ignore[operator]  # a dict from JSON
+    restored = _restored(_strictly(entry, _TRIAL)["restored"])
+    return Trial(**(dict(entry) | {"restored": restored}))
+
+
+def _run(entry: Mapping[str, Any], levels: int, candidates: int) -> RunTrial:
+    restored = tuple(_restored(one) for one in _strictly(entry, _RUN)["restored"])
+    choices = tuple(entry["choices"])
+    if len(choices) != levels or len(restored) != levels or max(choices) >= candidates:
+        raise ValueError(
+            f"'choices' must be one of {candidates} candidates for each of {levels} levels, and "
+            "'restored' one for each"
+        )
+    posteriors = tuple((heat, slope) for heat, slope in entry["posteriors"])
+    means, excess, deviation = (entry[name] for name in ("means", "excess", "deviation"))
+    return RunTrial(means, posteriors, choices, restored, excess, deviation)
+
+
+def _restored(entry: Mapping[str, Any] | None) -> Restored | None:
+    return None if entry is None else Restored(**_strictly(entry, _RESTORED))

@@ -80,6 +80,16 @@ def restoration(errors: Tensor, energies: Tensor, own: Tensor) -> Tensor:
     return errors.clamp(min=_TINY).log() + SHARPNESS_WEIGHT * distance
 
 
+def whole_runs(*numbers: Tensor) -> Tensor:
+    """The criterion of whole runs: the mean of `restoration` from several noise levels.
+
+    Args:
+        numbers: The three that `restoration` takes, level by level.
+    """
+    levels = [restoration(*numbers[place : place + 3]) for place in range(0, len(numbers), 3)]
+    return torch.stack(levels).mean(0)
+
+
 def sharpness(energies: Tensor, own: Tensor) -> Tensor:
     """Gradient energy of what was restored as a share of the images' own; 1 where both are 0."""
     return (energies + _TINY) / (own + _TINY)

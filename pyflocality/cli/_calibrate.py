@@ -59,7 +59,8 @@ def calibrate(
 
     No network is involved. Of 64 images that are left out of the set, models are asked for what
     they make of them with noise, in one step and along the whole way down to the data; the simplest
-    within one standard error of the best is chosen. Calibrate with the steps, schedule and --flip
+    within one standard error of the best is chosen, models level by level, their temperature and
+    slope for whole runs. Calibrate with the steps, schedule and --flip
     that images are to be made with.
     """
     from pyflocality import calibrate as calibrated
@@ -98,12 +99,11 @@ def calibrate(
 
 def _told(found: Calibration) -> dict[str, Any]:
     levels = []
-    for level, choice in zip(found.levels, found.choices, strict=True):
-        restored = level.chosen.restored
+    for level, trial, choice in zip(found.levels, found.chosen, found.choices, strict=True):
         levels.append(
             {"time": level.time, "alpha": level.alpha, "sigma": level.sigma}
-            | {"model": choice.as_json(), "error": level.chosen.error}
-            | {"restored": None if restored is None else asdict(restored)}
+            | {"model": choice.as_json(), "error": trial.error}
+            | {"restored": None if trial.restored is None else asdict(trial.restored)}
         )
     names = ("content_key", "images", "held_out", "folds", "seed")
     return {name: getattr(found, name) for name in names} | {"levels": levels}
@@ -112,10 +112,9 @@ def _told(found: Calibration) -> dict[str, Any]:
 def _table(found: Calibration) -> str:
     """The choices, with errors of single steps, and of what is restored with its sharpness."""
     lines = [f"{'time':>7} {'error':>9} {'restored':>9} {'sharpness':>9}  model"]
-    for level, choice in zip(found.levels, found.choices, strict=True):
-        restored = level.chosen.restored
+    for level, trial, choice in zip(found.levels, found.chosen, found.choices, strict=True):
         told = "        -         -"
-        if restored is not None:
-            told = f"{restored.error:>9.5f} {restored.sharpness:>9.3f}"
-        lines.append(f"{level.time:>7.4g} {level.chosen.error:>9.5f} {told}  {choice}")
+        if trial.restored is not None:
+            told = f"{trial.restored.error:>9.5f} {trial.restored.sharpness:>9.3f}"
+        lines.append(f"{level.time:>7.4g} {trial.error:>9.5f} {told}  {choice}")
     return "\n".join(lines)

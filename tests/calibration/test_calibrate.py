@@ -43,9 +43,14 @@ def test_a_calibration_tells_what_it_did(data, calibration):
     assert calibration.content_key == data.content_key()
     assert (calibration.images, calibration.held_out, calibration.seed) == (120, 60, 0)
     assert calibration.versions["pyflocality"] == pf.__version__
-    for level, choice in zip(calibration.levels, calibration.choices, strict=True):
+    assert [run.posteriors for run in calibration.runs] == [((1.0, 0.0),), ((1.4, 0.0),)]
+    assert calibration.run in calibration.runs
+    for place, (level, choice) in enumerate(
+        zip(calibration.levels, calibration.choices, strict=True)
+    ):
         assert [trial.candidate for trial in level.trials] == [0, 1, 2, 3]
-        assert choice == calibration.candidates[level.chosen.candidate]
+        assert calibration.chosen[place] == level.trials[calibration.run.choices[place]]
+        assert choice == calibration.candidates[calibration.chosen[place].candidate]
         least = min(trial.error for trial in level.trials)
         for trial in level.trials:
             assert trial.images == 60
@@ -127,7 +132,7 @@ def altered(content, *place, value):
     ("place", "value", "words"),
     [
         (("format",), "pyflocality window table", "does not hold a calibration"),
-        (("version",), 2, "version 2 .* reads version 1"),
+        (("version",), 1, "version 1 .* reads version 2"),
         (("seed",), None, "has no 'seed'"),
         (("further",), 1, "unknown 'further'"),
         (("images",), 0, "'images' must be a positive"),
@@ -143,7 +148,17 @@ def altered(content, *place, value):
         (("levels", 0, "trials", 1, "candidate"), 0, "one of each"),
         (("levels", 0, "trials", 1, "error"), "0.1", "'error' must be"),
         (("levels", 0, "trials", 1, "restored"), {"error": 0.1}, "has no 'sharpness'"),
-        (("levels", 0, "chosen"), 9, "does not follow"),
+        (("levels", 0, "chosen"), 0, "unknown 'chosen'"),
+        (("runs",), [], "'runs'"),
+        (("runs", 0, "means"), 1, "'means' must be"),
+        (("runs", 0, "posteriors"), [[1.0]], "'posteriors' must be pairs"),
+        (("runs", 0, "choices"), [0, 1], "each of 3 levels"),
+        (("runs", 0, "choices"), [0, 1, 4], "one of 4 candidates"),
+        (("runs", 0, "choices"), [0, 1, -1], "'choices' must be"),
+        (("runs", 0, "restored"), [None, None, {"error": 0.1}], "has no 'sharpness'"),
+        (("runs", 0, "restored"), [None, None], "'restored' one for each"),
+        (("runs", 0, "excess"), -0.1, "'excess' must be"),
+        (("chosen",), 9, "does not follow"),
     ],
 )
 def test_damaged_files(calibration, tmp_path, place, value, words):
@@ -279,9 +294,13 @@ def test_moments_are_made_once_for_all_models(data, monkeypatch):
 def test_figure(calibration, tmp_path):
     pytest.importorskip("matplotlib")
     figure = calibration.plot()
-    steps, criterion, energy = figure.axes
+    steps, criterion, energy, runs = figure.axes
     assert len(steps.containers) == len(calibration.candidates)
     restored = [t for level in calibration.levels for t in level.trials if t.restored is not None]
     assert len(criterion.containers) == len(restored) > 0
     assert energy.get_xscale() == "log"
+    assert [label.get_text() for label in runs.get_yticklabels()] == list(
+        map(str, calibration.runs)
+    )
+    assert len(runs.containers) == len(calibration.runs)
     figure.savefig(tmp_path / "figure.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -28,6 +29,7 @@ CASES = {
     "local": ["--denoiser", "local", "--window", "3"],
     "class": ["--threshold", "0.1", "--label", "1", "--global-share", "0.3"],
     "flipped": ["--denoiser", "optimal", "--flip"],
+    "calibrated": ["--calibration", "CHOICES"],
 }
 SAMPLES = {
     **CASES,
@@ -44,10 +46,23 @@ def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("set") / "tiny.npz"
     images = np.random.default_rng(8).integers(0, 256, (60, 1, 6, 6), np.uint8)
     np.savez(path, images=images, labels=[*(np.arange(59) % 3), 3])
+    _choices().save(path.with_name("choices.json"))
     return path
 
 
+def _choices():
+    """A calibration that has one model, then another: of posteriors with a slope, and of masks."""
+    local = pf.Candidate("local", window=3, temperature=1.4, slope=0.25)
+    candidates = [local, pf.Candidate("pca-locality", threshold=0.1)]
+    images = np.random.default_rng(8).integers(0, 256, (60, 1, 6, 6), np.uint8)
+    found = pf.calibrate(pf.TrainingSet(images), steps=STEPS, candidates=candidates, progress=False)
+    run = dataclasses.replace(found.runs[0], choices=(0, 1) * (STEPS // 2))
+    return dataclasses.replace(found, runs=(run,))
+
+
 def arguments(source, out, *more):
+    choices = source.with_name("choices.json")
+    more = [choices if word == "CHOICES" else word for word in more]
     words = ["generate", source, "--out", out, "-n", 5, "--steps", STEPS, *more]
     return [str(word) for word in words]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import pyflocality as pf
-from pyflocality.calibration import CalibratedLevel, Trial
+from pyflocality.calibration import CalibratedLevel, RunTrial, Trial
 from pyflocality.denoisers.certificate import SubsetPlan
 
 
@@ -66,15 +66,14 @@ def sloped(denoiser: pf.Denoiser) -> pf.LocallyLinearDenoiser:
 def calibrated(data: pf.TrainingSet, **options: object) -> pf.CalibratedDenoiser:
     """Another model at little noise than at much, as if a calibration had chosen them."""
 
-    def chosen(candidate: int) -> tuple[Trial, ...]:
-        return tuple(Trial(place, 2, 0.1, abs(place - candidate), 0.0, None) for place in range(2))
-
+    trials = tuple(Trial(candidate, 2, 0.1, 0.0, 0.0, None) for candidate in range(2))
     calibration = pf.Calibration(
         candidates=(pf.Candidate("patch-set", window=3), pf.Candidate("local", window=5)),
         levels=(
-            CalibratedLevel(1.0, 1.0, 1.0, chosen(0)),
-            CalibratedLevel(0.1, 1.0, 0.1, chosen(1)),
+            CalibratedLevel(1.0, 1.0, 1.0, trials),
+            CalibratedLevel(0.1, 1.0, 0.1, trials),
         ),
+        runs=(RunTrial(False, ((1.0, 0.0),), (0, 1), (None, None), 0.0, 0.0),),
         content_key=data.content_key(),
         image_shape=data.image_shape,
         images=len(data),

@@ -11,11 +11,11 @@ from truth import filtered_posterior_mean, random_images, values_of, window_weig
 
 import pyflocality as pf
 from pyflocality.backends import trace_blocks
-from pyflocality.calibration import search
 from pyflocality.calibration.counts import counts_of, temperatures_of
 from pyflocality.calibration.folds import folds_of, held_out_positions
-from pyflocality.calibration.record import CalibratedLevel, Restored, Trial
-from pyflocality.calibration.trials import compared, mean_error, restoration
+from pyflocality.calibration.record import Restored, RunTrial, Trial, simplest
+from pyflocality.calibration.trained import Trained
+from pyflocality.calibration.trials import compared, mean_error, restoration, whole_runs
 from pyflocality.storage.mapped import mapped_file
 from pyflocality.storage.reader import Reader
 
@@ -32,10 +32,10 @@ def training_set(count=90, labels=None):
     return pf.TrainingSet(images, labels)
 
 
-def calibrated(data, *candidates, steps=2, seed=7):
+def calibrated(data, *candidates, steps=2, seed=7, schedule=SCHEDULE):
     return pf.calibrate(
         data,
-        schedule=SCHEDULE,
+        schedule=schedule,
         steps=steps,
         candidates=candidates,
         seed=seed,
@@ -124,6 +124,45 @@ def test_restored_images_are_those_of_the_sampler_over_the_images_that_are_left(
     assert (restored.excess, restored.deviation) == (0.0, 0.0)
 
 
+def test_whole_runs_are_those_of_the_sampler_compared_from_several_levels():
+    data = training_set()
+    found = calibrated(data, LOCAL, WARM, steps=3, schedule=pf.KarrasSchedule(0.1, 0.35))
+    positions, noise = drawn(data, steps=3)
+    levels = [pf.NoiseLevel(level.alpha, level.sigma) for level in found.levels]
+    assert [run.posteriors for run in found.runs] == [((1.0, 0.0),), ((1.4, 0.0),)]
+    # Of the last level all runs have the choice in common.
+    last = found.run.choices[-1]
+    assert [run.choices for run in found.runs] == [(0, 0, last), (1, 1, last)]
+    numbers = {start: ([], [], []) for start in (0, 1)}
+    for run in found.runs:
+        parts = {start: ([], [], []) for start in numbers}
+        for some, drawn_noise in zip(positions, noise, strict=True):
+            rest = pf.TrainingSet(without(data, some))
+            models = [found.candidates[number].build(rest) for number in run.choices]
+            truth = data.subset(some).values()
+            for start, (errors, energies, own) in parts.items():
+                x = truth + levels[start].sigma * drawn_noise[start].float()
+                ends = [*levels[1:], pf.NoiseLevel(1.0, 0.0)]
+                for place in range(start, 3):
+                    x, _ = pf.DDIM().step(models[place], x, levels[place], ends[place])
+                errors.append(pf.metrics.mse(x, truth))
+                energies.append(pf.metrics.gradient_energy(x))
+                own.append(pf.metrics.gradient_energy(truth))
+        for start, kept in numbers.items():
+            for column, part in zip(kept, parts[start], strict=True):
+                column.append(torch.cat(part))
+    joined = [torch.stack(column) for kept in numbers.values() for column in kept]
+    expected = compared(whole_runs, *joined)
+    for place, run in enumerate(found.runs):
+        assert run.restored[2] is None
+        for start, told in enumerate(run.restored[:2]):
+            error, energy, own = (part[place].mean() for part in joined[3 * start : 3 * start + 3])
+            assert told.error == pytest.approx(float(error), rel=1e-5)
+            assert told.sharpness == pytest.approx(float(energy / own), rel=1e-5)
+        assert run.excess == pytest.approx(float(expected.excess[place]), abs=1e-5)
+        assert run.deviation == pytest.approx(float(expected.deviation[place]), abs=1e-5)
+
+
 def test_moments_of_what_is_left_are_exact():
     data = training_set(400)
     positions = held_out_positions(data, torch.Generator().manual_seed(0))
@@ -199,20 +238,21 @@ def test_temperatures_share_passes():
         restored = [level.trials[0].restored is not None for level in result.levels]
         # The noisiest image tells too little to be restored.
         assert restored == [False, True, True]
-    # At each of three levels the first images and the others, and from one a step down.
-    assert found == [2 * 3 + 1] * 2
+    # At each of three levels the first images and the others, and from one a step down, by the
+    # model that either run has there.
+    assert found == [2 * 3 + 1, 2 * 3 + 2]
 
 
 def test_work_is_what_was_counted(monkeypatch):
     data = training_set(1300)
     rows = []
-    answers = search._Trained._of_leaves
+    answers = Trained._of_leaves
 
     def counted(self, candidates, x, level):
         rows.append(len(candidates) * len(x))
         return answers(self, candidates, x, level)
 
-    monkeypatch.setattr(search._Trained, "_of_leaves", counted)
+    monkeypatch.setattr(Trained, "_of_leaves", counted)
     candidates = pf.calibration.default_candidates(SHAPE)
     calibrated(data, *candidates, steps=3)
     counts = counts_of(3, 64, candidates, 1)
@@ -228,7 +268,7 @@ def test_means_take_the_passes_of_their_parts():
     positions = held_out_positions(data, torch.Generator().manual_seed(0))
     (fold, *_) = folds_of(data, positions, moments=True, progress=False)
     level = pf.NoiseLevel(0.8, 0.4)
-    trained = search._Trained(fold, [level], torch.Generator().manual_seed(1))
+    trained = Trained(fold, [level], torch.Generator().manual_seed(1))
     patches = pf.Candidate("patch-set", window=4, temperature=1.4)
     mean = pf.Candidate("mean", parts=(WARM, patches))
     x = trained.noisy[0]
@@ -246,7 +286,7 @@ def test_slopes_and_temperatures_share_passes_and_answer_as_the_models_do():
     positions = held_out_positions(data, torch.Generator().manual_seed(0))
     (fold, *_) = folds_of(data, positions, moments=True, progress=False)
     level = pf.NoiseLevel(0.8, 0.4)
-    trained = search._Trained(fold, [level], torch.Generator().manual_seed(1))
+    trained = Trained(fold, [level], torch.Generator().manual_seed(1))
     for family, operation in (
         (LOCAL, "window_posterior"),
         (pf.Candidate("patch-set", window=4), "patch_set"),
@@ -292,6 +332,41 @@ def test_the_criterion_weighs_a_tenth_of_the_sharpness():
     assert float(found.deviation[1]) == pytest.approx(abs(first - second) / 2, rel=1e-12)
 
 
+def test_whole_runs_are_judged_by_the_mean_over_levels():
+    generator = torch.Generator().manual_seed(5)
+    numbers = [0.5 + torch.rand(2, 8, generator=generator, dtype=torch.float64) for _ in range(6)]
+    found = compared(whole_runs, *numbers)
+    levels = [compared(restoration, *numbers[:3]), compared(restoration, *numbers[3:])]
+    expected = (levels[0].values + levels[1].values) / 2
+    torch.testing.assert_close(found.values, expected, rtol=1e-12, atol=0)
+    # What every level gains a little of, several of them together may tell.
+    steady = torch.full((2, 8), 1.0, dtype=torch.float64)
+    one = torch.tensor([[1.0] * 8, [0.9, 0.9, 0.9, 0.9, 1.35, 0.9, 0.9, 0.9]], dtype=torch.float64)
+    other = torch.tensor(
+        [[1.0] * 8, [0.9, 0.9, 1.35, 0.9, 0.9, 0.9, 0.9, 0.9]], dtype=torch.float64
+    )
+    for alone in (one, other):
+        told = compared(restoration, alone, steady, steady)
+        assert 0.0 < float(told.excess[0]) < float(told.deviation[0])
+    told = compared(whole_runs, one, steady, steady, other, steady, steady)
+    assert float(told.excess[0]) > float(told.deviation[0])
+
+
+def test_the_simplest_run_within_one_standard_error_is_chosen():
+    candidates, data = (LOCAL, WARM), training_set()
+    found = calibrated(data, *candidates, steps=3)
+
+    def run(*results):
+        runs = tuple(
+            RunTrial(False, ((1.0, 0.0),), (place, place, place), (None, None, None), *result)
+            for place, result in enumerate(results)
+        )
+        return dataclasses.replace(found, runs=runs)
+
+    assert run((0.02, 0.03), (0.0, 0.0)).choices == (LOCAL,) * 3
+    assert run((0.04, 0.03), (0.0, 0.0)).choices == (WARM,) * 3
+
+
 def chosen(excess, deviation, restored=None, images=(64, 64, 64)):
     trials = [
         Trial(number, count, 0.1 + more, more, spread, None if told is None else Restored(*told))
@@ -299,7 +374,7 @@ def chosen(excess, deviation, restored=None, images=(64, 64, 64)):
             zip(images, excess, deviation, restored or [None] * 3, strict=True)
         )
     ]
-    return CalibratedLevel(5.0, 0.9, 0.3, tuple(trials)).chosen.candidate
+    return simplest(trials).candidate
 
 
 def test_the_simplest_within_one_standard_error_is_chosen():
