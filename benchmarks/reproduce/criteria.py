@@ -6,8 +6,8 @@ Calibrates by the images alone, with a wider choice of temperatures and slopes t
 and then samples by every run that it compared: by one temperature and slope at all levels where
 runs differ, by single models and by means. For each, r2 at the end against each network's run from
 the same noise, in pairs with the first run, and the gradient energy; and what each criterion said
-of it before: the error of single steps, that of what was restored from the noisiest of these
-levels, alone and with its sharpness, and the latter from several levels together. `ranks` has the
+of it before: the error of single steps, and that of what was restored from the noisiest of these
+levels, alone and with its sharpness weighed. `ranks` has the
 rank correlation of each criterion with r2: 1 where it orders the runs as a network does. Networks
 choose nothing.
 
@@ -27,7 +27,6 @@ from torch import Tensor
 
 import pyflocality as pf
 from pyflocality.calibration import RunTrial, default_candidates
-from pyflocality.calibration.trials import SHARPNESS_WEIGHT
 
 from ..command import Record
 from . import networks
@@ -37,7 +36,8 @@ from .study import Study
 
 # Of single models, beside those of `default_candidates`.
 FURTHER = ((1.0, 0.25), (1.4, 0.15), (1.4, 0.5))
-WEIGHTS = (0.05, 0.2)
+# Of the sharpness beside the error of what is restored, that of `calibrate` among them.
+WEIGHTS = (0.0, 0.05, 0.1, 0.2)
 SEED = 0
 
 
@@ -91,28 +91,25 @@ def calibration_of(study: Study) -> pf.Calibration:
 
 def criteria(calibration: pf.Calibration, run: RunTrial) -> dict[str, float]:
     """What each criterion says of a run, the less the better."""
-    span = [place for place, one in enumerate(run.restored) if one is not None]
-    errors = [calibration.levels[place].trials[run.choices[place]].error for place in span]
-    restored = [run.restored[place] for place in span]
-
-    def weighed(count: int, weight: float) -> float:
-        values = [
-            math.log(one.error) + weight * abs(math.log(one.sharpness))
-            for one in restored[:count]
-            if one is not None
-        ]
-        return sum(values) / len(values)
-
-    told = {
-        "single steps": sum(map(math.log, errors)) / len(span),
-        "restoration": weighed(1, 0.0),
-        "restoration, sharpness": weighed(1, SHARPNESS_WEIGHT),
-    }
+    differ = [
+        level.trials[number].error
+        for level, number, others in zip(
+            calibration.levels,
+            run.choices,
+            zip(*(one.choices for one in calibration.runs), strict=True),
+            strict=True,
+        )
+        if len(set(others)) > 1
+    ]
+    restored = run.restored
+    if restored is None:
+        raise ValueError(f"`calibration` must have runs that differ, got {calibration.runs}")
+    told = {"single steps": sum(map(math.log, differ)) / max(1, len(differ))}
     for weight in WEIGHTS:
-        told[f"restoration, sharpness weighed {weight:g}"] = weighed(1, weight)
-    for count in range(2, len(span) + 1):
-        told[f"restoration, sharpness, from {count} levels"] = weighed(count, SHARPNESS_WEIGHT)
-    return told | {"whole run": run.excess}
+        distance = abs(math.log(restored.sharpness))
+        name = f"restoration, sharpness weighed {weight:g}" if weight else "restoration"
+        told[name] = math.log(restored.error) + weight * distance
+    return told
 
 
 def correlation(a: Sequence[float], b: Sequence[float]) -> float:
@@ -142,7 +139,7 @@ class _Samples:
 
     def of_run(self, run: RunTrial) -> Run:
         """The run by the choices of a run that was compared."""
-        alone = dataclasses.replace(run, excess=0.0, deviation=0.0)
+        alone = dataclasses.replace(run, restored=None)
         followed = dataclasses.replace(self.calibration, runs=(alone,))
         levels = [
             [level.ratio, one.as_json()]
@@ -200,7 +197,7 @@ def compare(study: Study, calibration: pf.Calibration) -> Record:
         choices = [str(calibration.candidates[number]) for number in run.choices]
         row: Record = {"run": str(run), "chosen": run.choices == calibration.run.choices}
         row |= {"choices": choices, "criteria": criteria(calibration, run)}
-        rows.append(row | {"excess": run.excess, "deviation": run.deviation, "made": made})
+        rows.append(row | {"restored": dataclasses.asdict(run)["restored"], "made": made})
     for row in rows:
         row |= record(row.pop("made"), targets, base)
     rows.reverse()

@@ -17,8 +17,6 @@ FEWEST = 4
 # all images, and then to restore them; of means half as many more. Those of a family differ in
 # temperature and slope alone.
 SCREENED, COMPARED, RESTORED = 16, 4, 2
-# Whole runs are compared by what they restore from so many of the noisiest levels together.
-JOINED = 2
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,10 @@ def counts_of(levels: int, held_out: int, candidates: Sequence[Candidate], folds
     compared = sum(heats[: COMPARED + parts * (COMPARED // 2)])
     # Each kind's first run goes on from what its families have led to, at every level; the others
     # from the noisiest alone. A mean is of as many models.
-    few = sum(range(levels)[-JOINED:])
     runs = Counter(of_means for of_means, _ in {one.posterior for one in candidates})
     restored = sum(
         (parts * RESTORED // 2 if of_means else RESTORED) * ways
-        + (parts if of_means else 1) * few * (others - 1)
+        + (parts if of_means else 1) * (levels - 1) * (others - 1)
         for of_means, others in runs.items()
     )
     return Counts(levels * screened, levels * compared * (held_out - screened), restored * held_out)

@@ -67,11 +67,20 @@ def _draw_runs(axes: Axes, calibration: Calibration) -> None:
     """The criterion of whole runs above the best, one beneath the other."""
     runs = calibration.runs
     for place, run in enumerate(runs):
+        if run.restored is None:
+            continue
         chosen = run == calibration.run
         color = f"C{place % 10}"
         fill, size = ("none", 9) if chosen else (color, 4)
         axes.errorbar(
-            run.excess, place, xerr=run.deviation, fmt="o", lw=0.6, ms=size, color=color, mfc=fill
+            run.restored.excess,
+            place,
+            xerr=run.restored.deviation,
+            fmt="o",
+            lw=0.6,
+            ms=size,
+            color=color,
+            mfc=fill,
         )
     axes.set_yticks(range(len(runs)), map(str, runs), fontsize=6)
     axes.invert_yaxis()

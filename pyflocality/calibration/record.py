@@ -103,7 +103,7 @@ def simplest(trials: Sequence[Trial]) -> Trial:
     raise ValueError("no candidate is the best of the trials of a level")
 
 
-def _within(result: Trial | Restored | RunTrial, scale: float) -> bool:
+def _within(result: Trial | Restored, scale: float) -> bool:
     return result.excess <= result.deviation + _ROUNDING * scale
 
 
@@ -120,18 +120,13 @@ class RunTrial:
             but for means whose parts differ.
         choices: Positions of its candidates at every level, from noise to data.
         restored: How it restores images from the noisiest of these levels, compared with the other
-            runs; None at all others.
-        excess: How far the mean of its criterion from these levels lies above the least (see
-            `calibrate`).
-        deviation: Standard error of that difference.
+            runs; None of one that is alone.
     """
 
     means: bool
     posteriors: tuple[tuple[float, float], ...]
     choices: tuple[int, ...]
-    restored: tuple[Restored | None, ...]
-    excess: float
-    deviation: float
+    restored: Restored | None
 
     def __str__(self) -> str:
         """What it is in words: "means, temperature 1.4, slope 0.25"."""
@@ -173,7 +168,7 @@ class Calibration:
     def run(self) -> RunTrial:
         """The first run within one standard error of the best."""
         for run in self.runs:
-            if _within(run, 1.0):
+            if run.restored is None or _within(run.restored, 1.0):
                 return run
         raise ValueError("no run is the best of the trials of runs")
 
@@ -303,12 +298,7 @@ _PAIRS = Kind(
     ),
 )
 _FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-_ENTRIES = Kind(
-    "a list of objects or null",
-    lambda v: isinstance(v, list) and all(map(_OBJECT.or_none().fits, v)),
-)
-_RUN = {"means": _FLAG, "posteriors": _PAIRS, "choices": COUNTS, "restored": _ENTRIES}
-_RUN |= {"excess": _AMOUNT, "deviation": _AMOUNT}
+_RUN = {"means": _FLAG, "posteriors": _PAIRS, "choices": COUNTS, "restored": _OBJECT.or_none()}
 
 
 def _strictly(entry: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Mapping[str, Any]:
@@ -349,16 +339,14 @@ def _trial(entry: Mapping[str, Any]) -> Trial:
 
 
 def _run(entry: Mapping[str, Any], levels: int, candidates: int) -> RunTrial:
-    restored = tuple(_restored(one) for one in _strictly(entry, _RUN)["restored"])
+    restored = _restored(_strictly(entry, _RUN)["restored"])
     choices = tuple(entry["choices"])
-    if len(choices) != levels or len(restored) != levels or max(choices) >= candidates:
+    if len(choices) != levels or max(choices) >= candidates:
         raise ValueError(
-            f"'choices' must be one of {candidates} candidates for each of {levels} levels, and "
-            "'restored' one for each"
+            f"'choices' must be one of {candidates} candidates for each of {levels} levels"
         )
     posteriors = tuple((heat, slope) for heat, slope in entry["posteriors"])
-    means, excess, deviation = (entry[name] for name in ("means", "excess", "deviation"))
-    return RunTrial(means, posteriors, choices, restored, excess, deviation)
+    return RunTrial(entry["means"], posteriors, choices, restored)
 
 
 def _restored(entry: Mapping[str, Any] | None) -> Restored | None:

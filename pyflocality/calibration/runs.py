@@ -13,7 +13,7 @@ from torch import Tensor
 from pyflocality._support.checks import NoiseLevel
 from pyflocality._support.progress import progress_bar
 from pyflocality.calibration.candidates import Candidate, Posterior
-from pyflocality.calibration.counts import COMPARED, JOINED, RESTORED, screened_of_fold
+from pyflocality.calibration.counts import COMPARED, RESTORED, screened_of_fold
 from pyflocality.calibration.folds import Fold
 from pyflocality.calibration.record import Restored, RunTrial, Trial, simplest
 from pyflocality.calibration.trained import Trained, squared_errors
@@ -23,7 +23,6 @@ from pyflocality.calibration.trials import (
     mean_error,
     restoration,
     sharpness,
-    whole_runs,
 )
 from pyflocality.metrics import gradient_energy
 from pyflocality.sampling import DDIM, DenoiserFunction
@@ -148,8 +147,8 @@ class Search:
         self._leaders = {run.posterior[0]: run for run in reversed(self._runs)}
         self._firsts = {one.family: place for place, one in reversed([*enumerate(candidates)])}
         self._telling = True
-        # What was seen at the noisiest telling levels so far.
-        self._seen_last: dict[int, _Seen] = {}
+        # The noisiest level so far from which images can be restored, and what was seen there.
+        self._noisiest: tuple[int, _Seen] | None = None
 
     def run(self, progress: bool) -> tuple[list[tuple[Trial, ...]], tuple[RunTrial, ...]]:
         """The trials of every level, from noise to data, and those of whole runs."""
@@ -161,38 +160,23 @@ class Search:
         ]
         others = [run for run in self._runs if run is not self._leaders[run.posterior[0]]]
         for run in progress_bar(others, description="whole runs", enabled=progress):
-            for index, seen in self._seen_last.items():
+            if self._noisiest is not None:
+                index, seen = self._noisiest
                 alone = seen.of([run.choices[index]])
                 run.images[index] = self._restored(index, alone, run.choices)
         return trials[::-1], self._compared()
 
     def _compared(self) -> tuple[RunTrial, ...]:
         """How whole runs do; one alone where there is nothing that they could differ in."""
-        order = range(len(self.levels) - 1)
-        span = sorted(self._seen_last)
-        runs = self._runs if span else self._runs[:1]
-        numbers: list[Tensor] = []
-        told: list[dict[int, Restored]] = [{} for _ in runs]
-        for index in span:
-            parts = zip(*(run.images[index].numbers for run in runs), strict=True)
+        told: list[Restored | None] = [None]
+        if self._noisiest is not None:
+            parts = zip(*(run.images[self._noisiest[0]].numbers for run in self._runs), strict=True)
             images = _Images(*map(torch.cat, parts))
-            numbers += images.numbers
-            for some, one in zip(
-                told, images.told(compared(restoration, *images.numbers)), strict=True
-            ):
-                some[index] = one
-        rows = [[0.0, 0.0]]
-        if span:
-            joined = compared(whole_runs, *numbers)
-            rows = torch.stack([joined.excess, joined.deviation], dim=1).tolist()
+            told = [*images.told(compared(restoration, *images.numbers))]
+        order = range(len(self.levels) - 1)
         return tuple(
-            RunTrial(
-                *run.posterior,
-                tuple(run.choices[index] for index in order),
-                tuple(some.get(index) for index in order),
-                *row,
-            )
-            for run, some, row in zip(runs, told, rows, strict=True)
+            RunTrial(*run.posterior, tuple(run.choices[index] for index in order), one)
+            for run, one in zip(self._runs, told, strict=False)
         )
 
     def _trials(self, index: int) -> tuple[Trial, ...]:
@@ -222,8 +206,7 @@ class Search:
             self._record(trials, tried)
         for run in self._runs:
             run.choices.setdefault(index, self._counterpart(run, index, seen))
-        self._seen_last = {index: seen, **self._seen_last}
-        self._seen_last = dict(list(self._seen_last.items())[:JOINED])
+        self._noisiest = index, seen
         return tuple(trials)
 
     def _members(self, of_means: bool, going: Sequence[int], seen: _Seen) -> list[int]:

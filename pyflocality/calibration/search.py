@@ -52,9 +52,9 @@ def calibrate(
        error of the best is chosen; means have a run of their own;
     3. every other temperature and slope makes a run of the same families, over all of these levels
        together. Of the runs the simplest within one standard error of the best is chosen, by what
-       they restore from the two noisiest of these levels.
+       they restore from the noisiest of these levels.
 
-    What has restored images is judged by :math:`\log e + 0.1 \, |\log g|`, the less the better,
+    What has restored images is judged by :math:`\log e + 0.05 \, |\log g|`, the less the better,
     with e the mean squared error of what is restored and g its gradient energy
     (`metrics.gradient_energy`) as a share of the images' own.
 

@@ -56,7 +56,7 @@ def _choices():
     candidates = [local, pf.Candidate("pca-locality", threshold=0.1)]
     images = np.random.default_rng(8).integers(0, 256, (60, 1, 6, 6), np.uint8)
     found = pf.calibrate(pf.TrainingSet(images), steps=STEPS, candidates=candidates, progress=False)
-    run = dataclasses.replace(found.runs[0], choices=(0, 1) * (STEPS // 2))
+    run = dataclasses.replace(found.runs[0], choices=(0, 1) * (STEPS // 2), restored=None)
     return dataclasses.replace(found, runs=(run,))
 
 

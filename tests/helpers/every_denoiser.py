@@ -73,7 +73,7 @@ def calibrated(data: pf.TrainingSet, **options: object) -> pf.CalibratedDenoiser
             CalibratedLevel(1.0, 1.0, 1.0, trials),
             CalibratedLevel(0.1, 1.0, 0.1, trials),
         ),
-        runs=(RunTrial(False, ((1.0, 0.0),), (0, 1), (None, None), 0.0, 0.0),),
+        runs=(RunTrial(False, ((1.0, 0.0),), (0, 1), None),),
         content_key=data.content_key(),
         image_shape=data.image_shape,
         images=len(data),

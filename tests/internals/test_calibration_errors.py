@@ -15,7 +15,7 @@ from pyflocality.calibration.counts import counts_of, temperatures_of
 from pyflocality.calibration.folds import folds_of, held_out_positions
 from pyflocality.calibration.record import Restored, RunTrial, Trial, simplest
 from pyflocality.calibration.trained import Trained
-from pyflocality.calibration.trials import compared, mean_error, restoration, whole_runs
+from pyflocality.calibration.trials import compared, mean_error, restoration
 from pyflocality.storage.mapped import mapped_file
 from pyflocality.storage.reader import Reader
 
@@ -124,43 +124,50 @@ def test_restored_images_are_those_of_the_sampler_over_the_images_that_are_left(
     assert (restored.excess, restored.deviation) == (0.0, 0.0)
 
 
-def test_whole_runs_are_those_of_the_sampler_compared_from_several_levels():
-    data = training_set()
-    found = calibrated(data, LOCAL, WARM, steps=3, schedule=pf.KarrasSchedule(0.1, 0.35))
+def test_whole_runs_are_those_of_the_sampler_compared_from_the_noisiest_level():
+    data, schedule = training_set(), pf.KarrasSchedule(0.1, 0.35)
+    found = calibrated(data, LOCAL, WARM, steps=3, schedule=schedule)
     positions, noise = drawn(data, steps=3)
     levels = [pf.NoiseLevel(level.alpha, level.sigma) for level in found.levels]
+    levels.append(pf.NoiseLevel(1.0, 0.0))
     assert [run.posteriors for run in found.runs] == [((1.0, 0.0),), ((1.4, 0.0),)]
     # Of the last level all runs have the choice in common.
     last = found.run.choices[-1]
     assert [run.choices for run in found.runs] == [(0, 0, last), (1, 1, last)]
-    numbers = {start: ([], [], []) for start in (0, 1)}
+    numbers = [[], [], []]
     for run in found.runs:
-        parts = {start: ([], [], []) for start in numbers}
+        parts = [[], [], []]
         for some, drawn_noise in zip(positions, noise, strict=True):
             rest = pf.TrainingSet(without(data, some))
-            models = [found.candidates[number].build(rest) for number in run.choices]
             truth = data.subset(some).values()
-            for start, (errors, energies, own) in parts.items():
-                x = truth + levels[start].sigma * drawn_noise[start].float()
-                ends = [*levels[1:], pf.NoiseLevel(1.0, 0.0)]
-                for place in range(start, 3):
-                    x, _ = pf.DDIM().step(models[place], x, levels[place], ends[place])
-                errors.append(pf.metrics.mse(x, truth))
-                energies.append(pf.metrics.gradient_energy(x))
-                own.append(pf.metrics.gradient_energy(truth))
-        for start, kept in numbers.items():
-            for column, part in zip(kept, parts[start], strict=True):
-                column.append(torch.cat(part))
-    joined = [torch.stack(column) for kept in numbers.values() for column in kept]
-    expected = compared(whole_runs, *joined)
+            x = truth + levels[0].sigma * drawn_noise[0].float()
+            for place, number in enumerate(run.choices):
+                model = found.candidates[number].build(rest)
+                x, _ = pf.DDIM().step(model, x, levels[place], levels[place + 1])
+            parts[0].append(pf.metrics.mse(x, truth))
+            parts[1].append(pf.metrics.gradient_energy(x))
+            parts[2].append(pf.metrics.gradient_energy(truth))
+        for kept, part in zip(numbers, parts, strict=True):
+            kept.append(torch.cat(part))
+    errors, energies, own = map(torch.stack, numbers)
+    expected = compared(restoration, errors, energies, own)
     for place, run in enumerate(found.runs):
-        assert run.restored[2] is None
-        for start, told in enumerate(run.restored[:2]):
-            error, energy, own = (part[place].mean() for part in joined[3 * start : 3 * start + 3])
-            assert told.error == pytest.approx(float(error), rel=1e-5)
-            assert told.sharpness == pytest.approx(float(energy / own), rel=1e-5)
-        assert run.excess == pytest.approx(float(expected.excess[place]), abs=1e-5)
-        assert run.deviation == pytest.approx(float(expected.deviation[place]), abs=1e-5)
+        told = run.restored
+        assert told.error == pytest.approx(float(errors[place].mean()), rel=1e-5)
+        sharpness = float(energies[place].mean() / own[place].mean())
+        assert told.sharpness == pytest.approx(sharpness, rel=1e-5)
+        assert told.excess == pytest.approx(float(expected.excess[place]), abs=1e-5)
+        assert told.deviation == pytest.approx(float(expected.deviation[place]), abs=1e-5)
+
+
+def test_runs_take_a_family_where_it_has_their_temperature():
+    data, schedule = training_set(), pf.KarrasSchedule(0.1, 0.35)
+    # Of another temperature alone, and the better model.
+    patches = pf.Candidate("patch-set", window=3, temperature=1.4)
+    worse = pf.Candidate("local", window=3, temperature=1e6)
+    found = calibrated(data, worse, patches, steps=3, schedule=schedule)
+    assert [run.choices[:2] for run in found.runs] == [(1, 1), (1, 1)]
+    assert set(found.choices) == {patches}
 
 
 def test_moments_of_what_is_left_are_exact():
@@ -249,7 +256,9 @@ def test_work_is_what_was_counted(monkeypatch):
     answers = Trained._of_leaves
 
     def counted(self, candidates, x, level):
-        rows.append(len(candidates) * len(x))
+        # Slopes take no passes of their own.
+        warm = {(one.family, one.temperature) for one in candidates}
+        rows.append(len(warm) * len(x))
         return answers(self, candidates, x, level)
 
     monkeypatch.setattr(Trained, "_of_leaves", counted)
@@ -317,39 +326,19 @@ def test_differences_have_the_standard_error_of_paired_means():
     torch.testing.assert_close(found.deviation, expected, rtol=1e-12, atol=1e-15)
 
 
-def test_the_criterion_weighs_a_tenth_of_the_sharpness():
+def test_the_criterion_weighs_a_twentieth_of_the_sharpness():
     own = torch.full((3, 2), 2.0, dtype=torch.float64)
     energies = torch.tensor([[1.0, 3.0], [0.5, 1.5], [4.0, 4.0]], dtype=torch.float64)
     errors = torch.tensor([[0.1, 0.3], [0.2, 0.2], [0.2, 0.2]], dtype=torch.float64)
     found = compared(restoration, errors, energies, own)
     # As sharp as the images, half as sharp, twice as sharp.
-    expected = torch.tensor([0.0, 0.1 * np.log(2), 0.1 * np.log(2)], dtype=torch.float64)
+    expected = torch.tensor([0.0, 0.05 * np.log(2), 0.05 * np.log(2)], dtype=torch.float64)
     torch.testing.assert_close(found.excess, expected, rtol=1e-12, atol=1e-14)
     # Without one of two images the other is all there is.
-    without_one = np.log(0.3) + 0.1 * np.log(1.5), np.log(0.1) + 0.1 * np.log(2)
-    other = np.log(0.2) + 0.1 * abs(np.log(0.75)), np.log(0.2) + 0.1 * np.log(4)
+    without_one = np.log(0.3) + 0.05 * np.log(1.5), np.log(0.1) + 0.05 * np.log(2)
+    other = np.log(0.2) + 0.05 * abs(np.log(0.75)), np.log(0.2) + 0.05 * np.log(4)
     first, second = (one - two for one, two in zip(other, without_one, strict=True))
     assert float(found.deviation[1]) == pytest.approx(abs(first - second) / 2, rel=1e-12)
-
-
-def test_whole_runs_are_judged_by_the_mean_over_levels():
-    generator = torch.Generator().manual_seed(5)
-    numbers = [0.5 + torch.rand(2, 8, generator=generator, dtype=torch.float64) for _ in range(6)]
-    found = compared(whole_runs, *numbers)
-    levels = [compared(restoration, *numbers[:3]), compared(restoration, *numbers[3:])]
-    expected = (levels[0].values + levels[1].values) / 2
-    torch.testing.assert_close(found.values, expected, rtol=1e-12, atol=0)
-    # What every level gains a little of, several of them together may tell.
-    steady = torch.full((2, 8), 1.0, dtype=torch.float64)
-    one = torch.tensor([[1.0] * 8, [0.9, 0.9, 0.9, 0.9, 1.35, 0.9, 0.9, 0.9]], dtype=torch.float64)
-    other = torch.tensor(
-        [[1.0] * 8, [0.9, 0.9, 1.35, 0.9, 0.9, 0.9, 0.9, 0.9]], dtype=torch.float64
-    )
-    for alone in (one, other):
-        told = compared(restoration, alone, steady, steady)
-        assert 0.0 < float(told.excess[0]) < float(told.deviation[0])
-    told = compared(whole_runs, one, steady, steady, other, steady, steady)
-    assert float(told.excess[0]) > float(told.deviation[0])
 
 
 def test_the_simplest_run_within_one_standard_error_is_chosen():
@@ -358,7 +347,7 @@ def test_the_simplest_run_within_one_standard_error_is_chosen():
 
     def run(*results):
         runs = tuple(
-            RunTrial(False, ((1.0, 0.0),), (place, place, place), (None, None, None), *result)
+            RunTrial(False, ((1.0, 0.0),), (place, place, place), Restored(0.1, 1.0, *result))
             for place, result in enumerate(results)
         )
         return dataclasses.replace(found, runs=runs)
