@@ -49,11 +49,11 @@ _OF_COMPONENTS, _MASKED = ("pca-locality", "wiener", "ledoit-wolf"), "pca-locali
 _VALUES, _IMAGES, _SEARCHED, _SEARCHING = 1024, 2048, 8 * 2**20, 8
 # A noisy image takes so much for each of its values in a thread: lanes of sums and states.
 _BYTES_PER_VALUE = 256
-# Where nobody knows the masks their memory is reckoned as if sums over them added up so much.
-_DENSE = 0.1
-# Of what masks by Cholesky factors take, the products of their tiles are counted as so much; a row
-# of the factor has a third of the terms there that it has as a whole, on average.
-_PRODUCTS, _TERMS = 0.25, 1 / 3
+# Where nobody knows the masks their memory is reckoned as if sums over them added up so much; of a
+# single level they may add up to half of the inputs.
+_DENSE, _DENSEST = 0.1, 0.5
+# Of what masks by Cholesky factors take, the products of their tiles are counted as so much.
+_PRODUCTS = 0.25
 # More images than any way through their products could take.
 _COUNTLESS = 10**12
 
@@ -280,7 +280,9 @@ def _masks(job: Job) -> _Part | None:
 
     def seconds(aim: float) -> float:
         factors = product_seconds((1 - _PRODUCTS) * flops) if by_factors else 0.0
-        rank = int(_TERMS * setting.values) if by_factors else job.rank
+        # Of a triangular factor a tile takes what both of its sides have.
+        terms = setting.values * (side + 2) // (3 * side)
+        rank = terms if by_factors else job.rank
         return factors + job.to_make * times * tiles_seconds(side, rank)
 
     covariance = 0
@@ -325,7 +327,7 @@ def _steps(job: Job) -> _Part:
     if model == _MASKED:
         kept = _kept_schedules(job)
         # And one more while it is made.
-        working += kept + _schedule_bytes(job)
+        working += kept + schedule_bytes(job.setting.shape, _DENSEST)
     known = "assumed" if model == _MASKED and not job.knows_masks else "counted"
     return _Part("steps", told, flops, seconds, working, kept, known)
 
@@ -362,12 +364,11 @@ def _scan_bytes(setting: Setting) -> int:
 
 def _kept_schedules(job: Job) -> int:
     """Schedules of the sums over masks that are kept: those of the levels that are, if whole."""
-    return job.kept_levels * _schedule_bytes(job) if bands(job.setting.shape) == 1 else 0
-
-
-def _schedule_bytes(job: Job) -> int:
-    share = job.setting.mask_share
-    return schedule_bytes(job.setting.shape, share if job.knows_masks else max(share, _DENSE))
+    shape, share = job.setting.shape, job.setting.mask_share
+    if bands(shape) > 1:
+        return 0
+    share = share if job.knows_masks else max(share, _DENSE)
+    return job.kept_levels * schedule_bytes(shape, share)
 
 
 def _schedules_seconds(job: Job) -> float:
