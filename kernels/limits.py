@@ -47,6 +47,13 @@ def mask_limits(call: Call) -> str | None:
     return float32_limits(call)
 
 
+def weight_limits(call: Call) -> str | None:
+    """Limits of a float32 kernel for masks and weights."""
+    if call.facts.get("is_signed", False):
+        return "it serves weights that are not negative, some of these are"
+    return float32_limits(call)
+
+
 def device_limits(call: Call) -> str | None:
     """Limits of every kernel for GPUs: what a call's device must have, if it is one."""
     device = call.device

@@ -48,6 +48,7 @@ def pca_locality_weights(
     sigma: float | NoiseLevel,
     alpha: float = 1.0,
     threshold: float = 0.02,
+    softness: float = 0.0,
 ) -> QueryWeights:
     r"""Query weights of the PCA-locality model at one noise level.
 
@@ -63,6 +64,11 @@ def pca_locality_weights(
     reaches h times the largest magnitude of the whole matrix and 0 elsewhere; h = 0 keeps the
     signed values.
 
+    A softness p > 0 weighs what the mask of a threshold h > 0 keeps by the magnitude itself, so
+    that inputs far below an output's own count less:
+
+    .. math:: w_m[n] = \min(1, |M[n,m]| / M[n,n])^p .
+
     All of it is float64, tile by tile: no matrix of D x D numbers but at h = 0. Masks made of
     components and of a covariance are the same but for entries within 1e-6 of the threshold.
 
@@ -76,9 +82,11 @@ def pca_locality_weights(
         sigma: Noise level, not negative; or a `NoiseLevel` for both.
         alpha: Signal coefficient, positive.
         threshold: h, in [0, 1).
+        softness: p, not negative; 0 is the mask itself.
 
     Returns:
-        Weights with the output value in the row and the input value in the column, [D, D].
+        Weights with the output value in the row and the input value in the column, [D, D]: a mask,
+        float64 at threshold 0, float32 where they are soft.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -89,7 +97,7 @@ def pca_locality_weights(
         Lukoianov, Yuan, Solomon and Sitzmann, Locality in image diffusion models emerges from
         data statistics, 2025.
     """
-    return _made(moments, sigma, alpha, threshold, None, cached=False)
+    return _made(moments, sigma, alpha, threshold, softness, None, cached=False)
 
 
 def cached_pca_locality_weights(
@@ -97,21 +105,24 @@ def cached_pca_locality_weights(
     sigma: float | NoiseLevel,
     alpha: float = 1.0,
     threshold: float = 0.02,
+    softness: float = 0.0,
     *,
     memory_budget: int | str | None = None,
 ) -> QueryWeights:
     """As `pca_locality_weights`, with large masks kept as files in the user's cache folder.
 
     A file is named by a hash of the moments or components, the way the masks are made, the noise
-    level, the threshold and the version of the rule; it carries a checksum, and a damaged one is
-    made anew with a warning. Masks that take a moment (D < 1,024 values) and signed weights are
-    not kept.
+    level, the threshold, the softness and the version of the rule; it carries a checksum, and a
+    damaged one is made anew with a warning. Masks that take a moment (D < 1,024 values) and signed
+    weights are not kept.
 
     Args:
         moments: Moments of the training set over D = C H W values, or its components (`Basis`).
         sigma: Noise level, not negative; or a `NoiseLevel` for both.
         alpha: Signal coefficient, positive.
         threshold: h, in [0, 1).
+        softness: p, not negative; 0 is the mask itself. Soft weights take 4 D^2 bytes, within the
+            budget, and as much in the cache.
         memory_budget: Working memory, bytes or a string such as "2GB"; None follows the
             environment variable PYFLOCALITY_MEMORY_BUDGET, else 1 GB. Masks whose bits exceed it
             are read from their file a piece at a time; where none can be kept they are made by
@@ -123,7 +134,7 @@ def cached_pca_locality_weights(
             takes: the least is named.
         MemoryError: The memory that is there does not hold what making them takes.
     """
-    return _made(moments, sigma, alpha, threshold, memory_budget, cached=True)
+    return _made(moments, sigma, alpha, threshold, softness, memory_budget, cached=True)
 
 
 def _made(
@@ -131,6 +142,7 @@ def _made(
     sigma: float | NoiseLevel,
     alpha: float,
     threshold: float,
+    softness: float,
     memory_budget: int | str | None,
     *,
     cached: bool,
@@ -138,10 +150,11 @@ def _made(
     if not isinstance(moments, (Moments, Basis)):
         raise TypeError(f"`moments` must be Moments or a Basis, got {describe(moments)}")
     threshold = check_threshold(threshold, "threshold")
+    softness = check_softness(softness, threshold, "threshold")
     alpha, sigma = _check_level(sigma, alpha)
     memory_budget_bytes(memory_budget)
     source = MaskSource(moments, memory_budget=memory_budget)
-    return source.masks(alpha, sigma, threshold, cached=cached).weights
+    return source.masks(alpha, sigma, threshold, softness, cached=cached).weights
 
 
 def _check_level(sigma: float | NoiseLevel, alpha: float) -> tuple[float, float]:
@@ -153,3 +166,20 @@ def _check_level(sigma: float | NoiseLevel, alpha: float) -> tuple[float, float]
 def check_threshold(threshold: object, name: str) -> float:
     """A mask threshold in [0, 1)."""
     return check_real(threshold, name, low=0.0, high=1.0, below=True)
+
+
+def check_softness(softness: object, threshold: float, name: str) -> float:
+    """A softness of masks, not negative; above 0 where there are masks: at a threshold above 0.
+
+    Args:
+        softness: What is given.
+        threshold: The threshold.
+        name: What error messages call the threshold.
+    """
+    result = check_real(softness, "softness", low=0.0)
+    if result > 0 and threshold == 0:
+        raise ValueError(
+            f"`softness` must be 0 at `{name}` 0, where weights are signed values, got "
+            f"{describe(softness)}"
+        )
+    return result

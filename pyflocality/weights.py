@@ -43,6 +43,7 @@ class QueryWeights:
     Attributes:
         shape: (Q, D).
         is_mask: Whether the weights are boolean.
+        is_signed: Whether some are negative.
         is_held: Whether the weights are held, or made whenever some of them are asked for.
         bits: The rows of a mask, eight inputs a byte, the first in the highest bit.
 
@@ -53,6 +54,7 @@ class QueryWeights:
     """
 
     is_held = True
+    is_signed = False
 
     def __init__(self, weights: Tensor, *, signed: bool = False, name: str = "weights") -> None:
         name, signed = check_text(name, "name"), check_flag(signed, "signed")
@@ -69,9 +71,10 @@ class QueryWeights:
         else:
             if not torch.isfinite(weights).all():
                 raise ValueError(f"`{name}` holds NaN or infinite values")
-            if not signed and (weights < 0).any():
-                raise ValueError(f"`{name}` holds negative values")
             lowest, highest = weights.aminmax()
+            self.is_signed = bool(lowest < 0)
+            if self.is_signed and not signed:
+                raise ValueError(f"`{name}` holds negative values")
             if max(-float(lowest), float(highest)) > _LARGEST:
                 raise ValueError(
                     f"`{name}` must be at most {_LARGEST:g}, got values from {float(lowest):g} to "

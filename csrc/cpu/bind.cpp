@@ -21,6 +21,7 @@
 #include "mapped_guard.h"
 #include "masked_posterior.h"
 #include "posterior.h"
+#include "weighted_posterior.h"
 #include "window_posterior.h"
 
 namespace py = pybind11;
@@ -245,6 +246,39 @@ py::object apply_masks(const Pass& plain, const Doubles& minimum, const Doubles&
                [&](double* sums) { masked_posterior_vjp(pass, tree, answers, weights, sums); });
 }
 
+py::object scan_weights(const Pass& pass, const InputWeights& weights) {
+  if (pass.images.dim != weights.inputs_count) {
+    throw py::value_error("`images` must have as many values as the weights have inputs");
+  }
+  return scan(pass, weights.outputs, pass.values.answered(),
+              [&](const ScanResult& result) { weighted_posterior(pass, weights, result); });
+}
+
+// Inputs whose values outputs answer: one for each.
+void check_answers(const std::vector<std::uint32_t>& answers, std::size_t inputs,
+                   std::size_t outputs) {
+  if (answers.size() != outputs) {
+    throw py::value_error("`answers` must name an input for each of " + std::to_string(outputs) +
+                          " outputs, got " + std::to_string(answers.size()));
+  }
+  for (const std::uint32_t input : answers) {
+    if (input >= inputs) {
+      throw py::value_error("`answers` must name inputs below " + std::to_string(inputs) +
+                            ", got " + std::to_string(input));
+    }
+  }
+}
+
+InputWeights make_weights(const Floats& weights, const std::vector<std::uint32_t>& answers) {
+  if (weights.ndim() != 2) {
+    throw py::value_error("`weights` must have shape [Q, D], got " + shape_text(weights));
+  }
+  const std::size_t outputs = size(weights, 0), inputs = size(weights, 1);
+  check_answers(answers, inputs, outputs);
+  const py::gil_scoped_release release;
+  return input_weights(weights.data(), inputs, outputs, answers);
+}
+
 DifferenceTree make_tree(const Array<std::uint8_t>& bits, std::size_t inputs, std::size_t channels,
                          std::size_t height, std::size_t width,
                          const std::vector<std::uint32_t>& answers) {
@@ -257,16 +291,7 @@ DifferenceTree make_tree(const Array<std::uint8_t>& bits, std::size_t inputs, st
     throw py::value_error("`bits` must have a row for each output on the grid, got " +
                           shape_text(bits));
   }
-  if (!answers.empty() && answers.size() != outputs) {
-    throw py::value_error("`answers` must name an input for each of " + std::to_string(outputs) +
-                          " outputs, got " + std::to_string(answers.size()));
-  }
-  for (const std::uint32_t input : answers) {
-    if (input >= inputs) {
-      throw py::value_error("`answers` must name inputs below " + std::to_string(inputs) +
-                            ", got " + std::to_string(input));
-    }
-  }
+  if (!answers.empty()) check_answers(answers, inputs, outputs);
   const py::gil_scoped_release release;
   return build_difference_tree(bits.data(), inputs, outputs, grid, answers);
 }
@@ -355,6 +380,7 @@ void bind_passes(py::module_& module) {
   def_answering(module, "masked_posterior_vjp", &apply_masks_vjp, sums, array("minimum"),
                 array("total"), array("cotangents"), array("mean"), array("base"), keywords, tree,
                 from);
+  def_answering(module, "weighted_posterior", &scan_weights, scans, keywords, py::arg("weights"));
   def_answering(module, "filtered_posterior", &apply_masks, sums, array("minimum"), array("total"),
                 keywords, tree, py::arg("answers"), from);
 }
@@ -389,6 +415,12 @@ PYBIND11_MODULE(_C, module) {
           },
           "Sums that are formed from nothing.")
       .def_readonly("slots", &DifferenceTree::slots, "Sums kept for later at the same time.");
+  py::class_<InputWeights>(module, "InputWeights",
+                           "Weights [Q, D] of the inputs of outputs, without those of no weight.")
+      .def(py::init(&make_weights), py::arg("weights").noconvert(), py::arg("answers"))
+      .def_property_readonly(
+          "entries", [](const InputWeights& weights) { return weights.inputs.size(); },
+          "Inputs that are weighed in all, each for a block of outputs.");
   // All of it runs under the interpreter's lock.
   py::class_<MappedGuard>(module, "MappedGuard",
                           "Replaces pages of a mapped file that cannot be read by zeros.\n\n"

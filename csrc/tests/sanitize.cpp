@@ -31,6 +31,7 @@
 #include "nearest_images.h"
 #include "plain_scan.h"
 #include "plain_sums.h"
+#include "weighted_posterior.h"
 #include "window_posterior.h"
 
 namespace {
@@ -215,6 +216,32 @@ void check_masked(const Problem<Stored>& problem, const std::vector<std::size_t>
   }
 }
 
+// Weights of 0, 1 and 2, of which a query with 2 is one that compares the input twice.
+template <typename Stored>
+void check_weighted(const Problem<Stored>& problem, const std::vector<std::size_t>& threads) {
+  const std::vector<std::vector<bool>> masks = make_masks(problem.shape);
+  const std::size_t count = masks.size();
+  std::vector<float> weights(count * count);
+  std::vector<std::uint32_t> answers;
+  std::vector<Query> queries;
+  Random random(13);
+  for (std::size_t q = 0; q < count; ++q) {
+    Patch patch{{}, {q}};
+    for (std::size_t d = 0; d < count; ++d) {
+      if (!masks[q][d]) continue;
+      const std::uint32_t weight = 1 + random.below(2);
+      weights[q * count + d] = static_cast<float>(weight);
+      for (std::uint32_t k = 0; k < weight; ++k) patch.measured.emplace_back(d, d);
+    }
+    queries.push_back({patch});
+    answers.push_back(static_cast<std::uint32_t>(q));
+  }
+  const InputWeights given = input_weights(weights.data(), count, count, answers);
+  check_scan(
+      "weighted", problem, queries, threads,
+      [&](const Pass& pass, const ScanResult& result) { weighted_posterior(pass, given, result); });
+}
+
 enum class Bytes { kRandom, kSmallest, kLargest };
 
 void check_covariance(std::size_t count, std::size_t dim, Bytes kind,
@@ -273,6 +300,7 @@ void check_values(Problem<Stored> problem, const std::vector<std::size_t>& threa
   for (const std::size_t directions : {0u, 5u}) {
     if (directions > 0) problem.point(directions);
     if (directions == 0) check_masked(problem, threads);
+    if (directions == 0) check_weighted(problem, threads);
     check_window(problem, 1, threads);
     check_window_sums(problem, directions > 0 ? 1 : (inside + 1) / 2, threads);
   }
@@ -285,6 +313,7 @@ void check_scans(const Shape& shape, std::size_t count, std::size_t batch,
   check_values(problem, threads);
   check_global(problem, threads);
   check_masked(problem, threads);
+  check_weighted(problem, threads);
   check_tangents(problem, threads);
   const std::size_t inside = std::min(shape.height, shape.width);
   for (const std::size_t side : std::set<std::size_t>{1, (inside + 1) / 2, inside}) {

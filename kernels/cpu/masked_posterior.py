@@ -32,6 +32,7 @@ from pyflocality.weights import QueryWeights
 # Where passes count from: nowhere, or an image [D].
 Centre = np.ndarray | None
 
+# Schedules of masks, and weights that are none.
 _trees: WeakKeyDictionary[QueryWeights, Any] = WeakKeyDictionary()
 # Bits of the masks that are scanned together: a schedule takes several times as much.
 _BAND_BYTES = 2**26
@@ -46,6 +47,8 @@ def scan(
     problem: PosteriorProblem, weights: QueryWeights, *, instruction_set: str | None = None
 ) -> PosteriorState:
     """The state of all images."""
+    if not weights.is_mask:
+        return _scan_weighted(problem, weights, instruction_set)
 
     def run(stored: StoredProblem, rows: Tensor, centre: Centre) -> PosteriorState:
         states = []
@@ -131,6 +134,25 @@ def bands_of(image_shape: Sequence[int]) -> list[Tensor]:
     A schedule of all outputs is kept with the masks, those of bands are made for every scan.
     """
     return output_bands(image_shape, -(-math.prod(image_shape) // 8), _BAND_BYTES)
+
+
+def _scan_weighted(
+    problem: PosteriorProblem, weights: QueryWeights, instruction_set: str | None
+) -> PosteriorState:
+    """The state of all images of weights that are not negative."""
+    states, inputs = [], weights.shape[1]
+    bands = output_bands(problem.image_shape, 4 * inputs, _BAND_BYTES)
+    for outputs in bands:
+        given = _trees.get(weights) if len(bands) == 1 else None
+        if given is None:
+            dense = weights.tile(outputs).dense(torch.float32)
+            given = native_module().InputWeights(dense.numpy(), outputs.tolist())
+        if len(bands) == 1:
+            _trees[weights] = given
+        kernel = native_kernel("weighted_posterior", instruction_set, weights=given)
+        size = len(outputs) * _bytes_per_query(problem)
+        states.append((outputs, scan_values(problem, kernel, size)))
+    return joined(states)
 
 
 def scan_outputs(

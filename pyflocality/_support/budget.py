@@ -93,13 +93,25 @@ def check_given(budget: int | str | None, least: int, what: str) -> None:
     Raises:
         ValueError: The argument or the environment variable is there, and is less.
     """
-    if budget is None and "PYFLOCALITY_MEMORY_BUDGET" not in os.environ:
-        return
+    if budget is not None or "PYFLOCALITY_MEMORY_BUDGET" in os.environ:
+        check_within(budget, least, what)
+
+
+def check_within(budget: int | str | None, least: int, what: str) -> None:
+    """Refuse what a memory budget cannot hold, the default one too.
+
+    Args:
+        budget: As `memory_budget_bytes` takes it.
+        least: Bytes of working memory that are taken whatever the budget.
+        what: What takes them.
+
+    Raises:
+        ValueError: The budget is less.
+    """
     given = memory_budget_bytes(budget)
     if least > max(given, ALWAYS_ALLOWED):
-        source = (
-            " from the environment variable PYFLOCALITY_MEMORY_BUDGET" if budget is None else ""
-        )
+        is_told = budget is None and "PYFLOCALITY_MEMORY_BUDGET" in os.environ
+        source = " from the environment variable PYFLOCALITY_MEMORY_BUDGET" if is_told else ""
         raise ValueError(
             f"`memory_budget` must be at least {math.ceil(least / 2**20)}MB for {what}, got "
             f"{given} bytes{source}"

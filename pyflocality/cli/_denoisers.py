@@ -65,6 +65,7 @@ DENOISERS: dict[str, Entry] = {
         "one posterior per value, over inputs chosen by the covariance",
         {
             "threshold": "mask_threshold",
+            "softness": "softness",
             "temperature": "temperature",
             "aggregation": "aggregation",
             "loader_batch": "batch_size",
@@ -194,7 +195,7 @@ class DenoiserOptions:
         """Refuse wrong values, foreign options and backends that cannot run, before any work."""
         from pyflocality._support.budget import memory_budget_bytes
         from pyflocality._support.checks import check_count, check_positive
-        from pyflocality.masks import check_threshold
+        from pyflocality.masks import check_softness, check_threshold
 
         for option in self.given:
             if option not in self.entry.options:
@@ -206,6 +207,9 @@ class DenoiserOptions:
             _check_odd(self.given["window"])
         checks = {
             "threshold": lambda value: check_threshold(value, "threshold"),
+            "softness": lambda value: check_softness(
+                value, self.given.get("threshold", 1.0), "threshold"
+            ),
             "temperature": lambda value: check_positive(value, "temperature"),
             "loader_batch": lambda value: check_count(value, "loader_batch"),
             "memory_budget": memory_budget_bytes,

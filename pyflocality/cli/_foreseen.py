@@ -131,10 +131,13 @@ def job_of(
     levels = levels_of(sampling) if levels is None else levels
     missing = None
     if model.name == "pca-locality" and not (is_sketch or of_moments):
-        masks, threshold = _masks_of(data, model, moments)
-        kept = [one for one in dict.fromkeys(levels) if masks.has_masks(*one, threshold)]
+        masks, threshold, softness = _masks_of(data, model, moments)
+        kept = [one for one in dict.fromkeys(levels) if masks.has_masks(*one, threshold, softness)]
         missing = len(set(levels)) - len(kept)
-        if mask_share is None and looks_at_masks:
+        if mask_share is None and softness > 0:
+            # Every sum is formed afresh: the most that a share of the inputs may be.
+            mask_share = 0.5
+        elif mask_share is None and looks_at_masks:
             quick = list(dict.fromkeys(levels)) if data.num_values < CACHED_INPUTS else kept
             mask_share = _share_of(masks, threshold, quick, data.image_shape)
     batches = -(-sampling.n // batch_size(data.image_shape, sampling.steps))
@@ -164,14 +167,15 @@ def job_of(
 
 def _masks_of(
     data: TrainingSet, model: DenoiserOptions, moments: Moments | Basis | None
-) -> tuple[MaskSource, float]:
-    """What the masks of a model are made of, and their threshold; nothing is made yet."""
+) -> tuple[MaskSource, float, float]:
+    """What masks of a model are made of, their threshold and softness; nothing is made yet."""
     from pyflocality.denoisers import PCALocalityDenoiser
     from pyflocality.moments.mask_source import MaskSource
 
     denoiser = model.build(data, moments)
     assert isinstance(denoiser, PCALocalityDenoiser)
-    return MaskSource(data if moments is None else moments), denoiser.mask_threshold
+    source = MaskSource(data if moments is None else moments)
+    return source, denoiser.mask_threshold, denoiser.softness
 
 
 def _share_of(

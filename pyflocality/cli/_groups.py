@@ -26,6 +26,7 @@ _ORDER = (
         "against",
         "calibration",
         "threshold",
+        "softness",
         "window",
         "boundary",
         "temperature",

@@ -156,6 +156,13 @@ class ModelOptions(Group):
             "for MNIST, 0.02 for faces, 0.05 for CIFAR-10."
         ),
     ] = None
+    softness: Annotated[
+        float | None,
+        typer.Option(
+            help="pca-locality: power of an input's sensitivity that it counts with. 0 if not "
+            "given: inputs count whole or not at all."
+        ),
+    ] = None
     window: Annotated[
         str | None,
         typer.Option(

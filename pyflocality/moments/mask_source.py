@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyflocality._support.budget import check_given, memory_budget_bytes
+from pyflocality._support.budget import check_given, check_within, memory_budget_bytes
 from pyflocality._support.memory import check_memory
 from pyflocality._support.progress import progress_bar
 from pyflocality._support.threads import Lock
@@ -39,6 +39,7 @@ from pyflocality.moments.mask_tiles import (
     masks_by_tiles,
     masks_of,
     signed_weights_of,
+    soft_weights_of,
 )
 from pyflocality.moments.moments import Moments
 from pyflocality.moments.projector import (
@@ -116,6 +117,11 @@ def mask_bytes(values: int) -> int:
     return values * -(-values // 8)
 
 
+def soft_bytes(values: int) -> int:
+    """Bytes of the soft weights of images of D values."""
+    return 4 * values**2
+
+
 class Masks(NamedTuple):
     """Weights of a noise level, and what warnings are told by.
 
@@ -171,24 +177,37 @@ class MaskSource:
         """Whether moments or components are there."""
         return self._source is not None
 
-    def masks(self, alpha: float, sigma: float, threshold: float, *, cached: bool = True) -> Masks:
+    def masks(
+        self,
+        alpha: float,
+        sigma: float,
+        threshold: float,
+        softness: float = 0.0,
+        *,
+        cached: bool = True,
+    ) -> Masks:
         """The weights of a noise level, from the cache or made and kept there.
 
         Raises:
-            ValueError: A budget that was given is less than making them takes.
+            ValueError: A budget that was given is less than making them takes; soft weights exceed
+                the budget.
             MemoryError: The memory that is there does not hold it.
         """
+        if softness > 0:
+            return self._soft(alpha, sigma, threshold, softness, cached=cached)
         if threshold == 0:
             return self._with_told(self._signed(alpha, sigma), alpha, sigma)
         if not cached or not self._is_cached:
             return self._with_told(self._weights(alpha, sigma, threshold), alpha, sigma)
         return self._cached(self._file(alpha, sigma, threshold), alpha, sigma, threshold)
 
-    def has_masks(self, alpha: float, sigma: float, threshold: float) -> bool:
-        """Whether the masks of a noise level are in the cache."""
+    def has_masks(
+        self, alpha: float, sigma: float, threshold: float, softness: float = 0.0
+    ) -> bool:
+        """Whether the weights of a noise level are in the cache."""
         if threshold == 0 or not self._is_cached:
             return False
-        return has_blob(self._file(alpha, sigma, threshold))
+        return has_blob(self._file(alpha, sigma, threshold, softness))
 
     def projector(self, alpha: float, sigma: float, threshold: float) -> Projector:
         """The projector of a noise level."""
@@ -208,11 +227,13 @@ class MaskSource:
     def _is_cached(self) -> bool:
         return self._values >= CACHED_INPUTS
 
-    def _file(self, alpha: float, sigma: float, threshold: float) -> str:
-        """The name of masks in the cache."""
+    def _file(self, alpha: float, sigma: float, threshold: float, softness: float = 0.0) -> str:
+        """The name of weights in the cache."""
         level = [_RULE_VERSION, self.way, self._content_key, sigma, alpha, threshold]
+        if softness > 0:
+            level.append(softness)
         key = hashlib.sha256(json.dumps(level).encode()).hexdigest()[:32]
-        return f"masks/{key}.bits"
+        return f"masks/{key}.{'soft' if softness > 0 else 'bits'}"
 
     def _chosen(self) -> Way:
         if isinstance(self.given, Basis):
@@ -275,6 +296,31 @@ class MaskSource:
         if mask_bytes(self._values) <= memory_budget_bytes(self._memory_budget):
             return masks_of(projector, threshold, name=name, progress=progress).weights
         return masks_by_tiles(projector, threshold, name=name, progress=progress)
+
+    def _soft(
+        self, alpha: float, sigma: float, threshold: float, softness: float, *, cached: bool
+    ) -> Masks:
+        """Soft weights of what the masks of a noise level keep."""
+        least = soft_bytes(self._values)
+        what = f"the soft weights of {self._values} values"
+        check_within(self._memory_budget, least, what)
+        check_memory(least, what, "softness 0 keeps bits")
+        masks = self.masks(alpha, sigma, threshold, cached=cached)
+        file = self._file(alpha, sigma, threshold, softness)
+        cached = cached and self._is_cached
+        content = read_blob(file, least) if cached else None
+        if content is not None:
+            values = torch.from_numpy(content.view(np.float32).reshape(masks.weights.shape))
+            return Masks(QueryWeights(values), masks.told)
+        projector = self.projector(alpha, sigma, threshold)
+        weights = soft_weights_of(
+            projector, masks.weights, softness, name=_name(sigma), progress=self._progress
+        )
+        if cached:
+            with BlobWriter(file, least) as blob:
+                for rows in weights.dense(torch.float32).split(TILE):
+                    blob.write(rows.numpy())
+        return Masks(weights, masks.told)
 
     def _signed(self, alpha: float, sigma: float) -> QueryWeights:
         """The signed values of threshold 0."""

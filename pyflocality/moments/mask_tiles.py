@@ -202,6 +202,32 @@ def signed_weights_of(projector: Projector) -> QueryWeights:
     return QueryWeights(values, signed=True)
 
 
+def soft_weights_of(
+    projector: Projector, masks: QueryWeights, softness: float, *, name: str, progress: bool = False
+) -> QueryWeights:
+    """The weights min(1, |P_nm| / t_n)^p of the inputs n that the masks keep, float32 [D, D].
+
+    Args:
+        projector: The projector, for the threshold of the masks.
+        masks: The masks.
+        softness: p, positive.
+        name: What the progress bar calls them.
+        progress: Whether to show one.
+    """
+    divisors = projector.divisors()
+    size = len(divisors)
+    values = torch.zeros(size, size)
+    for outputs in progress_bar(_slices(size), description=name, enabled=progress):
+        band = torch.arange(outputs.start, outputs.stop)
+        kept = masks.tile(band).dense(torch.bool, divisors.device)
+        for inputs in _slices(size):
+            # Row n is output n, for an entry and its mirror image are the same.
+            tile = projector.block(outputs, inputs).abs_() / divisors[inputs]
+            tile.clamp_(max=1.0).pow_(softness)
+            values[outputs, inputs] = tile.mul_(kept[:, inputs]).float().cpu()
+    return QueryWeights(values)
+
+
 def tiles_of(projector: Projector) -> list[Pair]:
     """The tiles on and above the diagonal: those on it first, then by their bounds, descending."""
     roots = projector.diagonal.clamp(min=0.0).sqrt()

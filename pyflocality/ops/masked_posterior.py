@@ -47,8 +47,8 @@ def random_mask(size: Size, generator: torch.Generator) -> QueryWeights:
     return QueryWeights(random < size.terms / size.values**2)
 
 
-_MASKS = {"cpu": Served("mask_limits", answers_values=True), "reference": Served()}
-_SCAN = {"triton": unproven("uint8_limits"), **_MASKS}
+_WEIGHTS = {"cpu": Served("weight_limits", answers_values=True), "reference": Served()}
+_SCAN = {"triton": unproven("uint8_limits"), **_WEIGHTS}
 # The kernel's sums with tangents are those of images alone.
 _TANGENTS = {**_SCAN, "cpu": Served("mask_limits")}
 MASKED_POSTERIOR = declare(
@@ -82,7 +82,7 @@ MASKED_POSTERIOR = declare(
         answers_values=True,
         parameters=("weights",),
         check=lambda shape, weights: (square_weights(weights, math.prod(shape)),),
-        facts=lambda weights: {"is_mask": weights.is_mask},
+        facts=lambda weights: {"is_mask": weights.is_mask, "is_signed": weights.is_signed},
         inputs=_inputs,
         example=lambda size, generator: (random_mask(size, generator),),
         model="pca-locality",

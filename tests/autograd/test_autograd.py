@@ -233,7 +233,7 @@ def test_products_are_themselves_differentiable(name):
 def test_derivatives_by_the_noise_level(name):
     """By sigma and alpha with the windows, masks and patches of the level as they are."""
     denoiser, x, g = denoiser_of(name), noisy(), directions(1)[0]
-    if name == "pca_signed" or name in SLOPED:
+    if name in {"pca_signed", "pca_soft"} | SLOPED:
         for level in ("sigma", "alpha"):
             given = {"sigma": SIGMA.clone(), "alpha": ALPHA.clone()}
             given[level].requires_grad_()

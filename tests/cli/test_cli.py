@@ -80,6 +80,7 @@ def test_record_tells_settings_backends_and_time(run, source, images, tmp_path):
     assert record["denoiser"] == {
         "name": "pca-locality",
         "threshold": 0.02,
+        "softness": 0.0,
         "temperature": 1.0,
         "aggregation": "exact",
         "loader_batch": 256,

@@ -67,6 +67,7 @@ def classes() -> dict[str, Call]:
             pf.PCALocalityDenoiser,
             {
                 "mask_threshold": real(0.0, 1.0, low_open=False),
+                "softness": real(0.0, low_open=False),
                 "aggregation": choice("exact", "batch_mean"),
                 "batch_size": count(),
             },

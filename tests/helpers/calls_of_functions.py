@@ -192,6 +192,7 @@ def functions() -> dict[str, Call]:
             {
                 "moments": instance(pf.Moments), "sigma": one_level(zero=True),
                 "alpha": one_level(), "threshold": real(0, 1, low_open=False),
+                "softness": real(0.0, low_open=False),
             },
         ),
         "masks.cached_pca_locality_weights": (
@@ -200,7 +201,12 @@ def functions() -> dict[str, Call]:
             {
                 "moments": instance(pf.Moments), "sigma": one_level(zero=True),
                 "alpha": one_level(), "threshold": real(0, 1, low_open=False),
+                "softness": real(0.0, low_open=False),
             },
+        ),
+        "masks.check_softness": (
+            pf.masks.check_softness, {"softness": 0.5, "threshold": 0.5, "name": "threshold"},
+            {"softness": real(0.0, low_open=False), "threshold": None, "name": None},
         ),
         "masks.check_threshold": (
             pf.masks.check_threshold, {"threshold": 0.5, "name": "threshold"},

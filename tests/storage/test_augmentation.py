@@ -85,6 +85,7 @@ MAKERS = {
     "wiener": lambda data: pf.WienerDenoiser(data),
     "pca": lambda data, **o: pf.PCALocalityDenoiser(data, 0.1, **o),
     "pca_signed": lambda data, **o: pf.PCALocalityDenoiser(data, 0, **o),
+    "pca_soft": lambda data, **o: pf.PCALocalityDenoiser(data, 0.1, softness=0.5, **o),
     "pca_batch_mean": lambda data, **o: pf.PCALocalityDenoiser(
         data, 0.1, aggregation="batch_mean", batch_size=32, **o
     ),

@@ -246,14 +246,6 @@ def test_forward_derivatives_are_not_dropped(op, rng):
     torch.testing.assert_close(found.double(), slope, rtol=0, atol=1e-3)
 
 
-def test_soft_weights_are_left_to_the_reference(rng):
-    images = random_images(rng, 20, (1, 4, 5), torch.uint8)
-    x = noisy_batch(images, 1, 0.5, 1.0, rng)
-    soft = torch.rand(20, 20, generator=rng)
-    with pytest.raises(BackendUnavailableError, match="serves masks"):
-        masked_posterior_mean(x, images, soft, 0.5, backend="cpu")
-
-
 def test_ctrl_c_ends_a_scan(rng, ctrl_c):
     images = random_images(rng, 2000, (3, 16, 16), torch.uint8).repeat(40, 1, 1, 1)
     x = noisy_batch(images, 64, 0.5, 1.0, rng)
