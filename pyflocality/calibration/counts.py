@@ -18,6 +18,9 @@ FEWEST = 4
 # temperature and slope alone.
 SCREENED, COMPARED, RESTORED = 16, 4, 2
 
+# How often each image gets noise to be restored by whole runs.
+DRAWS = 2
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -53,12 +56,12 @@ def counts_of(levels: int, held_out: int, candidates: Sequence[Candidate], folds
     ways = levels * (levels - 1) // 2
     parts = max(len(one.leaves) for one in candidates)
     compared = sum(heats[: COMPARED + parts * (COMPARED // 2)])
-    # Each kind's first run goes on from what its families have led to, at every level; the others
-    # from the noisiest alone. A mean is of as many models.
+    # Each kind's first run goes on from what its families have led to, at every level; then all
+    # start at the noisiest. A mean is of as many models.
     runs = Counter(of_means for of_means, _ in {one.posterior for one in candidates})
     restored = sum(
         (parts * RESTORED // 2 if of_means else RESTORED) * ways
-        + (parts if of_means else 1) * (levels - 1) * (others - 1)
-        for of_means, others in runs.items()
+        + (parts if of_means else 1) * DRAWS * levels * count
+        for of_means, count in runs.items()
     )
     return Counts(levels * screened, levels * compared * (held_out - screened), restored * held_out)

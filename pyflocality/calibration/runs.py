@@ -13,7 +13,7 @@ from torch import Tensor
 from pyflocality._support.checks import NoiseLevel
 from pyflocality._support.progress import progress_bar
 from pyflocality.calibration.candidates import Candidate, Posterior
-from pyflocality.calibration.counts import COMPARED, RESTORED, screened_of_fold
+from pyflocality.calibration.counts import COMPARED, DRAWS, RESTORED, screened_of_fold
 from pyflocality.calibration.folds import Fold
 from pyflocality.calibration.record import Restored, RunTrial, Trial, simplest
 from pyflocality.calibration.trained import Trained, squared_errors
@@ -92,10 +92,6 @@ class _Images:
         """What the criterion is of."""
         return self.errors, self.energies, self.own
 
-    def of(self, place: int) -> _Images:
-        """The same of one candidate."""
-        return _Images(*(part[place : place + 1] for part in self.numbers))
-
     def told(self, comparison: Comparison) -> list[Restored]:
         """What is recorded of them."""
         errors, energies, own = (part.mean(1) for part in self.numbers)
@@ -112,13 +108,11 @@ class _Run:
         posterior: `Candidate.posterior`.
         numbers: Positions of its candidates.
         choices: Which candidate it takes at levels, by their positions.
-        images: What it restored from levels where runs differ, by their positions: [1, n] each.
     """
 
     posterior: Posterior
     numbers: Sequence[int]
     choices: dict[int, int] = field(default_factory=dict)
-    images: dict[int, _Images] = field(default_factory=dict)
 
 
 class Search:
@@ -147,8 +141,9 @@ class Search:
         self._leaders = {run.posterior[0]: run for run in reversed(self._runs)}
         self._firsts = {one.family: place for place, one in reversed([*enumerate(candidates)])}
         self._telling = True
-        # The noisiest level so far from which images can be restored, and what was seen there.
-        self._noisiest: tuple[int, _Seen] | None = None
+        # The noisiest level so far from which images can be restored.
+        self._noisiest: int | None = None
+        self._generator = generator
 
     def run(self, progress: bool) -> tuple[list[tuple[Trial, ...]], tuple[RunTrial, ...]]:
         """The trials of every level, from noise to data, and those of whole runs."""
@@ -158,20 +153,19 @@ class Search:
             self._trials(index)
             for index in progress_bar(order, description="calibrating", enabled=progress)
         ]
-        others = [run for run in self._runs if run is not self._leaders[run.posterior[0]]]
-        for run in progress_bar(others, description="whole runs", enabled=progress):
-            if self._noisiest is not None:
-                index, seen = self._noisiest
-                alone = seen.of([run.choices[index]])
-                run.images[index] = self._restored(index, alone, run.choices)
-        return trials[::-1], self._compared()
+        return trials[::-1], self._compared(progress)
 
-    def _compared(self) -> tuple[RunTrial, ...]:
+    def _compared(self, progress: bool) -> tuple[RunTrial, ...]:
         """How whole runs do; one alone where there is nothing that they could differ in."""
         told: list[Restored | None] = [None]
-        if self._noisiest is not None:
-            parts = zip(*(run.images[self._noisiest[0]].numbers for run in self._runs), strict=True)
-            images = _Images(*map(torch.cat, parts))
+        index = self._noisiest
+        if index is not None:
+            noisy = [fold.drawn(self.levels[index], DRAWS, self._generator) for fold in self.folds]
+            found = [
+                self._from(index, noisy, run.choices).numbers
+                for run in progress_bar(self._runs, description="whole runs", enabled=progress)
+            ]
+            images = _Images(*(torch.cat(part) for part in zip(*found, strict=True)))
             told = [*images.told(compared(restoration, *images.numbers))]
         order = range(len(self.levels) - 1)
         return tuple(
@@ -202,11 +196,10 @@ class Search:
             tried = self._tried(images, members, trials)
             chosen = simplest(tried).candidate
             run.choices[index] = chosen
-            run.images[index] = images.of(members.index(chosen))
             self._record(trials, tried)
         for run in self._runs:
             run.choices.setdefault(index, self._counterpart(run, index, seen))
-        self._noisiest = index, seen
+        self._noisiest = index
         return tuple(trials)
 
     def _members(self, of_means: bool, going: Sequence[int], seen: _Seen) -> list[int]:
@@ -284,12 +277,21 @@ class Search:
             # All of them together: they share the passes of the levels below.
             x = fold.noisy[index].repeat(count, 1, 1, 1)
             images = self._down(fold, index, x, answers.flatten(0, 1), choices)
-            truth = fold.images.repeat(count, 1, 1, 1)
-            energies = gradient_energy(images.clamp(-1, 1)).cpu()
-            numbers = squared_errors(images, truth), energies, gradient_energy(truth).cpu()
-            errors, energies, own = (part.reshape(count, -1) for part in numbers)
-            parts.append((errors, energies, own))
+            errors, energies, own = _numbers(images, fold.images.repeat(count, 1, 1, 1))
+            shape = count, -1
+            parts.append((errors.reshape(shape), energies.reshape(shape), own.reshape(shape)))
         return _Images(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
+
+    def _from(self, index: int, noisy: Sequence[Tensor], choices: Mapping[int, int]) -> _Images:
+        """What a run makes of several noisy states of each image, means over these: [1, n] each."""
+        parts: list[Tensor] = []
+        for fold, x in zip(self.folds, noisy, strict=True):
+            answer = fold.answer(self.candidates[choices[index]], x, self.levels[index])
+            images = self._down(fold, index, x, answer, choices)
+            truth = fold.images.repeat(DRAWS, 1, 1, 1)
+            drawn = torch.stack(_numbers(images, truth)).reshape(3, DRAWS, -1)
+            parts.append(drawn.mean(1, keepdim=True))
+        return _Images(*torch.cat(parts, dim=2))
 
     def _down(
         self, fold: Trained, index: int, x: Tensor, answer: Tensor, choices: Mapping[int, int]
@@ -302,6 +304,12 @@ class Search:
             answer = fold.answer(candidate, x, level)
             x, _ = step(_answering(answer), x, level, self.levels[below + 1])
         return x
+
+
+def _numbers(images: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Errors of restored images, their gradient energies, and the images' own: float64 [n]."""
+    energies = gradient_energy(images.clamp(-1, 1)).cpu()
+    return squared_errors(images, truth), energies, gradient_energy(truth).cpu()
 
 
 def _answering(answer: Tensor) -> DenoiserFunction:

@@ -52,7 +52,7 @@ def calibrate(
        error of the best is chosen; means have a run of their own;
     3. every other temperature and slope makes a run of the same families, over all of these levels
        together. Of the runs the simplest within one standard error of the best is chosen, by what
-       they restore from the noisiest of these levels.
+       they restore from the noisiest of these levels, where every image gets noise twice anew.
 
     What has restored images is judged by :math:`\log e + 0.05 \, |\log g|`, the less the better,
     with e the mean squared error of what is restored and g its gradient energy

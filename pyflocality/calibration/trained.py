@@ -37,6 +37,12 @@ class Trained:
         # By family.
         self._denoisers: dict[Candidate, Denoiser] = {}
 
+    def drawn(self, level: NoiseLevel, draws: int, generator: torch.Generator) -> Tensor:
+        """The images with fresh noise of a level, each several times: [draws n, C, H, W]."""
+        images = self.images.repeat(draws, 1, 1, 1)
+        noise = torch.randn(images.shape, generator=generator).to(images.device)
+        return level.alpha * images + level.sigma * noise
+
     def answers(
         self, candidates: Sequence[Candidate], x: Tensor, level: NoiseLevel
     ) -> Iterator[tuple[Candidate, Tensor]]:

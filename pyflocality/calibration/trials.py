@@ -14,9 +14,8 @@ The criterion of restored images is the logarithm of their mean squared error pl
 how far the logarithm of their mean gradient energy is from that of the images themselves. The error
 alone prefers what is too smooth: the mean of all images that are possible has half the error of
 any one of them. A twentieth is small: candidates a percent apart in error change places where their
-gradient energies are a fifth further from the images' own. More of it ranks runs less like trained
-networks do, and so does restoration from cleaner levels, where all runs restore most of the image:
-`python -m benchmarks.reproduce.criteria` measures both.
+gradient energies are a fifth further from the images' own. How weights rank whole runs beside
+trained networks tells `python -m benchmarks.reproduce.criteria`.
 """
 
 from __future__ import annotations

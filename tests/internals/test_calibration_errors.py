@@ -127,7 +127,13 @@ def test_restored_images_are_those_of_the_sampler_over_the_images_that_are_left(
 def test_whole_runs_are_those_of_the_sampler_compared_from_the_noisiest_level():
     data, schedule = training_set(), pf.KarrasSchedule(0.1, 0.35)
     found = calibrated(data, LOCAL, WARM, steps=3, schedule=schedule)
-    positions, noise = drawn(data, steps=3)
+    generator = torch.Generator().manual_seed(7)
+    positions = held_out_positions(data, generator)
+    for some in positions:
+        # What levels are calibrated by, one after the other.
+        for _ in range(3):
+            torch.randn(len(some), *SHAPE, generator=generator)
+    noise = [torch.randn(2 * len(some), *SHAPE, generator=generator) for some in positions]
     levels = [pf.NoiseLevel(level.alpha, level.sigma) for level in found.levels]
     levels.append(pf.NoiseLevel(1.0, 0.0))
     assert [run.posteriors for run in found.runs] == [((1.0, 0.0),), ((1.4, 0.0),)]
@@ -139,8 +145,8 @@ def test_whole_runs_are_those_of_the_sampler_compared_from_the_noisiest_level():
         parts = [[], [], []]
         for some, drawn_noise in zip(positions, noise, strict=True):
             rest = pf.TrainingSet(without(data, some))
-            truth = data.subset(some).values()
-            x = truth + levels[0].sigma * drawn_noise[0].float()
+            truth = data.subset(some).values().repeat(2, 1, 1, 1)
+            x = truth + levels[0].sigma * drawn_noise
             for place, number in enumerate(run.choices):
                 model = found.candidates[number].build(rest)
                 x, _ = pf.DDIM().step(model, x, levels[place], levels[place + 1])
@@ -148,7 +154,8 @@ def test_whole_runs_are_those_of_the_sampler_compared_from_the_noisiest_level():
             parts[1].append(pf.metrics.gradient_energy(x))
             parts[2].append(pf.metrics.gradient_energy(truth))
         for kept, part in zip(numbers, parts, strict=True):
-            kept.append(torch.cat(part))
+            # Of each image the mean of two.
+            kept.append(torch.cat([one.reshape(2, -1).mean(0) for one in part]))
     errors, energies, own = map(torch.stack, numbers)
     expected = compared(restoration, errors, energies, own)
     for place, run in enumerate(found.runs):
@@ -245,9 +252,9 @@ def test_temperatures_share_passes():
         restored = [level.trials[0].restored is not None for level in result.levels]
         # The noisiest image tells too little to be restored.
         assert restored == [False, True, True]
-    # At each of three levels the first images and the others, and from one a step down, by the
-    # model that either run has there.
-    assert found == [2 * 3 + 1, 2 * 3 + 2]
+    # At each of three levels the first images and the others, from one a step down, and by either
+    # run two steps.
+    assert found == [2 * 3 + 1 + 2, 2 * 3 + 1 + 4]
 
 
 def test_work_is_what_was_counted(monkeypatch):
