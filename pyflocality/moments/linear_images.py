@@ -263,8 +263,9 @@ class LinearImages:
                 for block in self._blocks(asked) if blob.takes else ():
                     blob.write(block.numpy())
             content = read_blob(name, size) if blob.kept else None
-        # Whoever replaces an entry of the cache does so by an equal one.
-        remember(content, by_name=False)
+        # Whoever replaces an entry of the cache does so by an equal one, and all who use it set its
+        # time of change.
+        remember(content, by_name=False, by_time=False)
         return content
 
     def _blocks(self, asked: _Asked) -> Iterator[Tensor]:

@@ -52,6 +52,8 @@ class MappedView:
         modified: When it was written, in nanoseconds; another time means another file, too.
         by_name: Whether another file in its place is a change of the set; whoever replaces an
             entry of the cache does so by an equal one.
+        by_time: Whether another time of change is one; of what is checked whenever it is opened,
+            every use sets it.
         start: Where the first value lies in the file.
         dtype: Dtype of the values.
         shape: Shape of the tensor.
@@ -62,6 +64,7 @@ class MappedView:
     file_size: int
     modified: int
     by_name: bool
+    by_time: bool
     start: int
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -80,7 +83,7 @@ class MappedView:
             with open(self.path, "rb") if self.by_name else open_entry(Path(self.path)) as file:
                 self._check(os.fstat(file.fileno()))
                 array = np.memmap(file, dtype, "c", self.start, (values,))
-                remember(array, file.fileno(), by_name=self.by_name)
+                remember(array, file.fileno(), by_name=self.by_name, by_time=self.by_time)
         except FileNotFoundError as error:
             raise ValueError(self._useless("is missing")) from error
         except OSError as error:
@@ -112,7 +115,14 @@ class MappedFile:
     """
 
     def __init__(
-        self, array: np.memmap, address: int, size: int, descriptor: int | None, by_name: bool
+        self,
+        array: np.memmap,
+        address: int,
+        size: int,
+        descriptor: int | None,
+        *,
+        by_name: bool,
+        by_time: bool,
     ) -> None:
         self.path = os.fspath(array.filename or "")
         self.address, self.size = address, size
@@ -123,7 +133,8 @@ class MappedFile:
             self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         else:
             self._descriptor = os.dup(descriptor)
-        self._by_name, self.lost, self.rewritten = by_name, False, False
+        self._by_name, self._by_time = by_name, by_time
+        self.lost, self.rewritten = False, False
         self._identity = identity_of(os.fstat(self._descriptor))
 
     def close(self) -> None:
@@ -151,7 +162,7 @@ class MappedFile:
         named = _identity_of_path(self.path) if self._by_name else None
         # What has the name has the contents, too, where it is the same file.
         now = before if named == before else identity_of(os.fstat(self._descriptor))
-        if now != before:
+        if now[:3] != before[:3] or (self._by_time and now != before):
             what = f"changed (it has {now[2]} bytes, and had {before[2]})"
             raise ValueError(_useless(self.path, what))
         if named is not None and named[:2] != before[:2]:
@@ -164,9 +175,8 @@ class MappedFile:
         start = self._start + part.data_ptr() - self.address
         _, _, size, modified = self._identity
         shape, strides = tuple(part.shape), part.stride()
-        return MappedView(
-            self.path, size, modified, self._by_name, start, part.dtype, shape, strides
-        )
+        known = self.path, size, modified, self._by_name, self._by_time
+        return MappedView(*known, start, part.dtype, shape, strides)
 
     def read(self, part: Tensor, buffer: Tensor) -> Tensor:
         """The values of some images, read from the file and not from the map.
@@ -314,13 +324,16 @@ def _dense_dimensions(stored: Tensor) -> int:
     return stored.ndim
 
 
-def remember(array: object, descriptor: int | None = None, *, by_name: bool = True) -> None:
+def remember(
+    array: object, descriptor: int | None = None, *, by_name: bool = True, by_time: bool = True
+) -> None:
     """Take note of an array that maps a file and holds what the file holds; not of others.
 
     Args:
         array: Any array.
         descriptor: The open file that it maps; None opens it by its name.
         by_name: Whether another file in its place is a change of the set.
+        by_time: Whether another time of change is one.
     """
     memory = getattr(array, "_mmap", None)
     if not isinstance(array, np.memmap) or memory is None:
@@ -330,7 +343,7 @@ def remember(array: object, descriptor: int | None = None, *, by_name: bool = Tr
     if address in _files:
         return
     try:
-        file = MappedFile(array, address, len(memory), descriptor, by_name)
+        file = MappedFile(array, address, len(memory), descriptor, by_name=by_name, by_time=by_time)
     except OSError:
         # Deleted by now: the map is all there is.
         return

@@ -208,6 +208,31 @@ def test_large_ones_are_made_once_and_mapped(cached):
     assert len(list(cached.iterdir())) == 1 + len(others)
 
 
+def test_uses_by_others_are_no_changes(cached):
+    """Every use of a cached file sets its time of change, that of another process too."""
+    data = training_set(60, LARGE)
+    basis = pf.Basis.from_data(data)
+    made = LinearImages(data, basis).at(0.8, 0.5)
+    (path,) = cached.iterdir()
+    before, expected = path.stat().st_mtime_ns, made.clone()
+    again = LinearImages(data, basis).at(0.8, 0.5)
+    assert path.stat().st_mtime_ns > before
+    model = pf.PatchSetDenoiser(data, 3)
+    x = torch.randn(2, *LARGE, generator=torch.Generator().manual_seed(1))
+    told = [model(x, 0.5, 0.8)]
+    for images in (made, again, pickle.loads(pickle.dumps(mapped_file(made).view(made))).open()):
+        assert torch.equal(images, expected)
+        options = {"values": images[:, None], "with_image": True}
+        told.append(pf.ops.patch_set_mean(x, data.images, 3, 0.5, 0.8, **options)[:, 0])
+        os.utime(path)
+    assert all(torch.equal(one, told[0]) for one in told)
+    # One of another size is another file.
+    with path.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ValueError, match="was changed"):
+        pf.ops.patch_set_mean(x, data.images, 3, 0.5, 0.8, values=made[:, None])
+
+
 def test_small_ones_are_made_where_they_are_used():
     data = training_set(60, LARGE)
     found = LinearImages(data, pf.Basis.from_data(data)).at(0.8, 0.5)
