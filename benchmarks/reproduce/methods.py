@@ -70,11 +70,11 @@ METHODS: dict[str, Method] = {
         "patch set, locally linear", calibrated="patch-set", needs_moments=True
     ),
     "mixture": Method(
-        "mean of PCA locality and patch set, locally linear",
+        "mean of both, locally linear",
         calibrated="patch-set",
         needs_moments=True,
     ),
-    "calibrated": Method("calibrated, without networks", needs_moments=True),
+    "calibrated": Method("calibrated", needs_moments=True),
     "multiscale": Method("multi-scale"),
     "nearest": Method("nearest training image"),
 }
