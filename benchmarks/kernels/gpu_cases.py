@@ -87,6 +87,7 @@ def gpu_cases(few: bool = False) -> list[Case]:
         *_derivatives(),
         *_digits(),
         *uniform[:early],
+        _case("masked_posterior", "cifar", ("matmul",), softness=0.5),
         *patches[1:4],
         *windows[1:],
         patch_set,

@@ -39,6 +39,7 @@ class Case:
         data: Name of the set, where there are several.
         boundary: Border rule of the equivariant posterior.
         density: Share of inputs in a square mask around each output; None takes PCA masks.
+        softness: That of PCA masks.
         precision: "exact", or "auto" to permit coarser arithmetic.
         seconds: Longest time to spend on timing, where the rounds are not counted.
     """
@@ -60,6 +61,7 @@ class Case:
     data: str | None = None
     boundary: str = "circular"
     density: float | None = None
+    softness: float = 0.0
     precision: Literal["exact", "auto"] = "exact"
     seconds: float = 6.0
 
@@ -81,6 +83,7 @@ class Case:
             words += [] if value is None else [f"{letter}{value}"]
         words += [self.boundary] if self.data and self.op == "equivariant_posterior" else []
         words += [f"density{self.density:g}"] if self.density else []
+        words += [f"soft{self.softness:g}"] if self.softness else []
         words += [f"K{self.tangents}"] if self.tangents else []
         words += [f"T{self.threads}"] if self.threads is not None else []
         words += [self.precision] if self.precision != "exact" else []

@@ -96,7 +96,7 @@ class BenchmarkSet:
         self.images, self.name = images.contiguous(), name
         self.threshold, self.backend = threshold, backend
         self.preparation: dict[str, float] = {}
-        self._weights: dict[int, QueryWeights] = {}
+        self._weights: dict[tuple[int, float], QueryWeights] = {}
         self._cropped: dict[int, BenchmarkSet] = {}
 
     @classmethod
@@ -162,16 +162,18 @@ class BenchmarkSet:
         """(alpha, sigma) at a time of the linear schedule with T = 1000."""
         return SCHEDULE(timestep)
 
-    def weights(self, timestep: int) -> QueryWeights:
-        """Masks of the PCA-locality model, from the moments of all images."""
-        if timestep not in self._weights:
+    def weights(self, timestep: int, softness: float = 0.0) -> QueryWeights:
+        """Masks of the PCA-locality model, from the moments of all images; or soft weights."""
+        key = timestep, softness
+        if key not in self._weights:
             alpha, sigma = self.level(timestep)
             moments = self.moments
-            self._weights[timestep] = self._timed(
-                f"masks t={timestep}",
-                lambda: pca_locality_weights(moments, sigma, alpha, self.threshold),
+            name = f"masks t={timestep}" + (f" soft{softness:g}" if softness else "")
+            self._weights[key] = self._timed(
+                name,
+                lambda: pca_locality_weights(moments, sigma, alpha, self.threshold, softness),
             )
-        return self._weights[timestep]
+        return self._weights[key]
 
     def square_masks(self, density: float) -> QueryWeights:
         """Masks of square windows, all channels, of about this density on average."""

@@ -43,7 +43,7 @@ class MaskedWorkload(PosteriorWorkload):
     def __init__(self, case: Case, data: BenchmarkSet, interpreted: bool = False) -> None:
         super().__init__(case, data, interpreted)
         if case.density is None:
-            self.weights = data.weights(self.timestep)
+            self.weights = data.weights(self.timestep, case.softness)
         else:
             self.weights = data.square_masks(case.density)
         on_cpu = case.backend == "cpu"

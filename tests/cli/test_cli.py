@@ -23,6 +23,17 @@ from pyflocality.backends import configuration
 pytestmark = pytest.mark.filterwarnings("ignore:.* images are too few for:UserWarning")
 
 
+def test_generate_takes_a_softness(run, source, images, tmp_path):
+    options = ("--threshold", 0.1, "--softness", 0.5, "--seed", 5)
+    assert run(*small(source, tmp_path, *options))[0] == 0
+    denoiser = pf.PCALocalityDenoiser(pf.TrainingSet(images), 0.1, softness=0.5)
+    noise = torch.Generator().manual_seed(5)
+    result = pf.sample(denoiser, 3, steps=4, generator=noise, progress=False)
+    assert (np.load(tmp_path / "samples.npy") == result.images.numpy()).all()
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["denoiser"]["softness"] == 0.5
+
+
 def test_generate_writes_what_the_library_computes(run, source, images, tmp_path):
     out = tmp_path / "new" / "out"
     code, stdout, stderr = run(*small(source, out, "--threshold", 0.1, "--seed", 5))

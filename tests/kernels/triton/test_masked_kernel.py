@@ -10,6 +10,7 @@ import pytest
 import torch
 from truth import filtered_posterior_mean, random_images
 
+import pyflocality as pf
 from pyflocality.kernels.triton import _masked_products, _masked_softmax
 from pyflocality.kernels.triton._centred_images import centred_images
 from pyflocality.kernels.triton._masked_plan import CONFIGS, FEW_CONFIGS
@@ -203,6 +204,20 @@ def test_masks_without_inputs_give_the_mean(device, rng):
     for sigma in (0.0, 0.3, 1e6):
         found = answer(device, x, images, weights, sigma, precision="auto")
         torch.testing.assert_close(found, mean, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("softness", [0.5, 2.0])
+def test_soft_masks(softness, device, rng):
+    images = random_images(rng, 300, (3, 6, 6), torch.uint8)
+    images[..., 1:] = images[..., :-1] // 2 + images[..., 1:] // 2
+    moments = pf.Moments.from_data(images)
+    weights = pf.masks.pca_locality_weights(moments, 0.4, 0.9, 0.05, softness)
+    assert not weights.is_mask
+    x = noisy_batch(images, 3, 0.4, 0.9, rng)
+    found = answer(device, x, images, weights, 0.4, 0.9)
+    exact = exact_answer(x, images, weights, 0.4, 0.9)
+    # Weights of two float16 halves, 22 bits, where sums of squares over 2 sigma^2 are some hundred.
+    torch.testing.assert_close(found, exact, rtol=0, atol=3e-5)
 
 
 def test_weights_that_are_no_masks(device, rng, launches):
