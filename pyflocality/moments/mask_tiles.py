@@ -216,7 +216,7 @@ def soft_weights_of(
     """
     divisors = projector.divisors()
     size = len(divisors)
-    values = torch.zeros(size, size)
+    values = torch.zeros(size, size, dtype=torch.float32)
     for outputs in progress_bar(_slices(size), description=name, enabled=progress):
         band = torch.arange(outputs.start, outputs.stop)
         kept = masks.tile(band).dense(torch.bool, divisors.device)
