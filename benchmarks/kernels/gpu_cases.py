@@ -85,6 +85,7 @@ def gpu_cases(few: bool = False) -> list[Case]:
         *_coarser([*masked, ddim]),
         *(sums[0], whole[0], patches[0], windows[0]),
         *_derivatives(),
+        *_values(),
         *_digits(),
         *uniform[:early],
         _case("masked_posterior", "cifar", ("matmul",), softness=0.5),
@@ -174,6 +175,14 @@ def _derivatives() -> list[Case]:
         ),
         _cuda("window_posterior_jvp", plain, window=7, tangents=8),
         _cuda("window_posterior_vjp", plain, window=7, tangents=1),
+    ]
+
+
+def _values() -> list[Case]:
+    """A value image beside each training image, beside the same without it."""
+    return [
+        _case(f"{op}_posterior", "cifar", ("without_values",), value_images=1)
+        for op in ("masked", "global")
     ]
 
 

@@ -30,6 +30,7 @@ class Case:
         window: Side of the window.
         side: Side of the middle that images are cut to; None takes them whole.
         tangents: Directions K of a derivative.
+        value_images: Value images R of each training image, answered beside it.
         threads: torch threads; None leaves them as they are.
         yardsticks: Names of what runs in turns with it, see `workloads`.
         eager_images: Images that an eager yardstick is timed on; its time is scaled to N.
@@ -52,6 +53,7 @@ class Case:
     window: int | None = None
     side: int | None = None
     tangents: int = 0
+    value_images: int = 0
     threads: int | None = None
     yardsticks: tuple[str, ...] = ()
     eager_images: int = 512
@@ -85,6 +87,7 @@ class Case:
         words += [f"density{self.density:g}"] if self.density else []
         words += [f"soft{self.softness:g}"] if self.softness else []
         words += [f"K{self.tangents}"] if self.tangents else []
+        words += [f"R{self.value_images}"] if self.value_images else []
         words += [f"T{self.threads}"] if self.threads is not None else []
         words += [self.precision] if self.precision != "exact" else []
         return "/".join([*([self.suite] if self.suite else []), *self.kind, "-".join(words)])

@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -105,7 +106,15 @@ class Workload(ABC):
     def size(self) -> Size:
         """What the operation runs on."""
         case = self.case
-        return Size(len(self.images), self.shape, case.batch, case.tangents, case.window or 1)
+        return Size(
+            len(self.images),
+            self.shape,
+            case.batch,
+            case.tangents,
+            case.window or 1,
+            value_images=case.value_images,
+            with_image=case.value_images > 0,
+        )
 
     def work(self) -> Work | None:
         """Operations and bytes of one run, as declared; None for what is no single operation."""
@@ -199,6 +208,14 @@ class PosteriorWorkload(Workload):
         """What the operation takes between the images and the noise level."""
         return ()
 
+    @cached_property
+    def value_images(self) -> Tensor:
+        """Value images of the training images, float32 [N, R, C, H, W]."""
+        device = self.images.device
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (len(self.images), self.case.value_images, *self.shape)
+        return 0.5 * torch.randn(shape, generator=generator, device=device)
+
     def neighbours(self) -> int:
         """Inputs of the largest neighbourhood."""
         return self.values
@@ -231,6 +248,8 @@ class PosteriorWorkload(Workload):
         if self.directions is not None:
             name, given = self.case.op, [x, self.directions.to(x.dtype)]
         level, options = (self.sigma, self.alpha), {"backend": backend, **self.options()}
+        if self.case.value_images:
+            options |= {"values": self.value_images[: len(images)], "with_image": True}
         result = getattr(ops, name)(*given, images, *self.arguments(), *level, **options)
         return result if isinstance(result, tuple) else (result,)
 
@@ -275,6 +294,11 @@ class PosteriorWorkload(Workload):
     def pair_terms(self) -> int | None:
         """Multiply-adds for a pair of a noisy and a training image."""
         return None
+
+    def _beside_without_values(self) -> Yardstick:
+        twin = copy.copy(self)
+        twin.case = replace(self.case, value_images=0)
+        return Yardstick(twin.run, 1.0, "the same operation without value images")
 
     def _beside_no_tangents(self) -> Yardstick:
         return Yardstick(self.plain().run, 1.0, "the same operation without tangents")

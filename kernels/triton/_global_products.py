@@ -54,6 +54,7 @@ class Config:
             are integers, so the bits are the same.
         sum_n: Images of a step of the second pass.
         sum_d: Values of a program of the second pass.
+        value_d: The same of value images, whose numbers take four times the registers.
         weighted: Layout of the second pass.
     """
 
@@ -64,12 +65,13 @@ class Config:
     odd: Launch
     sum_n: int
     sum_d: int
+    value_d: int
     weighted: Launch
 
 
 CONFIGS = {
-    80: Config(64, 128, Launch(4, 4), 64, Launch(8, 3), 32, 128, Launch(4, 3)),
-    90: Config(64, 128, Launch(4, 4), 64, Launch(8, 3), 32, 128, Launch(4, 3)),
+    80: Config(64, 128, Launch(4, 4), 64, Launch(8, 3), 32, 128, 64, Launch(4, 3)),
+    90: Config(64, 128, Launch(4, 4), 64, Launch(8, 3), 32, 128, 64, Launch(4, 3)),
 }
 
 
@@ -130,13 +132,30 @@ def distances_kernel(
 
 
 @triton.jit
+def added_products(weight, stored, sums):
+    """Sums [QUERIES, BLOCK_D] and weights [QUERIES, BLOCK_N] times a block of images.
+
+    Of bytes u they are those of u - 128, exact in float16, with two halves of every weight. Value
+    images are float32 numbers: three products of their halves in TF32 keep 22 bits as well.
+    """
+    if stored.dtype == tl.uint8:
+        centred = (stored.to(tl.float32) - 128.0).to(tl.float16)
+        upper = weight.to(tl.float16)
+        sums = tl.dot(upper, centred, sums)
+        sums = tl.dot((weight - upper.to(tl.float32)).to(tl.float16), centred, sums)
+    else:
+        sums = tl.dot(weight, stored, sums, input_precision="tf32x3")
+    return sums
+
+
+@triton.jit
 def weighted_sums_kernel(
-    images_ptr,  # uint8 [N, D]
+    images_ptr,  # uint8 [N, D], or value images, float32
     distances_ptr,  # float32 [G * QUERIES, N]
     minimum_ptr,  # smallest distance of each query, float32 [G * QUERIES]
     factor_ptr,  # float32 [G * QUERIES]
     total_ptr,  # results, float32 [splits, G * QUERIES]
-    weighted_ptr,  # sums of weight * (u - 128), float32 [splits, G * QUERIES, D]
+    weighted_ptr,  # sums of weight * (u - 128) or value, float32 [splits, G * QUERIES, D]
     count,
     dim,
     split_images,
@@ -179,10 +198,7 @@ def weighted_sums_kernel(
             mask=here[:, None] & inside[None, :],
             other=0,
         )
-        centred = (stored.to(tl.float32) - 128.0).to(tl.float16)
-        upper = weight.to(tl.float16)
-        sums = tl.dot(upper, centred, sums)
-        sums = tl.dot((weight - upper.to(tl.float32)).to(tl.float16), centred, sums)
+        sums = added_products(weight, stored, sums)
     row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) * QUERIES + query
     if tl.program_id(0) == 0:
         tl.store(total_ptr + row, total)
@@ -192,9 +208,9 @@ def weighted_sums_kernel(
 
 @triton.jit
 def coefficient_sums_kernel(
-    images_ptr,  # uint8 [N, D]
+    images_ptr,  # uint8 [N, D], or value images, float32
     coefficients_ptr,  # float32 [G * QUERIES, N], at most 2^15
-    sums_ptr,  # result, sums of coefficient * (u - 128), float32 [splits, G * QUERIES, D]
+    sums_ptr,  # result, sums of coefficient * (u - 128) or value, float32 [splits, G * QUERIES, D]
     count,
     dim,
     split_images,
@@ -233,10 +249,7 @@ def coefficient_sums_kernel(
             mask=here[:, None] & inside[None, :],
             other=0,
         )
-        centred = (stored.to(tl.float32) - 128.0).to(tl.float16)
-        upper = coefficient.to(tl.float16)
-        sums = tl.dot(upper, centred, sums)
-        sums = tl.dot((coefficient - upper.to(tl.float32)).to(tl.float16), centred, sums)
+        sums = added_products(coefficient, stored, sums)
     line = tl.program_id(2).to(tl.int64) * tl.num_programs(1) * QUERIES + row
     place = line[:, None] * dim + value[None, :]
     tl.store(sums_ptr + place, sums, mask=inside[None, :])
@@ -327,10 +340,10 @@ def distances_of(
 def weighted_sums(
     images: Tensor, distances: Tensor, factor: Tensor, split: int, config: Config
 ) -> PosteriorState:
-    """States of the splits of some images: [S, R], [S, R] and, of u - 128, [S, R, D].
+    """States of the splits of some images: [S, R], [S, R] and, of u - 128 or values, [S, R, D].
 
     Args:
-        images: Bytes [n, D].
+        images: Bytes [n, D], or value images, float32.
         distances: What `distances_of` answers, [R, n].
         factor: Factors of the distances in the power of two, [R].
         split: Images of a split.
@@ -343,7 +356,8 @@ def weighted_sums(
     assert all(tensor.is_contiguous() for tensor in (images, minimum, factor))
     total = torch.empty(splits, rows, device=images.device)
     weighted = torch.empty(splits, rows, dim, device=images.device)
-    weighted_sums_kernel[(triton.cdiv(dim, config.sum_d), rows // QUERIES, splits)](
+    constants = _sum_constants(config, images)
+    weighted_sums_kernel[(triton.cdiv(dim, constants["BLOCK_D"]), rows // QUERIES, splits)](
         images_ptr=images,
         distances_ptr=distances,
         minimum_ptr=minimum,
@@ -354,13 +368,13 @@ def weighted_sums(
         dim=dim,
         split_images=split,
         WEIGHT_UNIT=WEIGHT_UNIT,
-        **_sum_constants(config),
+        **constants,
     )
     return PosteriorState(minimum.expand(splits, rows).contiguous(), total, weighted)
 
 
 def coefficient_sums(images: Tensor, coefficients: Tensor, config: Config) -> Tensor:
-    """Sums of coefficients [R, n] times u - 128 over some images, float64 [R, D]."""
+    """Sums of coefficients [R, n] times u - 128, or values, of some images, float64 [R, D]."""
     count, dim = images.shape
     exponent = _EXPONENT - torch.frexp(coefficients.abs().amax(1)).exponent
     unit = torch.ldexp(torch.ones_like(coefficients[:, 0]), exponent.clamp(max=120))
@@ -369,14 +383,16 @@ def coefficient_sums(images: Tensor, coefficients: Tensor, config: Config) -> Te
     assert images.is_contiguous() and scaled.is_contiguous()
     splits, split = splits_of(count, dim, config)
     partials = torch.empty(splits, len(scaled), dim, device=images.device)
-    coefficient_sums_kernel[(triton.cdiv(dim, config.sum_d), len(scaled) // QUERIES, splits)](
+    constants = _sum_constants(config, images)
+    grid = (triton.cdiv(dim, constants["BLOCK_D"]), len(scaled) // QUERIES, splits)
+    coefficient_sums_kernel[grid](
         images_ptr=images,
         coefficients_ptr=scaled,
         sums_ptr=partials,
         count=count,
         dim=dim,
         split_images=split,
-        **_sum_constants(config),
+        **constants,
     )
     # One split after the other, in a fixed order.
     whole = partials[0].double()
@@ -385,11 +401,11 @@ def coefficient_sums(images: Tensor, coefficients: Tensor, config: Config) -> Te
     return whole[: len(coefficients)] / unit.double()[:, None]
 
 
-def _sum_constants(config: Config) -> dict[str, int]:
+def _sum_constants(config: Config, images: Tensor) -> dict[str, int]:
     return {
         "QUERIES": QUERIES,
         "BLOCK_N": config.sum_n,
-        "BLOCK_D": config.sum_d,
+        "BLOCK_D": config.sum_d if images.dtype == torch.uint8 else config.value_d,
         "NUM_STAGES": config.weighted.num_stages,
         **config.weighted.options(),
     }

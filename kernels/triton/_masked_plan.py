@@ -61,10 +61,17 @@ FEW_CONFIGS = {
 JVP_CONFIGS = CONFIGS | {80: replace(CONFIGS[80], block_n=64, split_blocks=16)}
 
 
-def config_for(count: int, arch: int) -> Config:
-    """Shapes for a number of noisy images: no rows without one where fewer rows hold them all."""
+# Value images that the shapes for few noisy images have registers for.
+_FEW_VALUES = 2
+
+
+def config_for(count: int, arch: int, values: int = 0) -> Config:
+    """Shapes for a number of noisy images: no rows without one where fewer rows hold them all.
+
+    With more value images, of which `values` tells how many there are, registers would not do.
+    """
     few = FEW_CONFIGS[arch]
-    return few if count <= few.batch else CONFIGS[arch]
+    return few if count <= few.batch and values <= _FEW_VALUES else CONFIGS[arch]
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ class ScanSizes:
         dim: Values of an image.
         columns: Columns of the copy of the images.
         held_bytes: What is there throughout: the levels, and the queries.
+        value_bytes: Bytes of the value images of an image; 0 without any.
         chunk_size: Training images at a time; None leaves it to the budget.
     """
 
@@ -97,6 +105,7 @@ class ScanSizes:
     dim: int
     columns: int
     held_bytes: int
+    value_bytes: int = 0
     chunk_size: int | None = None
 
     @property
@@ -129,7 +138,7 @@ class ScanSizes:
         state = 4 * (2 + self.sums) * groups * self.places * self.group_images
         size = math.ceil(state / self.config.split)
         size += 4 * self.places_above * groups * self.config.batch
-        size += 0 if copied else 2 * self.dim
+        size += self.value_bytes + (0 if copied else 2 * self.dim)
         return size + (0 if has_norms else 4 * (self.places + self.places_above))
 
     def slice_width(self, room: int, groups: int, *, copied: bool, has_norms: bool) -> int:

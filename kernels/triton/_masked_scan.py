@@ -42,6 +42,23 @@ def sums_over_weights(levels: MaskLevels, values: Tensor) -> Tensor:
     return torch.cat(sums, 1)
 
 
+def value_columns(values: Tensor, first: int, last: int) -> Tensor:
+    """Value images [N, R, C, H, W] of some columns of the images, [R, D, last - first].
+
+    They lie as the copy of the images does; columns past the last image are zero.
+    """
+    count, dim = values.shape[1], values[0, 0].numel()
+    result = torch.empty(count, dim, last - first, device=values.device)
+    step = max(1, _ELEMENTS_AT_A_TIME // (count * dim))
+    some = values[first:last]
+    # A view whose images lie apart is copied a few images at a time.
+    for start in range(0, len(some), step):
+        block = some[start : start + step].flatten(2)
+        result[..., start : start + len(block)] = block.permute(1, 2, 0)
+    result[..., len(some) :] = 0.0
+    return result
+
+
 class MaskedScan:
     """One scan of all images for some noisy images at one precision.
 
@@ -54,9 +71,6 @@ class MaskedScan:
         tangents: Further queries of each noisy image, float64 [n, T, D]; 1 + T divides the
             queries of a program. None is none.
     """
-
-    # Weighted sums of an output of a noisy image.
-    sums = 1
 
     def __init__(
         self,
@@ -71,6 +85,9 @@ class MaskedScan:
         self.images, self.levels, self.config, self.halves = images, levels, config, halves
         self.budget = memory_budget_bytes(problem.memory_budget)
         self.chunk_size = problem.chunk_size
+        self.values, self.has_image = problem.values, problem.answers_image
+        # Weighted sums of an output of a noisy image.
+        self.sums = problem.answered
         queries = centred_noisy(problem, images.centre)[:, None]
         if tangents is not None:
             queries = torch.cat([queries, tangents], 1)
@@ -107,6 +124,7 @@ class MaskedScan:
             dim=self.images.dim,
             columns=self.images.columns,
             held_bytes=self.levels.nbytes + self.queries.nbytes,
+            value_bytes=0 if self.values is None else self.values[0].nbytes,
             chunk_size=self.chunk_size,
         )
 
@@ -185,10 +203,11 @@ class MaskedScan:
         first, last = chosen.start, chosen.stop
         columns = self.images.columns_of(first, last) if whole is None else whole[:, chosen]
         norms = self._norms(columns, first) if norms is None else norms[:, chosen]
+        values = None if self.values is None else value_columns(self.values, first, last)
         for index, some in enumerate(group_slices):
             # Without a name here, the queries of one slice are gone before those of the next.
             states[index] = self._scan(
-                columns, norms, packed or self._packed(some), some, states[index]
+                columns, norms, values, packed or self._packed(some), some, states[index]
             )
 
     def _packed(self, some: slice) -> list[Tensor]:
@@ -198,6 +217,7 @@ class MaskedScan:
         self,
         columns: Tensor,
         norms: Tensor,
+        values: Tensor | None,
         packed: list[Tensor],
         some: slice,
         state: PosteriorState,
@@ -209,6 +229,7 @@ class MaskedScan:
         partials = self.weigh(
             (level.tiles, len(packed[0]), triton.cdiv(blocks, config.split_blocks)),
             some,
+            values,
             images_ptr=columns,
             queries_ptr=packed[0],
             cores_ptr=self.gain if cores is None else cores,
@@ -230,18 +251,34 @@ class MaskedScan:
         per_row = self.factor[some][:, None].expand(-1, self.places, -1)
         return merge_partials(state, partials, per_row.reshape(-1).contiguous())
 
-    def weigh(self, grid: tuple[int, int, int], some: slice, **arguments: object) -> PosteriorState:
-        """Run the scan's kernel for some groups: the states of all splits."""
+    def weigh(
+        self,
+        grid: tuple[int, int, int],
+        some: slice,
+        values: Tensor | None,
+        **arguments: object,
+    ) -> PosteriorState:
+        """Run the scan's kernel for some groups: the states of all splits.
+
+        Values are those of the columns, as `value_columns` answers them, or None.
+        """
         shape = (grid[2], grid[1] * self.places * self.group_images)
-        minimum, total, weighted = (torch.empty(shape, device=self.gain.device) for _ in range(3))
+        minimum, total = (torch.empty(shape, device=self.gain.device) for _ in range(2))
+        weighted = torch.empty(*shape, self.sums, device=self.gain.device)
         kernels.masked_scan_kernel[grid](
             minimum_ptr=minimum,
             total_ptr=total,
             weighted_ptr=weighted,
+            values_ptr=self.gain if values is None else values,
+            stride_value=0 if values is None else values.stride(1),
+            dim=self.images.dim,
+            VALUES=self.sums - self.has_image,
+            HAS_IMAGE=self.has_image,
+            SLOTS=triton.next_power_of_2(max(1, self.sums - self.has_image)),
             BATCH=self.config.batch,
             **arguments,
         )
-        return PosteriorState(minimum, total, weighted[..., None])
+        return PosteriorState(minimum, total, weighted)
 
     def _by_output(self, states: list[PosteriorState]) -> PosteriorState:
         """The states of all groups by noisy image and output, [n, Q] and [n, Q, sums]."""
@@ -286,8 +323,14 @@ class TangentScan(MaskedScan):
         offsets = offsets[..., levels.queries] * self.unit[..., None] / row_scale
         self._offset = self.grouped(offsets, 0.0).permute(0, 3, 1, 2).contiguous()
 
-    def weigh(self, grid: tuple[int, int, int], some: slice, **arguments: object) -> PosteriorState:
-        """Run the scan's kernel for some groups: the states of all splits."""
+    def weigh(
+        self,
+        grid: tuple[int, int, int],
+        some: slice,
+        values: Tensor | None,
+        **arguments: object,
+    ) -> PosteriorState:
+        """Run the scan's kernel for some groups, without values: the states of all splits."""
         shape = (grid[2], grid[1] * self.places * self.group_images)
         minimum = torch.empty(shape, device=self.gain.device)
         sums = torch.empty(*shape, self.sums, device=self.gain.device)

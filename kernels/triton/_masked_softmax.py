@@ -22,12 +22,13 @@ def masked_scan_kernel(
     cores_ptr,  # sums of the level above, float32 [G, places above, BATCH, columns]
     norms_ptr,  # float32 [tiles * 16, columns]
     outputs_ptr,  # output at each place, int32 [tiles * 16]
+    values_ptr,  # value images, float32 [VALUES, D, columns]
     row_scale_ptr,  # float32 [tiles * 16]
     gain_ptr,  # factor of the products in a distance, float32 [G * BATCH]
     factor_ptr,  # factor of a distance in the power of two, float32 [G * BATCH]
     minimum_ptr,  # results, float32 [splits, G, tiles * ROWS]
     total_ptr,
-    weighted_ptr,
+    weighted_ptr,  # [splits, G, tiles * ROWS, HAS_IMAGE + VALUES]
     blocks,
     places_above,
     column_blocks,
@@ -35,8 +36,13 @@ def masked_scan_kernel(
     stride_image,
     stride_norm,
     stride_sum,
+    stride_value,
+    dim,
     HAS_PARENTS: tl.constexpr,
     HALVES: tl.constexpr,
+    VALUES: tl.constexpr,
+    HAS_IMAGE: tl.constexpr,
+    SLOTS: tl.constexpr,  # VALUES or more, a power of two
     OUTPUTS: tl.constexpr,
     BATCH: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -46,7 +52,8 @@ def masked_scan_kernel(
     """Posterior scan of one split of the images for a tile of outputs and a group of queries.
 
     A distance is norm - gain * product, up to a term that all images share. Columns without an
-    image have an infinite norm and so no weight.
+    image have an infinite norm and so no weight. With the weights of a block at hand its VALUES
+    value images are summed, beside the image or in its place.
 
     Grid: (tiles, G, splits); each program handles 16 outputs of BATCH noisy images over
     `split_blocks` blocks of BLOCK_N training images. Tiles vary fastest: programs that run
@@ -68,6 +75,10 @@ def masked_scan_kernel(
     minimum = tl.full((OUTPUTS, BATCH), float("inf"), tl.float32)
     total = tl.zeros((OUTPUTS, BATCH), tl.float32)
     weighted = tl.zeros((OUTPUTS, BATCH), tl.float32)
+    if VALUES > 0:
+        slot = tl.arange(0, SLOTS)
+        further = tl.zeros((OUTPUTS, BATCH, SLOTS), tl.float32)
+        output = tl.load(outputs_ptr + place).to(tl.int64)
     start = tl.program_id(2) * split_blocks
     for column_block in range(start, min(start + split_blocks, column_blocks)):
         column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -98,16 +109,31 @@ def masked_scan_kernel(
         # and the nearest images still weigh exactly 1.
         weight = tl.exp2((smaller[:, :, None] - distance) * factor[:, :, None])
         decay = tl.exp2((smaller - minimum) * factor)
-        value = tl.load(value_line[:, None] + column[None, :]).to(tl.float32)
         total = total * decay + tl.sum(weight, axis=2)
-        weighted = weighted * decay + tl.sum(weight * value[:, None, :], axis=2)
+        if HAS_IMAGE:
+            value = tl.load(value_line[:, None] + column[None, :]).to(tl.float32)
+            weighted = weighted * decay + tl.sum(weight * value[:, None, :], axis=2)
+        if VALUES > 0:
+            further *= decay[:, :, None]
+            # No unrolled loop: with the values of several images at hand registers run out.
+            for image_value in tl.range(VALUES, num_stages=1):
+                line = values_ptr + (output + image_value * dim) * stride_value
+                value = tl.load(line[:, None] + column[None, :])
+                here = tl.sum(weight * value[:, None, :], axis=2)
+                own = (slot == image_value)[None, None, :]
+                further += tl.where(own, here[:, :, None], 0.0)
         minimum = smaller
     split_group = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + group
     row = tl.arange(0, OUTPUTS)[:, None] * BATCH + tl.arange(0, BATCH)[None, :]
     state = (split_group * tl.num_programs(0) + tile) * ROWS + row
     tl.store(minimum_ptr + state, minimum)
     tl.store(total_ptr + state, total)
-    tl.store(weighted_ptr + state, weighted)
+    sums = weighted_ptr + state * (HAS_IMAGE + VALUES)
+    if HAS_IMAGE:
+        tl.store(sums, weighted)
+    if VALUES > 0:
+        place_of_value = sums[:, :, None] + (HAS_IMAGE + slot)[None, None, :]
+        tl.store(place_of_value, further, mask=(slot < VALUES)[None, None, :])
 
 
 @triton.jit

@@ -12,6 +12,10 @@ queries are one noisy image with up to 7 tangents, or two with up to 3, or four 
 the epilogue knows: it takes the weights from the first query of each noisy image, and sums c and
 c v with them for the others. Values and c are counted from x / alpha, cut to the range of images:
 where noise is small all but the digits of their differences would cancel from a covariance.
+
+Value images take part in the epilogue alone: the weights of a block of images are multiplied with
+the block's values, float32 numbers that are transposed a slice of the images at a time. There is
+no such centre for them, so that derivatives of what they answer are the reference's.
 """
 
 from __future__ import annotations
@@ -59,7 +63,8 @@ def scan(
         problem: float32 queries against uint8 images. Precision "exact" splits every query in
             two float16 halves, which is as accurate as float32. "auto" takes one half where
             `rounding_error` stays below 1e-3, which is so at high noise, where masks are dense
-            and the time goes. It decides for each noisy image alone, from its noise level.
+            and the time goes. It decides for each noisy image alone, from its noise level. Value
+            images, which may be of any size, are answered "exact" either way.
         weights: Masks, or real weights (each kept as two float16 halves, 22 bits).
         config: Shapes of the kernels; None takes those shipped for the device and the batch.
     """
@@ -82,13 +87,14 @@ def _scan(
     """The state of some outputs."""
     stored, device = StoredProblem(problem), problem.x.device
     exact = torch.ones(len(problem.x), dtype=torch.bool, device=device)
-    if problem.precision == "auto":
+    if problem.precision == "auto" and problem.values is None:
         exact = rounding_error(problem, images.variance, levels.strongest) > TOLERANCE
-    result = init(len(exact), len(levels.weights), 1, exact.double())
+    result = init(len(exact), len(levels.weights), problem.answered, exact.double())
     for halves, chosen in ((1, ~exact), (2, exact)):
         rows = chosen.nonzero().flatten()
         if len(rows):
-            shapes = config or config_for(len(rows), generation(device))
+            values = 0 if problem.values is None else problem.values.shape[1]
+            shapes = config or config_for(len(rows), generation(device), values)
             state = MaskedScan(stored.part(rows), images, levels, shapes, halves).run()
             for whole, some in zip(result, state, strict=True):
                 whole[rows] = some.double()
@@ -97,7 +103,8 @@ def _scan(
     centre = images.centre.double()
     minimum = stored.distances(minimum)
     minimum += sums_over_weights(levels, centred_noisy(problem, centre).square())
-    weighted += total[..., None] * centre[outputs, None]
+    if problem.answers_image:
+        weighted[..., 0] += total * centre[outputs]
     return PosteriorState(minimum, total, stored.values(weighted, total))
 
 

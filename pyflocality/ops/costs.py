@@ -26,6 +26,8 @@ class Size:
         terms: Inputs that are added up for all outputs of a pair of images together, where
             outputs have inputs of their own.
         image_bytes: Bytes of a stored value.
+        value_images: Value images R of each training image, float32.
+        with_image: Whether the image is answered beside its value images, too.
     """
 
     images: int
@@ -35,11 +37,23 @@ class Size:
     window: int = 1
     terms: float = 0
     image_bytes: int = 1
+    value_images: int = 0
+    with_image: bool = False
 
     @property
     def values(self) -> int:
         """Values D of an image."""
         return math.prod(self.shape)
+
+    @property
+    def answered(self) -> int:
+        """Images A that are answered for a noisy one: the image, its value images, or both."""
+        return self.value_images + self.with_image if self.value_images else 1
+
+    @property
+    def answers(self) -> int:
+        """Values that are answered for a noisy image, A D."""
+        return self.answered * self.values
 
     @property
     def pixels(self) -> int:

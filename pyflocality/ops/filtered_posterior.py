@@ -37,29 +37,37 @@ FILTERED_POSTERIOR = declare(
         {
             # Two passes of differences and their squares, 2 D, a sum for every term, factor,
             # exponential and sum or share of the weights, 3 D; shares summed over the queries of a
-            # value, a sum for every term, their products with the values and the sums, 2 D.
+            # value, a sum for every term, their products with the values and the sums, 2 D for each
+            # of A answered images.
             "scan": Variant(
                 {"cpu": Served("mask_limits", answers_values=True), "reference": Served()},
-                per_pair(lambda s: 12 * s.values + 3 * s.terms),
+                per_pair(lambda s: 10 * s.values + 2 * s.answers + 3 * s.terms),
                 scans=2,
             ),
             # The shares are sums with weights here, 2 for every term. For a tangent its products
             # with the values and a sum for every term, twice, 2 D; their weighted sum and what is
             # left of it times the weight, 4 D; the sums of that with the weights, 2 for every term;
-            # and their products with the values and the sums, 2 D.
+            # and their products with the values and the sums, 2 D for each of A images.
             "jvp": Variant(
                 {"reference": Served()},
                 per_pair(
-                    lambda s: (12 + 8 * s.directions) * s.values + 4 * (1 + s.directions) * s.terms
+                    lambda s: (
+                        (10 + 6 * s.directions) * s.values
+                        + (1 + s.directions) * (2 * s.answers + 4 * s.terms)
+                    )
                 ),
                 scans=2,
             ),
-            # The same without the shares; a cotangent is summed with weights, twice, and spread
-            # without.
+            # The same without the shares; a cotangent has products with A images, is summed with
+            # weights, twice, and spread without.
             "vjp": Variant(
                 {"reference": Served()},
                 per_pair(
-                    lambda s: (10 + 8 * s.directions) * s.values + (2 + 5 * s.directions) * s.terms
+                    lambda s: (
+                        (10 + 4 * s.directions) * s.values
+                        + 4 * s.directions * s.answers
+                        + (2 + 5 * s.directions) * s.terms
+                    )
                 ),
                 scans=2,
             ),

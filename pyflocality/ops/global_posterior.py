@@ -15,22 +15,27 @@ if TYPE_CHECKING:
 
 
 _BACKENDS = {
-    "triton": unproven("uint8_limits"),
+    "triton": unproven("uint8_limits", answers_values=True),
     "cpu": Served("float32_limits", answers_values=True),
     "reference": Served(),
 }
-# The kernel's sums with tangents are those of images alone.
-_WITHOUT_VALUES = {**_BACKENDS, "cpu": Served("float32_limits")}
+# The native kernel's sums with tangents are those of images alone.
+_JVP = {**_BACKENDS, "cpu": Served("float32_limits")}
 GLOBAL_POSTERIOR = declare(
     Operation(
         "global_posterior",
         {
             # Differences, their squares and the sum of these, 3 D; weighted values and their sum,
-            # 2 D.
-            "scan": Variant(_BACKENDS, per_pair(lambda s: 5 * s.values)),
+            # 2 D for each of A answered images.
+            "scan": Variant(_BACKENDS, per_pair(lambda s: 3 * s.values + 2 * s.answers)),
             # And for a tangent the inner product, 2 D, and the sum of its products with the
-            # weighted values, 2 D.
-            "jvp": Variant(_WITHOUT_VALUES, per_pair(lambda s: (5 + 4 * s.directions) * s.values)),
+            # weighted values, 2 D for each of A images.
+            "jvp": Variant(
+                _JVP,
+                per_pair(
+                    lambda s: (3 + 2 * s.directions) * s.values + 2 * (1 + s.directions) * s.answers
+                ),
+            ),
         },
         answers_values=True,
         model="optimal",

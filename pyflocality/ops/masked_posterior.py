@@ -48,33 +48,41 @@ def random_mask(size: Size, generator: torch.Generator) -> QueryWeights:
 
 
 _WEIGHTS = {"cpu": Served("weight_limits", answers_values=True), "reference": Served()}
-_SCAN = {"triton": unproven("uint8_limits"), **_WEIGHTS}
-# The kernel's sums with tangents are those of images alone.
-_TANGENTS = {**_SCAN, "cpu": Served("mask_limits")}
+_SCAN = {"triton": unproven("uint8_limits", answers_values=True), **_WEIGHTS}
+# The kernels' sums with tangents are those of images alone.
+_TANGENTS = {"triton": unproven("uint8_limits"), **_WEIGHTS, "cpu": Served("mask_limits")}
 MASKED_POSTERIOR = declare(
     Operation(
         "masked_posterior",
         {
             # Differences and their squares, 2 D; a sum for every term; factor, exponential and sum
-            # of the weights, 3 D; weighted values and their sum, 2 D.
-            "scan": Variant(_SCAN, per_pair(lambda s: 7 * s.values + s.terms)),
+            # of the weights, 3 D; weighted values and their sum, 2 D for each of A answered images.
+            "scan": Variant(_SCAN, per_pair(lambda s: 5 * s.values + 2 * s.answers + s.terms)),
             # And for a tangent its products with the values, D, a sum for every term, their
-            # weighted sums, 2 D, and those of their products with the values, 2 D.
+            # weighted sums, 2 D, and those of their products with the values, 2 D for each of A.
             "jvp": Variant(
                 _TANGENTS,
                 per_pair(
-                    lambda s: 7 * s.values + s.terms + s.directions * (5 * s.values + s.terms)
+                    lambda s: (
+                        (5 + 3 * s.directions) * s.values
+                        + (1 + s.directions) * (2 * s.answers + s.terms)
+                    )
                 ),
             ),
-            # Distances and weights twice; for a cotangent products with the values, twice, and
-            # their weighted sum, 4 D; what is left of the mean and its product with the weight,
-            # 2 D; a sum for every term; the product with the values and its sum, 2 D.
+            # Distances and weights twice; for a cotangent products with the values and their sums
+            # over A images, twice, and the weighted sum of these, 4 A D; what is left of the mean
+            # and its product with the weight, 2 D; a sum for every term; the product with the
+            # values and its sum, 2 D.
             "vjp": Variant(
                 # With value images a float32 mean leaves a remainder where one image and its
                 # twins hold the posterior, times 1 / sigma^2.
                 {"cpu": Served("mask_limits"), "reference": Served()},
                 per_pair(
-                    lambda s: (10 + 8 * s.directions) * s.values + (2 + s.directions) * s.terms
+                    lambda s: (
+                        (10 + 4 * s.directions) * s.values
+                        + 4 * s.directions * s.answers
+                        + (2 + s.directions) * s.terms
+                    )
                 ),
                 scans=2,
             ),

@@ -67,9 +67,9 @@ class Served:
         return getattr(limits, self.limits)(call)
 
 
-def unproven(limits: str) -> Served:
+def unproven(limits: str, *, answers_values: bool = False) -> Served:
     """As `Served`, of a kernel that no GPU has run yet."""
-    return Served(limits, UNPROVEN)
+    return Served(limits, UNPROVEN, answers_values)
 
 
 @dataclass(frozen=True)
@@ -297,12 +297,20 @@ class Operation:
         """What one run of a variant takes."""
         variant, directions = self.variants[kind], 0 if kind == "scan" else size.directions
         if self.beside is None:
-            answers = {"scan": 1, "jvp": 1 + directions, "vjp": directions}[kind]
-            batches = 1 + directions + answers
+            answered = size.answered
+            # Of x, the directions and the answers: cotangents are of the size of answers.
+            batches = {
+                "scan": 1 + answered,
+                "jvp": (1 + directions) * (1 + answered),
+                "vjp": 1 + directions * (1 + answered),
+            }[kind]
             beside = _FLOAT_BYTES * batches * size.batch * size.values
         else:
             beside = self.beside(size)
         stored = variant.scans * size.images * size.values * size.image_bytes
+        # What only finds the posteriors reads no value images.
+        value_scans = 1 if kind == "scan" else variant.scans
+        stored += value_scans * size.images * size.values * size.value_images * _FLOAT_BYTES
         return Work(variant.flops(size), stored + beside, variant.scans)
 
 

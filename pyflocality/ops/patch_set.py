@@ -33,14 +33,14 @@ PATCH_SET = declare(
             # the sums of these over the channels, 4 H W over the windows, and 3 H W for factor,
             # exponential and the sum of the weights or their share: the first has no values. The
             # second spreads the shares over the windows, 4 H W, and adds up their products with the
-            # values, 2 D.
+            # values, 2 D for each of A answered images.
             "scan": Variant(
                 {
                     "cuda": unproven("window_vjp_limits"),
                     "cpu": Served("float32_limits", answers_values=True),
                     "reference": Served(),
                 },
-                per_pair(lambda s: 8 * s.values + 16 * s.pixels),
+                per_pair(lambda s: 6 * s.values + 2 * s.answers + 16 * s.pixels),
                 scans=2,
             ),
         },

@@ -48,34 +48,35 @@ def odd_window(size: Size, generator: torch.Generator) -> Query:
 
 
 def pair_flops(size: Size) -> int:
-    """Operations of a pair of images: 5 D + 6 H W.
+    """Operations of a pair of images: 3 D + 6 H W + 2 A D.
 
     Differences, their squares and the sums of these over the channels, 3 D - H W, and over the
     windows, 4 H W, whatever their side; factor, exponential and sum of the weights, 3 H W; weighted
-    values and their sum, 2 D.
+    values and their sum, 2 D for each of A answered images.
     """
-    return 5 * size.values + 6 * size.pixels
+    return 3 * size.values + 6 * size.pixels + 2 * size.answers
 
 
 def pair_jvp_flops(size: Size) -> int:
     """As `pair_flops`, with K tangents.
 
     Each has products with the values, and their sums over channels and windows, 2 D + 3 H W; the
-    weighted sum of these, 2 H W, and of their products with the values, 2 D.
+    weighted sum of these, 2 H W, and of their products with the values, 2 D for each of A images.
     """
-    return pair_flops(size) + size.directions * (4 * size.values + 5 * size.pixels)
+    further = 2 * size.values + 5 * size.pixels + 2 * size.answers
+    return pair_flops(size) + size.directions * further
 
 
 def pair_vjp_flops(size: Size) -> int:
     """Operations of a pair of images for K cotangents, in two passes.
 
-    Distances and weights twice, 3 D + 6 H W each. For a cotangent the products with the values and
-    their sum over channels twice, 4 D - 2 H W, and their weighted sum, 2 H W; what is left of the
-    mean and its product with the weight, 2 H W; the sum over windows, 4 H W; and the product with
-    the values and its sum, 2 D.
+    Distances and weights twice, 3 D + 6 H W each. For a cotangent the products with the values of A
+    answered images and their sum over these and over channels twice, 4 A D - 2 H W, and their
+    weighted sum, 2 H W; what is left of the mean and its product with the weight, 2 H W; the sum
+    over windows, 4 H W; and the product with the values and its sum, 2 D.
     """
     passes = 6 * size.values + 12 * size.pixels
-    return passes + size.directions * (6 * size.values + 6 * size.pixels)
+    return passes + size.directions * (2 * size.values + 4 * size.answers + 6 * size.pixels)
 
 
 _SCAN = {

@@ -60,8 +60,8 @@ class PosteriorOptions(TypedDict, total=False):
             `masked_posterior_mean` and `equivariant_posterior_mean` then keep noisy images in one
             float16 number a value instead of two, for half of the products. That is decided for
             each noisy image alone, from its noise level: at much noise, where the posterior
-            spans many images. Other backends and operations, derivatives and log-sum-exps
-            included, are exact either way.
+            spans many images. Other backends and operations, derivatives, value images and
+            log-sum-exps included, are exact either way.
         values: Value images, float32 [N, R, C, H, W] for N images, copies of an augmentation
             included (image i of copy j of n images at j n + i): of them a posterior answers
             what it answers of the image, in its place. Answers are [B, R, C, H, W] then, their

@@ -225,13 +225,13 @@ def broken_worker(tmp_path, monkeypatch):
 
 
 def test_a_process_that_dies_loses_only_its_case(broken_worker, tmp_path, capfd):
-    broken_worker("cifar-B8", "os.kill(os.getpid(), 9)")
+    broken_worker("cifar-B8-t400-R1", "os.kill(os.getpid(), 9)")
     options = suite_options(tmp_path / "a.json")
     report = gpu_suite.Suite(options).run()
     assert report == json.loads(options.out.read_text())
     by_id = {record["id"]: record for record in report["results"]}
     assert set(by_id) == {case.id for case in gpu_cases(few=True) if "global_posterior/" in case.id}
-    dead = by_id.pop("global_posterior/triton/cifar-B8-t400")
+    dead = by_id.pop("global_posterior/triton/cifar-B8-t400-R1")
     assert dead["status"] == "failed" and dead["reason"] == "its process ended with code -9"
     assert {record["status"] for record in by_id.values()} == {"unavailable"}
     # One process before, another one after.

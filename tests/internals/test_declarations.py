@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,8 +57,8 @@ class Counted(TorchDispatchMode):
         return result
 
 
-def setting(images: int, batch: int, directions: int = 0) -> Size:
-    return Size(images, SHAPE, batch, directions, window=1, terms=VALUES**2)
+def setting(images: int, batch: int, directions: int = 0, values: int = 0) -> Size:
+    return Size(images, SHAPE, batch, directions, window=1, terms=VALUES**2, value_images=values)
 
 
 def counted(op: str, kind: str, size: Size) -> int:
@@ -65,22 +66,26 @@ def counted(op: str, kind: str, size: Size) -> int:
     operation, generator = OPERATIONS[op], torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (size.images, *SHAPE), generator=generator, dtype=torch.uint8)
     x = torch.randn(size.batch, *SHAPE, generator=generator, dtype=torch.float64)
-    problem: PosteriorProblem = posterior_problem(x, images, 0.7, 0.9)
+    shape = (size.images, size.value_images, *SHAPE)
+    values = torch.randn(shape, generator=generator) if size.value_images else None
+    problem: PosteriorProblem = posterior_problem(x, images, 0.7, 0.9, values=values)
     query = operation.check(SHAPE, *operation.example(size, generator))
-    directions = torch.randn(size.directions, *x.shape, generator=generator, dtype=x.dtype)
+    along = problem.answer_shape if kind == "vjp" else SHAPE
+    shape = (size.directions, size.batch, *along)
+    directions = torch.randn(shape, generator=generator, dtype=x.dtype)
     mode = Counted(problem.alpha)
     with mode:
         operation.run(kind, problem, query, "reference", *([directions] if kind != "scan" else []))
     return mode.flops
 
 
-def per_pair(op: str, kind: str, *directions: int) -> tuple[int, int]:
+def per_pair(op: str, kind: str, *directions: int, values: int = 0) -> tuple[int, int]:
     """What is counted, and what is declared, for another image and noisy image (and direction)."""
     found, declared = 0, 0
     corners = itertools.product((2, 5), (1, 3), *((k, k + 2) for k in directions))
     steps = (3, 2, *(2 for _ in directions))
     for corner in corners:
-        size = setting(*corner)
+        size = setting(*corner, *([] if directions else [0]), values)
         lows = sum(value == low for value, low in zip(corner, (2, 1, *directions), strict=True))
         sign = -1 if lows % 2 else 1
         found += sign * counted(op, kind, size)
@@ -134,6 +139,40 @@ def test_a_derivative_costs_what_its_reference_does_before_directions(op, kind):
     assert found - declared == COUNTED_FROM_A_PAIR.get((op, kind), 0), (found, declared)
 
 
+# The same of a value image more.
+COUNTED_FROM_A_VALUE = {
+    ("filtered_posterior", "jvp"): VALUES,
+    ("window_posterior", "vjp"): 2 * VALUES,
+    ("masked_posterior", "vjp"): 2 * VALUES,
+    ("filtered_posterior", "vjp"): 2 * VALUES,
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "kind"), [(op, kind) for op in OPS for kind in OPERATIONS[op].variants]
+)
+def test_a_value_image_costs_what_its_reference_takes(op, kind):
+    directions = () if kind == "scan" else (1,)
+    (found, declared), (less, told) = (per_pair(op, kind, *directions, values=n) for n in (3, 2))
+    assert declared > told
+    further = (found - less) - (declared - told)
+    assert further == COUNTED_FROM_A_VALUE.get((op, kind), 0)
+
+
+@pytest.mark.parametrize("kind", ["scan", "jvp", "vjp"])
+def test_answers_and_value_images_are_read_and_written(kind):
+    operation, plain = OPERATIONS["window_posterior"], setting(5, 3, 2)
+    beside = replace(plain, value_images=2, with_image=True)
+    assert (plain.answered, beside.answered) == (1, 3)
+    assert replace(beside, with_image=False).answered == 2
+    bytes_more = operation.work(kind, beside).bytes - operation.work(kind, plain).bytes
+    # Values of two images, read twice where posteriors and derivatives are apart; two answers more
+    # of each noisy image and tangent, or two cotangents.
+    read = 5 * 2 * VALUES * 4 * operation.variants[kind].scans
+    answers = {"scan": 1, "jvp": 3, "vjp": 2}[kind] * 3 * 2 * VALUES * 4
+    assert bytes_more == read + answers
+
+
 @pytest.mark.parametrize(
     ("op", "kind"), [(op, kind) for op, kind, backend in variants() if backend == "reference"]
 )
@@ -152,10 +191,16 @@ def test_sums_and_neighbours_cost_what_they_take():
     assert nearest == Work(5 * 3 * 3 * values, 5 * values + 3 * (4 * values + 8), 1)
 
 
+ANSWERED_ON_GPUS = {"global_posterior": {"scan", "jvp"}, "masked_posterior": {"scan"}}
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_without_values_refuse_them_by_name(op):
-    call = Call(torch.device("cuda"), facts={"values": True})
+    call, answering = Call(torch.device("cuda"), facts={"values": True}), set()
     for kind, variant in OPERATIONS[op].variants.items():
         for backend, served in variant.backends.items():
-            if backend in ("triton", "cuda"):
+            if backend in ("triton", "cuda") and served.answers_values:
+                answering.add(kind)
+            elif backend in ("triton", "cuda"):
                 assert "`values` are given" in (served.why_not(call) or ""), (kind, backend)
+    assert answering == ANSWERED_ON_GPUS.get(op, set())

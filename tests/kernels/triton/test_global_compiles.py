@@ -59,20 +59,21 @@ def test_distances(arch, aligned):
     assert code.has_async_copies or not aligned, str(code)
 
 
+@pytest.mark.parametrize("stored", ["*u8", "*fp32"])
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("arch", [80, 90])
-def test_weighted_sums(arch, aligned):
+def test_weighted_sums(arch, aligned, stored):
     config = CONFIGS[arch]
     values = {
         "WEIGHT_UNIT": kernels.WEIGHT_UNIT,
         "QUERIES": kernels.QUERIES,
         "BLOCK_N": config.sum_n,
-        "BLOCK_D": config.sum_d,
+        "BLOCK_D": config.sum_d if stored == "*u8" else config.value_d,
         "NUM_STAGES": config.weighted.num_stages,
     }
     code = compile_ahead(
         kernels.weighted_sums_kernel,
-        SUMS,
+        SUMS | {"images_ptr": stored},
         values,
         arch=arch,
         divisible=["dim"] if aligned else [],

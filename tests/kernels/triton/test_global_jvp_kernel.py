@@ -182,19 +182,20 @@ SUMS = {
 }
 
 
+@pytest.mark.parametrize("stored", ["*u8", "*fp32"])
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("arch", [80, 90])
-def test_compiled_code(arch, aligned):
+def test_compiled_code(arch, aligned, stored):
     config = CONFIGS[arch]
     values = {
         "QUERIES": QUERIES,
         "BLOCK_N": config.sum_n,
-        "BLOCK_D": config.sum_d,
+        "BLOCK_D": config.sum_d if stored == "*u8" else config.value_d,
         "NUM_STAGES": CONFIGS[arch].weighted.num_stages,
     }
     code = compile_ahead(
         kernels.coefficient_sums_kernel,
-        SUMS,
+        SUMS | {"images_ptr": stored},
         values,
         arch=arch,
         divisible=["dim"] if aligned else [],

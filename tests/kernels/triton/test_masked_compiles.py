@@ -6,12 +6,18 @@ import re
 from collections import Counter
 
 import pytest
+from triton import next_power_of_2
 from triton_gates import compile_ahead
 
 from pyflocality.kernels.triton import _masked_products as products
 from pyflocality.kernels.triton import _masked_softmax, _merge
 from pyflocality.kernels.triton._masked_levels import OUTPUTS
-from pyflocality.kernels.triton._masked_plan import CONFIGS, FEW_CONFIGS, JVP_CONFIGS
+from pyflocality.kernels.triton._masked_plan import (
+    CONFIGS,
+    FEW_CONFIGS,
+    JVP_CONFIGS,
+    config_for,
+)
 
 HALF, SINGLE, INDEX = "*fp16", "*fp32", "*i32"
 LISTS = {"inputs_ptr": INDEX, "starts_ptr": INDEX, "parents_ptr": INDEX}
@@ -22,6 +28,7 @@ SCAN = {
     "cores_ptr": SINGLE,
     "norms_ptr": SINGLE,
     "outputs_ptr": INDEX,
+    "values_ptr": SINGLE,
     "row_scale_ptr": SINGLE,
     "gain_ptr": SINGLE,
     "factor_ptr": SINGLE,
@@ -35,6 +42,8 @@ SCAN = {
     "stride_image": "i32",
     "stride_norm": "i32",
     "stride_sum": "i32",
+    "stride_value": "i32",
+    "dim": "i32",
 }
 SUMS = {
     "images_ptr": HALF,
@@ -67,7 +76,7 @@ PACK = {
     "dim": "i32",
     "blocks": "i32",
 }
-STRIDES = ("stride_image", "stride_norm", "stride_sum", "stride_above")
+STRIDES = ("stride_image", "stride_norm", "stride_sum", "stride_above", "stride_value")
 
 
 def constants(config, launch, **more):
@@ -85,9 +94,11 @@ def compiled(kernel, types, arch, launch, values):
     return compile_ahead(kernel, types, values, arch=arch, divisible=strides, **vars(launch))
 
 
-def scan(arch, parts, parents, table=CONFIGS):
+def scan(arch, parts, parents, table=CONFIGS, values=0, has_image=True):
     config = table[arch]
-    values = constants(config, config.scan, BATCH=config.batch, HALVES=parts, HAS_PARENTS=parents)
+    answers = {"VALUES": values, "HAS_IMAGE": has_image, "SLOTS": next_power_of_2(max(1, values))}
+    more = {"BATCH": config.batch, "HALVES": parts, "HAS_PARENTS": parents, **answers}
+    values = constants(config, config.scan, **more)
     return compiled(_masked_softmax.masked_scan_kernel, SCAN, arch, config.scan, values)
 
 
@@ -100,6 +111,20 @@ def test_scan(arch, parts, parents, table):
     code.assert_fits(wgmma=True)
     assert code.has_async_copies
     # Products of two steps overlap: not every wait is for the last one.
+    assert arch == 80 or max(code.waits) > 0, str(code)
+
+
+@pytest.mark.parametrize(
+    ("count", "values", "has_image"),
+    [(8, 1, True), (8, 3, True), (8, 8, True), (4, 1, False), (4, 1, True), (4, 2, True)],
+)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_scan_of_value_images(arch, count, values, has_image):
+    config = config_for(count, arch, values)
+    assert config.batch == count
+    code = scan(arch, 2, True, {arch: config}, values, has_image)
+    code.assert_fits(wgmma=True)
+    assert code.has_async_copies
     assert arch == 80 or max(code.waits) > 0, str(code)
 
 

@@ -10,7 +10,8 @@ from pyflocality.kernels.triton._masked_softmax import masked_jvp_kernel
 from pyflocality.kernels.triton.masked_posterior import LARGEST_SLOTS, SLOTS
 
 # In the order of the kernel's arguments.
-TYPES = {name: kind for name, kind in SCAN.items() if name not in ("total_ptr", "weighted_ptr")}
+LEFT_OUT = ("total_ptr", "weighted_ptr", "values_ptr", "stride_value", "dim")
+TYPES = {name: kind for name, kind in SCAN.items() if name not in LEFT_OUT}
 TYPES |= dict.fromkeys(["centre_ptr", "offset_ptr", "sums_ptr"], "*fp32")
 
 

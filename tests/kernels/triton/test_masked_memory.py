@@ -78,11 +78,15 @@ def windows(reach):
     return QueryWeights(near.repeat(channels, channels))
 
 
-def cold_call(device, rng, budget, batch=8, count=8000):
+def cold_call(device, rng, budget, batch=8, count=8000, values=0):
     """Peak bytes of a call for a new set and new masks, and the set."""
     images = random_images(rng, count, SHAPE, torch.uint8).to(device)
     x = torch.randn(batch, *SHAPE, generator=rng)
-    problem = problem_on(device, x, images, 0.4, 0.9, memory_budget=budget)
+    further = {}
+    if values:
+        shape = (count, values, *SHAPE)
+        further = {"values": torch.randn(shape, generator=rng).to(device), "with_image": True}
+    problem = problem_on(device, x, images, 0.4, 0.9, memory_budget=budget, **further)
     weights = windows(2)
     with PeakMemory() as memory:
         scan(problem, weights, config=SMALL)
@@ -102,6 +106,16 @@ def test_a_cold_call_stays_within_the_budget(device, rng, idle, megabytes, copy,
     assert (cached.cached_whole is not None, "masked" in cached.norms) == (copy, norms)
     assert 0.4 * budget < peak <= budget
     # Several slices, so that their width is what the budget leaves.
+    assert len(idle[SCAN].grids) > 1
+
+
+@pytest.mark.parametrize("megabytes", [32, 52])
+@pytest.mark.parametrize("values", [1, 3])
+def test_value_images_are_copied_within_the_budget(device, rng, idle, megabytes, values):
+    """They are the larger part of a slice: 3 to 9 kB of an image, 1.5 kB of its copy."""
+    budget = megabytes * MEGABYTE
+    peak, _ = cold_call(device, rng, budget, values=values)
+    assert 0.4 * budget < peak <= budget
     assert len(idle[SCAN].grids) > 1
 
 

@@ -103,3 +103,4 @@ def test_table_has_every_generation():
     assert set(CONFIGS) == set(FEW_CONFIGS) == set(JVP_CONFIGS) == {80, 90}
     for arch in (80, 90):
         assert [config_for(count, arch).batch for count in (1, 4, 5, 100)] == [4, 4, 8, 8]
+        assert [config_for(4, arch, values).batch for values in (1, 2, 3)] == [4, 4, 8]
