@@ -34,6 +34,7 @@ _ORDER = (
     *("aggregation", "loader_batch", "subset", "moments", "global_share", "split_over"),
     *("backend", "memory_budget", "ignore_memory", "flip"),
     *("n", "steps", "schedule", "spacing", "sampler", "seed"),
+    *("els_images", "els_samples"),
     *("source", "resolution", "channels", "split", "layout", "label", "device"),
 )
 

@@ -27,6 +27,19 @@ class _Machine(Group):
     ignore_memory: IgnoreMemory = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Equivariant(Group):
+    """How much of the set and of the samples equivariant models take."""
+
+    heading = MODEL
+
+    els_images: Annotated[
+        int,
+        typer.Option(help="equivariant models: images that are searched, drawn at random."),
+    ] = 2000
+    els_samples: Annotated[int, typer.Option(help="equivariant models: images that are made.")] = 32
+
+
 @reported()
 def reproduce(
     *,
@@ -60,17 +73,6 @@ def reproduce(
             rich_help_panel=MODEL,
         ),
     ] = None,
-    els_images: Annotated[
-        int,
-        typer.Option(
-            help="equivariant models: images that are searched, drawn at random.",
-            rich_help_panel=MODEL,
-        ),
-    ] = 2000,
-    els_samples: Annotated[
-        int,
-        typer.Option(help="equivariant models: images that are made.", rich_help_panel=MODEL),
-    ] = 32,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -80,6 +82,7 @@ def reproduce(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    equivariant: _Equivariant,
     machine: _Machine,
 ) -> None:
     """Fill the table of the papers: every model against trained networks, from the same noise.
@@ -108,8 +111,8 @@ def reproduce(
         samples,
         seed,
         names,
-        els_images,
-        els_samples,
+        equivariant.els_images,
+        equivariant.els_samples,
         results.force,
         results.progress,
         machine.device,
