@@ -219,7 +219,8 @@ def test_operations_and_bytes_by_hand(data):
 def test_operations_of_masks_by_hand(monkeypatch):
     """Every value listens to itself: a term each; tiles share nothing."""
     data = BenchmarkSet.build(300, QUICK.shape, None)
-    monkeypatch.setattr(data, "weights", lambda timestep: QueryWeights(torch.eye(432).bool()))
+    eye = QueryWeights(torch.eye(432).bool())
+    monkeypatch.setattr(data, "weights", lambda timestep, softness=0.0: eye)
     case = replace(WINDOW, op="masked_posterior", window=None)
     masked = make_workload(case, data)
     assert masked.work().flops == (7 * 432 + 432) * 600

@@ -258,7 +258,8 @@ def test_processes_that_all_die_end_the_run(broken_worker, tmp_path, monkeypatch
     assert set(reasons[2:]) == {"no process came to it"}
     broken_worker("none", "")
     report = gpu_suite.Suite(suite_options(tmp_path / "a.json", "--resume")).run()
-    assert [one["status"] for one in report["results"]] == ["failed"] * 2 + ["unavailable"] * 2
+    told = [one["status"] for one in report["results"]]
+    assert told == ["failed"] * 2 + ["unavailable"] * (len(reasons) - 2) and len(reasons) > 2
 
 
 def test_what_had_no_time_runs_when_the_run_is_resumed(broken_worker, tmp_path):
