@@ -123,9 +123,9 @@ def job_of(
     masks are looked at, those of the set that are cached, or made in a moment, tell what their
     sums take.
     """
-    from pyflocality import Basis, Moments
+    from pyflocality import Moments
     from pyflocality.cli._samples import batch_size
-    from pyflocality.moments.mask_source import CACHED_INPUTS
+    from pyflocality.moments.mask_source import CACHED_INPUTS, has_components
     from pyflocality.planner import MASK_SHARE, Job, Setting
 
     levels = levels_of(sampling) if levels is None else levels
@@ -156,7 +156,7 @@ def job_of(
         calls=len(levels),
         batches=batches,
         missing=missing,
-        has_components=isinstance(moments, Basis),
+        has_components=has_components(moments),
         has_moments=isinstance(moments, Moments),
         of_moments=of_moments,
         knows_masks=mask_share is not None,

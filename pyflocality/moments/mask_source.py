@@ -219,7 +219,8 @@ class MaskSource:
             if found is not None:
                 return found
         if isinstance(source, Moments):
-            check_moments_fit(self._memory_budget, source)
+            if not has_components(source):
+                check_moments_fit(self._memory_budget, source)
             source = source.basis(progress=self._progress)
         return projector_of_components(source.values, source.vectors, ratio, threshold)
 
@@ -236,7 +237,7 @@ class MaskSource:
         return f"masks/{key}.{'soft' if softness > 0 else 'bits'}"
 
     def _chosen(self) -> Way:
-        if isinstance(self.given, Basis):
+        if has_components(self.given):
             return "components"
         if isinstance(self.given, TrainingSet) and ranks_of(self.given.images) is None:
             return chosen_way(self.count, self._values)
@@ -330,6 +331,13 @@ class MaskSource:
         check_given(self._memory_budget, least, what)
         check_memory(least, what, "a threshold above 0 keeps bits")
         return signed_weights_of(self.projector(alpha, sigma, 0.0))
+
+
+def has_components(given: TrainingSet | Moments | Basis | None) -> bool:
+    """Whether components are at hand: given, or beside moments in their file."""
+    if isinstance(given, Moments):
+        return given.stored_basis is not None
+    return isinstance(given, Basis)
 
 
 def _name(sigma: float) -> str:

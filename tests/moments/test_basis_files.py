@@ -11,6 +11,7 @@ from moment_images import assert_same_bits, byte_images, float_images
 from pyflocality.moments import Basis, Moments, eigen
 from pyflocality.moments.basis import basis_key, save_beside
 from pyflocality.moments.files import basis_file
+from pyflocality.moments.mask_source import MaskSource
 
 TENSORS = ("mean", "values", "vectors", "variance")
 
@@ -101,6 +102,22 @@ def test_components_beside_moments_are_read(beside):
     assert moments.stored_basis is None
     with pytest.raises(AssertionError, match="eigenvectors were computed"):
         moments.basis()
+
+
+def test_masks_are_made_of_components_beside_moments(beside):
+    """Whatever would be cheaper of moments alone: nothing is decomposed for them."""
+    moments = Moments.load(beside)
+    source = MaskSource(moments)
+    assert source.way == "components" and MaskSource(Moments.from_data(byte_images(20))).way != (
+        "components"
+    )
+    basis = Basis.load(basis_file(beside))
+    for threshold in (0.0, 0.02, 0.3):
+        found, expected = (
+            one.masks(0.8, 0.5, threshold).weights.dense(torch.float64)
+            for one in (source, MaskSource(basis))
+        )
+        assert torch.equal(found, expected) and found.any()
 
 
 def test_components_of_other_moments_are_not_taken(beside):
