@@ -66,9 +66,10 @@ def bands(shape: tuple[int, int, int]) -> int:
 def schedule_bytes(shape: tuple[int, int, int], share: float) -> int:
     """A schedule of the masks of a level, or of those of a band, whose sums add up such a share."""
     count = bands(shape)
-    terms = int(share * math.prod(shape) ** 2) // count
-    # Those of bands are made while the one before is still there.
-    return terms * _BYTES_PER_TERM * min(2, count)
+    entries = math.prod(shape) ** 2 // count
+    whole = int(share * entries) * _BYTES_PER_TERM
+    # Those of bands are made while the one before is still there, of a copy of their masks.
+    return whole if count == 1 else 2 * whole + entries // 8
 
 
 @functools.cache
