@@ -37,6 +37,12 @@ class Counts:
     restored: int
 
 
+def folds_of_set(count: int) -> tuple[int, int]:
+    """How many of so many images are held out, and in how many folds."""
+    total = min(HELD_OUT, count // 2)
+    return total, min(MOST_FOLDS, total, -(-total // max(1, count // PARTS)))
+
+
 def screened_of_fold(folds: int) -> int:
     """Images of a fold that all candidates see."""
     return -(-SCREENED // folds)
@@ -47,6 +53,19 @@ def temperatures_of(candidates: Sequence[Candidate]) -> dict[Candidate, int]:
     leaves = [leaf for one in candidates for leaf in one.leaves]
     warm = dict.fromkeys((leaf.family, leaf.temperature) for leaf in leaves)
     return dict(Counter(family for family, _ in warm))
+
+
+def rows_of(
+    levels: int, held_out: int, candidates: Sequence[Candidate], folds: int
+) -> dict[Candidate, float]:
+    """Noisy images that each family denoises: any of those with a posterior may go on alike."""
+    counts = counts_of(levels, held_out, candidates, folds)
+    heats = temperatures_of(candidates)
+    going = [one for one in heats if one.model != "wiener"] or [*heats]
+    share = (counts.compared + counts.restored) / len(going)
+    return {
+        one: heat * counts.screened + (share if one in going else 0) for one, heat in heats.items()
+    }
 
 
 def counts_of(levels: int, held_out: int, candidates: Sequence[Candidate], folds: int) -> Counts:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyflocality._support.checks import describe
 from pyflocality.calibration.candidates import is_thin, made_once
-from pyflocality.calibration.counts import FEWEST, HELD_OUT, MOST_FOLDS, PARTS
+from pyflocality.calibration.counts import FEWEST, folds_of_set
 from pyflocality.data import TrainingSet
 from pyflocality.moments import Basis, Moments
 from pyflocality.posterior.sharded import ranks_of
@@ -46,14 +46,19 @@ def held_out_positions(data: TrainingSet, generator: torch.Generator) -> list[Te
         raise ValueError(
             f"`data` must have at least {FEWEST} images, of which some are held out, got {count}"
         )
+    total, folds = folds_of_set(count)
+    chosen = spread_positions(data, total, generator)
+    return [chosen[fold::folds].sort().values for fold in range(folds)]
+
+
+def spread_positions(data: TrainingSet, total: int, generator: torch.Generator) -> Tensor:
+    """Some positions at random, where there are labels in proportion of every class, by class."""
+    count = len(data)
     order = torch.randperm(count, generator=generator)
     if data.labels is not None:
         order = order[data.labels.cpu()[order].argsort(stable=True)]
-    total = min(HELD_OUT, count // 2)
     # In the middle of parts of the same size.
-    chosen = order[(2 * torch.arange(total) + 1) * count // (2 * total)]
-    folds = min(MOST_FOLDS, total, -(-total // max(1, count // PARTS)))
-    return [chosen[fold::folds].sort().values for fold in range(folds)]
+    return order[(2 * torch.arange(total) + 1) * count // (2 * total)]
 
 
 def folds_of(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WHAT = "calibration"
-_VERSION = 2
+VERSION = 3
 # Differences of so small a share are those of float32: nothing decides by them.
 _ROUNDING = 1e-6
 
@@ -147,6 +147,7 @@ class Calibration:
         content_key: `TrainingSet.content_key` of the set.
         image_shape: Shape (C, H, W) of its images.
         images: Number of its images.
+        searched: Images of these that took part: held out, or in the models.
         held_out: Images that were held out, in all folds together.
         folds: Number of folds.
         seed: Seed of the choice of images and of the noise.
@@ -159,6 +160,7 @@ class Calibration:
     content_key: str
     image_shape: tuple[int, int, int]
     images: int
+    searched: int
     held_out: int
     folds: int
     seed: int
@@ -233,7 +235,7 @@ class Calibration:
             | {"trials": [asdict(trial) for trial in one.trials]}
             for one in self.levels
         ]
-        head = {"format": f"pyflocality {_WHAT}", "version": _VERSION, **facts}
+        head = {"format": f"pyflocality {_WHAT}", "version": VERSION, **facts}
         head |= {"image_shape": list(self.image_shape), "versions": dict(self.versions)}
         runs = [asdict(run) for run in self.runs]
         chosen = self.runs.index(self.run)
@@ -248,10 +250,10 @@ class Calibration:
             OSError: The system does not let it be read, or takes no such name.
             ValueError: The file is damaged, or not a calibration of this version.
         """
-        content = read_object(path, _WHAT, _VERSION)
+        content = read_object(path, _WHAT, VERSION)
         try:
-            return _calibration(content)
-        except (TypeError, ValueError) as error:
+            return calibration_of(content)
+        except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
 
@@ -277,6 +279,7 @@ _FACTS = {
     "content_key": TEXT,
     "image_shape": shape(3),
     "images": POSITIVE,
+    "searched": POSITIVE,
     "held_out": POSITIVE,
     "folds": POSITIVE,
     "seed": COUNT,
@@ -308,6 +311,18 @@ def _strictly(entry: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Mapping[st
         if name not in kinds:
             raise ValueError(f"has an unknown {name!r}")
     return entry
+
+
+def calibration_of(content: Mapping[str, Any]) -> Calibration:
+    """The calibration of what `as_json` answered.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    try:
+        return _calibration(content)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def _calibration(content: Mapping[str, Any]) -> Calibration:

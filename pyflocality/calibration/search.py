@@ -17,14 +17,19 @@ from pyflocality._support.checks import (
 from pyflocality._support.record import software
 from pyflocality._support.streams import tell
 from pyflocality.calibration.candidates import Candidate, check_candidates
-from pyflocality.calibration.folds import check_whole, folds_of, held_out_positions
+from pyflocality.calibration.folds import (
+    check_whole,
+    folds_of,
+    held_out_positions,
+    spread_positions,
+)
 from pyflocality.calibration.foreseen import foreseen
 from pyflocality.calibration.record import CalibratedLevel, Calibration
 from pyflocality.calibration.runs import Search
 from pyflocality.data import TrainingSet
 from pyflocality.denoisers.base import check_set
 from pyflocality.noise import DDPMSchedule, NoiseSchedule
-from pyflocality.sampling import levels_of_run
+from pyflocality.sampling import Level, levels_of_run
 
 
 def calibrate(
@@ -96,34 +101,63 @@ def calibrate(
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"`schedule` must be a NoiseSchedule, got {describe(schedule)}")
     times, levels = levels_of_run(schedule, check_rounds(steps, "steps"))
-    noisy = [NoiseLevel(*level) for level in levels[:-1]]
     tried = check_candidates(candidates, data.image_shape)
     _check_fit(tried, data)
     seed = check_count(seed, "seed", minimum=0, maximum=2**63 - 1)
     progress = check_flag(progress, "progress")
+    return calibrated_by(
+        data, times.tolist(), levels, tried, seed=seed, images=len(data), progress=progress
+    )
+
+
+def calibrated_by(
+    data: TrainingSet,
+    times: Sequence[float],
+    levels: Sequence[Level],
+    candidates: tuple[Candidate, ...],
+    *,
+    seed: int,
+    images: int,
+    progress: bool,
+) -> Calibration:
+    """As `calibrate`, for a run from time to time, by so many images, of every class in proportion.
+
+    There is one more level than times, that of the end.
+    """
+    noisy = [NoiseLevel(*level) for level in levels[:-1]]
     generator = torch.Generator().manual_seed(seed)
-    positions = held_out_positions(data, generator)
+    searched = data
+    if images < len(data):
+        searched = data.subset(spread_positions(data, images, generator).sort().values)
+    positions = held_out_positions(searched, generator)
     if progress:
-        told = foreseen(data, tried, noisy, positions)
+        told = foreseen(searched, candidates, noisy)
         if told is not None:
             tell(told)
     # Of few images, and of masks that keep nothing: what comes of it the errors tell.
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        needed = any(candidate.takes_moments for candidate in tried)
-        folds = folds_of(data, positions, moments=needed, progress=progress)
-        search = Search(folds, tried, [*noisy, NoiseLevel(*levels[-1])], generator)
+        needed = any(candidate.takes_moments for candidate in candidates)
+        folds = folds_of(searched, positions, moments=needed, progress=progress)
+        search = Search(folds, candidates, [*noisy, NoiseLevel(*levels[-1])], generator)
         trials, runs = search.run(progress)
     found = tuple(
-        CalibratedLevel(float(time), level.alpha, level.sigma, some)
+        CalibratedLevel(time, level.alpha, level.sigma, some)
         for time, level, some in zip(times, search.levels, trials, strict=False)
     )
-    versions = {name: software()[name] for name in ("pyflocality", "torch", "numpy")}
-    held_out = sum(map(len, positions))
     return Calibration(
-        tried, found, runs, data.content_key(), data.image_shape, len(data), held_out, len(folds),
-        seed, versions,
-    )  # fmt: skip
+        candidates,
+        found,
+        runs,
+        data.content_key(),
+        data.image_shape,
+        len(data),
+        len(searched),
+        sum(map(len, positions)),
+        len(folds),
+        seed,
+        {name: software()[name] for name in ("pyflocality", "torch", "numpy")},
+    )
 
 
 def _check_fit(candidates: Sequence[Candidate], data: TrainingSet) -> None:

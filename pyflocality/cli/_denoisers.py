@@ -322,8 +322,8 @@ def model_in_force(name: str | None, given: Mapping[str, Any]) -> DenoiserOption
 def _choices_told(calibration: Calibration) -> dict[str, Any]:
     """What a record tells of a calibration: its set, and what it has for each level."""
     levels = zip(calibration.levels, calibration.choices, strict=True)
-    return {
-        "content_key": calibration.content_key,
+    facts = ("content_key", "images", "searched", "held_out", "folds", "seed")
+    return {name: getattr(calibration, name) for name in facts} | {
         "levels": [
             {"alpha": level.alpha, "sigma": level.sigma, **choice.as_json()}
             for level, choice in levels

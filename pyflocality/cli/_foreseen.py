@@ -80,12 +80,24 @@ def jobs_of(
     model: DenoiserOptions,
     sampling: NoiseOptions,
     *,
+    mask_share: float | None = None,
     nearest: bool = True,
     moments: Moments | Basis | None = None,
     of_moments: bool = False,
+    is_sketch: bool = False,
+    looks_at_masks: bool = False,
 ) -> list[Job]:
     """The runs that make samples of a set by a model: one for each model of a calibration."""
-    planned = partial(job_of, data, sampling=sampling, moments=moments, of_moments=of_moments)
+    planned = partial(
+        job_of,
+        data,
+        sampling=sampling,
+        mask_share=mask_share,
+        moments=moments,
+        of_moments=of_moments,
+        is_sketch=is_sketch,
+        looks_at_masks=looks_at_masks,
+    )
     calibration = model.given.get("calibration")
     if calibration is None:
         return [planned(model, nearest=nearest)]
@@ -99,8 +111,10 @@ def jobs_of(
         names = ("threshold", "window", "memory_budget")
         given = {name: settings[name] for name in names if name in settings}
         one = replace(model, name=candidate.model, given=given)
-        # The samples' neighbours are looked for once.
-        jobs.append(planned(one, nearest=nearest and not jobs, levels=levels))
+        # The samples' neighbours are looked for once, and moments are made once.
+        made = any(job.makes_moments for job in jobs)
+        job = planned(one, nearest=nearest and not jobs, levels=levels)
+        jobs.append(replace(job, has_moments=job.has_moments or made))
     return jobs
 
 

@@ -27,6 +27,7 @@ from pyflocality.cli._options import (
     SamplingOptions,
     given_path,
 )
+from pyflocality.cli._quick import Quick, says_nothing
 from pyflocality.cli._ranks import is_first, joined, split_in_force
 from pyflocality.cli._recited import recited_line, recited_record, recited_samples
 from pyflocality.cli._recorded import RecordedDenoiser
@@ -63,8 +64,9 @@ class Model(EveryModelOptions):
     denoiser: Annotated[
         str | None,
         typer.Option(
-            help=f"Which model. {DENOISERS_HELP}. calibrated if --calibration is given, else "
-            "pca-locality."
+            help=f"Which model. {DENOISERS_HELP}. calibrated if --calibration is given; "
+            "pca-locality if another option says something of the model; if none does, calibrated "
+            "by held-out images in a moment, once for a set."
         ),
         OneOf(*DENOISERS),
     ] = None
@@ -85,6 +87,13 @@ class Model(EveryModelOptions):
             "--moments are then those of all classes. 0 if not given."
         ),
     ] = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no option names a model or sets one."""
+        named = (self.denoiser, self.subset, self.global_share, self.moments)
+        return all(one is None for one in named) and says_nothing(self.given)
+
     split_over: Annotated[
         str | None,
         typer.Option(
@@ -120,7 +129,9 @@ class _Plan:
         results: _Results,
     ) -> None:
         self.source, self.model, self.sampling, self.results = source, model, sampling, results
+        # Where the model is open, that of a run without a calibration until there is one.
         self.denoiser = model_in_force(model.denoiser, model.given)
+        self.calibrated: str | None = None
         self.subset = None if model.subset is None else SubsetOptions(model.subset)
         self.moments = given_path(model.moments, "moments")
         self.split_over = split_in_force(model.split_over)
@@ -189,6 +200,13 @@ class _Plan:
             # No rank has the products of all pairs of images, and blended ones have none.
             of_moments=self.model.global_share is not None or self.split_over == "images",
         )
+
+    def settle(self, data: TrainingSet, stages: Stages, ranks: Ranks | None) -> None:
+        """Calibrate the model where it is open."""
+        if self.model.is_open:
+            quick = Quick(data, self.denoiser.given, self.sampling)
+            device = parse_device(self.source.device)
+            self.denoiser, self.calibrated = quick.settled(stages, ranks, device)
 
     def part(self, data: TrainingSet) -> TrainingSet:
         """What this process searches of a set."""
@@ -290,6 +308,7 @@ def _sampled(
         data = plan.source.of_label(everything)
         searched = plan.part(data).to(parse_device(plan.source.device))
     check_stored(data if plan.model.global_share is None else everything, stored)
+    plan.settle(data, stages, ranks)
     if plan.model.global_share is None:
         foretell_few_images(data if stored is None else stored, [plan.denoiser])
     hold(plan.jobs(data, stored), announce=stages.announce)
@@ -380,6 +399,7 @@ def _told(plan: _Plan, work: Work, sampled: _Sampled) -> dict[str, Any]:
     return {
         **sampled.settings,
         "moments": None if plan.moments is None else str(plan.moments),
+        "calibrated": plan.calibrated,
         "sampling": plan.sampling.settings | {"timesteps": plan.sampling.timesteps.tolist()},
         "backends": work.backends_by_operation(),
         "calls": sampled.recorded.calls,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +13,7 @@ from pyflocality._support.streams import answer
 from pyflocality._support.text import bytes_told, time_told
 from pyflocality.cli._denoisers import model_in_force
 from pyflocality.cli._errors import reported
-from pyflocality.cli._foreseen import job_of
+from pyflocality.cli._foreseen import jobs_of
 from pyflocality.cli._generate import Model
 from pyflocality.cli._options import (
     SamplingOptions,
@@ -22,14 +22,20 @@ from pyflocality.cli._options import (
     TellingOptions,
     given_path,
 )
+from pyflocality.cli._quick import Quick
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pyflocality import TrainingSet
+    from pyflocality.calibration.quick import QuickPlan
     from pyflocality.planner import Job
 
 
 # What libraries take when they are first used: threads, and buffers of matrix products.
 _GROWTH_BYTES = 96 * 2**20
+# Of each measurement of a calibration's models.
+_CALIBRATING_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,17 +96,21 @@ def plan(
         if images is not None or shape is not None or batch is not None:
             raise ValueError("`images`, `shape` and `batch` are in place of `source`")
         denoiser = model_in_force(model.denoiser, model.given)
-        if denoiser.name == "calibrated":
-            raise ValueError(
-                "`calibration` has several models: plan each of them by --denoiser; generate tells "
-                "how long they take before it starts"
-            )
         for group in (source, denoiser, sampling):
             group.check()
         path = given_path(model.moments, "moments")
         stored = None if path is None else stored_source(path)
         data, decoding = _looked_at(source, flip=model.flip)
-        job = job_of(
+        # A share of masks is one of pca-locality.
+        is_open = model.is_open and share is None
+        quick = Quick(data, denoiser.given, sampling) if is_open else None
+        calibrating = None
+        if quick is not None and quick.plan is not None:
+            # The images themselves tell which calibration is theirs.
+            kept = None if decoding > 0 else quick.kept()
+            calibrating = quick.plan if kept is None else None
+            denoiser = quick.model(kept)
+        jobs = jobs_of(
             data,
             denoiser,
             sampling,
@@ -110,7 +120,10 @@ def plan(
             is_sketch=decoding > 0,
             looks_at_masks=True,
         )
-        record = _record_of(source.source, job, sampling.n, decoding, measures=device == "cpu")
+        if quick is not None and calibrating is not None:
+            jobs = [_dearest([*jobs, *quick.dearest(is_sketch=decoding > 0)], nearest)]
+        run = _Run(source.source, jobs, sampling.n, calibrating, denoiser.name)
+        record = _record_of(run, decoding, measures=device == "cpu")
         text = _stages_table(record)
     else:
         assert images is not None and shape is not None
@@ -146,15 +159,62 @@ def _looked_at(source: SourceOptions, *, flip: bool) -> tuple[TrainingSet, float
     return source.of_label(data.augmented(flip=flip)), seconds
 
 
-def _record_of(
-    source: str, job: Job, samples: int, decoding: float, *, measures: bool
-) -> dict[str, Any]:
+def _dearest(jobs: Sequence[Job], nearest: bool) -> Job:
+    """The run of the most operations, of those by models any of which may be chosen."""
+    from pyflocality.planner import stages_of
+
+    counted = [sum(stage.flops for stage in stages_of(job, aim=None)) for job in jobs]
+    return replace(jobs[counted.index(max(counted))], nearest=nearest)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run of `generate`.
+
+    Attributes:
+        source: The images as they were asked for.
+        jobs: Runs by one model each, which share the levels among them.
+        samples: Images to be made.
+        calibrating: The calibration that has to be made before; None where there is none to make.
+        denoiser: Name of the model.
+    """
+
+    source: str
+    jobs: Sequence[Job]
+    samples: int
+    calibrating: QuickPlan | None
+    denoiser: str
+
+    def stages(self, measures: bool) -> list[dict[str, Any]]:
+        """All stages, each with its model where there are several."""
+        from dataclasses import asdict
+
+        from pyflocality.planner import Stage, stages_of
+
+        told: list[dict[str, Any]] = []
+        if self.calibrating is not None:
+            work = self.calibrating.work(self.jobs[0].setting.shape)
+            seconds = work.seconds(_CALIBRATING_SECONDS) if measures else None
+            made = f"a model by {work.images:,} images"
+            told.append(
+                asdict(Stage("calibration", made, work.flops, seconds, work.bytes, "counted"))
+            )
+        for job in self.jobs:
+            stages = stages_of(job) if measures else stages_of(job, aim=None)
+            told += [
+                asdict(stage) | ({"model": job.model} if len(self.jobs) > 1 else {})
+                for stage in stages
+            ]
+        return told
+
+
+def _record_of(run: _Run, decoding: float, *, measures: bool) -> dict[str, Any]:
     """What is told of a run."""
-    from dataclasses import asdict
-
     from pyflocality._support.memory import available_memory, memory_bytes
-    from pyflocality.planner import peak_of, stages_of
 
+    masked = [job for job in run.jobs if job.model == "pca-locality"]
+    # The masks are those of one of them.
+    job = [*masked, *run.jobs][0]
     setting = job.setting
     set_bytes = setting.images * setting.values * job.image_bytes
     # What the program itself takes, before anything is measured.
@@ -162,22 +222,23 @@ def _record_of(
         program = memory_bytes()["VmRSS"] + _GROWTH_BYTES
     except (OSError, KeyError):
         program = 0
-    stages = stages_of(job) if measures else stages_of(job, aim=None)
+    stages = run.stages(measures)
     return {
-        "source": source,
-        "denoiser": job.model,
+        "source": run.source,
+        "denoiser": run.denoiser,
         "images": setting.images,
         "shape": list(setting.shape),
-        "samples": samples,
-        "calls": job.calls * job.batches,
+        "samples": run.samples,
+        "calls": sum(one.calls * one.batches for one in run.jobs),
         "way": job.way,
-        "mask_share": setting.mask_share if job.model == "pca-locality" else None,
+        "mask_share": setting.mask_share if masked else None,
         "set_bytes": set_bytes,
         "program_bytes": program,
         "decoding_seconds": decoding,
-        "stages": list(map(asdict, stages)),
-        "seconds": _total([decoding, *(stage.seconds for stage in stages)]),
-        "peak_bytes": program + set_bytes + peak_of(stages),
+        "calibrates": run.calibrating is not None,
+        "stages": stages,
+        "seconds": _total([decoding, *(stage["seconds"] for stage in stages)]),
+        "peak_bytes": program + set_bytes + max(stage["bytes"] for stage in stages),
         "available_bytes": available_memory(),
     }
 
@@ -203,9 +264,15 @@ def _stages_table(record: dict[str, Any]) -> str:
     for stage in record["stages"]:
         seconds = stage["seconds"]
         spent = "-" if seconds is None else time_told(seconds)
+        of = f", {stage['model']}" if "model" in stage else ""
         lines.append(
             f"{stage['name']:<15}{stage['flops'] / 1e9:>10,.1f} G  {bytes_told(stage['bytes']):>9}"
-            f"{spent:>9}  {stage['told']} ({stage['known']})"
+            f"{spent:>9}  {stage['told']}{of} ({stage['known']})"
+        )
+    if record["calibrates"]:
+        lines.append(
+            f"No option names a model: it is calibrated once. Counted as {record['denoiser']} at "
+            "all noise levels, the dearest of what may be chosen."
         )
     total = "not measured" if record["seconds"] is None else f"about {time_told(record['seconds'])}"
     there = record["available_bytes"]

@@ -132,7 +132,7 @@ def altered(content, *place, value):
     ("place", "value", "words"),
     [
         (("format",), "pyflocality window table", "does not hold a calibration"),
-        (("version",), 1, "version 1 .* reads version 2"),
+        (("version",), 1, "version 1 .* reads version 3"),
         (("seed",), None, "has no 'seed'"),
         (("further",), 1, "unknown 'further'"),
         (("images",), 0, "'images' must be a positive"),

@@ -22,6 +22,9 @@ from pyflocality.backends import configuration
 # The sets of these tests have fewer images than values.
 pytestmark = pytest.mark.filterwarnings("ignore:.* images are too few for:UserWarning")
 
+# The model whose records are looked at.
+PUBLISHED = ("--denoiser", "pca-locality")
+
 
 def test_generate_takes_a_softness(run, source, images, tmp_path):
     options = ("--threshold", 0.1, "--softness", 0.5, "--seed", 5)
@@ -81,7 +84,7 @@ def test_generate_writes_what_the_library_computes(run, source, images, tmp_path
 
 def test_record_tells_settings_backends_and_time(run, source, images, tmp_path):
     out = tmp_path / "out"
-    code, stdout, stderr = run(*small(source, out, "--json", "--label", 1))
+    code, stdout, stderr = run(*small(source, out, "--json", "--label", 1, *PUBLISHED))
     record = json.loads(stdout)
     assert (code, stderr) == (0, "")
     assert record == json.loads((out / "run.json").read_text())
@@ -138,7 +141,7 @@ def test_a_start_far_from_noise_is_told(run, source, tmp_path):
 def test_too_few_images_are_told_once(run, source, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        code, _, stderr = run(*small(source, tmp_path / "out"))
+        code, _, stderr = run(*small(source, tmp_path / "out", *PUBLISHED))
     assert code == 0 and stderr.count("\n") == 1
     assert "warning: 20 images are too few for PCA locality of 36 values that vary" in stderr
 
@@ -235,7 +238,9 @@ def test_individual_files_hold_the_samples(run, source, tmp_path):
 
 
 def test_the_backend_asked_for_runs(run, source, tmp_path):
-    code, stdout, _ = run(*small(source, tmp_path / "out", "--backend", "reference", "--json"))
+    code, stdout, _ = run(
+        *small(source, tmp_path / "out", "--backend", "reference", "--json", *PUBLISHED)
+    )
     assert code == 0
     record = json.loads(stdout)
     assert record["backends"]["masked_posterior"] == ["reference"]
@@ -293,7 +298,7 @@ def test_moments_are_saved_told_and_used(run, source, images, tmp_path):
     assert code == 0 and "20 of 1x6x6" in stdout
 
     assert run(*small(source, tmp_path / "with", "--moments", path))[0] == 0
-    assert run(*small(source, tmp_path / "without"))[0] == 0
+    assert run(*small(source, tmp_path / "without", *PUBLISHED))[0] == 0
     both = [(tmp_path / name / "samples.npy").read_bytes() for name in ("with", "without")]
     assert both[0] == both[1]
     code, _, stderr = run(*small(source, tmp_path / "part", "--moments", path, "--label", 0))

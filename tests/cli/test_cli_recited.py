@@ -128,7 +128,7 @@ def test_the_measure_is_half_a_step_of_8_bits():
 @pytest.mark.parametrize(
     ("words", "models"),
     [
-        (["generate"], "PCA locality"),
+        (["generate", "--denoiser", "pca-locality"], "PCA locality"),
         (
             ["compare", "--methods", "local,pca-locality,wiener"],
             "PCA locality and the Wiener filter",

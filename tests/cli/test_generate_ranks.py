@@ -30,6 +30,8 @@ CASES = {
     "class": ["--threshold", "0.1", "--label", "1", "--global-share", "0.3"],
     "flipped": ["--denoiser", "optimal", "--flip"],
     "calibrated": ["--calibration", "CHOICES"],
+    # Rank 0 calibrates, or finds what is kept, for all.
+    "open": [],
 }
 SAMPLES = {
     **CASES,
@@ -67,13 +69,19 @@ def arguments(source, out, *more):
     return [str(word) for word in words]
 
 
-def launched(count, *program):
-    """Start `torchrun`."""
+# A slope's filter is one product with the batch, which rounds by the batch's size.
+ROUNDED = ("calibrated", "open")
+
+
+def launched(count, *program, cache=None):
+    """Start `torchrun`, with a cache of its own where one is given."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     ranks = ["--nproc-per-node", str(count)]
     return subprocess.Popen(
         [*torchrun, *ranks, *map(str, program)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1"}
+        | ({} if cache is None else {"PYFLOCALITY_CACHE_DIR": str(cache)}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -113,8 +121,10 @@ def whole(source, tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for name, more in SAMPLES.items():
-            assert main(arguments(source, folder / name, "--no-progress", *more)) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYFLOCALITY_CACHE_DIR", str(folder / "cache"))
+            for name, more in SAMPLES.items():
+                assert main(arguments(source, folder / name, "--no-progress", *more)) == 0
     finally:
         torch.set_num_threads(threads)
     return folder
@@ -129,7 +139,8 @@ def job(request, source, tmp_path_factory):
         for kind, cases in (("images", CASES), ("samples", SAMPLES))
         for name, more in cases.items()
     ]
-    code, stdout, stderr = ended(launched(request.param, WORKER, job_file(folder, commands)))
+    started = launched(request.param, WORKER, job_file(folder, commands), cache=folder / "cache")
+    code, stdout, stderr = ended(started)
     assert code == 0, stderr
     return request.param, folder, stdout, stderr
 
@@ -146,6 +157,7 @@ def test_ranks_that_divide_the_images_make_those_of_one_process(job, whole):
         assert found["nearest"]["mirrored"] == expected["nearest"]["mirrored"]
         assert found["recited"] == expected["recited"]
         assert found["data"] == expected["data"]
+        assert found["calibrated"] == expected["calibrated"] == ("made" if name == "open" else None)
         assert found["backends"] == expected["backends"]
 
 
@@ -154,8 +166,7 @@ def test_ranks_that_divide_the_samples_make_the_same_bits(job, whole):
     for name in SAMPLES:
         out = folder / "samples" / name
         assert record(out)["ranks"] == {"count": count, "split_over": "samples"}
-        if name == "calibrated":
-            # A slope's filter is one product with the batch, which rounds by the batch's size.
+        if name in ROUNDED:
             assert abs(samples(out) - samples(whole / name)).max() < 2e-6 * STEPS
             assert record(out)["denoiser"] == record(whole / name)["denoiser"]
             continue

@@ -14,6 +14,7 @@ from pyflocality.calibration.counts import counts_of
 
 SHAPE = (1, 6, 6)
 PLAIN = pf.Candidate("local", window=3)
+WIDE = pf.Candidate("local", window=5)
 SLOPED = pf.Candidate("local", window=3, slope=0.25)
 LEVELS = [pf.NoiseLevel(1.0, sigma) for sigma in (0.5, 0.3, 0.1)]
 COUNT, HELD_OUT = 1300, 64
@@ -31,9 +32,8 @@ def rates(monkeypatch):
 
 def told(*candidates):
     images = random_images(torch.Generator().manual_seed(0), COUNT, SHAPE, torch.uint8)
-    positions = [torch.arange(HELD_OUT)]
-    line = foreseen.foreseen(pf.TrainingSet(images), candidates, LEVELS, positions)
-    return float(re.search(r"at most about (\d+) s", line).group(1))
+    line = foreseen.foreseen(pf.TrainingSet(images), candidates, LEVELS)
+    return float(re.search(r"about (\d+) s", line).group(1))
 
 
 def rows(*candidates):
@@ -43,6 +43,17 @@ def rows(*candidates):
 
 def test_steps_are_counted():
     assert told(PLAIN) == pytest.approx(1e6 * rows(PLAIN) / HELD_OUT)
+
+
+def test_any_family_may_go_on(monkeypatch):
+    """Images that all see are counted by family, others by the mean of families."""
+    monkeypatch.setattr(
+        foreseen, "seconds_of", lambda _, setting, aim: 1e6 * (1 + 2 * (setting.window == 5))
+    )
+    counts = counts_of(len(LEVELS), HELD_OUT, [PLAIN, WIDE], 1)
+    # Two families see them, which take one and three seconds.
+    expected = 4e6 * (counts.screened + (counts.compared + counts.restored) / 2) / HELD_OUT
+    assert told(PLAIN, WIDE) == pytest.approx(expected)
 
 
 def test_slopes_take_linear_images_and_value_images_beside_the_image():

@@ -188,7 +188,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_command_decodes_nothing(folder, capsys, tmp_path):
-    record = run_json(capsys, folder, "-n", 3, "--steps", 4, "--flip")
+    record = run_json(capsys, folder, "-n", 3, "--steps", 4, "--flip", "--threshold", 0.02)
     assert record["images"] == 160 and record["shape"] == [3, 8, 8]
     assert record["calls"] == 4 and record["samples"] == 3
     assert 0 < record["decoding_seconds"] < 5
@@ -214,7 +214,7 @@ def test_command_of_a_set_that_is_decoded(tmp_path, capsys):
     assert record["decoding_seconds"] == 0 and record["mask_share"] == 0.2
     # Heun's method asks twice, but for the last step.
     assert record["calls"] == 5
-    assert main(["plan", source]) == 0
+    assert main(["plan", source, "--threshold", "0.02"]) == 0
     out = capsys.readouterr().out
     # Masks of so few values are made for the plan.
     assert "are there" in out and "(assumed)" not in out and "--mask-share" not in out
@@ -247,7 +247,8 @@ def test_masks_that_are_cached_are_known(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PYFLOCALITY_CACHE_DIR", str(tmp_path / "cache"))
     images = torch.randint(0, 256, (40, 3, 20, 20), dtype=torch.uint8)
     np.save(tmp_path / "set.npy", images.numpy())
-    source, steps = str(tmp_path / "set.npy"), ["--steps", "2", "--spacing", "trailing"]
+    source = str(tmp_path / "set.npy")
+    steps = ["--steps", "2", "--spacing", "trailing", "--denoiser", "pca-locality"]
     before = run_json(capsys, source, *steps)
     assert [one["name"] for one in before["stages"]][:2] == ["components", "masks"]
     assert before["mask_share"] == 0.022
