@@ -140,13 +140,18 @@ def ascend(
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, or a multi-scale model has several pyramids.
 
     Warns:
         UserWarning: Some image has not arrived after `max_steps`.
     """
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"`denoiser` must be a Denoiser, got {describe(denoiser)}")
+    if isinstance(denoiser, MultiscaleDenoiser) and denoiser.shifts > 1:
+        raise ValueError(
+            "`denoiser` must have one pyramid, whose bands are sampled coarse to fine, got shifts="
+            f"{denoiser.shifts}"
+        )
     check_generator(generator)
     progress = check_flag(progress, "progress")
     # The states and the answers of all images, and what is made of them.

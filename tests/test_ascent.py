@@ -147,3 +147,9 @@ def test_wrong_arguments(case, data):
     options = {"denoiser": pf.OptimalDenoiser(data), "progress": False, **options}
     with pytest.raises(error, match=message):
         ascend(options.pop("denoiser"), **options)
+
+
+def test_several_pyramids_are_refused(data):
+    model = pf.MultiscaleDenoiser(data, 1, 3, shifts=2)
+    with pytest.raises(ValueError, match="`denoiser` must have one pyramid.*shifts=2"):
+        ascend(model, 1, progress=False)

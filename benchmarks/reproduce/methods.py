@@ -136,6 +136,8 @@ def settings_of(
             "window": min(MULTISCALE_WINDOW, largest),
             "coarse": "pca_locality",
             "threshold": threshold,
+            # All that differ: cycle spinning.
+            "shifts": 4**levels,
         }
     return settings
 
@@ -197,7 +199,9 @@ def _single(settings: Settings, data: pf.TrainingSet, moments: pf.Moments | None
     if name == "multiscale":
         levels, window = settings["levels"], settings["window"]
         coarse = {"coarse": settings["coarse"], "mask_threshold": settings["threshold"]}
-        return pf.MultiscaleDenoiser(data, levels, window, **coarse)
+        # Runs of before had one pyramid.
+        shifts = settings.get("shifts", 1)
+        return pf.MultiscaleDenoiser(data, levels, window, shifts=shifts, **coarse)
     batches = settings.get("batch_size")
     pca = pf.PCALocalityDenoiser(
         data,

@@ -76,6 +76,24 @@ def recitation(images: Tensor, data: pf.TrainingSet) -> Record:
     }
 
 
+def block_edges(images: Tensor) -> float | None:
+    """How much rougher images [n, C, H, W] are on the edges of blocks of 2x2 pixels than inside.
+
+    Mean squared differences of neighbours in different blocks, down and across, over those of
+    neighbours in one block: 1 where blocks make no difference. None of constant blocks, and where
+    there is one block.
+    """
+    across, inside = [], []
+    for axis in (-2, -1):
+        squared = images.double().diff(dim=axis).square().transpose(axis, -1).flatten(0, -2)
+        inside.append(squared[:, 0::2].flatten())
+        across.append(squared[:, 1::2].flatten())
+    between, within = torch.cat(across), torch.cat(inside)
+    if len(between) == 0 or float(within.sum()) == 0:
+        return None
+    return float(between.mean() / within.mean())
+
+
 def shown(told: Record, digits: int) -> str:
     """A summary as text: mean and standard error."""
     mean, error = told["mean"], told["standard_error"]

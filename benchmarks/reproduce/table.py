@@ -27,7 +27,7 @@ from . import calibrated, draw, methods, networks, table_text
 from .methods import METHODS, Settings
 from .networks import Network
 from .runs import STEPS, KeptRuns, Request, Run, now, perform_apart, starting_noise
-from .scores import by_image, paired, recitation, score, summary
+from .scores import block_edges, by_image, paired, recitation, score, summary
 from .study import data_record, facts_of
 from .windows import CALIBRATION_SAMPLES, calibrated_windows
 
@@ -322,6 +322,7 @@ class _Table:
             "samples": run.x0.shape[1],
             "seconds_per_step": sum(run.facts["seconds"]) / len(run.facts["seconds"]),
             "gradient_energy": summary(pf.metrics.gradient_energy(last)),
+            "block_edges": block_edges(last),
             "nearest_image": recitation(last, self.data.to(self.device)),
             **run.facts,
         }

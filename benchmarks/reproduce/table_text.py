@@ -100,6 +100,7 @@ def _of_images(record: Record) -> str:
         record,
         [
             ("gradient energy", "", _gradient_energy),
+            ("that on edges of 2x2 blocks, over that inside", "", _block_edges),
             ("rms to the nearest training image", "", _distance),
             ("training images", "", _recited),
             ("s / step", "", lambda row, _: f"{row['seconds_per_step']:.3g}"),
@@ -124,6 +125,11 @@ def _of(key: str, *path: str, digits: int = 3, other: str | None = None) -> _Cel
 def _gradient_energy(row: Record, _: str) -> str | None:
     told = row.get("gradient_energy")
     return None if told is None else shown(told, 4)
+
+
+def _block_edges(row: Record, _: str) -> str | None:
+    told = row.get("block_edges")
+    return None if told is None else f"{told:.3f}"
 
 
 def _distance(row: Record, _: str) -> str | None:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import numbers
-import os
-import tempfile
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyflocality._support.budget import images_per_chunk, memory_budget_bytes
 from pyflocality._support.checks import (
     LevelLike,
     check_batch,
@@ -30,14 +26,13 @@ from pyflocality.denoisers.base import Denoiser, DenoiserOptions, check_set
 from pyflocality.denoisers.local import LocalDenoiser
 from pyflocality.denoisers.optimal import OptimalDenoiser
 from pyflocality.denoisers.pca_locality import PCALocalityDenoiser
+from pyflocality.denoisers.pyramids import ConditionalPyramid, training_bands
 from pyflocality.denoisers.wiener import WienerDenoiser
 from pyflocality.masks import check_threshold
 from pyflocality.ops.window_posterior import check_window
-from pyflocality.storage.reader import Reader
-from pyflocality.wavelets import analyse, check_sides, filters, synthesise
+from pyflocality.wavelets import check_sides, filters
 
 _COARSE = ("optimal", "wiener", "pca_locality")
-_BLOCK_BYTES = 64 * 2**20
 
 
 class MultiscaleDenoiser(Denoiser):
@@ -74,8 +69,15 @@ class MultiscaleDenoiser(Denoiser):
     mean, consistent for large sets only; errors of :math:`\hat x_j` are passed on to the details.
 
     Bands are kept as float32 (float64 where the set is), all levels together 16 / 3 bytes for each
-    value of the set; where they exceed half the memory budget they lie in temporary files (in the
-    folder TMPDIR), mapped into memory. They hold the copies of an augmented set, too.
+    value of the set and each shift; where they exceed half the memory budget they lie in temporary
+    files (in the folder TMPDIR), mapped into memory. They hold the copies of an augmented set, too.
+
+    **Cycle spinning.** A pyramid halves images at fixed places: what its blocks of 2^j pixels
+    become depends on where they lie, and their edges may show. With `shifts` the estimate is the
+    mean of those by several pyramids, of images that are rolled by a few pixels (all borders are
+    periodic) and rolled back. 4^J of them are all that differ; the first four lie at all parities
+    of a pixel. Each has bands and a global model of its own, whose windows see other values: they
+    share no scan, so time and memory grow with their number.
 
     Without levels it is the global model itself. A window that covers a band from each of its
     pixels gives the posterior over whole bands.
@@ -90,14 +92,10 @@ class MultiscaleDenoiser(Denoiser):
         coarse: Global model of the low-pass images: "optimal", "wiener" or "pca_locality".
         mask_threshold: Threshold of the masks of coarse="pca_locality"; None takes its default.
         bandwidth: Standard deviation b of the condition, in units of the noise.
+        shifts: Number of shifted pyramids whose mean is taken, 1 to 4^levels.
         backend: Backend of the operations; None follows `pyflocality.use_backend`.
         dtype: float32 or float64 to compute in; None computes in the input's own dtype.
         memory_budget: Working memory, bytes or a string such as "2GB".
-
-    Attributes:
-        low_pass: The denoiser of low-pass images [C, H / 2^J, W / 2^J]. Like all bands here they
-            are divided by 2^j, so that a constant image keeps its value: for "haar" a low-pass
-            image is the image of block means.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -107,6 +105,8 @@ class MultiscaleDenoiser(Denoiser):
     References:
         Kadkhodaie, Guth, Mallat and Simoncelli, Learning multi-scale local conditional
         probability models of images, 2023.
+
+        Coifman and Donoho, Translation-invariant de-noising, 1995 (cycle spinning).
     """
 
     def __init__(
@@ -119,6 +119,7 @@ class MultiscaleDenoiser(Denoiser):
         coarse: str = "optimal",
         mask_threshold: float | None = None,
         bandwidth: float = 1.0,
+        shifts: int = 1,
         backend: str | None = None,
         dtype: torch.dtype | None = None,
         memory_budget: int | str | None = None,
@@ -131,20 +132,44 @@ class MultiscaleDenoiser(Denoiser):
         self.wavelet = wavelet
         self.coarse = check_choice(coarse, "coarse", _COARSE)
         self.bandwidth = check_positive(bandwidth, "bandwidth")
+        self.shifts = check_count(shifts, "shifts", maximum=4**self.levels)
         mask_threshold = _check_threshold(mask_threshold, coarse)
         options: DenoiserOptions = {
             "backend": backend, "dtype": dtype, "memory_budget": memory_budget
         }  # fmt: skip
         # Checks the options before the bands are made.
         OptimalDenoiser(data, **options)
-        low, stacks = data, list[TrainingSet]()
-        if self.levels > 0:
-            low, stacks = _training_bands(data, self.levels, wavelet, self.bandwidth, memory_budget)
-        self.low_pass = _low_pass(coarse, low, mask_threshold, options)
-        self._conditionals = nn.ModuleList(
-            LocalDenoiser(stack, side, **options)
-            for stack, side in zip(stacks, self.window, strict=True)
-        )
+        self._pyramids = nn.ModuleList()
+        for shift in _shifts(self.levels, self.shifts):
+            low, stacks = data, list[TrainingSet]()
+            if self.levels > 0:
+                low, stacks = training_bands(
+                    data,
+                    self.levels,
+                    wavelet,
+                    self.bandwidth,
+                    shift,
+                    self.shifts,
+                    memory_budget,
+                )
+            conditionals = [
+                LocalDenoiser(stack, side, **options)
+                for stack, side in zip(stacks, self.window, strict=True)
+            ]
+            low_pass = _low_pass(coarse, low, mask_threshold, options)
+            channels = self.image_shape[0]
+            self._pyramids.append(
+                ConditionalPyramid(low_pass, conditionals, wavelet, self.bandwidth, channels, shift)
+            )
+
+    @property
+    def low_pass(self) -> Denoiser:
+        """The denoiser of low-pass images [C, H / 2^J, W / 2^J], of the pyramid without a shift.
+
+        Like all bands here they are divided by 2^j, so that a constant image keeps its value: for
+        "haar" a low-pass image is the image of block means.
+        """
+        return self._spun[0].low_pass
 
     @property
     def device(self) -> torch.device:
@@ -186,7 +211,7 @@ class MultiscaleDenoiser(Denoiser):
             )
         levels = check_levels(sigma, alpha, len(low))
         check_magnitude(details, levels.alpha, "details")
-        return self._details(self._conditional(level, details, low, levels))
+        return self._spun[0].conditional(level, details, low, levels)
 
     def band_shape(self, level: int) -> tuple[int, int, int]:
         """Shape (3 C, H / 2^j, W / 2^j) of the details of a level j, 1 (finest) .. J.
@@ -200,104 +225,30 @@ class MultiscaleDenoiser(Denoiser):
         return 3 * channels, height >> level, width >> level
 
     def _denoise(self, x: Tensor, levels: Levels) -> Tensor:
-        low, noisy_details = self._bands(x)
-        low = self._answer_of(self.low_pass, low, _at(levels, self.levels))
-        for level in range(self.levels, 0, -1):
-            stacked = self._conditional(level, noisy_details[level - 1], low, _at(levels, level))
-            low = self._finer(low, self._details(stacked))
-        return low.to(x.dtype)
+        return self._mean([one.denoise(x, levels) for one in self._spun])
 
     def _jvp(self, x: Tensor, tangents: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
-        count, levels = len(tangents), _divisible(levels)
-        noisy_low, noisy_details = self._bands(x)
-        low_along, details_along = self._bands(tangents.flatten(0, 1))
-        low, low_along = self.low_pass._jvp(
-            noisy_low, low_along.unflatten(0, (count, -1)), _at(levels, self.levels)
-        )
-        for level in range(self.levels, 0, -1):
-            along = details_along[level - 1].unflatten(0, (count, -1))
-            stacked, stacked_along = self._conditional_model(level)._jvp(
-                self._stacked(noisy_details[level - 1], low, levels),
-                self._stacked(along, low_along, levels),
-                _at(levels, level),
-            )
-            low = self._finer(low, self._details(stacked))
-            details = self._details(stacked_along.flatten(0, 1))
-            low_along = self._finer(low_along.flatten(0, 1), details).unflatten(0, (count, -1))
-        return low.to(x.dtype), low_along.to(x.dtype)
+        pairs = [one.jvp(x, tangents, levels) for one in self._spun]
+        means, products = zip(*pairs, strict=True)
+        return self._mean(means), self._mean(products)
 
     def _vjp(self, x: Tensor, cotangents: Tensor, levels: Levels) -> Tensor:
-        levels = _divisible(levels)
-        noisy_low, noisy_details = self._bands(x)
-        low = self._answer_of(self.low_pass, noisy_low, _at(levels, self.levels))
-        inputs: list[Tensor] = []
-        for level in range(self.levels, 0, -1):
-            stacked = self._stacked(noisy_details[level - 1], low, levels)
-            inputs.insert(0, stacked)
-            # The finest details are the result; only what they depend on is needed.
-            if level > 1:
-                model = self._conditional_model(level)
-                means = self._answer_of(model, stacked, _at(levels, level))
-                low = self._finer(low, self._details(means))
-        count, channels = len(cotangents), self.image_shape[0]
-        low_back, details_back = cotangents.flatten(0, 1).to(noisy_low.dtype), []
-        # The inverse transform is the transpose but for the scale of 2 a level.
-        for level, stacked in enumerate(inputs, 1):
-            low_back, bands_back = (2.0 * part for part in analyse(low_back, self.wavelet))
-            padded = torch.cat([bands_back, torch.zeros_like(low_back)], 1)
-            back = self._conditional_model(level)._vjp(
-                stacked, padded.unflatten(0, (count, -1)), _at(levels, level)
-            )
-            details_back.append(self._details(back.flatten(0, 1)))
-            through = self._condition(back[:, :, 3 * channels :], levels)
-            low_back = low_back + through.flatten(0, 1)
-        low_back = self.low_pass._vjp(
-            noisy_low, low_back.unflatten(0, (count, -1)), _at(levels, self.levels)
-        ).flatten(0, 1)
-        for bands_back in reversed(details_back):
-            low_back = 0.5 * synthesise(low_back, bands_back, self.wavelet)
-        return low_back.unflatten(0, (count, -1)).to(x.dtype)
+        return self._mean([one.vjp(x, cotangents, levels) for one in self._spun])
 
-    def _conditional(self, level: int, details: Tensor, low: Tensor, levels: Levels) -> Tensor:
-        """Means of the details of a level, and of the low-pass images behind them."""
-        stacked = self._stacked(details, low, levels)
-        return self._answer_of(self._conditional_model(level), stacked, levels)
+    @property
+    def _spun(self) -> list[ConditionalPyramid]:
+        return [cast(ConditionalPyramid, one) for one in self._pyramids]
 
-    def _conditional_model(self, level: int) -> Denoiser:
-        return cast(Denoiser, self._conditionals[level - 1])
-
-    def _answer_of(self, denoiser: Denoiser, x: Tensor, levels: Levels) -> Tensor:
-        # Values that nobody has looked at: a small bandwidth may have made them large.
-        return denoiser(x, levels.sigma, levels.alpha)
-
-    def _bands(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Low-pass images and details of every level, divided by 2^j, not in half precision."""
-        low, details = images.to(torch.promote_types(images.dtype, torch.float32)), []
-        for _ in range(self.levels):
-            low, bands = (0.5 * part for part in analyse(low, self.wavelet))
-            details.append(bands)
-        return low, details
-
-    def _finer(self, low: Tensor, details: Tensor) -> Tensor:
-        """The low-pass images of the next finer level, or the images."""
-        return synthesise(2.0 * low, 2.0 * details, self.wavelet)
-
-    def _stacked(self, details: Tensor, low: Tensor, levels: Levels) -> Tensor:
-        """Noisy details [.., B, 3 C, h, w] with known low-pass images as further channels."""
-        return torch.cat([details, self._condition(low, levels)], -3)
-
-    def _condition(self, low: Tensor, levels: Levels) -> Tensor:
-        alpha, _ = levels.columns(3, low.device)
-        return (alpha / self.bandwidth).to(low.dtype) * low
-
-    def _details(self, stacked: Tensor) -> Tensor:
-        return stacked[:, : 3 * self.image_shape[0]]
+    @staticmethod
+    def _mean(parts: Sequence[Tensor]) -> Tensor:
+        # One alone stays what it is to the bit.
+        return parts[0] if len(parts) == 1 else torch.stack(list(parts)).mean(0)
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
         return (
             f"levels={self.levels}, window={self.window}, wavelet={self.wavelet!r}, "
-            f"coarse={self.coarse!r}, bandwidth={self.bandwidth}"
+            f"coarse={self.coarse!r}, bandwidth={self.bandwidth}, shifts={self.shifts}"
         )
 
 
@@ -314,16 +265,15 @@ def _low_pass(
     return PCALocalityDenoiser(low, threshold, **options)
 
 
-def _at(levels: Levels, level: int) -> Levels:
-    """The noise levels of bands that are divided by 2^level."""
-    return levels._replace(sigma=levels.sigma / 2**level)
-
-
-def _divisible(levels: Levels) -> Levels:
-    """Positive noise levels that are positive at every level of a pyramid, too."""
-    sigma, tiny = levels.sigma, torch.finfo(torch.float64).tiny
-    least = sigma.clamp(min=tiny) if isinstance(sigma, Tensor) else max(sigma, tiny)
-    return levels._replace(sigma=least)
+def _shifts(levels: int, count: int) -> list[tuple[int, int]]:
+    """Shifts of pixels, of those that differ for so many levels; those that halve a pixel first."""
+    order = ((0, 0), (1, 1), (0, 1), (1, 0))
+    found = []
+    for number in range(count):
+        digits = [order[(number >> (2 * level)) % 4] for level in range(levels)]
+        down, right = (sum(d[axis] << i for i, d in enumerate(digits)) for axis in (0, 1))
+        found.append((down, right))
+    return found
 
 
 def _check_threshold(mask_threshold: object, coarse: str) -> float | None:
@@ -350,63 +300,3 @@ def _check_windows(
     if len(given) != levels:
         raise ValueError(f"`window` must have {levels} numbers, one a level, got {len(given)}")
     return tuple(check_window(side, *band) for side, band in zip(given, sides, strict=True))
-
-
-def _training_bands(
-    data: TrainingSet,
-    levels: int,
-    wavelet: str,
-    bandwidth: float,
-    memory_budget: int | str | None,
-) -> tuple[TrainingSet, list[TrainingSet]]:
-    """The low-pass images of a set, and for every level its details with their condition.
-
-    All are divided by 2^j; the condition is the low-pass image of the level divided by the
-    bandwidth, behind the details: [N, 4 C, h, w].
-    """
-    channels, height, width = data.image_shape
-    count = len(data) * data.copies
-    dtype = torch.float64 if data.dtype == torch.float64 else torch.float32
-    bands = range(1, levels + 1)
-    shapes = [(count, 4 * channels, height >> level, width >> level) for level in bands]
-    shapes.append((count, channels, height >> levels, width >> levels))
-    tensors = _room(shapes, dtype, data.device, memory_budget)
-
-    start = 0
-    # The bands of a block in double precision, with their temporaries.
-    at_once = min(_BLOCK_BYTES, memory_budget_bytes(memory_budget))
-    size = images_per_chunk(at_once, 8 * 8 * data.num_values, len(data))
-    for low in Reader.of(data).values(size, torch.float64):
-        rows = slice(start, start + len(low))
-        for stack in tensors[:-1]:
-            low, details = (0.5 * part for part in analyse(low, wavelet))
-            stack[rows, : 3 * channels] = details.to(dtype)
-            stack[rows, 3 * channels :] = (low / bandwidth).to(dtype)
-        tensors[-1][rows] = low.to(dtype)
-        start += len(low)
-    # Their values may leave [-1, 1] a little, unlike those of images.
-    *stacks, low_pass = (TrainingSet._of_valid(t, f"bands of {data.name}") for t in tensors)
-    return low_pass, stacks
-
-
-def _room(
-    shapes: Sequence[tuple[int, ...]],
-    dtype: torch.dtype,
-    device: torch.device,
-    memory_budget: int | str | None,
-) -> list[Tensor]:
-    """Uninitialised tensors, in a temporary file where they would take half the memory budget."""
-    values = sum(int(np.prod(shape)) for shape in shapes)
-    small = 2 * values * dtype.itemsize <= memory_budget_bytes(memory_budget)
-    if small or device.type != "cpu":
-        return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-    kind: Any = np.float64 if dtype == torch.float64 else np.float32
-    tensors = []
-    for shape in shapes:
-        # The file has no name, and goes with the last tensor that shows it.
-        with tempfile.TemporaryFile() as file:
-            if hasattr(os, "posix_fallocate"):
-                # A full disk is an error here, and would be a crash when the map is written.
-                os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)) * dtype.itemsize)
-            tensors.append(torch.from_numpy(np.memmap(file, kind, "w+", shape=shape)))
-    return tensors

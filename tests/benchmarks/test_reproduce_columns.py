@@ -26,7 +26,7 @@ from pyflocality.benchmarks.reproduce import (  # noqa: E402
     table,
     table_text,
 )
-from pyflocality.benchmarks.reproduce.scores import summary  # noqa: E402
+from pyflocality.benchmarks.reproduce.scores import block_edges, summary  # noqa: E402
 
 SAMPLES = 3
 NETWORKS = {"network A": "a.safetensors", "network B": "b.safetensors"}
@@ -102,6 +102,7 @@ def test_columns_hold_float64_truth(folder, here, tmp_path, capsys):
         told = rows[name]["gradient_energy"]["mean"]
         energy = float(pf.metrics.gradient_energy(x0[-1]).mean())
         assert told == pytest.approx(energy, rel=2e-3, abs=2e-3)
+        assert rows[name]["block_edges"] == pytest.approx(block_edges(x0[-1]), rel=2e-2)
         distances = (x0[-1].flatten(1)[:, None] - flat).square().mean(-1).amin(1).sqrt()
         nearest = rows[name]["nearest_image"]
         assert nearest["rms"]["mean"] == pytest.approx(float(distances.mean()), abs=2e-3)
@@ -198,7 +199,7 @@ def test_columns_that_are_not_there_are_told(folder, here, tmp_path, capsys):
     for key in ("calibration", "bars"):
         del record[key]
     for row in record["table"]:
-        for key in ("at_states", "minus", "gradient_energy", "nearest_image"):
+        for key in ("at_states", "minus", "gradient_energy", "block_edges", "nearest_image"):
             del row[key]
     text = table_text.markdown(record)
     assert "Not measured" not in whole
@@ -259,3 +260,15 @@ def test_checkpoints_without_an_architecture_are_refused_by_name(tmp_path):
     torch.save({"model_state_dict": {"head.weight": torch.zeros(3)}}, path)
     with pytest.raises(ValueError, match=r"ckpt_epoch_200.pt is a checkpoint of torch.save"):
         networks.check_networks([path])
+
+
+def test_edges_of_blocks():
+    """Of blocks of one value each all differences lie on edges; of a ramp none stand out."""
+    ramp = torch.arange(6.0).reshape(1, 1, 1, 6).expand(2, 1, 6, 6)
+    assert block_edges(ramp + ramp.mT) == 1
+    wavy = torch.tensor([0.0, 1, 3, 4, 6, 7])
+    # Steps of one inside blocks and of two between them.
+    assert block_edges((wavy + wavy[:, None])[None, None]) == pytest.approx(4)
+    blocks = torch.randn(3, 1, 4, 4).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    assert block_edges(blocks) is None
+    assert block_edges(torch.randn(1, 1, 2, 2)) is None

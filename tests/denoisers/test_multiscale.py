@@ -195,10 +195,71 @@ def test_levels_per_image_and_batches(exact):
     assert model(x[:0], 0.3).shape == (0, *SHAPE)
 
 
-@pytest.mark.parametrize("coarse", COARSE)
-def test_derivatives(coarse, exact):
+def rolled(data, shift):
+    return pf.TrainingSet(data.images.roll(shift, (-2, -1)))
+
+
+@pytest.mark.parametrize(
+    ("levels", "wavelet", "shifts"),
+    [
+        (1, "haar", [(0, 0), (1, 1), (0, 1), (1, 0)]),
+        (2, "db2", [(0, 0), (1, 1), (0, 1), (1, 0), (2, 2), (3, 3)]),
+    ],
+)
+def test_shifts_are_the_mean_of_pyramids_of_rolled_images(levels, wavelet, shifts, exact):
+    options = {"wavelet": wavelet, "bandwidth": 0.7, "coarse": "wiener"}
+    x, sigma, alpha = noisy(exact), 0.3, 0.8
+    expected = torch.zeros_like(x)
+    for shift in shifts:
+        model = pf.MultiscaleDenoiser(rolled(exact, shift), levels, 3, **options)
+        back = tuple(-pixels for pixels in shift)
+        expected += model(x.roll(shift, (-2, -1)), sigma, alpha).roll(back, (-2, -1))
+    spun = pf.MultiscaleDenoiser(exact, levels, 3, shifts=len(shifts), **options)
+    with pf.trace_backends() as calls:
+        found = spun(x, sigma, alpha)
+    assert len(calls) == levels * len(shifts)
+    torch.testing.assert_close(found, expected / len(shifts), rtol=0, atol=1e-12)
+
+
+def test_all_shifts_treat_all_places_alike(exact):
+    """Rolled images of a rolled set become the rolled estimate; of one pyramid they do not.
+
+    Windows cover their bands: smaller ones end at the borders, which are elsewhere then.
+    """
+    x, shift = noisy(exact), (3, 1)
+    for shifts, alike in ((16, True), (1, False)):
+        here, there = (
+            pf.MultiscaleDenoiser(some, 2, [11, 5], shifts=shifts)(y, 0.3, 0.8)
+            for some, y in ((exact, x), (rolled(exact, shift), x.roll(shift, (-2, -1))))
+        )
+        assert torch.allclose(here.roll(shift, (-2, -1)), there, rtol=0, atol=1e-10) == alike
+
+
+def test_bands_of_all_shifts_together_lie_within_the_budget(data, monkeypatch):
+    """What one pyramid keeps in memory goes into files where there are several of it."""
+    files, open_file = [], tempfile.TemporaryFile
+    monkeypatch.setattr(
+        tempfile, "TemporaryFile", lambda *a, **k: files.append(open_file(*a, **k)) or files[-1]
+    )
+    # Of 50 x 2 x 8 x 12 values, times 4 bytes and 5 / 4, 48 kB a pyramid.
+    for shifts, count in ((1, 0), (4, 8)):
+        pf.MultiscaleDenoiser(data, 1, 3, shifts=shifts, memory_budget="200KB")
+        assert len(files) == count
+
+
+@pytest.mark.parametrize(
+    ("coarse", "shifts"), [*((coarse, 1) for coarse in COARSE), ("optimal", 3)]
+)
+def test_derivatives(coarse, shifts, exact):
     model = pf.MultiscaleDenoiser(
-        exact, 2, [3, 5], coarse=coarse, wavelet="db2", bandwidth=0.8, backend="reference"
+        exact,
+        2,
+        [3, 5],
+        coarse=coarse,
+        wavelet="db2",
+        bandwidth=0.8,
+        shifts=shifts,
+        backend="reference",
     )
     x, sigma, alpha = noisy(exact, 2), torch.tensor([0.4, 0.7]).double(), 0.9
     generator = torch.Generator().manual_seed(3)
@@ -289,6 +350,9 @@ WRONG = {
     "wavelet": (lambda d: make(d, 1, 3, wavelet="gabor"), ValueError, "`wavelet`"),
     "coarse": (lambda d: make(d, 1, 3, coarse="mean"), ValueError, "`coarse` must be one of"),
     "bandwidth": (lambda d: make(d, 1, 3, bandwidth=0.0), ValueError, "`bandwidth`"),
+    "no shift": (lambda d: make(d, 1, 3, shifts=0), ValueError, "`shifts` must be at least 1"),
+    "shifts": (lambda d: make(d, 1, 3, shifts=5), ValueError, "`shifts` must be at most 4"),
+    "shifts type": (lambda d: make(d, 1, 3, shifts=2.0), TypeError, "`shifts`"),
     "backend": (lambda d: make(d, 1, 3, backend="gpu"), ValueError, "`backend`"),
     "budget": (lambda d: make(d, 1, 3, memory_budget=0), ValueError, "`memory_budget`"),
 }

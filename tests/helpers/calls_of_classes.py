@@ -154,6 +154,7 @@ def classes() -> dict[str, Call]:
                 "coarse": choice("optimal", "wiener", "pca_locality"),
                 "mask_threshold": only(lambda v: v is None),
                 "bandwidth": real(0.0),
+                "shifts": count(1, 4),
             },
             data=data,
             levels=1,

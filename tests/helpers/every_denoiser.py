@@ -77,6 +77,7 @@ def calibrated(data: pf.TrainingSet, **options: object) -> pf.CalibratedDenoiser
         content_key=data.content_key(),
         image_shape=data.image_shape,
         images=len(data),
+        searched=len(data),
         held_out=2,
         folds=1,
         seed=0,
