@@ -7,9 +7,9 @@ and then samples by every run that it compared: by one temperature and slope at 
 runs differ, by single models and by means. For each, r2 at the end against each network's run from
 the same noise, in pairs with the first run, and the gradient energy; and what each criterion said
 of it before: the error of single steps, and that of what was restored from the noisiest of these
-levels, alone and with its sharpness weighed. `ranks` has the
-rank correlation of each criterion with r2: 1 where it orders the runs as a network does. Networks
-choose nothing.
+levels, alone, with its sharpness weighed, and as `calibrate` judges it. `ranks` has the rank
+correlation of each criterion with r2: 1 where it orders the runs as a network does. Networks choose
+nothing.
 
 Writes FILE.json; the calibration is kept as FILE.calibration.json and finished runs in FILE.runs,
 and an interrupted command goes on where it ended.
@@ -36,7 +36,7 @@ from .study import Study
 
 # Of single models, beside those of `default_candidates`.
 FURTHER = ((1.0, 0.25), (1.4, 0.15), (1.4, 0.5))
-# Of the sharpness beside the error of what is restored, that of `calibrate` among them.
+# Of the sharpness, as a share of the images' own, beside the error of what is restored.
 WEIGHTS = (0.0, 0.05, 0.1, 0.2)
 SEED = 0
 
@@ -90,7 +90,11 @@ def calibration_of(study: Study) -> pf.Calibration:
 
 
 def criteria(calibration: pf.Calibration, run: RunTrial) -> dict[str, float]:
-    """What each criterion says of a run, the less the better."""
+    """What each criterion says of a run, the less the better.
+
+    Raises:
+        ValueError: No runs were compared.
+    """
     differ = [
         level.trials[number].error
         for level, number, others in zip(
@@ -109,6 +113,7 @@ def criteria(calibration: pf.Calibration, run: RunTrial) -> dict[str, float]:
         distance = abs(math.log(restored.sharpness))
         name = f"restoration, sharpness weighed {weight:g}" if weight else "restoration"
         told[name] = math.log(restored.error) + weight * distance
+    told["restoration, a quarter of the sharpness free"] = restored.excess
     return told
 
 

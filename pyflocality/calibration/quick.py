@@ -34,7 +34,7 @@ LEAST_IMAGES = 1000
 MOST_STEPS = 10
 SEED = 0
 # Another number where the search chooses otherwise within a release.
-_RULE = 1
+_RULE = 2
 
 _THRESHOLDS = (0.05, 0.02, 0.005)
 _SIDES = (3, 5, 7, 11, 15, 21)

@@ -89,11 +89,12 @@ class _Images:
 
     @property
     def numbers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the criterion is of."""
+        """All of them."""
         return self.errors, self.energies, self.own
 
-    def told(self, comparison: Comparison) -> list[Restored]:
-        """What is recorded of them."""
+    def told(self) -> list[Restored]:
+        """What is recorded of them, with how they compare; the first is the simplest."""
+        comparison = compared(restoration, self.errors, self.energies)
         errors, energies, own = (part.mean(1) for part in self.numbers)
         result = comparison.excess, comparison.deviation
         rows = torch.stack([errors, sharpness(energies, own), *result], dim=1)
@@ -166,7 +167,7 @@ class Search:
                 for run in progress_bar(self._runs, description="whole runs", enabled=progress)
             ]
             images = _Images(*(torch.cat(part) for part in zip(*found, strict=True)))
-            told = [*images.told(compared(restoration, *images.numbers))]
+            told = [*images.told()]
         order = range(len(self.levels) - 1)
         return tuple(
             RunTrial(*run.posterior, tuple(run.choices[index] for index in order), one)
@@ -229,10 +230,9 @@ class Search:
 
     @staticmethod
     def _tried(images: _Images, numbers: Sequence[int], trials: Sequence[Trial]) -> list[Trial]:
-        told = images.told(compared(restoration, *images.numbers))
         return [
             dataclasses.replace(trials[number], restored=one)
-            for number, one in zip(numbers, told, strict=True)
+            for number, one in zip(numbers, images.told(), strict=True)
         ]
 
     def _single_steps(self, index: int) -> tuple[list[Trial], _Seen]:

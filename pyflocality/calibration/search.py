@@ -59,13 +59,14 @@ def calibrate(
        together. Of the runs the simplest within one standard error of the best is chosen, by what
        they restore from the noisiest of these levels, where every image gets noise twice anew.
 
-    What has restored images is judged by :math:`\log e + 0.05 \, |\log g|`, the less the better,
-    with e the mean squared error of what is restored and g its gradient energy
-    (`metrics.gradient_energy`) as a share of the images' own.
+    What has restored images is judged by :math:`\log e + \max(0, |\log g| - \log \tfrac 4 3)`, the
+    less the better, with e the mean squared error of what is restored and g its gradient energy
+    (`metrics.gradient_energy`) as a share of that by the simplest of those compared: a quarter off
+    is free.
 
     Sampling meets states of its own making, not noised images, so the error of one step alone
     prefers the wrong model; the error of what is restored prefers what is too smooth, which the
-    gradient energy weighs against. What a temperature or a slope gains at one level is less than
+    gradient energy bounds. What a temperature or a slope gains at one level is less than
     can be told; along a whole run it adds up, so these are chosen for all levels at once. At the
     cleanest level a restoration is one step, and all runs take the same candidate. So they do where
     the best error is above two thirds of that of the mean image: there a noisy image tells too

@@ -10,24 +10,26 @@ without image i of n and :math:`\bar d` the mean of these,
 which for a difference of means is the usual one. A candidate that is more complicated has to win by
 more than one standard error: of all that lie within one of the best, the simplest is chosen.
 
-The criterion of restored images is the logarithm of their mean squared error plus a twentieth of
-how far the logarithm of their mean gradient energy is from that of the images themselves. The error
-alone prefers what is too smooth: the mean of all images that are possible has half the error of
-any one of them. A twentieth is small: candidates a percent apart in error change places where their
-gradient energies are a fifth further from the images' own. How weights rank whole runs beside
-trained networks tells `python -m benchmarks.reproduce.criteria`.
+The criterion of restored images is the logarithm of their mean squared error. Alone it prefers what
+is too smooth: the mean of all images that are possible has half the error of any one of them. So
+the gradient energy is bounded: it may be a quarter off that of the simplest, which is a posterior
+as it stands where nothing else was asked for; as far as it goes beyond, its logarithm counts like
+that of the error. Restored images have less gradient energy than the images themselves even where a
+trained network restores them, so these are no measure. How criteria rank whole runs beside trained
+networks tells `python -m benchmarks.reproduce.criteria`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Weight of the sharpness in the criterion of restored images.
-SHARPNESS_WEIGHT = 0.05
+# Gradient energies as a share of the simplest's that cost nothing: this, and one over this.
+LEAST_SHARPNESS = 0.75
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -69,18 +71,18 @@ def mean_error(errors: Tensor) -> Tensor:
     return errors
 
 
-def restoration(errors: Tensor, energies: Tensor, own: Tensor) -> Tensor:
-    """The criterion of restored images, from means over images.
+def restoration(errors: Tensor, energies: Tensor) -> Tensor:
+    """The criterion of restored images, from means over images; the first are the simplest.
 
     Args:
-        errors: Mean squared errors.
-        energies: Gradient energies of what was restored.
-        own: Gradient energies of the images themselves.
+        errors: Mean squared errors [C, ..].
+        energies: Gradient energies of what was restored, [C, ..].
     """
-    distance = sharpness(energies, own).log().abs()
-    return errors.clamp(min=_TINY).log() + SHARPNESS_WEIGHT * distance
+    distance = sharpness(energies, energies[:1]).log().abs()
+    beyond = (distance + math.log(LEAST_SHARPNESS)).clamp(min=0)
+    return errors.clamp(min=_TINY).log() + beyond
 
 
-def sharpness(energies: Tensor, own: Tensor) -> Tensor:
-    """Gradient energy of what was restored as a share of the images' own; 1 where both are 0."""
-    return (energies + _TINY) / (own + _TINY)
+def sharpness(energies: Tensor, others: Tensor) -> Tensor:
+    """Gradient energies as a share of others; 1 where both are 0."""
+    return (energies + _TINY) / (others + _TINY)

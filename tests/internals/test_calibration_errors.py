@@ -157,7 +157,7 @@ def test_whole_runs_are_those_of_the_sampler_compared_from_the_noisiest_level():
             # Of each image the mean of two.
             kept.append(torch.cat([one.reshape(2, -1).mean(0) for one in part]))
     errors, energies, own = map(torch.stack, numbers)
-    expected = compared(restoration, errors, energies, own)
+    expected = compared(restoration, errors, energies)
     for place, run in enumerate(found.runs):
         told = run.restored
         assert told.error == pytest.approx(float(errors[place].mean()), rel=1e-5)
@@ -333,19 +333,20 @@ def test_differences_have_the_standard_error_of_paired_means():
     torch.testing.assert_close(found.deviation, expected, rtol=1e-12, atol=1e-15)
 
 
-def test_the_criterion_weighs_a_twentieth_of_the_sharpness():
-    own = torch.full((3, 2), 2.0, dtype=torch.float64)
-    energies = torch.tensor([[1.0, 3.0], [0.5, 1.5], [4.0, 4.0]], dtype=torch.float64)
-    errors = torch.tensor([[0.1, 0.3], [0.2, 0.2], [0.2, 0.2]], dtype=torch.float64)
-    found = compared(restoration, errors, energies, own)
-    # As sharp as the images, half as sharp, twice as sharp.
-    expected = torch.tensor([0.0, 0.05 * np.log(2), 0.05 * np.log(2)], dtype=torch.float64)
+def test_a_quarter_of_the_sharpness_is_free_and_the_rest_counts_like_the_error():
+    energies = torch.tensor([[1.0, 3.0], [0.5, 1.5], [4.0, 4.0], [1.5, 1.5]], dtype=torch.float64)
+    errors = torch.tensor([[0.1, 0.3], [0.2, 0.2], [0.2, 0.2], [0.2, 0.2]], dtype=torch.float64)
+    found = compared(restoration, errors, energies)
+    # As sharp as the first, half as sharp, twice as sharp, just a quarter off.
+    expected = torch.tensor([0.0, np.log(1.5), np.log(1.5), 0.0], dtype=torch.float64)
     torch.testing.assert_close(found.excess, expected, rtol=1e-12, atol=1e-14)
-    # Without one of two images the other is all there is.
-    without_one = np.log(0.3) + 0.05 * np.log(1.5), np.log(0.1) + 0.05 * np.log(2)
-    other = np.log(0.2) + 0.05 * abs(np.log(0.75)), np.log(0.2) + 0.05 * np.log(4)
-    first, second = (one - two for one, two in zip(other, without_one, strict=True))
+    # Without one of two images the other is all there is: half as sharp again.
+    first = np.log(0.2) + np.log(1.5) - np.log(0.3)
+    second = np.log(0.2) + np.log(1.5) - np.log(0.1)
     assert float(found.deviation[1]) == pytest.approx(abs(first - second) / 2, rel=1e-12)
+    # Images without gradients are as sharp as one another.
+    flat = restoration(errors.mean(1), torch.zeros(4, dtype=torch.float64))
+    torch.testing.assert_close(flat, errors.mean(1).log())
 
 
 def test_the_simplest_run_within_one_standard_error_is_chosen():
