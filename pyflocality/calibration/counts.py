@@ -55,11 +55,8 @@ def temperatures_of(candidates: Sequence[Candidate]) -> dict[Candidate, int]:
     return dict(Counter(family for family, _ in warm))
 
 
-def rows_of(
-    levels: int, held_out: int, candidates: Sequence[Candidate], folds: int
-) -> dict[Candidate, float]:
+def rows_of(counts: Counts, candidates: Sequence[Candidate]) -> dict[Candidate, float]:
     """Noisy images that each family denoises: any of those with a posterior may go on alike."""
-    counts = counts_of(levels, held_out, candidates, folds)
     heats = temperatures_of(candidates)
     going = [one for one in heats if one.model != "wiener"] or [*heats]
     share = (counts.compared + counts.restored) / len(going)
@@ -68,11 +65,18 @@ def rows_of(
     }
 
 
-def counts_of(levels: int, held_out: int, candidates: Sequence[Candidate], folds: int) -> Counts:
-    """The counts of a calibration."""
+def counts_of(
+    levels: int,
+    held_out: int,
+    candidates: Sequence[Candidate],
+    folds: int,
+    telling: int | None = None,
+) -> Counts:
+    """The counts of a calibration, where so many levels restore images; None for all."""
+    telling = levels if telling is None else telling
     screened = min(screened_of_fold(folds) * folds, held_out)
     heats = sorted(temperatures_of(candidates).values(), reverse=True)
-    ways = levels * (levels - 1) // 2
+    ways = telling * (telling - 1) // 2
     parts = max(len(one.leaves) for one in candidates)
     compared = sum(heats[: COMPARED + parts * (COMPARED // 2)])
     # Each kind's first run goes on from what its families have led to, at every level; then all
@@ -80,7 +84,7 @@ def counts_of(levels: int, held_out: int, candidates: Sequence[Candidate], folds
     runs = Counter(of_means for of_means, _ in {one.posterior for one in candidates})
     restored = sum(
         (parts * RESTORED // 2 if of_means else RESTORED) * ways
-        + (parts if of_means else 1) * DRAWS * levels * count
+        + (parts if of_means else 1) * DRAWS * telling * count
         for of_means, count in runs.items()
     )
     return Counts(levels * screened, levels * compared * (held_out - screened), restored * held_out)

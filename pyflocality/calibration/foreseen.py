@@ -12,7 +12,7 @@ import torch
 from pyflocality._support.rates import product_seconds
 from pyflocality._support.text import bytes_told, time_told
 from pyflocality.calibration.candidates import Candidate
-from pyflocality.calibration.counts import folds_of_set, rows_of
+from pyflocality.calibration.counts import counts_of, folds_of_set, rows_of
 from pyflocality.data import TrainingSet
 from pyflocality.moments.basis import basis_method
 from pyflocality.noise import NoiseLevel
@@ -28,7 +28,7 @@ _GLANCE = 0.03
 
 @dataclass(frozen=True)
 class Calibrating:
-    """A calibration that is planned; that every level restores images is taken for granted.
+    """A calibration that is planned.
 
     Attributes:
         images: Images of the set, copies not included.
@@ -63,7 +63,7 @@ class Calibrating:
 
     @property
     def flops(self) -> float:
-        """Operations, about."""
+        """Operations at most: every level restores images."""
         scans = sum(
             cost_of(one.model, self.settings[one]).flops * rows / self.held_out
             for one, rows in self._rows.items()
@@ -72,10 +72,13 @@ class Calibrating:
         return scans + self.folds * making
 
     def seconds(self, aim: float) -> float:
-        """Time on this machine, by measurements that take about so many seconds each."""
+        """Time on this machine, by measurements that take about so many seconds each.
+
+        Images are taken to be restored at two thirds of the levels.
+        """
         measured: dict[tuple[str, int], float] = {}
         spent = 0.0
-        for one, rows in self._rows.items():
+        for one, rows in self._rows_of(-(-2 * self.levels // 3)).items():
             setting = self.settings[one]
             key = one.model, setting.window
             if key not in measured:
@@ -121,7 +124,11 @@ class Calibrating:
 
     @cached_property
     def _rows(self) -> dict[Candidate, float]:
-        return rows_of(self.levels, self.held_out, self.candidates, self.folds)
+        return self._rows_of(self.levels)
+
+    def _rows_of(self, telling: int) -> dict[Candidate, float]:
+        counts = counts_of(self.levels, self.held_out, self.candidates, self.folds, telling)
+        return rows_of(counts, self.candidates)
 
     @cached_property
     def _sloped(self) -> set[Candidate]:

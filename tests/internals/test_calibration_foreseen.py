@@ -37,7 +37,8 @@ def told(*candidates):
 
 
 def rows(*candidates):
-    counts = counts_of(len(LEVELS), HELD_OUT, candidates, 1)
+    # Of three levels two restore images.
+    counts = counts_of(len(LEVELS), HELD_OUT, candidates, 1, 2)
     return counts.screened + counts.compared + counts.restored
 
 
@@ -50,7 +51,7 @@ def test_any_family_may_go_on(monkeypatch):
     monkeypatch.setattr(
         foreseen, "seconds_of", lambda _, setting, aim: 1e6 * (1 + 2 * (setting.window == 5))
     )
-    counts = counts_of(len(LEVELS), HELD_OUT, [PLAIN, WIDE], 1)
+    counts = counts_of(len(LEVELS), HELD_OUT, [PLAIN, WIDE], 1, 2)
     # Two families see them, which take one and three seconds.
     expected = 4e6 * (counts.screened + (counts.compared + counts.restored) / 2) / HELD_OUT
     assert told(PLAIN, WIDE) == pytest.approx(expected)
