@@ -1,8 +1,8 @@
 """The calibration of a run that names no model: made in a moment, once, and kept.
 
 It is bounded by counted operations, so that every machine chooses alike: by few candidates, and
-where the set is large by a part of it. What part of a set finds best is near what the whole would:
-a model of fewer images is as good with somewhat smaller windows.
+where the set is large by a part of it. What is best for a part need not be best for the whole: of
+fewer images a linear model may win where more of them would have patches. `calibrate` goes by all.
 """
 
 from __future__ import annotations
