@@ -199,8 +199,7 @@ def _single(settings: Settings, data: pf.TrainingSet, moments: pf.Moments | None
     if name == "multiscale":
         levels, window = settings["levels"], settings["window"]
         coarse = {"coarse": settings["coarse"], "mask_threshold": settings["threshold"]}
-        # Runs of before had one pyramid.
-        shifts = settings.get("shifts", 1)
+        shifts = settings["shifts"]
         return pf.MultiscaleDenoiser(data, levels, window, shifts=shifts, **coarse)
     batches = settings.get("batch_size")
     pca = pf.PCALocalityDenoiser(

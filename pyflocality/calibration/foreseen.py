@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,7 +95,7 @@ class Calibrating:
     def bytes(self) -> int:
         """Most memory for moments, masks and linear images."""
         most = max((stage.bytes for stage in self.making(None)), default=0)
-        values = self.settings[next(iter(self.settings))].values
+        values = math.prod(self.shape)
         return most + (4 * self.images * self.copies * values if self._sloped else 0)
 
     def making(self, aim: float | None) -> list[Stage]:
@@ -137,7 +138,7 @@ class Calibrating:
     @property
     def _linear_flops(self) -> float:
         """Of a linear image of every image, for each level."""
-        values = self.settings[next(iter(self.settings))].values
+        values = math.prod(self.shape)
         flops = 2.0 * self.levels * self.images * self.copies * values**2
         return flops if self._sloped else 0.0
 

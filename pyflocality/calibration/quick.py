@@ -28,7 +28,7 @@ from pyflocality.storage.blobs import read_blob, write_blob
 
 # Counted operations of a calibration at most: about a minute of two cores.
 MOST_FLOPS = 4e12
-# A part of so many images tells of the whole; of fewer nothing is said.
+# A part of a set has so many images at least.
 LEAST_IMAGES = 1000
 # Levels at most: those of a run of more steps take what the nearest of these has.
 MOST_STEPS = 10

@@ -65,8 +65,8 @@ def calibrate(
     is free.
 
     Sampling meets states of its own making, not noised images, so the error of one step alone
-    prefers the wrong model; the error of what is restored prefers what is too smooth, which the
-    gradient energy bounds. What a temperature or a slope gains at one level is less than
+    prefers slopes that are too large; the error of what is restored prefers what is too smooth,
+    which the gradient energy bounds. What a temperature or a slope gains at one level is less than
     can be told; along a whole run it adds up, so these are chosen for all levels at once. At the
     cleanest level a restoration is one step, and all runs take the same candidate. So they do where
     the best error is above two thirds of that of the mean image: there a noisy image tells too

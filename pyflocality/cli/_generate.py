@@ -88,12 +88,6 @@ class Model(EveryModelOptions):
         ),
     ] = None
 
-    @property
-    def is_open(self) -> bool:
-        """Whether no option names a model or sets one."""
-        named = (self.denoiser, self.subset, self.global_share, self.moments)
-        return all(one is None for one in named) and says_nothing(self.given)
-
     split_over: Annotated[
         str | None,
         typer.Option(
@@ -103,6 +97,12 @@ class Model(EveryModelOptions):
         ),
         OneOf("images", "samples"),
     ] = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no option names a model or sets one."""
+        named = (self.denoiser, self.subset, self.global_share, self.moments)
+        return all(one is None for one in named) and says_nothing(self.given)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,19 +110,22 @@ def plan(
             kept = None if decoding > 0 else quick.kept()
             calibrating = quick.plan if kept is None else None
             denoiser = quick.model(kept)
-        jobs = jobs_of(
-            data,
-            denoiser,
-            sampling,
-            mask_share=share,
-            nearest=nearest,
-            moments=stored,
-            is_sketch=decoding > 0,
-            looks_at_masks=True,
-        )
         if quick is not None and calibrating is not None:
-            jobs = [_dearest([*jobs, *quick.dearest(is_sketch=decoding > 0)], nearest)]
-        run = _Run(source.source, jobs, sampling.n, calibrating, denoiser.name)
+            jobs = [_dearest(quick.dearest(is_sketch=decoding > 0), nearest)]
+            name = jobs[0].model
+        else:
+            jobs = jobs_of(
+                data,
+                denoiser,
+                sampling,
+                mask_share=share,
+                nearest=nearest,
+                moments=stored,
+                is_sketch=decoding > 0,
+                looks_at_masks=True,
+            )
+            name = denoiser.name
+        run = _Run(source.source, jobs, sampling.n, calibrating, name)
         record = _record_of(run, decoding, measures=device == "cpu")
         text = _stages_table(record)
     else:
@@ -176,7 +179,7 @@ class _Run:
         jobs: Runs by one model each, which share the levels among them.
         samples: Images to be made.
         calibrating: The calibration that has to be made before; None where there is none to make.
-        denoiser: Name of the model.
+        denoiser: Name of the model, before a calibration of the one that it is counted as.
     """
 
     source: str

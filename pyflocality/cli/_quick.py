@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ class Quick:
     given: Mapping[str, Any]
     sampling: NoiseOptions
 
-    @property
+    @cached_property
     def plan(self) -> QuickPlan | None:
         """How it is made; None where the published model is taken."""
         from pyflocality.calibration.quick import quick_plan
@@ -81,8 +82,8 @@ class Quick:
         jobs = []
         for name in dict.fromkeys(one.model for one in plan.candidates):
             sides = [one.window for one in plan.candidates if one.model == name and one.window]
-            given = {key: self.given[key] for key in _HOW if key in self.given}
-            given = {key: value for key, value in given.items() if key in DENOISERS[name].options}
+            taken = DENOISERS[name].options
+            given = {key: value for key, value in self.given.items() if key in taken}
             options = DenoiserOptions(name, given | ({"window": max(sides)} if sides else {}))
             jobs += jobs_of(self.data, options, self.sampling, nearest=False, is_sketch=is_sketch)
         return jobs

@@ -266,7 +266,7 @@ def _low_pass(
 
 
 def _shifts(levels: int, count: int) -> list[tuple[int, int]]:
-    """Shifts of pixels, of those that differ for so many levels; those that halve a pixel first."""
+    """Shifts of pixels, of those that differ for so many levels; all parities of a pixel first."""
     order = ((0, 0), (1, 1), (0, 1), (1, 0))
     found = []
     for number in range(count):

@@ -98,13 +98,13 @@ class Ranks:
         return self.gathered(tensor, slice(None), like) if int(there) else None
 
     def text_of_first(self, text: str | None, device: torch.device) -> str:
-        """A text that rank 0 has, on every rank; the others have None."""
-        content = torch.frombuffer(bytearray((text or "").encode() or b" "), dtype=torch.uint8)
-        own = content.to(device) if self.rank == 0 else None
+        """A text that rank 0 has, not empty, on every rank; the others have None."""
+        own = None
+        if text is not None:
+            own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
         length = int(self.summed(torch.tensor(0 if own is None else len(own), device=device)))
         like = torch.empty(length, dtype=torch.uint8, device=device)
-        written = self.gathered(own, slice(None), like).cpu().numpy().tobytes()
-        return written.decode().removesuffix(" ") if written == b" " else written.decode()
+        return self.gathered(own, slice(None), like).cpu().numpy().tobytes().decode()
 
     def nearest(
         self, indices: Tensor, distances: Tensor, keys: Sequence[Sequence[int]], count: int

@@ -27,7 +27,6 @@ def test_the_counted_work_is_bounded(shape, count):
     plan = quick_plan(count, shape, 10)
     assert plan is not None
     assert plan.work(shape).flops <= quick.MOST_FLOPS
-    # One image more in ten would be too much, unless it is the whole set.
     assert plan.images == count or plan.images >= quick.LEAST_IMAGES
     sides = [one.window for one in plan.candidates if one.window]
     assert sides and max(sides) <= min(shape[1:])

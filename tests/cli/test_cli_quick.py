@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cli_files import small
+from truth import random_images
 
 import pyflocality as pf
 from pyflocality.calibration.quick import quick_calibration, quick_plan
@@ -142,7 +143,9 @@ def test_a_plan_tells_the_calibration_until_there_is_one(run, source, tmp_path):
     words = (source, "--n", 3, "--steps", 4, "--json")
     before = json.loads(run("plan", *words)[1])
     assert before["calibrates"] and before["stages"][0]["name"] == "calibration"
-    assert "No option names a model" in run("plan", *words[:-1])[1]
+    # Of few images the making of masks is most of the work.
+    assert before["denoiser"] == "pca-locality" and before["mask_share"] is not None
+    assert "Counted as pca-locality at all noise levels" in run("plan", *words[:-1])[1]
     assert run(*small(source, tmp_path / "out"))[0] == 0
     after = json.loads(run("plan", *words)[1])
     assert not after["calibrates"] and after["denoiser"] == "calibrated" and after["calls"] == 4
@@ -152,6 +155,16 @@ def test_a_plan_tells_the_calibration_until_there_is_one(run, source, tmp_path):
     }
     named = json.loads(run("plan", *words, "--mask-share", "0.1")[1])
     assert named["denoiser"] == "pca-locality" and not named["calibrates"]
+
+
+def test_a_plan_counts_the_dearest_of_what_may_be_chosen(run, tmp_path):
+    images = random_images(torch.Generator().manual_seed(4), 500, (1, 8, 8), torch.uint8)
+    np.save(tmp_path / "many.npy", images.numpy())
+    words = ("plan", tmp_path / "many.npy", "--n", 3, "--steps", 4)
+    counted = json.loads(run(*words, "--json")[1])
+    assert counted["calibrates"] and counted["denoiser"] == "patch-set"
+    assert counted["mask_share"] is None
+    assert "Counted as patch-set at all noise levels" in run(*words)[1]
 
 
 def test_a_plan_of_a_calibration_has_its_models(run, source, tmp_path):
